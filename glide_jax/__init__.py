@@ -1,0 +1,1 @@
+"""glide-jax: text-guided diffusion for making and editing pictures."""

@@ -1,0 +1,17 @@
+"""The errors that a user can cause and a user can mend."""
+
+
+class GlideError(Exception):
+    """One line that says what is wrong and what to do; the command lines print it and exit.
+
+    `exit_code` is 2 where the call itself is wrong (an unknown option, a bad value) and
+    1 where the world is (a missing or broken file, a full disk).
+    """
+
+    exit_code = 1
+
+
+class UsageError(GlideError):
+    """The call cannot be carried out as it was written."""
+
+    exit_code = 2

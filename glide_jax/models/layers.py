@@ -1,0 +1,191 @@
+"""The blocks that the networks share: normalisation, attention, residual blocks, time embedding.
+
+Layout is `(B, H, W, C)` for images and `(B, L, C)` for sequences. Convolutions and linear
+layers of the trunk run in `dtype`; norms, softmax, everything that carries the time
+embedding, and all parameters are float32, as in the released models.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# torch's default, which the released weights were trained with; flax's own is 1e-6.
+NORM_EPSILON = 1e-5
+NORM_GROUPS = 32
+
+
+def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
+
+    Args:
+        t: `(B,)` timesteps of the original chain, integer or fractional.
+        dim: width of the result; an odd width gets one column of zeros.
+
+    Returns:
+        `(B, dim)` float32.
+    """
+    half = dim // 2
+    # The release rounds the exponent to float32 before it takes the exponential; at t ~ 1000 one
+    # unit in the last place of a frequency is already 6e-5 of phase.
+    exponent = -np.log(10000.0).astype(np.float32) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    phase = t.astype(jnp.float32)[:, None] * frequencies
+    features = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+    return jnp.pad(features, ((0, 0), (0, dim % 2)))
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over 32 groups, computed in float32, then optionally `y * sigmoid(swish * y)`."""
+
+    swish: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.GroupNorm(
+            num_groups=NORM_GROUPS,
+            epsilon=NORM_EPSILON,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            name="norm",
+        )(x)
+        if self.swish:
+            y = y * nn.sigmoid(self.swish * y)
+        return y.astype(x.dtype)
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """LayerNorm in float32 (the caller casts the result)."""
+    return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def conv3x3(features: int, dtype: jnp.dtype, name: str, zero: bool = False, stride: int = 1):
+    """3x3 convolution with symmetric padding (XLA's "SAME" shifts by a pixel at stride 2)."""
+    return nn.Conv(
+        features,
+        (3, 3),
+        strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros if zero else CONV_INIT,
+        name=name,
+    )
+
+
+# torch's default for convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def dense(features: int, dtype: jnp.dtype, name: str, zero: bool = False) -> nn.Dense:
+    """Linear layer with the initialisation of the original code."""
+    init = nn.initializers.zeros if zero else CONV_INIT
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour enlargement: `(B, H, W, C) -> (B, 2H, 2W, C)`."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """Mean of 2x2 blocks: `(B, H, W, C) -> (B, H/2, W/2, C)`."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask=None) -> jax.Array:
+    """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
+
+    Args:
+        query: `(B, T, heads, d)`; `key` and `value` `(B, S, heads, d)`.
+        mask: optional boolean, broadcast to `(B, heads, T, S)`; False positions are not seen.
+
+    Returns:
+        `(B, T, heads * d)` in the dtype of `query`.
+    """
+    # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
+    scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
+    logits = jnp.einsum("bthd,bshd->bhts", query * scale, key * scale)
+    logits = logits.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -1e10)
+    weights = nn.softmax(logits, axis=-1).astype(query.dtype)
+    out = jnp.einsum("bhts,bshd->bthd", weights, value)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def split_heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:
+    """`(B, L, heads * parts * d) -> parts x (B, L, heads, d)`, the release's head-major packing."""
+    x = x.reshape(*x.shape[:2], heads, parts, -1)
+    return [x[:, :, :, i] for i in range(parts)]
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels whose keys and values begin with those of the text  (GLIDE, 2.1).
+
+    One softmax runs over text and pixels together; there is no mask, since padded
+    text positions carry a learned embedding of their own.
+    """
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, text: jax.Array | None) -> jax.Array:
+        """`x (B, H, W, C)`, `text (B, L, W_text)` or None -> `(B, H, W, C)`."""
+        channels = x.shape[-1]
+        h = GroupNorm(name="norm")(x).reshape(x.shape[0], -1, channels)
+        query, key, value = split_heads(
+            dense(3 * channels, self.dtype, "qkv")(h), self.heads, parts=3
+        )
+        if text is not None:
+            text_kv = dense(2 * channels, self.dtype, "text_kv")(text)
+            text_key, text_value = split_heads(text_kv, self.heads, parts=2)
+            key = jnp.concatenate([text_key, key], axis=1)
+            value = jnp.concatenate([text_value, value], axis=1)
+        h = dense(channels, self.dtype, "proj", zero=True)(attend(query, key, value))
+        return x + h.reshape(x.shape)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding between them  (ADM, 2105.05233, sec. 3).
+
+    Attributes:
+        features: channels of the result.
+        film: scale and shift the second norm by the embedding (every released model); otherwise
+            the embedding is added before that norm.
+        resample: `upsample` or `downsample`, applied to both paths, or None.
+    """
+
+    features: int
+    dropout: float
+    dtype: jnp.dtype
+    film: bool = True
+    resample: Callable[[jax.Array], jax.Array] | None = None
+    skip_3x3: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
+        """`x (B, H, W, C)`, `emb (B, E)` float32 -> `(B, H', W', features)`."""
+        h = GroupNorm(swish=1.0, name="norm_1")(x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv3x3(self.features, self.dtype, "conv_1")(h)
+
+        width = self.features * (2 if self.film else 1)
+        emb = dense(width, jnp.float32, "emb")(nn.silu(emb)).astype(h.dtype)[:, None, None]
+        if self.film:
+            scale, shift = jnp.split(emb, 2, axis=-1)
+            h = nn.silu(GroupNorm(name="norm_2")(h) * (1 + scale) + shift)
+        else:
+            h = GroupNorm(swish=1.0, name="norm_2")(h + emb)
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)
+
+        if x.shape[-1] != self.features:
+            if self.skip_3x3:
+                x = conv3x3(self.features, self.dtype, "skip")(x)
+            else:
+                x = dense(self.features, self.dtype, "skip")(x)
+        return x + h

@@ -1,0 +1,138 @@
+"""Sizes: the released models, the paper's, and the small embedded one.
+
+Field names are those of the released code, so that its users find their way.
+"""
+
+from dataclasses import dataclass, replace
+
+# What each variant concatenates to the noised image; channels in all.
+VARIANTS = {"base": 3, "superres": 6, "inpaint": 7, "superres_inpaint": 10}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes a network (and its weights).
+
+    Attributes:
+        variant: "base", "superres", "inpaint" or "superres_inpaint".
+        image_size: side of the square that it was trained on, in pixels.
+        model_channels: channels of the first level; a multiple of 32.
+        channel_mult: channels of each level as multiples of `model_channels`.
+        num_res_blocks: residual blocks a level.
+        attention_ds: downsampling factors at which there is attention.
+        num_head_channels: channels a head; -1: `num_heads` heads everywhere
+            (`num_heads_upsample` in the decoder, -1: the same).
+        dropout: in the residual blocks, in training only.
+        use_scale_shift_norm: scale and shift by the time embedding, rather than add it.
+        resblock_updown: resample inside residual blocks, rather than by convolutions.
+        out_channels: 6 with learned variance, 3 without.
+        text_ctx, n_vocab: length of a caption in tokens, and number of tokens.
+        xf_width, xf_layers, xf_heads: the text transformer; width 0: no text at all.
+        xf_final_ln, xf_padding: final norm, and learned embeddings at padded positions.
+    """
+
+    variant: str = "base"
+    image_size: int = 64
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    num_res_blocks: int = 3
+    attention_ds: tuple[int, ...] = (2, 4, 8)
+    num_head_channels: int = 64
+    num_heads: int = 1
+    num_heads_upsample: int = -1
+    dropout: float = 0.1
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    out_channels: int = 6
+    text_ctx: int = 128
+    n_vocab: int = 50257
+    xf_width: int = 512
+    xf_layers: int = 16
+    xf_heads: int = 8
+    xf_final_ln: bool = True
+    xf_padding: bool = True
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant {self.variant!r} is none of {', '.join(VARIANTS)}")
+        if self.model_channels % 32:
+            raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
+
+    @property
+    def embed_width(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.model_channels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the stem sees."""
+        return VARIANTS[self.variant]
+
+    @property
+    def upsamples(self) -> bool:
+        """Whether the network is given a low-resolution picture."""
+        return self.variant.startswith("superres")
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the network is given known pixels and their mask."""
+        return self.variant.endswith("inpaint")
+
+
+def base64() -> ModelConfig:
+    """GLIDE (filtered), the released 64x64 model: 385,030,726 parameters."""
+    return ModelConfig()
+
+
+def upsample256() -> ModelConfig:
+    """GLIDE (filtered), the released upsampler 64 -> 256: 398,361,286 parameters."""
+    return ModelConfig(
+        variant="superres",
+        image_size=256,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        attention_ds=(8, 16, 32),
+    )
+
+
+def base64_paper() -> ModelConfig:
+    """The paper's 3.5-billion-parameter model: 2.3B image side, 1.2B text side  (GLIDE, 4.1).
+
+    The number of text heads is not stated; it does not change the parameter count.
+    """
+    return ModelConfig(model_channels=512, xf_width=2048, xf_layers=24, xf_heads=32)
+
+
+def upsample256_paper() -> ModelConfig:
+    """The paper's 1.5-billion-parameter upsampler  (GLIDE, 4.1).
+
+    The depth of its text transformer is not stated; 16 layers give 1.54 billion.
+    """
+    return replace(upsample256(), model_channels=384, xf_width=1024, xf_layers=16, xf_heads=16)
+
+
+def emoji64() -> ModelConfig:
+    """The embedded model: the same architecture, small enough to train on two CPU cores."""
+    return ModelConfig(
+        model_channels=32,
+        channel_mult=(1, 1, 1, 2),
+        num_res_blocks=1,
+        attention_ds=(4, 8),
+        num_head_channels=32,
+        dropout=0.0,
+        text_ctx=32,
+        xf_width=64,
+        xf_layers=3,
+        xf_heads=2,
+    )
+
+
+PRESETS = {
+    "base64": base64,
+    "base64-paper": base64_paper,
+    "inpaint64": lambda: replace(base64(), variant="inpaint"),
+    "upsample256": upsample256,
+    "upsample256-paper": upsample256_paper,
+    "inpaint256": lambda: replace(upsample256(), variant="superres_inpaint"),
+    "emoji64": emoji64,
+}

@@ -1,0 +1,71 @@
+"""What a training run carries from step to step."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glide_jax.models.unet import GLIDE
+from glide_jax.training.config import OptimiserConfig
+
+Params = Any
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "ema", "opt_state"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All float32 but `step`, an int32 scalar: the number of updates made."""
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant, or a cosine to zero at `steps`."""
+    peak = config.learning_rate
+    if config.decay == "cosine":
+        # optax wants the warm-up to end before the run does.
+        warmup = min(config.warmup, max(steps - 1, 0))
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
+    if config.decay == "constant":
+        return optax.linear_schedule(0.0 if config.warmup else peak, peak, max(config.warmup, 1))
+    raise ValueError(f"decay must be constant or cosine, not {config.decay!r}")
+
+
+def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
+    """Gradient clipping and AdamW."""
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.beta_1,
+        b2=config.beta_2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
+    return optax.chain(clip, adamw)
+
+
+def init_params(model: GLIDE, key: jax.Array) -> Params:
+    """Freshly drawn parameters, a tree of float32 arrays."""
+    tokens = jnp.zeros((1, model.config.text_ctx), jnp.int32)
+    mask = jnp.zeros((1, model.config.text_ctx), bool)
+    return model.init(key, tokens, mask, method=GLIDE.initialise)["params"]
+
+
+def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; `ema` begins as a copy of `params`."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimiser.init(params),
+    )

@@ -1,0 +1,162 @@
+"""Parameter trees <-> flat dictionaries under the released models' names.
+
+One table of names serves both directions, and every variant and size.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from glide_jax.errors import GlideError
+from glide_jax.models.presets import ModelConfig
+from glide_jax.models.unet import GLIDE
+from glide_jax.training.state import init_params
+from glide_jax.weights.store import flatten, unflatten
+
+# Ours -> theirs, within a residual block, an attention block, a block of the text transformer.
+_RES = {
+    "norm_1/norm": "in_layers.0",
+    "conv_1": "in_layers.2",
+    "emb": "emb_layers.1",
+    "norm_2/norm": "out_layers.0",
+    "conv_2": "out_layers.3",
+    "skip": "skip_connection",
+}
+_ATTN = {"norm/norm": "norm", "qkv": "qkv", "text_kv": "encoder_kv", "proj": "proj_out"}
+_TEXT = {
+    "norm_1": "ln_1",
+    "qkv": "attn.c_qkv",
+    "proj": "attn.c_proj",
+    "norm_2": "ln_2",
+    "fc_1": "mlp.c_fc",
+    "fc_2": "mlp.c_proj",
+}
+_SINGLE = {
+    "unet/time_1": "time_embed.0",
+    "unet/time_2": "time_embed.2",
+    "unet/down_0": "input_blocks.0.0",
+    "unet/head_norm/norm": "out.0",
+    "unet/head": "out.2",
+    "text/final_norm": "final_ln",
+    "text/pooled": "transformer_proj",
+}
+_TABLES = {
+    "text/token_embedding": "token_embedding.weight",
+    "text/position_embedding": "positional_embedding",
+    "text/padding_embedding": "padding_embedding",
+}
+_MIDDLE = {"res_1": (0, _RES), "attn": (1, _ATTN), "res_2": (2, _RES)}
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def released_name(path: str, paths: set[str]) -> str:
+    """The released name of a parameter, e.g. `unet/mid_attn/qkv/kernel` ->
+    `middle_block.1.qkv.weight`.
+
+    Args:
+        path: keys of our tree, joined by "/".
+        paths: all of them: where a level has no attention, the resampling block moves up a place.
+    """
+    if path in _TABLES:
+        return _TABLES[path]
+    module, leaf = path.rsplit("/", 1)
+    if module in _SINGLE:
+        name = _SINGLE[module]
+    elif m := re.fullmatch(r"text/block_(\d+)/(.+)", module):
+        name = f"transformer.resblocks.{m[1]}.{_TEXT[m[2]]}"
+    elif m := re.fullmatch(r"unet/mid_(res_1|attn|res_2)/(.+)", module):
+        place, names = _MIDDLE[m[1]]
+        name = f"middle_block.{place}.{names[m[2]]}"
+    elif m := re.fullmatch(r"unet/(down|up)_(\d+)_(res|attn)/(.+)", module):
+        blocks = "input_blocks" if m[1] == "down" else "output_blocks"
+        place, names = (0, _RES) if m[3] == "res" else (1, _ATTN)
+        name = f"{blocks}.{m[2]}.{place}.{names[m[4]]}"
+    elif m := re.fullmatch(r"unet/down_(\d+)_conv", module):
+        name = f"input_blocks.{m[1]}.0.op"
+    elif m := re.fullmatch(r"unet/up_(\d+)_(up|conv)(?:/(.+))?", module):
+        place = 2 if f"unet/up_{m[1]}_attn/qkv/kernel" in paths else 1
+        name = f"output_blocks.{m[1]}.{place}.{_RES[m[3]] if m[3] else 'conv'}"
+    else:
+        raise KeyError(path)
+    return f"{name}.{_LEAVES[leaf]}"
+
+
+def _to_ours(array: np.ndarray, kernel: bool) -> np.ndarray:
+    if not kernel:
+        return array
+    if array.ndim == 4 and array.shape[2:] != (1, 1):
+        return array.transpose(2, 3, 1, 0)
+    return array.reshape(array.shape[:2]).T
+
+
+def _to_theirs(array: np.ndarray, path: str) -> np.ndarray:
+    if not path.endswith("/kernel"):
+        return array
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    array = array.T
+    if path.endswith("/skip/kernel"):
+        return array[:, :, None, None]
+    # Attention of the UNet is made of 1-D convolutions there, that of the text of linear layers.
+    return array[:, :, None] if "_attn/" in path else array
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree of a model as `jax.ShapeDtypeStruct`s: no memory is used."""
+    return jax.eval_shape(partial(init_params, GLIDE(config)), jax.random.key(0))
+
+
+def count_params(config: ModelConfig) -> int:
+    """How many parameters a model has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The parameter tree of a model from arrays under released names.
+
+    Args:
+        state_dict: torch layout (convolutions OIHW, linear layers (out, in)), any float dtype.
+
+    Returns:
+        Nested dictionaries of float32 numpy arrays, as `GLIDE(config).apply` takes them.
+
+    Raises:
+        GlideError: parameters are missing, unexpected, or of the wrong shape; it names them.
+    """
+    wanted = flatten(abstract_params(config))
+    names = {path: released_name(path, set(wanted)) for path in wanted}
+    missing = sorted(set(names.values()) - set(state_dict))
+    unexpected = sorted(set(state_dict) - set(names.values()))
+    params, wrong = {}, []
+    for path, name in names.items():
+        if name not in state_dict:
+            continue
+        array = _to_ours(np.asarray(state_dict[name]), path.endswith("/kernel"))
+        if array.shape != wanted[path].shape:
+            wrong.append(f"{name} {array.shape}, not {wanted[path].shape}")
+        params[path] = np.ascontiguousarray(array, dtype=np.float32)
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", wrong),
+        )
+        if found
+    ]
+    if problems:
+        raise GlideError(f"these weights do not fit the model: {'; '.join(problems)}")
+    return unflatten(params)
+
+
+def to_released(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The opposite of `from_released`: arrays in torch layout under released names."""
+    flat = flatten(params)
+    return {
+        released_name(path, set(flat)): np.ascontiguousarray(_to_theirs(np.asarray(a), path))
+        for path, a in flat.items()
+    }

@@ -1,0 +1,263 @@
+"""The project's own form of a model: a folder with `config.json` and `model.safetensors`.
+
+The names of the arrays are paths in the parameter tree, "a/b/kernel". `model.safetensors` can be
+read by anything that reads safetensors; `config.json` says which network it belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from glide_jax.errors import GlideError, UsageError
+
+CONFIG = "config.json"
+MODEL = "model.safetensors"
+
+_HEADER_METADATA = "__metadata__"  # the one name that the format keeps for itself
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+_DTYPE_NAMES = {dtype.name for dtype in _DTYPES.values()}
+
+
+# ---------------------------------------------------------------- trees and flat names
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries -> one with names joined by "/": `{"a": {"b": x}}` -> `{"a/b": x}`.
+
+    Anything that is not a mapping is a leaf and stays as it is; empty dictionaries vanish.
+
+    Raises:
+        UsageError: a key is not text, is empty or holds a "/".
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not isinstance(key, str) or not key or "/" in key:
+            raise UsageError(f"{key!r} cannot be a key of a parameter tree: use text without '/'")
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`: `{"a/b": x}` -> `{"a": {"b": x}}`.
+
+    Raises:
+        UsageError: a name is not text, a part of it is empty, or it is a leaf and a branch at once.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        parts = name.split("/") if isinstance(name, str) else [""]
+        if "" in parts:
+            raise UsageError(f"{name!r} cannot name a parameter: use the form 'a/b/kernel'")
+        for branch in accumulate(parts[:-1], "{}/{}".format):
+            if branch in flat:
+                raise UsageError(f"{branch!r} cannot be a parameter beside {name!r}: rename one")
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = leaf
+    return tree
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_weights(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `config.json` and `model.safetensors` into `folder`, which is made if need be.
+
+    Both are written whole under temporary names, flushed to the disk, and only then renamed, so
+    that an error or a power cut leaves the former files as they were. A cut between the two
+    renames leaves the new arrays beside the former config, each of them whole.
+
+    Args:
+        folder: where to; other files in it are left alone.
+        config: what JSON can hold (tuples come back as lists).
+        params: flat, name "a/b/kernel" -> array of any shape, numpy or JAX, of a float (bfloat16
+            too), integer or bool dtype. Arrays that `load_weights` mapped from this very folder
+            are safe to give, and stay whole.
+        metadata: text -> text, kept in the header of `model.safetensors`.
+
+    Raises:
+        UsageError: config, params or metadata are nothing that can be stored.
+        GlideError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    text = _to_json(config)
+    unflatten(params)  # raises for names that could not be read back
+    arrays = {name: _to_array(name, value) for name, value in params.items()}
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
+    token = secrets.token_hex(4)
+    # The arrays first: should their rename fail (on Windows where they are in use), all is as it was.
+    targets = {folder / f".{name}.{token}.tmp": folder / name for name in (MODEL, CONFIG)}
+    model, config_file = targets
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for target in targets.values():
+            if target.is_dir():
+                raise GlideError(f"{target} is a folder: remove it or save elsewhere")
+        config_file.write_text(text, encoding="utf-8")
+        save_file(arrays, model, dict(metadata or {}) or None)
+        # safetensors lets only the owner read its file; others get what they get of config.json.
+        model.chmod(config_file.stat().st_mode & 0o777)
+        for temporary in targets:
+            _flush(temporary)
+        for temporary, target in targets.items():
+            temporary.replace(target)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(folder)
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise GlideError(
+            f"cannot save to {folder} ({reason}): check its space and permissions"
+        ) from error
+    finally:
+        for temporary in targets:
+            _remove(temporary)
+
+
+def _to_json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"this config cannot be written as JSON: {error}") from error
+
+
+def _to_array(name: str, value: Any) -> np.ndarray:
+    """Contiguous, as safetensors takes the bytes as they lie; unlike ascontiguousarray, 0-d stays."""
+    array = np.asarray(value, order="C")
+    if name == _HEADER_METADATA:
+        raise UsageError(f"{name!r} cannot name a parameter: safetensors uses it")
+    if array.dtype.name not in _DTYPE_NAMES:
+        raise UsageError(f"{name} is of dtype {array.dtype}: convert it to a float, int or bool")
+    return array
+
+
+def _flush(path: Path) -> None:
+    """A rename may reach the disk before the data does; fsync is what forbids it."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(temporary: Path) -> None:
+    """Quietly: where the folder is gone or not ours, the error on its way says so."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_weights(
+    folder: str | Path,
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """Reads what `save_weights` wrote.
+
+    Returns:
+        (config, params, metadata). Params are flat, name "a/b/kernel" -> array, read-only views
+        of the memory-mapped file: opening costs no memory until they are used. Their order is
+        that of the file. Replacing the file by `save_weights` does not disturb them.
+
+    Raises:
+        GlideError: the folder or a file in it is missing, cut short or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise GlideError(f"{folder} {what}: give a folder with {CONFIG} and {MODEL}")
+    for name in (CONFIG, MODEL):
+        if not (folder / name).is_file():
+            raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
+    config = _read_config(folder / CONFIG)
+    params, metadata = _map_arrays(folder / MODEL)
+    return config, params, metadata
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise GlideError(
+            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): mend it, or copy it again"
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise GlideError(f"{path} is not a text of JSON: copy it again") from error
+    if not isinstance(config, dict):
+        raise GlideError(f"{path} must hold a JSON object, {{...}}: copy it again")
+    return config
+
+
+def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The safetensors package would copy every array to memory; mapping needs its header only.
+
+    The format: 8 bytes little-endian, the size of the header; the header, JSON of name -> dtype,
+    shape and the first and last byte; the bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _MAX_HEADER:
+                raise ValueError("a header of more than 100 MB")
+            header = json.loads(file.read(size))
+            data = np.memmap(file, np.uint8, "r")[8 + size :]
+        metadata = header.pop(_HEADER_METADATA, {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata that is not text")
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                kind = str(entry["dtype"])[:20]
+                raise GlideError(f"{path} holds {name[:80]!a} as {kind!a}: convert it to float32")
+        return {name: _view(data, **entry) for name, entry in header.items()}, metadata
+    except OSError as error:
+        raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise GlideError(
+            f"{path} is cut short or damaged: download it or save the model again"
+        ) from error
+
+
+def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    first, last = data_offsets
+    kind = _DTYPES[dtype]
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError("an array that cannot be")
+    if not 0 <= first <= last <= len(data) or last - first != math.prod(shape) * kind.itemsize:
+        raise ValueError("an array beyond the end")
+    return np.ndarray(shape, kind, data[first:last])
