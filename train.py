@@ -16,13 +16,13 @@ from glide_jax.data.sources import open_source
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError
-from glide_jax.models.unet import GLIDE
+from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.runtime import enable_compilation_cache, trunk_dtype
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe
 from glide_jax.training.config import TrainConfig, save_config
 from glide_jax.training.metrics import Logger
-from glide_jax.training.state import init_params, init_state, make_optimiser
+from glide_jax.training.state import init_state, make_optimiser
 from glide_jax.training.step import train_step
 
 
@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> None:
             optimiser=optimiser,
             tables=make_tables(schedule),
             caption_dropout=config.caption_dropout,
+            prediction=config.prediction,
             ema=config.optimiser.ema,
             axis=parallel.AXIS,
         ),
@@ -79,7 +80,7 @@ def train(config: TrainConfig) -> None:
                 if step % config.save_every == 0 or last:
                     checkpoints.save(step, jax.device_get(parallel.unreplicate(state)), batches)
                 if config.sample_every and (step % config.sample_every == 0 or last):
-                    log.samples(step, model, parallel.unreplicate(state).ema, schedule)
+                    log.samples(step, jax.device_get(parallel.unreplicate(state).ema))
     print(f"{config.steps} steps done: {config.folder}")
 
 
@@ -90,14 +91,10 @@ def main() -> None:
         enable_compilation_cache()
         train(config)
     except GlideError as error:
-        sys.exit(f"error: {error}") if error.exit_code == 1 else _usage(error)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the newest checkpoint")
-
-
-def _usage(error: GlideError) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

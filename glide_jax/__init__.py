@@ -1,1 +1,50 @@
-"""glide-jax: text-guided diffusion for making and editing pictures."""
+"""glide-jax: text-guided diffusion for making and editing pictures  (GLIDE, arXiv 2112.10741).
+
+import glide_jax as glide
+pipe = glide.load("emoji64")
+pipe("a red apple", num=4).save("samples")
+"""
+
+from glide_jax import weights
+from glide_jax.diffusion.guidance import (
+    Branch,
+    Guidance,
+    Network,
+    Point,
+    Prediction,
+    classifier_free,
+    clip,
+    guidance,
+)
+from glide_jax.diffusion.sampling import plan, sample, stream
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.models.presets import PRESETS, ModelConfig
+from glide_jax.models.unet import GLIDE
+from glide_jax.pictures import Pictures
+from glide_jax.pipeline import Pipeline, Settings, load
+
+__all__ = [
+    "GLIDE",
+    "PRESETS",
+    "Branch",
+    "GlideError",
+    "Guidance",
+    "ModelConfig",
+    "Network",
+    "Pictures",
+    "Pipeline",
+    "Point",
+    "Prediction",
+    "Settings",
+    "UsageError",
+    "classifier_free",
+    "clip",
+    "guidance",
+    "load",
+    "make_schedule",
+    "plan",
+    "sample",
+    "stream",
+    "weights",
+]

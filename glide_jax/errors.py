@@ -1,5 +1,8 @@
 """The errors that a user can cause and a user can mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GlideError(Exception):
     """One line that says what is wrong and what to do; the command lines print it and exit.
@@ -15,3 +18,9 @@ class UsageError(GlideError):
     """The call cannot be carried out as it was written."""
 
     exit_code = 2
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` where a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f", did you mean {close[0]!r}?" if close else ""

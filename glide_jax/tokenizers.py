@@ -111,7 +111,8 @@ class _BytePair:
     def _wrap(self, **options: str | bool) -> PreTrainedTokenizerFast:
         from transformers import PreTrainedTokenizerFast as Wrapper  # copies what it is given
 
-        return Wrapper(tokenizer_object=self.backend, model_max_length=self.context, **options)
+        options |= {"model_max_length": self.context, "clean_up_tokenization_spaces": False}
+        return Wrapper(tokenizer_object=self.backend, **options)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,9 @@ def open_source(config: DataConfig) -> Source:
         )
     path = Path(config.source).expanduser()
     if path.suffix == ".npz":
-        return load_npz(path, config.split.split("+"), config.concepts or None, config.styles or None)
+        return load_npz(
+            path, config.split.split("+"), config.concepts or None, config.styles or None
+        )
     named = Path(config.data_dir).expanduser() / config.source
     for folder in (path, named):
         if not folder.is_dir():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glide_jax.diffusion.schedule import to_eps
 from glide_jax.errors import UsageError
 
 
@@ -84,7 +85,7 @@ class Branch(NamedTuple):
 CONDITIONAL = Branch("cond")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn"])
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction"])
 @dataclass(frozen=True)
 class Network:
     """A network with its weights: an argument of the sampler, never closed over.
@@ -93,10 +94,12 @@ class Network:
         fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`, noise and (learned variance) its output in
             [-1, 1]; hashable, since it is part of the compiled program's identity.
         params: its weights.
+        prediction: what its first half is, "eps" or "v".
     """
 
     fn: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
     params: Any
+    prediction: str = "eps"
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         return self.fn(self.params, x, t, cond)
@@ -201,7 +204,7 @@ def interleave(trees: Sequence[Any]) -> Any:
 
 
 def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
-    """"cond" and all that the guidances need, each once.
+    """ "cond" and all that the guidances need, each once.
 
     Raises:
         UsageError: two guidances mean different things by one name.
@@ -236,7 +239,16 @@ def noise_predictor(
             )
             output = output.reshape(batch, len(mine), *output.shape[1:])
             outputs |= {b.name: output[:, i] for i, b in enumerate(mine)}
-        eps = {name: output[..., :channels] for name, output in outputs.items()}
+        eps = {
+            b.name: to_eps(
+                networks[b.network].prediction,
+                outputs[b.name][..., :channels],
+                x,
+                point.alpha,
+                point.sigma,
+            )
+            for b in branches
+        }
         v = outputs["cond"][..., channels:]
         frac = (v + 1) / 2 if v.shape[-1] else jnp.zeros_like(x)
         p = Prediction(x, x, frac, jnp.zeros_like(x), eps, point.memory)

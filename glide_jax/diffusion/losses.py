@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.schedule import Schedule, posterior
+from glide_jax.diffusion.schedule import Schedule, posterior, to_eps
 
 
 class Tables(NamedTuple):
@@ -120,6 +120,8 @@ def hybrid_loss(
     t: jax.Array,
     eps: jax.Array,
     output: jax.Array,
+    *,
+    prediction: str = "eps",
     vlb_weight: float | None = None,
 ) -> Terms:
     """`L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
@@ -129,18 +131,25 @@ def hybrid_loss(
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the true noise.
         t: `(B,)` integers.
-        output: `(B, H, W, 2C)` noise and variance, or `(B, H, W, C)` noise alone (no bound then).
+        output: `(B, H, W, 2C)` prediction and variance, or `(B, H, W, C)` prediction alone (no bound
+            then).
+        prediction: what the network predicts: "eps", or "v", `alpha eps - sigma x_0`  (2202.00512).
         vlb_weight: None for T / 1000, that is 0.001 times the estimate `T L_t` of the whole bound.
 
     Returns:
         `Terms`, in the mean over all dimensions of a picture.
     """
     channels = x_0.shape[-1]
-    predicted, v = output[..., :channels], output[..., channels:]
-    mse = mean_flat((predicted - eps) ** 2)
-    if not v.shape[-1]:
+    predicted, variance = output[..., :channels], output[..., channels:]
+    alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
+    target = eps if prediction == "eps" else alpha * eps - sigma * x_0
+    mse = mean_flat((predicted - target) ** 2)
+    if not variance.shape[-1]:
         return Terms(mse, mse, jnp.zeros_like(mse))
+    predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
-    vlb = vlb_weight * vlb_terms(tables, x_0, x_t, t, jax.lax.stop_gradient(predicted), v)
+    vlb = vlb_weight * vlb_terms(
+        tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance
+    )
     return Terms(mse + vlb, mse, vlb)

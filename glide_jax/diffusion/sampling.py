@@ -227,7 +227,5 @@ def stream(
     for first in range(0, len(plan), rows):
         some = slice(first, first + rows)
         part = replace(plan, table=Table(*(column[some] for column in plan.table)))
-        state = run_rows(
-            networks, conds, part, state, noise if is_keys(noise) else noise[some]
-        )
+        state = run_rows(networks, conds, part, state, noise if is_keys(noise) else noise[some])
         yield min(first + rows, len(plan)), state

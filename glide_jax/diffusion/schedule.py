@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,14 @@ class Schedule:
         exact = self.alpha_bar[np.clip(np.round(t).astype(int), 0, len(self) - 1)]
         between = 1 / (1 + np.exp(-2 * self.log_snr(t)))
         return np.where(t == np.round(t), exact, between)
+
+
+PREDICTIONS = ("eps", "v")
+
+
+def to_eps(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
+    """The noise that a network's output means: itself, or `alpha v + sigma x_t`  (2202.00512)."""
+    return output if prediction == "eps" else alpha * output + sigma * x
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 Field names are those of the released code, so that its users find their way.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 # What each variant concatenates to the noised image; channels in all.
 VARIANTS = {"base": 3, "superres": 6, "inpaint": 7, "superres_inpaint": 10}
@@ -77,6 +79,17 @@ class ModelConfig:
     def inpaints(self) -> bool:
         """Whether the network is given known pixels and their mask."""
         return self.variant.endswith("inpaint")
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from plain values, as JSON holds them (lists become tuples).
+
+    Raises:
+        ValueError: an unknown field, named, or a value that makes no model.
+    """
+    if unknown := sorted(set(values) - {f.name for f in fields(ModelConfig)}):
+        raise ValueError(f"unknown field {', '.join(unknown)}")
+    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def base64() -> ModelConfig:

@@ -67,7 +67,9 @@ class TextTransformer(nn.Module):
             raise ValueError(f"tokens must be (B, {self.context}), not {tokens.shape}")
         # The original leaves the two position tables uninitialised; 0.01 is CLIP's choice.
         table = nn.initializers.normal(0.01)
-        embedding = self.param("token_embedding", nn.initializers.normal(1.0), (self.n_vocab, self.width))
+        embedding = self.param(
+            "token_embedding", nn.initializers.normal(1.0), (self.n_vocab, self.width)
+        )
         x = embedding[tokens] + self.param("position_embedding", table, (self.context, self.width))
         if self.padding:
             padding = self.param("padding_embedding", table, (self.context, self.width))
@@ -79,4 +81,3 @@ class TextTransformer(nn.Module):
             x = layer_norm("final_norm")(x).astype(self.dtype)
         pooled = dense(self.pooled_width, self.dtype, "pooled")(x[:, -1])
         return TextFeatures(pooled.astype(jnp.float32), x)
-

@@ -1,5 +1,7 @@
 """The ADM UNet with text conditioning, and `GLIDE`: the UNet together with its text transformer."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -170,7 +172,9 @@ class GLIDE(nn.Module):
         """
         c = self.config
         if (low_res is None) == c.upsamples:
-            raise ValueError(f"variant {c.variant!r} {'needs' if c.upsamples else 'takes no'} low_res")
+            raise ValueError(
+                f"variant {c.variant!r} {'needs' if c.upsamples else 'takes no'} low_res"
+            )
         if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
             raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
         if (text is None) == bool(c.xf_width):
@@ -192,3 +196,10 @@ class GLIDE(nn.Module):
         x = jnp.zeros((batch, c.image_size, c.image_size, 3))
         low_res = x[:, ::4, ::4] if c.upsamples else None
         return self(x, jnp.zeros((batch,)), self.encode_text(tokens, mask), low_res=low_res)
+
+
+def init_params(model: GLIDE, key: jax.Array) -> dict[str, Any]:
+    """Freshly drawn parameters: nested dictionaries of float32 arrays."""
+    tokens = jnp.zeros((1, model.config.text_ctx), jnp.int32)
+    mask = jnp.zeros((1, model.config.text_ctx), bool)
+    return model.init(key, tokens, mask, method=GLIDE.initialise)["params"]

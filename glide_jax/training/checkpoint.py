@@ -56,7 +56,7 @@ class Checkpoints:
         )
         return self._manager.restore(self.latest, args=items)["state"]
 
-    def restore_ema(self, like: TrainState) -> Any:
-        """The newest moving average of the weights, on the host."""
+    def restore_state(self, like: TrainState) -> TrainState:
+        """The newest state alone, as numpy arrays; for a use without the run's data."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return jax.device_get(self._manager.restore(self.latest, args=items)["state"].ema)
+        return jax.device_get(self._manager.restore(self.latest, args=items)["state"])

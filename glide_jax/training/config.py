@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import ModelConfig
 
@@ -64,6 +65,8 @@ class TrainConfig:
     Attributes:
         name: of the run; its folder is `runs/<name>` unless `out` says otherwise.
         schedule, diffusion_steps: the noise schedule that is trained.
+        prediction: what the network predicts: "eps", the noise (the released models), or "v", which
+            weighs all noise levels alike (2202.00512).
         batch_size: pictures a step, over all devices.
         caption_dropout: share of captions that is emptied, for classifier-free guidance.
         dtype: of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
@@ -79,6 +82,7 @@ class TrainConfig:
     model: ModelConfig
     schedule: str = "cosine"
     diffusion_steps: int = 1000
+    prediction: str = "eps"
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     steps: int = 100_000
@@ -101,6 +105,8 @@ class TrainConfig:
             raise UsageError("steps and batch_size must be at least 1")
         if not 0 <= self.caption_dropout <= 1:
             raise UsageError(f"caption_dropout is a share from 0 to 1, not {self.caption_dropout}")
+        if self.prediction not in PREDICTIONS:
+            raise UsageError(f"prediction is {' or '.join(PREDICTIONS)}, not {self.prediction!r}")
         if self.save_every < 1 or self.log_every < 1:
             raise UsageError("save_every and log_every must be at least 1")
 
@@ -146,11 +152,6 @@ def read_config(path: Path) -> TrainConfig:
         return _build(TrainConfig, json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise GlideError(f"cannot read the recipe {path}: {error}") from None
-
-
-def model_config(values: dict) -> ModelConfig:
-    """A `ModelConfig` from JSON values (lists become tuples)."""
-    return _build(ModelConfig, values)
 
 
 def _build(kind: type, values: dict):

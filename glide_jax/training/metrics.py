@@ -8,7 +8,11 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
+from glide_jax.pipeline import Pipeline, Settings
 from glide_jax.training.config import TrainConfig
+from glide_jax.training.export import run_defaults
+from glide_jax.training.state import Params
+from glide_jax.weights.registry import Model
 
 
 class Logger:
@@ -56,5 +60,24 @@ class Logger:
             self._writer.add_scalar(f"train/{name}", value, step)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
 
-    def samples(self, step, model, ema, schedule) -> None:
+    def samples(self, step: int, ema: Params) -> None:
         """Draws the recipe's prompts with the averaged weights: `samples/step_000500.png`."""
+        config = self._config
+        if not config.sample_prompts:
+            return
+        model = Model(
+            config.name,
+            config.model,
+            ema,
+            config.schedule,
+            config.diffusion_steps,
+            config.prediction,
+        )
+        pipe = Pipeline(model, config.dtype, Settings().changed(**run_defaults(config)))
+        grid = pipe(config.sample_prompts, seed=config.seed, progress=False).grid()
+        folder = config.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step_{step:06}.png")
+        self._writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        # Drawing is no part of the training speed.
+        self._since, self._from = time.monotonic(), step

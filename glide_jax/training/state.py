@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import OptimiserConfig
 
 Params = Any
@@ -52,13 +51,6 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
     )
     return optax.chain(clip, adamw)
-
-
-def init_params(model: GLIDE, key: jax.Array) -> Params:
-    """Freshly drawn parameters, a tree of float32 arrays."""
-    tokens = jnp.zeros((1, model.config.text_ctx), jnp.int32)
-    mask = jnp.zeros((1, model.config.text_ctx), bool)
-    return model.init(key, tokens, mask, method=GLIDE.initialise)["params"]
 
 
 def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:

@@ -51,6 +51,7 @@ def loss_fn(
     model: GLIDE,
     tables: Tables,
     caption_dropout: float,
+    prediction: str = "eps",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean hybrid loss of a batch, and its parts  (GLIDE, sec. 2.1 and 4.2).
@@ -66,7 +67,7 @@ def loss_fn(
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     train = dropout_key is not None
     output = model.apply({"params": params}, x_t, t, text, train=train, rngs=rngs)
-    terms = hybrid_loss(tables, x_0, x_t, t, eps, output)
+    terms = hybrid_loss(tables, x_0, x_t, t, eps, output, prediction=prediction)
     metrics = {"loss": terms.loss, "mse": terms.mse, "vlb": terms.vlb}
     return terms.loss.mean(), jax.tree.map(jnp.mean, metrics)
 
@@ -80,6 +81,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
     tables: Tables,
     caption_dropout: float = 0.0,
+    prediction: str = "eps",
     ema: float = 0.9999,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -101,6 +103,7 @@ def train_step(
         model=model,
         tables=tables,
         caption_dropout=caption_dropout,
+        prediction=prediction,
         dropout_key=dropout_key if model.config.dropout else None,
     )
     grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, record_key)

@@ -1,0 +1,23 @@
+"""Weights: the project's own folders, training runs, and files under the released names."""
+
+from glide_jax.weights.registry import Model, load_model
+from glide_jax.weights.released import (
+    abstract_params,
+    count_params,
+    from_released,
+    to_released,
+)
+from glide_jax.weights.store import load_weights, save_weights
+from glide_jax.weights.torch_file import read_torch_file
+
+__all__ = [
+    "Model",
+    "abstract_params",
+    "count_params",
+    "from_released",
+    "load_model",
+    "load_weights",
+    "read_torch_file",
+    "save_weights",
+    "to_released",
+]

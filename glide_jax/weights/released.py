@@ -13,8 +13,7 @@ import numpy as np
 
 from glide_jax.errors import GlideError
 from glide_jax.models.presets import ModelConfig
-from glide_jax.models.unet import GLIDE
-from glide_jax.training.state import init_params
+from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights.store import flatten, unflatten
 
 # Ours -> theirs, within a residual block, an attention block, a block of the text transformer.

@@ -120,7 +120,8 @@ def save_weights(
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
     token = secrets.token_hex(4)
-    # The arrays first: should their rename fail (on Windows where they are in use), all is as it was.
+    # The arrays first: their rename can fail (on Windows, where they are in use); then nothing
+    # has changed.
     targets = {folder / f".{name}.{token}.tmp": folder / name for name in (MODEL, CONFIG)}
     model, config_file = targets
     try:
@@ -156,7 +157,7 @@ def _to_json(config: Mapping[str, Any]) -> str:
 
 
 def _to_array(name: str, value: Any) -> np.ndarray:
-    """Contiguous, as safetensors takes the bytes as they lie; unlike ascontiguousarray, 0-d stays."""
+    """Contiguous, for safetensors takes the bytes as they lie (ascontiguousarray loses 0-d)."""
     array = np.asarray(value, order="C")
     if name == _HEADER_METADATA:
         raise UsageError(f"{name!r} cannot name a parameter: safetensors uses it")
@@ -214,8 +215,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
+        where = f"line {error.lineno}: {error.msg}"
         raise GlideError(
-            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): mend it, or copy it again"
+            f"{path} is not valid JSON ({where}): mend it, or copy it again"
         ) from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise GlideError(f"{path} is not a text of JSON: copy it again") from error

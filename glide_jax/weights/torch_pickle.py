@@ -127,7 +127,7 @@ def _set_items(target: object, flat: list) -> None:
     """Plain keys only: to hash a tuple nested a million deep overflows the C stack."""
     require(isinstance(target, dict) and len(flat) % 2 == 0, "a dictionary that cannot be")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
-        plain = isinstance(key, str | float | None) or isinstance(key, int) and abs(key) < _LIMIT
+        plain = isinstance(key, str | float | None) or (isinstance(key, int) and abs(key) < _LIMIT)
         require(plain, "a dictionary key that is neither text nor number")
         target[key] = value
 

@@ -1,0 +1,152 @@
+"""What sampling returns: pictures that know how they were made."""
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from glide_jax.errors import GlideError
+
+# The text chunk of a PNG file under which a picture's making is kept, as JSON.
+METADATA = "glide_jax"
+
+
+def package_version() -> str:
+    """The installed version, or "source" in a checkout that is not installed."""
+    try:
+        return version("glide-jax")
+    except PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one run.
+
+    Attributes:
+        images: `(N, H, W, 3)` uint8.
+        prompts: the caption of each.
+        seed, first: of the run: picture i was number `first + i` under `seed`.
+        weights: name of the model.
+        settings: how they were sampled.
+    """
+
+    images: np.ndarray
+    prompts: tuple[str, ...]
+    seed: int
+    first: int
+    weights: str
+    settings: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pil(self) -> list[Image.Image]:
+        """Each picture as a `PIL.Image`."""
+        return [Image.fromarray(image) for image in self.images]
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All pictures side by side, as square as they go unless `columns` says otherwise."""
+        return Image.fromarray(image_grid(self.images, columns))
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """What makes picture i again."""
+        return {
+            "prompt": self.prompts[i],
+            "seed": self.seed,
+            "first": self.first + i,
+            "weights": self.weights,
+            **self.settings,
+            "version": package_version(),
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes each picture, and a grid of them where there are several, as PNG.
+
+        Names go on counting from those in the folder; nothing is ever overwritten. Each
+        file carries `metadata(i)` in its text chunk "glide_jax".
+
+        Returns:
+            The files, the grid last.
+
+        Raises:
+            GlideError: the folder cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        writable(folder)
+        start = next_number(folder)
+        files = []
+        try:
+            for i, picture in enumerate(self.pil()):
+                path = folder / f"{start + i:05}_{slug(self.prompts[i])}.png"
+                _write(path, picture, self.metadata(i))
+                files.append(path)
+            if len(self) > 1:
+                path = folder / f"{start:05}-{start + len(self) - 1:05}_grid.png"
+                _write(path, self.grid(), {"pictures": [f.name for f in files]})
+                files.append(path)
+        except OSError as error:
+            raise GlideError(f"cannot write pictures to {folder}: {error}") from None
+        return files
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def writable(folder: Path) -> None:
+    """Makes a folder, and makes sure that it can be written before anything is computed.
+
+    Raises:
+        GlideError: it cannot.
+    """
+    probe = folder / ".glide_jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise GlideError(f"cannot write pictures to {folder}: {error.strerror}") from None
+
+
+def next_number(folder: Path) -> int:
+    """One more than the largest number that a file in the folder begins with."""
+    numbers = (re.match(r"(\d+)(?:-(\d+))?_", p.name) for p in folder.glob("*.png"))
+    return 1 + max((int(m[2] or m[1]) for m in numbers if m), default=-1)
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:50].strip("-") or "empty"
+
+
+def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """`(N, H, W, 3)` uint8 -> one picture, a white line between them."""
+    images = np.asarray(images)
+    n, height, width, _ = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        canvas[y : y + height, x : x + width] = image
+    return canvas
+
+
+def _write(path: Path, picture: Image.Image, metadata: dict[str, Any]) -> None:
+    info = PngInfo()
+    info.add_text(METADATA, json.dumps(metadata))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    # Exclusive creation: two runs at once cannot take each other's names.
+    with path.open("xb") as file:
+        file.write(buffer.getvalue())
