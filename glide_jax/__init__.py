@@ -14,7 +14,9 @@ from glide_jax.diffusion.guidance import (
     Prediction,
     classifier_free,
     clip,
+    gradient,
     guidance,
+    known_pixels,
 )
 from glide_jax.diffusion.sampling import plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
@@ -22,7 +24,8 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.models.unet import GLIDE
 from glide_jax.pictures import Pictures
-from glide_jax.pipeline import Pipeline, Settings, load
+from glide_jax.pipeline import Pipeline, load
+from glide_jax.settings import Settings
 
 __all__ = [
     "GLIDE",
@@ -40,7 +43,9 @@ __all__ = [
     "UsageError",
     "classifier_free",
     "clip",
+    "gradient",
     "guidance",
+    "known_pixels",
     "load",
     "make_schedule",
     "plan",

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from glide_jax.errors import GlideError
+from glide_jax.errors import GlideError, UsageError
 
 # The text chunk of a PNG file under which a picture's making is kept, as JSON.
 METADATA = "glide_jax"
@@ -101,6 +101,64 @@ class Pictures:
         buffer = io.BytesIO()
         self.grid().save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _open(given: Any, what: str) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given
+    try:
+        picture = Image.open(Path(given).expanduser())
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise GlideError(f"cannot read the {what} {given}: {error}") from None
+    return picture
+
+
+def read_pictures(given: Any, size: int | None, batch: int) -> np.ndarray:
+    """Pictures for a batch: `(batch, H, W, 3)` uint8.
+
+    Args:
+        given: `Pictures`, a file, a `PIL.Image`, or a uint8 array `(H, W, 3)` or `(N, H, W, 3)`.
+        size: side to scale them to (bicubic, as the release does); None: left as they are.
+
+    Raises:
+        GlideError: a file that is no picture.
+        UsageError: an array of another kind, or neither one picture nor one for each of the batch.
+    """
+    if isinstance(given, Pictures):
+        given = given.images
+    if not isinstance(given, np.ndarray):
+        given = np.asarray(_open(given, "picture").convert("RGB"))
+    images = given[None] if given.ndim == 3 else given
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UsageError(f"a picture is (H, W, 3) uint8, not {given.shape} {given.dtype}")
+    if len(images) not in (1, batch):
+        raise UsageError(f"{len(images)} pictures for {batch} prompts: give one, or one each")
+    if size is not None and images.shape[1:3] != (size, size):
+        scale = [Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC) for i in images]
+        images = np.stack([np.asarray(i) for i in scale])
+    return np.broadcast_to(images, (batch, *images.shape[1:]))
+
+
+def read_hole(given: Any, size: int, batch: int) -> np.ndarray:
+    """A mask for a batch: `(batch, size, size, 1)` float32, 1 in the hole.
+
+    Args:
+        given: a file, a `PIL.Image`, or an array `(H, W)` or `(N, H, W)`; not zero is hole.
+
+    Raises:
+        GlideError: a file that is no picture.
+        UsageError: an array of another shape.
+    """
+    if not isinstance(given, np.ndarray):
+        given = np.asarray(_open(given, "mask").convert("L")) > 127
+    masks = (given[None] if given.ndim == 2 else given) != 0
+    if masks.ndim != 3 or len(masks) not in (1, batch):
+        raise UsageError(f"a mask is (H, W), or one for each of {batch} prompts, not {given.shape}")
+    # Nearest, as the release enlarges masks: a mask has no grey.
+    rows, columns = (np.arange(size) * n // size for n in masks.shape[1:])
+    masks = masks[:, rows][:, :, columns].astype(np.float32)[..., None]
+    return np.broadcast_to(masks, (batch, *masks.shape[1:]))
 
 
 def writable(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The object that a notebook holds: prompts in, pictures out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,81 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.guidance import Guidance, Network, branches_of, classifier_free, clip
-from glide_jax.diffusion.sampling import Plan, plan, sample, stream
+from glide_jax.diffusion.guidance import Guidance, Network, branches_of, known_pixels
+from glide_jax.diffusion.sampling import sample, stream
 from glide_jax.diffusion.schedule import Schedule, make_schedule
-from glide_jax.diffusion.solvers import SOLVERS, Solver
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.unet import GLIDE
-from glide_jax.pictures import Pictures
+from glide_jax.pictures import Pictures, read_hole, read_pictures
 from glide_jax.runtime import trunk_dtype
+from glide_jax.settings import Settings, describe
 from glide_jax.tokenizers import GPT2Tokenizer
 from glide_jax.weights.registry import Model, load_model
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a picture is sampled; with the prompt, the seed and its number, what makes it again.
-
-    Attributes:
-        steps: network evaluations, or a respacing string of the release ("100", "ddim50",
-            "fast27", "10,10,3,2,2").
-        sampler: "dpm++2m" (few steps), "ddim", or "ddpm" (the paper's ancestral sampling).
-        guidance_scale: of classifier-free guidance; 1 is none, 3 the paper's choice.
-        spacing: "logsnr" (even in log signal-to-noise) or "uniform" (even in time).
-        eta: noise of "ddim", from 0 (deterministic) to 1 (as much as "ddpm").
-        guidance: what acts on the prediction, instead of classifier-free guidance at
-            `guidance_scale` and clipping of the picture to its range.
-    """
-
-    steps: int | str = 25
-    sampler: str = "dpm++2m"
-    guidance_scale: float = 3.0
-    spacing: str = "logsnr"
-    eta: float = 0.0
-    guidance: tuple[Guidance, ...] | None = None
-
-    def changed(self, **values: Any) -> "Settings":
-        """These settings with some replaced; None leaves a value as it is.
-
-        Raises:
-            UsageError: there is no such setting.
-        """
-        names = [f.name for f in fields(self)]
-        for name in values:
-            if name not in names:
-                raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
-        return replace(self, **{k: v for k, v in values.items() if v is not None})
-
-    def solver(self) -> Solver:
-        """The solver that `sampler` names.
-
-        Raises:
-            UsageError: there is none of that name, or it has no eta.
-        """
-        if self.sampler not in SOLVERS:
-            raise UsageError(
-                f"unknown sampler {self.sampler!r}{nearest(self.sampler, SOLVERS)}: "
-                f"choose one of {', '.join(SOLVERS)}"
-            )
-        if self.eta and self.sampler != "ddim":
-            raise UsageError(f"eta belongs to the sampler ddim, not to {self.sampler}")
-        solver = SOLVERS[self.sampler]
-        return partial(solver, eta=self.eta) if self.sampler == "ddim" else solver
-
-    def guidances(self) -> tuple[Guidance, ...]:
-        """What acts on the prediction, innermost first."""
-        if self.guidance is not None:
-            return tuple(self.guidance)
-        free = () if self.guidance_scale == 1 else (classifier_free(scale=self.guidance_scale),)
-        return (*free, clip())
-
-    def plan(self, schedule: Schedule) -> Plan:
-        """The plan of these settings on a noise schedule."""
-        grid = make_grid(schedule, self.steps, self.spacing)
-        return plan(schedule, grid, self.solver(), self.guidances())
 
 
 @dataclass(frozen=True)
@@ -111,11 +47,14 @@ class Pipeline:
     Attributes:
         model: sizes and weights.
         dtype: of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
+        settings: what is not said in a call.
+        upsampler: draws the large picture from the small one, if there is one.
     """
 
     model: Model
     dtype: str = "auto"
     settings: Settings = field(default_factory=Settings)
+    upsampler: "Pipeline | None" = None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -146,44 +85,57 @@ class Pipeline:
         num: int = 1,
         seed: int = 0,
         first: int = 0,
+        image: Any = None,
+        mask: Any = None,
+        low_res: Any = None,
         progress: bool = True,
         **settings: Any,
     ) -> Pictures:
         """Draws `num` pictures of each prompt.
 
-        Picture i of a run is drawn from `fold_in(key(seed), i)` alone, so that `first=i, num=1` makes
-        it again, whatever was drawn beside it.
+        Picture i of a run is drawn from `fold_in(key(seed), i)` alone, so that `first=i, num=1`
+        makes it again, whatever was drawn beside it.
 
         Args:
             prompts: one, or several; "" is unconditional.
             seed: of the run.
             first: number of the first picture.
+            image: picture to fill a hole of (inpainting models): a file, a `PIL.Image`, or an array
+                `(H, W, 3)` or `(N, H, W, 3)` of uint8; scaled to the model's size.
+            mask: the hole: a file, a `PIL.Image`, or an array `(H, W)` of bool or uint8; white
+                (not zero) is drawn anew, black is kept.
+            low_res: small pictures to enlarge (upsamplers): `Pictures`, or like `image`.
             progress: show a progress bar.
             **settings: any field of `Settings`.
 
         Raises:
-            UsageError: a setting is unknown or cannot be carried out, or there is no prompt.
+            UsageError: a setting is unknown or cannot be carried out, there is no prompt, or the
+                model does not take, or lacks, what is given.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or num < 1:
             raise UsageError("give at least one prompt, and a num of at least 1")
         settings = self.settings.changed(**settings)
-        run = settings.plan(self.schedule)
         captions = [prompt for prompt in prompts for _ in range(num)]
-        batch, size = len(captions), self.model.config.image_size
+        extras = self._extras(len(captions), image, mask, low_res)
+        maps = ()
+        if "inpaint_image" in extras:
+            maps = (known_pixels(image=extras["inpaint_image"], mask=extras["inpaint_mask"]),)
+        guidances = settings.guidances(*maps)
+        run = settings.plan(self.schedule, guidances)
 
-        conds = self._conditions(captions, settings.guidances())
-        keys = picture_keys(seed, first + np.arange(batch))
-        x = jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(keys[:, 0])
+        conds = self._conditions(captions, guidances, extras)
+        keys = picture_keys(seed, first + np.arange(len(captions)))
+        x = start_noise(keys[:, 0], self.model.config.image_size) * settings.temperature
         arguments = {"main": self.network}, conds, run, x, keys[:, 1]
         if progress:
-            with tqdm.tqdm(total=len(run), unit="step", desc=f"{batch} pictures") as bar:
+            with tqdm.tqdm(total=len(run), unit="step", desc=f"{len(x)} pictures") as bar:
                 for done, state in stream(*arguments):
                     jax.block_until_ready(state.x)
                     bar.update(done - bar.n)
         else:
             state = sample(*arguments)
-        return Pictures(
+        pictures = Pictures(
             images=to_uint8(state.x),
             prompts=tuple(captions),
             seed=seed,
@@ -191,8 +143,40 @@ class Pipeline:
             weights=self.model.name,
             settings=describe(settings),
         )
+        if self.upsampler is None:
+            return pictures
+        up = self.upsampler
+        large = {"image": image, "mask": mask} if up.model.config.inpaints else {}
+        return up(captions, seed=seed, first=first, low_res=pictures, progress=progress, **large)
 
-    def _conditions(self, captions: Sequence[str], guidances: Sequence[Guidance]) -> dict[str, Any]:
+    def _extras(self, batch: int, image: Any, mask: Any, low_res: Any) -> dict[str, jax.Array]:
+        """What the network is given beside the caption, checked against its variant."""
+        config, extras = self.model.config, {}
+        for name, given, takes in (
+            ("image", image, config.inpaints),
+            ("mask", mask, config.inpaints),
+            ("low_res", low_res, config.upsamples),
+        ):
+            if given is not None and not takes:
+                raise UsageError(
+                    f"{self.model.name} is a {config.variant} model: it takes no {name}"
+                )
+        if config.upsamples:
+            if low_res is None:
+                raise UsageError(f"{self.model.name} enlarges pictures: give it some as low_res")
+            extras["low_res"] = from_uint8(read_pictures(low_res, None, batch))
+        if config.inpaints and image is not None:
+            if mask is None:
+                raise UsageError("an image to inpaint needs a mask of the hole")
+            size = config.image_size
+            known = 1 - read_hole(mask, size, batch)
+            extras["inpaint_image"] = from_uint8(read_pictures(image, size, batch)) * known
+            extras["inpaint_mask"] = known
+        return extras
+
+    def _conditions(
+        self, captions: Sequence[str], guidances: Sequence[Guidance], extras: dict[str, jax.Array]
+    ) -> dict[str, Any]:
         """Conditioning of each branch; every distinct caption is encoded once."""
         branches = branches_of(guidances)
         texts = {
@@ -201,9 +185,9 @@ class Pipeline:
         distinct = list(dict.fromkeys(text for some in texts.values() for text in some))
         features = self.text_features(distinct)
 
-        def rows(some: Sequence[str]) -> dict[str, TextFeatures]:
+        def rows(some: Sequence[str]) -> dict[str, Any]:
             index = np.array([distinct.index(text) for text in some])
-            return {"text": jax.tree.map(lambda leaf: leaf[index], features)}
+            return {"text": jax.tree.map(lambda leaf: leaf[index], features)} | extras
 
         return {name: rows(some) for name, some in texts.items()}
 
@@ -214,30 +198,38 @@ def picture_keys(seed: int, numbers: np.ndarray) -> jax.Array:
     return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.asarray(numbers))
 
 
+def start_noise(keys: jax.Array, size: int) -> jax.Array:
+    """`(B, size, size, 3)` standard normal, a picture from each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(keys)
+
+
 def to_uint8(x: jax.Array) -> np.ndarray:
     """`[-1, 1] -> 0..255`, rounded to even as the released code does."""
     return np.asarray(jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 
-def describe(settings: Settings) -> dict[str, Any]:
-    """Settings as plain values, for a picture's metadata."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    guidance = values.pop("guidance")
-    if guidance is not None:
-        values["guidance"] = [
-            {"name": g.fn.__name__, "span": g.span}
-            | {k: np.asarray(v).tolist() for k, v in g.args.items()}
-            for g in guidance
-        ]
-    return values
+def from_uint8(images: np.ndarray) -> jax.Array:
+    """`0..255 -> [-1, 1]` float32."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-def load(weights: str | Path = "emoji64", *, dtype: str = "auto") -> Pipeline:
-    """A pipeline from weights: a name ("emoji64"), a folder of weights, or a run of `train.py`.
+def load(
+    weights: str | Path = "emoji64", *, upsampler: str | Path | None = None, dtype: str = "auto"
+) -> Pipeline:
+    """A pipeline from weights.
+
+    Args:
+        weights: a name ("emoji64", "openai/base", ...), a folder of weights, a `.pt` file under the
+            released names, or a run of `train.py`.
+        upsampler: weights of an upsampler, which then enlarges each picture.
+        dtype: see `Pipeline`.
 
     Raises:
         UsageError: no such weights.
-        GlideError: they are broken.
+        GlideError: they are broken, or cannot be downloaded.
     """
     model = load_model(weights)
-    return Pipeline(model, dtype, Settings().changed(**model.defaults))
+    larger = None if upsampler is None else load(upsampler, dtype=dtype)
+    if larger is not None and not larger.model.config.upsamples:
+        raise UsageError(f"{upsampler} is no upsampler")
+    return Pipeline(model, dtype, Settings().changed(**model.defaults), larger)

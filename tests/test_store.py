@@ -4,8 +4,6 @@ import json
 import os
 import stat
 import struct
-import subprocess
-import sys
 from collections import UserDict
 from pathlib import Path
 
@@ -189,20 +187,18 @@ def test_files_are_on_the_disk_before_they_get_their_names(saved, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 def test_a_full_disk(saved):
     """A limit on the size of files fails inside the writer, as a full disk does."""
+    import resource
+
     before = contents(saved)
-    program = (
-        "import resource, sys, numpy as np\n"
-        "from glide_jax.errors import GlideError\n"
-        "from glide_jax.weights.store import save_weights\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n"
-        "try:\n    save_weights(sys.argv[1], {'v': 2}, {'w': np.zeros(10**5)})\n"
-        "except GlideError as error:\n    print(error)\n"
-    )
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", program, saved], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(f"cannot save to {saved} (") and "File too large" in done.stdout
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
+    try:
+        with pytest.raises(GlideError) as caught:
+            save_weights(saved, {"version": 2}, {"w": np.zeros(10**5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = one_line(caught)
+    assert message.startswith(f"cannot save to {saved} (") and "File too large" in message
     assert contents(saved) == before
 
 

@@ -20,10 +20,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -215,9 +219,144 @@ def _known(what: str, wanted: Iterable[str], have: Iterable[str], path: str | os
     for name in wanted:
         if name not in have:
             lower = {h.lower(): h for h in have}
-            near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-            if near:
-                hint = f"; the nearest is {lower[near[0]]!r}"
-            else:
-                hint = f"; there are {', '.join(have)}" if len(have) <= 20 else ""
+            word = str(name).lower()
+            near = (
+                difflib.get_close_matches(word, lower, n=1, cutoff=0.6)
+                or [h for h in lower if word in h.split()]
+                or difflib.get_close_matches(word, lower, n=1, cutoff=0.0)
+            )
+            hint = f"; the nearest is {lower[near[0]]!r}" if near else ""
             raise UsageError(f"{path}: no {what} {name!r}{hint}")
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Identifies the content of an .npz file by the checksums in its directory, without reading it.
+
+    Raises GlideError for a missing or broken file.
+    """
+    with _opened(path) as file:
+        members = sorted((m.filename, m.CRC) for m in file.infolist())
+    return f"{zlib.crc32(repr(members).encode()):08x}"
+
+
+def prepare(npz: str | os.PathLike, data_dir: str | os.PathLike) -> Path:
+    """Writes the pictures as a tensorflow-datasets data set in array_record format: its folder.
+
+    64x64 pictures become `data_dir`/emoji64/1.0.0, 256x256 ones `data_dir`/emoji256/1.0.0. The
+    folder is made under another name and moved there when it is whole, so that an interrupted
+    run never leaves a data set that looks complete; if it is there already, nothing is done.
+
+    Raises GlideError if the .npz file is broken or the folder holds other pictures, UsageError
+    if the pictures have another size.
+    """
+    from glide_jax.data.emoji64_builder import BUILDERS
+
+    size = next(iter(iter_images(npz))).shape[1]
+    if size not in BUILDERS:
+        raise UsageError(f"{npz}: {size}x{size} pictures; a data set is made of 64x64 or 256x256")
+    builder = BUILDERS[size]
+    place = Path(data_dir) / builder.name / str(builder.VERSION)
+    if place.exists():
+        _is_of(place, npz)
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the data set, not in it: what a killed run leaves there must not be found as one.
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".partial-") as temporary:
+        made = builder(npz=npz, data_dir=temporary, file_format="array_record")
+        made.download_and_prepare()
+        os.replace(made.data_dir, place)
+    return place
+
+
+def _is_of(place: Path, npz: str | os.PathLike) -> None:
+    """Raises GlideError unless the data set in `place` was made of the pictures in `npz`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(place).info
+    except (OSError, ValueError, tfds.core.registered.DatasetNotFoundError) as error:
+        raise GlideError(
+            f"{place}: not a data set ({error}); delete it and run this again"
+        ) from error
+    if (info.metadata or {}).get("npz") != fingerprint(npz):
+        raise GlideError(
+            f"{place}: holds a data set of other pictures; delete it or choose another"
+        )
+
+
+def __getattr__(name: str):
+    # The builders need tensorflow-datasets when they are defined, which load_npz does not.
+    if name in ("Emoji64", "Emoji256"):
+        from glide_jax.data import emoji64_builder
+
+        return getattr(emoji64_builder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> None:
+    """The command line; exits with 1 or 2 and one line where something is wrong."""
+    import tyro
+
+    def fetch(to: Path, vendors: tuple[str, ...] | None = None) -> None:
+        """Download the source packages (58 MB), each at its pinned version, and verify them.
+
+        npm and apt-get do the downloading. Where one of them is missing, put the archive into
+        the folder by hand: whatever is there is verified and not downloaded again.
+
+        Args:
+            to: Folder for the archives; made if need be.
+            vendors: Only these sets of drawings (default: all eleven).
+        """
+        from glide_jax.data.emoji_sources import fetch_sources
+
+        fetch_sources(to, vendors)
+        print(f"the sources are in {to}")
+
+    def rasterise(
+        sources: Path,
+        out: Path,
+        size: Literal[64, 256] = 64,
+        workers: int = 2,
+        vendors: tuple[str, ...] | None = None,
+    ) -> None:
+        """Render the drawings (pip install 'glide-jax[data]') and write the .npz file.
+
+        Args:
+            sources: The folder that `fetch` filled.
+            out: The file to write.
+            size: Height and width of the pictures. Record i is the same drawing at both sizes.
+            workers: Processes that render.
+            vendors: Only these sets of drawings (default: all eleven).
+        """
+        from glide_jax.data.emoji_raster import rasterise
+
+        print(f"{rasterise(sources, out, size, workers, vendors)} pictures in {out}")
+
+    def prepare_(npz: Path, data_dir: Path) -> None:
+        """Write the pictures as a tensorflow-datasets data set (array_record, no TensorFlow).
+
+        Args:
+            npz: The file that `rasterise` wrote.
+            data_dir: Folder of data sets; the pictures go to emoji64/1.0.0 in it.
+        """
+        print(f"the data set is in {prepare(npz, data_dir)}")
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"fetch": fetch, "rasterise": rasterise, "prepare": prepare_},
+            prog="python -m glide_jax.data.emoji64",
+            description=__doc__,
+        )
+    except GlideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,35 +1,21 @@
-"""From the archives of `emoji_sources` to pictures with captions: what `rasterise` does.
+"""What is in the archives of `emoji_sources`: drawings, and the words for them.
 
-`records` walks through the archives in a fixed order and gives every drawing its caption;
-`draw` renders one; `rasterise` drops blank pictures and repetitions, assigns the splits and
-writes the .npz file. Given the same archives the file has the same content.
+`records` walks through one archive in a fixed order and gives every drawing its caption.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import hashlib
-import io
-import os
 import re
 import unicodedata
-import zipfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
-
-from glide_jax.data.emoji_sources import NAMES, PACKAGES, check_sources, read_json, read_members
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.data.emoji_sources import NAMES, PACKAGES, read_json, read_members
 
 # Clip art above this size is a scan or a collage of hundreds of objects (eight files).
 MAX_SVG_BYTES = 1_000_000
-SPLIT_CELLS = Path(__file__).with_name("emoji64_splits.txt.gz")
 
 
 class Vendor(NamedTuple):
@@ -238,45 +224,3 @@ def _clip_art_title(tree: ElementTree.Element, name: str) -> str:
         title = re.sub(r"[_-]+", " ", Path(name).name)
     title = re.sub(r"[_-]", " ", title.replace(".svg", "")).strip()
     return re.sub(r"\s+\d+\w?$", "", title).strip()  # the number in a series
-
-
-def draw(record: Record, size: int) -> bytes | None:
-    """One drawing on white: (size, size, 3) uint8 as bytes; None if it cannot be read.
-
-    A drawing that is not square is centred. Raises GlideError if resvg-py is not installed.
-    """
-    from PIL import Image
-
-    if isinstance(record.art, bytes):
-        picture = Image.open(io.BytesIO(record.art))
-    else:
-        png = _render(record.art, width=size)
-        if png is None:
-            return None
-        picture = Image.open(io.BytesIO(png))
-        # Icons that are a little too tall are shrunk below, like the pictures; clip art may be
-        # ten times as tall as wide and is rendered again.
-        if picture.height > size and record.vendor in ("openclipart", "tango"):
-            picture = Image.open(io.BytesIO(_render(record.art, height=size)))
-    picture = picture.convert("RGBA")
-    scale = size / max(picture.size)
-    if scale != 1:
-        fitted = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(fitted, Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
-    canvas.alpha_composite(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-    return canvas.convert("RGB").tobytes()
-
-
-def _render(svg: str, **extent: int) -> bytes | None:
-    """The SVG as a PNG of that width or height; None if it is not valid."""
-    try:
-        import resvg_py
-    except ImportError:
-        raise GlideError("resvg-py is not installed: pip install 'glide-jax[data]'") from None
-    try:
-        # dpi: at resvg-py's default of 0, lengths in mm or pt become 0 and the file is refused.
-        # Fonts: text would differ from machine to machine.
-        return resvg_py.svg_to_bytes(svg_string=svg, dpi=96, skip_system_fonts=True, **extent)
-    except ValueError:
-        return None

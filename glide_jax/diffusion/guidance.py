@@ -190,6 +190,34 @@ def clip(predict: Predict, x: jax.Array, point: Point, *, low=-1.0, high=1.0) ->
     return p.with_x_0(jnp.clip(p.x_0, per_image(low), per_image(high)), x, point)
 
 
+@guidance()
+def known_pixels(predict: Predict, x: jax.Array, point: Point, *, image, mask) -> Prediction:
+    """`x_0 (1 - m) + image m`: where the mask is 1 the picture is known  (GLIDE, sec. 4.3).
+
+    Args:
+        image: `(B, H, W, 3)` in [-1, 1]; mask: `(B, H, W, 1)`.
+    """
+    p = predict(x, point)
+    return p.with_x_0(p.x_0 * (1 - mask) + image * mask, x, point)
+
+
+@guidance()
+def gradient(
+    predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond, scale
+) -> Prediction:
+    """`score + s grad log p(y | x_t)`  (ADM, 2105.05233, sec. 4); after all that maps `x_0`.
+
+    Args:
+        log_prob: a network whose output is `(B,)`, the log-probability up to a constant; for
+            noised CLIP `100 f(x_t, t) . g(c)`  (GLIDE, eq. 3).
+        cond: its conditioning, arrays batch first.
+    """
+    p = predict(x, point)
+    t = jnp.full((x.shape[0],), point.t)
+    slope = jax.grad(lambda x: log_prob(x, t, cond).sum())(x)
+    return p._replace(score=p.score + per_image(scale) * slope)
+
+
 def interleave(trees: Sequence[Any]) -> Any:
     """K trees of `(B, ...)` as one of `(B * K, ...)`, image by image.
 

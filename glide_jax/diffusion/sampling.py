@@ -106,8 +106,12 @@ def _to_device_dtype(column: np.ndarray) -> np.ndarray:
 
 
 def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
-    # float32 arrays: a Python float and an array would compile twice.
-    return {k: jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), v) for k, v in args.items()}
+    # Numbers as float32 arrays: a Python float, an int and an array would each compile anew.
+    def convert(value: Any) -> Any:
+        exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
+        return value if exact else jnp.asarray(value, jnp.float32)
+
+    return jax.tree.map(convert, args)
 
 
 def start(plan: Plan, x: jax.Array) -> State:

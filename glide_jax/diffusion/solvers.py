@@ -9,11 +9,13 @@ guided prediction, history H (newest first) and anchor y:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from glide_jax.diffusion.schedule import Schedule, posterior
+from glide_jax.errors import UsageError
 
 HISTORY = 4
 
@@ -200,4 +202,116 @@ def dpm_solver_2m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     )
 
 
-SOLVERS: dict[str, Solver] = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver_2m}
+def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+    """DDIM run backwards, from a picture to the noise that draws it  (DDIM, sec. 4.3; GLIDE, A.2).
+
+    Visits the grid from its cleanest level, and ends in pure noise.
+    """
+    forward = one_row_a_step(schedule, grid)
+    flipped = Table(*(column[::-1] for column in forward))
+    noisier = np.append(flipped.alpha[1:], 0.0)
+    next_sigma = np.append(flipped.sigma[1:], 1.0)
+    away = next_sigma / flipped.sigma
+    return flipped._replace(
+        next_alpha=noisier,
+        next_sigma=next_sigma,
+        Qx=away,
+        E=_history(noisier - away * flipped.alpha),
+        index=forward.index,
+    )
+
+
+def _rows(rows: list[dict]) -> Table:
+    """A table from rows that predict noise; columns left out are zero."""
+    empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
+    whole = {"keep": 1.0, "index": 0, "step": 0, "program": 0}
+    columns = {
+        name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
+        for name in Table._fields
+    }
+    table = Table(**columns)
+    return table._replace(
+        u=1 / table.sigma,
+        v=-table.alpha / table.sigma,
+        score_x_0=table.sigma**2 / table.alpha,
+        index=np.arange(len(rows)),
+    )
+
+
+def _step_rows(step: int, points: list[tuple], multistep: bool) -> list[dict]:
+    """Rows of one step of PLMS or of PRK; `points` are `(t, alpha, sigma)` at its start, middle, end."""
+    (t, a, s), (_, next_a, next_s) = points[0], points[-1]
+
+    def evaluate(point, to, moves, weights, **more):
+        # Transfer of x from the step's start along a slope: alpha'/alpha x + (...) eps.
+        _, to_a, to_s = to
+        slope = to_s - to_a * s / a
+        at = dict(zip(("t", "alpha", "sigma"), point, strict=True))
+        history = np.zeros((HISTORY, HISTORY + 1))
+        for place, (column, weight) in moves:
+            history[place, column] = weight
+        x_from = "Qx" if multistep else "Qy"
+        towards = {x_from: to_a / a, "E": slope * np.array([*weights, 0, 0, 0][:HISTORY])}
+        return (
+            at
+            | towards
+            | {"S": history, "step": step, "next_alpha": next_a, "next_sigma": next_s}
+            | more
+        )
+
+    start, middle, end = points
+    if multistep:
+        shift = [(i, (i, 1.0)) for i in range(HISTORY)]
+        return [evaluate(start, end, shift, np.array([55, -59, 37, -9]) / 24)]
+    # Within a step the history holds the slope, the sum so far, and two slopes of steps before.
+    old = [(2, (3, 1.0)), (3, (4, 1.0))]
+    first = [(0, (0, 1.0)), (1, (0, 1.0)), (2, (1, 1.0)), (3, (2, 1.0))]
+    inner = [(0, (0, 1.0)), (1, (0, 2.0)), (1, (2, 1.0)), *old]
+    last = [(0, (0, 1 / 6)), (0, (2, 1 / 6)), (1, (3, 1.0)), (2, (4, 1.0))]
+    return [
+        evaluate(start, middle, first, [1], Px=1.0),
+        evaluate(middle, middle, inner, [1], Py=1.0),
+        evaluate(middle, end, inner, [1], Py=1.0),
+        evaluate(end, end, last, [1], Py=1.0),
+    ]
+
+
+def plms(
+    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, runge_kutta: bool = False
+) -> Table:
+    """Pseudo linear multistep on the noise, warmed up by Runge-Kutta  (PNDM, 2202.09778).
+
+    As in the forks of the released code: levels between two steps interpolate alpha-bar, and
+    the first and the last level of the grid are left out, so that N levels make N - 2 steps and the
+    picture keeps the noise of the cleanest one.
+
+    Args:
+        runge_kutta: every step by Runge-Kutta (PRK), four evaluations each.
+
+    Raises:
+        UsageError: fewer than three levels.
+    """
+    if len(grid) < 3:
+        raise UsageError(f"plms needs at least three levels, not {len(grid)}")
+    alpha_bar = schedule.alpha_bar_at(grid)
+
+    def point(i, j):
+        level = (alpha_bar[i] + alpha_bar[j]) / 2
+        return (grid[i] + grid[j]) / 2, np.sqrt(level), np.sqrt(1 - level)
+
+    rows, since = [], 0
+    for i in range(1, len(grid) - 1):
+        since = 0 if breaks[i] else since
+        points = [point(i, i), point(i, i + 1), point(i + 1, i + 1)]
+        rows += _step_rows(i, points, multistep=since >= 3 and not runge_kutta)
+        since += 1
+    return _rows(rows)
+
+
+SOLVERS: dict[str, Solver] = {
+    "dpm++2m": dpm_solver_2m,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "plms": plms,
+    "prk": partial(plms, runge_kutta=True),
+}

@@ -8,7 +8,8 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
-from glide_jax.pipeline import Pipeline, Settings
+from glide_jax.pipeline import Pipeline
+from glide_jax.settings import Settings
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.export import run_defaults
 from glide_jax.training.state import Params

@@ -152,6 +152,17 @@ def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> 
     return unflatten(params)
 
 
+def released_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released form of a parameter tree, abstract or not."""
+    shapes = {}
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        # A view of one element has the strides of nothing: no memory for 3.5 billion parameters.
+        shape = _to_theirs(np.broadcast_to(np.float32(0), leaf.shape), path).shape
+        shapes[released_name(path, set(flat))] = shape
+    return shapes
+
+
 def to_released(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The opposite of `from_released`: arrays in torch layout under released names."""
     flat = flatten(params)

@@ -1,0 +1,51 @@
+"""python -m glide_jax.evaluation --recipe configs/emoji64.py --data emoji64.npz"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from glide_jax.errors import GlideError
+from glide_jax.evaluation.nearest import report
+from glide_jax.pipeline import load
+from glide_jax.runtime import enable_compilation_cache
+from glide_jax.training.config import load_recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draws training captions and held-out pairs, and finds the nearest training pictures."""
+
+    recipe: Path
+    """The recipe that the weights were trained with: which data it saw."""
+    data: str
+    """The data set, an .npz file."""
+    weights: str = "emoji64"
+    """A name, a folder of weights, or a run of train.py."""
+    out: Path = Path("evaluation")
+    """Folder for the sheets and nearest.json."""
+    seed: int = 0
+    """Of the choice of captions, and of the pictures."""
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, prog="python -m glide_jax.evaluation")
+    try:
+        enable_compilation_cache()
+        config = load_recipe(options.recipe)
+        config = replace(config, data=replace(config.data, source=options.data))
+        found = report(load(options.weights), config, options.out, seed=options.seed)
+        for name in ("training_captions", "held_out_pairs"):
+            print(
+                f"{name}: nearest picture is right for {found[name]['right']} of {found[name]['of']}"
+            )
+        print(f"sheets in {options.out}")
+    except GlideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Reference values: outputs of the original PyTorch code (float32 on a CPU, dropout off).
+
+`fixtures/golden/*.npz` hold inputs and outputs of openai/glide-text2im and openai/guided-diffusion
+for tiny networks with random weights, in torch's layout: images `(B, C, H, W)`, sequences
+`(B, W, L)`, convolutions OIHW. The helpers here turn them into ours.
+"""
+
+import json
+from dataclasses import fields, replace
+from functools import cache, partial
+from pathlib import Path
+from types import MappingProxyType
+
+import jax
+import numpy as np
+
+from glide_jax.diffusion.guidance import Network
+from glide_jax.diffusion.sampling import Plan
+from glide_jax.diffusion.solvers import Table
+from glide_jax.models.presets import ModelConfig, model_config
+from glide_jax.models.unet import GLIDE
+from glide_jax.weights.released import from_released
+
+FOLDER = Path(__file__).parent / "fixtures" / "golden"
+SCHEDULES = {"squaredcos_cap_v2": "cosine", "cosine": "cosine", "linear": "linear"}
+# A variant's file of weights holds its stem alone; all else is shared.
+SHARED_WEIGHTS = {"inpaint": "base", "superres_inpaint": "superres"}
+TEXT_SIDE = ("transformer", "token_embedding", "positional_embedding", "final_ln")
+
+
+@cache
+def load(name: str) -> MappingProxyType:
+    """All arrays of `fixtures/golden/<name>.npz`, read-only."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = dict(file)
+    for array in arrays.values():
+        array.flags.writeable = False
+    return MappingProxyType(arrays)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """Channels last, from `(B, C, H, W)` or `(B, W, L)`."""
+    return np.moveaxis(x, 1, -1)
+
+
+def steps_nhwc(x: np.ndarray) -> np.ndarray:
+    """Channels last, from `(N, B, C, H, W)`."""
+    return np.moveaxis(x, 2, -1)
+
+
+def error(found, wanted) -> float:
+    """`max |found - wanted|`; shapes must agree, and nothing may be NaN."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert found.shape == wanted.shape
+    return np.abs(found - wanted).max()
+
+
+def assert_close(found, wanted, tolerance: float) -> None:
+    """`|found - wanted| <= tolerance` everywhere."""
+    worst = error(found, wanted)
+    assert worst <= tolerance, f"off by {worst:.2e}, more than {tolerance:.0e}"
+
+
+def assert_relative(found, wanted, tolerance: float, floor: float = 0.0) -> None:
+    """`|found - wanted| <= tolerance max|wanted|`, for each entry of the first axis on its own.
+
+    Row by row, since pictures at noisy steps are thousands of times larger than the others.
+    """
+    assert len(found) == len(wanted)
+    for row, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        scale = max(np.abs(b).max(), floor)
+        worst = error(a, b)
+        assert worst <= tolerance * scale, f"row {row}: {worst / scale:.2e} of the largest value"
+
+
+def config(name: str) -> ModelConfig:
+    """The tiny model of that name in configs.json."""
+    given = json.loads((FOLDER / "configs.json").read_text())[name]
+    known = {field.name for field in fields(ModelConfig)}
+    return model_config({"image_size": 16} | {k: v for k, v in given.items() if k in known})
+
+
+@cache
+def state_dict(name: str) -> MappingProxyType:
+    """Its weights, under the released names."""
+    if name.startswith("alt"):
+        arrays = load("unet_alt_add")
+        weights = {k.removeprefix("sd."): v for k, v in arrays.items() if k.startswith("sd.")}
+        if name == "alt_notext":
+            weights = {
+                k: v
+                for k, v in weights.items()
+                if "encoder_kv" not in k and not k.startswith(TEXT_SIDE)
+            }
+    else:
+        own = load(f"weights_{name}")
+        weights = {**(load(f"weights_{SHARED_WEIGHTS[name]}") if name in SHARED_WEIGHTS else {})}
+        weights |= own
+    return MappingProxyType(weights)
+
+
+@cache
+def params(name: str) -> dict:
+    """Its weights as our tree."""
+    return from_released(config(name), state_dict(name))
+
+
+@cache
+def model(name: str) -> GLIDE:
+    return GLIDE(config(name))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(network: GLIDE, variables, tokens, mask):
+    return network.apply(variables, tokens, mask, method=GLIDE.encode_text)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(network: GLIDE, variables, x, t, text, images):
+    return network.apply(variables, x, t, text, **images)
+
+
+def encode(name: str, tokens, mask):
+    """Text features from the reference's tokens."""
+    return _encode(model(name), {"params": params(name)}, np.asarray(tokens, np.int32), mask)
+
+
+def forward(name: str, x, t, text, **images):
+    """The network's output, channels last; `x` and `images` are channels first."""
+    images = {key: nhwc(image) for key, image in images.items()}
+    return _forward(model(name), {"params": params(name)}, nhwc(x), t, text, images)
+
+
+def _apply(network: GLIDE, params, x, t, cond):
+    text, images = cond
+    return network.apply({"params": params}, x, t, text, **images)
+
+
+def network(name: str) -> Network:
+    """The tiny model as the sampler wants it; its conditioning is `(text, images)`."""
+    return Network(_network_fn(name), params(name))
+
+
+@cache
+def _network_fn(name: str):
+    return partial(_apply, model(name))
+
+
+def rows(plan: Plan, some: slice) -> Plan:
+    """Some rows of a plan, as a plan."""
+    return replace(plan, table=Table(*(column[some] for column in plan.table)))
