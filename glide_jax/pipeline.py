@@ -1,7 +1,7 @@
 """The object that a notebook holds: prompts in, pictures out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ class Pipeline:
             return pictures
         up = self.upsampler
         large = {"image": image, "mask": mask} if up.model.config.inpaints else {}
-        return up(captions, seed=seed, first=first, low_res=pictures, progress=progress, **large)
+        larger = up(captions, seed=seed, first=first, low_res=pictures, progress=progress, **large)
+        both = pictures.settings | {"upsampler": {"weights": up.model.name} | larger.settings}
+        return replace(larger, weights=self.model.name, settings=both)
 
     def _extras(self, batch: int, image: Any, mask: Any, low_res: Any) -> dict[str, jax.Array]:
         """What the network is given beside the caption, checked against its variant."""

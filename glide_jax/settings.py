@@ -78,9 +78,8 @@ class Settings:
 
     def plan(self, schedule: Schedule, guidances: Sequence[Guidance]) -> Plan:
         """The plan of these settings on a noise schedule."""
-        return plan(
-            schedule, make_grid(schedule, self.steps, self.spacing), self.solver(), guidances
-        )
+        grid = make_grid(schedule, self.steps, self.spacing)
+        return plan(schedule, grid, self.solver(), guidances)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -89,8 +88,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     guidance = values.pop("guidance")
     if guidance is not None:
         values["guidance"] = [
-            {"name": g.fn.__name__, "span": g.span}
-            | {k: np.asarray(v).tolist() for k, v in g.args.items()}
+            {"name": g.fn.__name__, "span": g.span} | {k: str(v) for k, v in g.args.items()}
             for g in guidance
         ]
     return values

@@ -185,6 +185,17 @@ def test_every_truncation_is_noticed(file, tmp_path):
         assert "again" in refusal(path) or "not one of PyTorch" in refusal(path)
 
 
+def test_a_zip_directory_that_points_before_or_behind_the_file(tmp_path):
+    whole = write_zip(tmp_path / "whole.pt", state({"w": tensor()})).read_bytes()
+    path = tmp_path / "a.pt"
+    path.write_bytes(whole[:4] + whole[14:])
+    assert "(a record before its beginning)" in refusal(path)
+    entry = whole.rindex(b"PK\x01\x02")  # of data/0: the sizes are 20 bytes behind
+    sizes = struct.pack("<2L", 2**31, 2**31)
+    path.write_bytes(whole[: entry + 20] + sizes + whole[entry + 28 :])
+    assert "(a record beyond its end)" in refusal(path)
+
+
 @pytest.mark.parametrize("file", ["nested.pt", "module_legacy.pt", "module_protocol4.pt"])
 def test_damage_ends_in_one_kind_of_error(file, tmp_path):
     whole = (WRITTEN / file).read_bytes()

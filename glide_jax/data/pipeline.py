@@ -20,7 +20,7 @@ def with_article(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Prepare(grain.transforms.RandomMap):
-    """A record -> picture `(size, size, 3)` uint8, tokens and mask `(L,)` of one of its captions."""
+    """A record -> picture `(size, size, 3)` uint8, tokens and mask `(L,)` of a caption."""
 
     captions: tuple[str, ...]
     context: int

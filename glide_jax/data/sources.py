@@ -1,7 +1,7 @@
 """Sources of captioned pictures: objects with `len()` and `[i]`, for grain.
 
-A record is a dictionary with `image` (`(H, W, 3)` uint8) and `caption` (str), and whatever other text
-fields its data set has.
+A record is a dictionary with `image` (`(H, W, 3)` uint8) and `caption` (str), and whatever other
+text fields its data set has.
 """
 
 import difflib

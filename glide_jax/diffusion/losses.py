@@ -74,7 +74,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log-probability in nats of the 8-bit value `x`, in [-1, 1], under a normal  (DDPM, eq. 13)."""
+    """Log-probability in nats of the 8-bit value `x` in [-1, 1]  (DDPM, eq. 13)."""
     centred, inverse = x - mean, jnp.exp(-log_scale)
     above = _normal_cdf(inverse * (centred + 1 / 255))
     below = _normal_cdf(inverse * (centred - 1 / 255))
@@ -131,9 +131,10 @@ def hybrid_loss(
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the true noise.
         t: `(B,)` integers.
-        output: `(B, H, W, 2C)` prediction and variance, or `(B, H, W, C)` prediction alone (no bound
-            then).
-        prediction: what the network predicts: "eps", or "v", `alpha eps - sigma x_0`  (2202.00512).
+        output: `(B, H, W, 2C)` prediction and variance, or `(B, H, W, C)` prediction alone (no
+            bound then).
+        prediction: what the network predicts: "eps", or "v" = `alpha eps - sigma x_0`
+            (2202.00512).
         vlb_weight: None for T / 1000, that is 0.001 times the estimate `T L_t` of the whole bound.
 
     Returns:

@@ -140,7 +140,7 @@ def ddpm(
     """Ancestral sampling: `x ~ N(mean(x_0, x_t), variance)`  (DDPM, algorithm 2).
 
     Args:
-        variance: "learned" (Improved DDPM, eq. 15), or fixed: "small" (beta_tilde) or "large" (beta).
+        variance: "learned" (Improved DDPM, eq. 15), or fixed: "small" (beta_tilde), "large" (beta).
     """
     table = one_row_a_step(schedule, grid)
     betas = step_betas(schedule, grid)
@@ -239,25 +239,24 @@ def _rows(rows: list[dict]) -> Table:
 
 
 def _step_rows(step: int, points: list[tuple], multistep: bool) -> list[dict]:
-    """Rows of one step of PLMS or of PRK; `points` are `(t, alpha, sigma)` at its start, middle, end."""
-    (t, a, s), (_, next_a, next_s) = points[0], points[-1]
+    """Rows of a step of PLMS or PRK; `points` are `(t, alpha, sigma)` at start, middle, end."""
+    (_, a, s), (_, next_a, next_s) = points[0], points[-1]
 
     def evaluate(point, to, moves, weights, **more):
         # Transfer of x from the step's start along a slope: alpha'/alpha x + (...) eps.
         _, to_a, to_s = to
         slope = to_s - to_a * s / a
         at = dict(zip(("t", "alpha", "sigma"), point, strict=True))
+        at |= {"step": step, "next_alpha": next_a, "next_sigma": next_s}
         history = np.zeros((HISTORY, HISTORY + 1))
         for place, (column, weight) in moves:
             history[place, column] = weight
         x_from = "Qx" if multistep else "Qy"
-        towards = {x_from: to_a / a, "E": slope * np.array([*weights, 0, 0, 0][:HISTORY])}
-        return (
-            at
-            | towards
-            | {"S": history, "step": step, "next_alpha": next_a, "next_sigma": next_s}
-            | more
-        )
+        towards = {
+            x_from: to_a / a,
+            "E": slope * np.array([*weights, *[0] * (HISTORY - len(weights))]),
+        }
+        return at | towards | {"S": history} | more
 
     start, middle, end = points
     if multistep:

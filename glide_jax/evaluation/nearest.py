@@ -41,7 +41,7 @@ class Drawn:
 
 
 def distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Root mean squared difference of `(N, ...)` and `(M, ...)` uint8 pictures: `(N, M)` float64."""
+    """Root mean squared difference of `(N, ...)` and `(M, ...)` uint8 pictures: `(N, M)`."""
     a = images.reshape(len(images), -1).astype(np.float64)
     b = references.reshape(len(references), -1).astype(np.float64)
     squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
@@ -69,7 +69,7 @@ def draw_and_compare(
 
 
 def held_out(config: TrainConfig) -> list[dict[str, Any]]:
-    """The records of `test_style` among the recipe's concepts and styles: cells never trained on."""
+    """Records of `test_style` among the recipe's concepts and styles: cells not trained on."""
     from glide_jax.data.emoji64 import load_npz
 
     cells = load_npz(config.data.source, "test_style", styles=config.data.styles)

@@ -60,7 +60,7 @@ def _zeros(tree: Any) -> Any:
 
 
 def seen_tokens(state: TrainState) -> np.ndarray:
-    """`(n_vocab,)` bool: token rows that ever had a gradient, from the optimiser's second moment."""
+    """`(n_vocab,)` bool: token rows that ever had a gradient (Adam's second moment knows)."""
     moments = optax.tree.get(state.opt_state, "nu")
     return np.asarray(moments["text"]["token_embedding"]).any(axis=1)
 
