@@ -22,7 +22,7 @@ from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe
 from glide_jax.training.config import TrainConfig, save_config
 from glide_jax.training.metrics import Logger
-from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.state import init_state, make_optimiser, params_from
 from glide_jax.training.step import train_step
 
 
@@ -44,7 +44,11 @@ def train(config: TrainConfig) -> None:
     model = GLIDE(config.model, trunk_dtype(config.dtype))
     schedule = make_schedule(config.schedule, config.diffusion_steps)
     optimiser = make_optimiser(config.optimiser, config.steps)
-    state = init_state(jax.jit(partial(init_params, model))(jax.random.key(config.seed)), optimiser)
+    if config.init_from:
+        params = params_from(config.init_from, config.model)
+    else:
+        params = jax.jit(partial(init_params, model))(jax.random.key(config.seed))
+    state = init_state(params, optimiser)
 
     # -- one step, mapped over the devices ----------------------------------------------------
     step_fn = parallel.pmapped(

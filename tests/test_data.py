@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glide_jax.data.pipeline import make_batches, to_batch, with_article
+from glide_jax.data.pipeline import make_batches, square, to_batch, with_article
 from glide_jax.data.sources import decode_picture, open_source
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.tokenizers import GPT2Tokenizer
@@ -123,7 +123,16 @@ def test_a_batch_knows_each_records_place():
     assert batch.position.tolist() == [0, 1, 2, 3]
 
 
-def test_pictures_of_another_size_are_refused(tmp_path):
-    make_pictures(tmp_path)
-    with pytest.raises(GlideError, match="resize the pictures"):
-        next(batches(DataConfig(source=str(tmp_path))))
+def test_pictures_are_cropped_to_their_middle_and_scaled():
+    image = np.zeros((8, 12, 3), np.uint8)
+    image[:, 2:10] = 100
+    image[::2, 2:10] = 200
+    assert (square(image, 4) == 150).all()
+    assert (square(image, 8) == image[:, 2:10]).all()
+    assert square(image, 16).shape == (16, 16, 3)
+    with pytest.raises(GlideError, match="uint8"):
+        square(image.astype(np.float32), 4)
+
+
+def test_batches_have_the_size_of_the_model():
+    assert next(batches(DataConfig(source=MINI), size=32))["image"].shape == (4, 32, 32, 3)

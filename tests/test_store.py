@@ -335,8 +335,10 @@ def entry(**changes) -> bytes:
         entry(shape=[0, 2**62], data_offsets=[0, 0]),
         entry(shape=[2**62], data_offsets=[0, 2**64]),
         entry(shape=[1] * 65),
-        entry(data_offsets=[4, 12]),
+        entry(data_offsets=[20, 28]),
         entry(data_offsets=[-8, 0]),
+        entry(data_offsets=[-16, -8]),
+        entry(data_offsets=[0, 24]),
         entry(data_offsets=[8, 0]),
         entry(data_offsets=[0, 4]),
         entry(data_offsets=[0.0, 8.0]),
@@ -347,14 +349,14 @@ def entry(**changes) -> bytes:
     ids=lambda start: str(start[8:60]),
 )
 def test_headers_that_lie(saved, start):
-    (saved / "model.safetensors").write_bytes(start + bytes(8))
+    (saved / "model.safetensors").write_bytes(start + bytes(24))
     message = failure(saved)
     assert message.startswith(str(saved / "model.safetensors"))
     assert "is cut short or damaged" in message or ": convert it to float32" in message
 
 
 def test_headers_in_the_test_above_lie_only_where_they_say(saved):
-    (saved / "model.safetensors").write_bytes(entry() + bytes(8))
+    (saved / "model.safetensors").write_bytes(entry() + bytes(24))
     assert_same(load_weights(saved)[1], {"w": np.zeros(2, np.float32)})
 
 

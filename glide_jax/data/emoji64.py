@@ -297,7 +297,7 @@ def main() -> None:
     """The command line; exits with 1 or 2 and one line where something is wrong."""
     import tyro
 
-    def fetch(to: Path, vendors: tuple[str, ...] | None = None) -> None:
+    def fetch(to: Path, vendors: tuple[str, ...] = ()) -> None:
         """Download the source packages (58 MB), each at its pinned version, and verify them.
 
         npm and apt-get do the downloading. Where one of them is missing, put the archive into
@@ -305,11 +305,11 @@ def main() -> None:
 
         Args:
             to: Folder for the archives; made if need be.
-            vendors: Only these sets of drawings (default: all eleven).
+            vendors: Only these sets of drawings, such as noto; all eleven where none is named.
         """
         from glide_jax.data.emoji_sources import fetch_sources
 
-        fetch_sources(to, vendors)
+        fetch_sources(to, vendors or None)
         print(f"the sources are in {to}")
 
     def rasterise(
@@ -317,7 +317,7 @@ def main() -> None:
         out: Path,
         size: Literal[64, 256] = 64,
         workers: int = 2,
-        vendors: tuple[str, ...] | None = None,
+        vendors: tuple[str, ...] = (),
     ) -> None:
         """Render the drawings (pip install 'glide-jax[data]') and write the .npz file.
 
@@ -326,11 +326,11 @@ def main() -> None:
             out: The file to write.
             size: Height and width of the pictures. Record i is the same drawing at both sizes.
             workers: Processes that render.
-            vendors: Only these sets of drawings (default: all eleven).
+            vendors: Only these sets of drawings, such as noto; all eleven where none is named.
         """
         from glide_jax.data.emoji_raster import rasterise
 
-        print(f"{rasterise(sources, out, size, workers, vendors)} pictures in {out}")
+        print(f"{rasterise(sources, out, size, workers, vendors or None)} pictures in {out}")
 
     def prepare_(npz: Path, data_dir: Path) -> None:
         """Write the pictures as a tensorflow-datasets data set (array_record, no TensorFlow).

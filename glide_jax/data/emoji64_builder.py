@@ -31,6 +31,9 @@ class Emoji64(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     SIZE = 64
+    # tensorflow-datasets would look for checksums of downloads beside its own idea of this file,
+    # by way of importlib_resources, which it does not install (tensorflow/datasets #11212).
+    code_path = None
 
     def __init__(self, *, npz: str | os.PathLike | None = None, **kwargs) -> None:
         self._npz = npz

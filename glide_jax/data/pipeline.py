@@ -5,6 +5,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
 from glide_jax.data.sources import Source
 from glide_jax.errors import GlideError, UsageError
@@ -36,14 +37,28 @@ class Prepare(grain.transforms.RandomMap):
             raise UsageError(
                 f"the caption template {template!r} asks for {error}, records have {known}"
             ) from None
-        image = np.asarray(record["image"])
-        if image.shape != (self.size, self.size, 3) or image.dtype != np.uint8:
-            raise GlideError(
-                f"a picture is {image.shape} {image.dtype}, this model takes "
-                f"({self.size}, {self.size}, 3) uint8: resize the pictures"
-            )
         tokens = GPT2Tokenizer(self.context)(caption)
+        image = square(np.asarray(record["image"]), self.size)
         return {"image": image, "tokens": tokens.ids[0], "mask": tokens.mask[0]}
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of a picture, scaled to `(size, size, 3)` uint8.
+
+    Shrinks by averaging areas (no aliasing), as the data of ADM and GLIDE were made.
+
+    Raises:
+        GlideError: it is no `(H, W, 3)` uint8 picture.
+    """
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise GlideError(f"a picture must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
+    side = min(image.shape[:2])
+    top, left = ((n - side) // 2 for n in image.shape[:2])
+    image = image[top : top + side, left : left + side]
+    if side == size:
+        return image
+    filter_ = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize((size, size), filter_))
 
 
 def make_batches(

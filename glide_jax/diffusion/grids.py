@@ -98,7 +98,7 @@ def make_grid(schedule: Schedule, steps: int | str, spacing: str = "logsnr") -> 
     Raises:
         UsageError: zero steps, an unknown spacing, or a grid that the chain cannot hold.
     """
-    if isinstance(steps, str) and not steps.isdigit():
+    if isinstance(steps, str) and not steps.isdecimal():
         return respaced(schedule, steps)
     steps = int(steps)
     if steps < 1:

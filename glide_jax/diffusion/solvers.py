@@ -254,7 +254,7 @@ def _step_rows(step: int, points: list[tuple], multistep: bool) -> list[dict]:
         x_from = "Qx" if multistep else "Qy"
         towards = {
             x_from: to_a / a,
-            "E": slope * np.array([*weights, *[0] * (HISTORY - len(weights))]),
+            "E": slope * np.pad(weights, (0, HISTORY - len(weights))),
         }
         return at | towards | {"S": history} | more
 

@@ -38,9 +38,8 @@ def main() -> None:
         config = replace(config, data=replace(config.data, source=options.data))
         found = report(load(options.weights), config, options.out, seed=options.seed)
         for name in ("training_captions", "held_out_pairs"):
-            print(
-                f"{name}: nearest picture is right for {found[name]['right']} of {found[name]['of']}"
-            )
+            right, of = found[name]["right"], found[name]["of"]
+            print(f"{name}: the nearest training picture is right for {right} of {of}")
         print(f"sheets in {options.out}")
     except GlideError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -140,6 +140,82 @@ def emoji64() -> ModelConfig:
     )
 
 
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Everything that shapes a noised CLIP (and its weights).
+
+    Attributes:
+        image_size, patch_size: sides of the square image and of its patches, in pixels.
+        n_timestep: rows of the table of timesteps; 0: a CLIP that is told no noise level.
+        image_width, image_layers: the image transformer.
+        text_width, text_layers: the text transformer.
+        head_size: channels an attention head; the number of heads is what the widths leave.
+        n_vocab, max_text_len: number of tokens, and length of a caption in tokens.
+        embed_width: width of the embeddings that are compared.
+        logit_scale: what their cosine is multiplied by; where it is learned, its start
+            (CLIP starts at 1 / 0.07).
+        learn_logit_scale: make the scale a parameter; the released one is the constant 100.
+    """
+
+    image_size: int = 64
+    patch_size: int = 4
+    n_timestep: int = 1000
+    image_width: int = 768
+    image_layers: int = 12
+    text_width: int = 512
+    text_layers: int = 12
+    head_size: int = 64
+    n_vocab: int = 65536
+    max_text_len: int = 77
+    embed_width: int = 512
+    logit_scale: float = 100.0
+    learn_logit_scale: bool = False
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+            )
+        for name in ("image_width", "text_width"):
+            if getattr(self, name) % self.head_size:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is no multiple of head_size {self.head_size}"
+                )
+        if not self.logit_scale > 0:
+            raise ValueError(f"logit_scale must be positive, not {self.logit_scale}")
+
+    @property
+    def image_heads(self) -> int:
+        """Attention heads of the image transformer."""
+        return self.image_width // self.head_size
+
+    @property
+    def text_heads(self) -> int:
+        """Attention heads of the text transformer."""
+        return self.text_width // self.head_size
+
+
+def clip64() -> CLIPConfig:
+    """The released noised CLIP: 86,443,776 parameters for images, 71,679,488 for text.
+
+    Its table of tokens has 65,536 rows, of which the tokenizer uses 49,408.
+    """
+    return CLIPConfig()
+
+
+def clip64_paper() -> CLIPConfig:
+    """The paper's noised CLIP, never released: 304,411,648 + 123,641,088 parameters.
+
+    The paper has a ViT-L at 64x64 with patches of 4x4 (GLIDE, sec. 4 and B.1): 24 blocks of
+    width 1024 with 16 heads (2010.11929, table 1). It does not state the rest, which is here
+    that of CLIP's ViT-L/14 (2103.00020, table 20): 12 blocks of width 768 with 12 heads for
+    text, embeddings of 768, and CLIP's 49,408 tokens.
+    """
+    return CLIPConfig(
+        image_width=1024, image_layers=24, text_width=768, n_vocab=49408, embed_width=768
+    )
+
+
 PRESETS = {
     "base64": base64,
     "base64-paper": base64_paper,
@@ -149,3 +225,5 @@ PRESETS = {
     "inpaint256": lambda: replace(upsample256(), variant="superres_inpaint"),
     "emoji64": emoji64,
 }
+
+CLIP_PRESETS = {"clip64": clip64, "clip64-paper": clip64_paper}

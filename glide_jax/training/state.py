@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from glide_jax.errors import GlideError
+from glide_jax.models.presets import ModelConfig
 from glide_jax.training.config import OptimiserConfig
+from glide_jax.weights.registry import load_model
+from glide_jax.weights.released import misfits
+from glide_jax.weights.store import flatten
 
 Params = Any
 
@@ -61,3 +66,20 @@ def init_state(params: Params, optimiser: optax.GradientTransformation) -> Train
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimiser.init(params),
     )
+
+
+def params_from(weights: str, config: ModelConfig) -> Params:
+    """The parameters of other weights, to begin with: a name, a folder, a `.pt` file, or a run.
+
+    The picture size may differ: the network is convolutional.
+
+    Raises:
+        GlideError: the weights cannot be read, or are of another model.
+    """
+    model = load_model(weights)
+    if wrong := misfits(flatten(model.params), config):
+        raise GlideError(
+            f"{weights} cannot begin this model: {len(wrong)} parameters are missing, unexpected "
+            f"or of another shape ({', '.join(wrong[:3])})"
+        )
+    return model.params

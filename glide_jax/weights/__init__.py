@@ -7,12 +7,15 @@ from glide_jax.weights.released import (
     from_released,
     to_released,
 )
+from glide_jax.weights.released_clip import clip_from_released, clip_to_released
 from glide_jax.weights.store import load_weights, save_weights
 from glide_jax.weights.torch_file import read_torch_file
 
 __all__ = [
     "Model",
     "abstract_params",
+    "clip_from_released",
+    "clip_to_released",
     "count_params",
     "from_released",
     "load_model",

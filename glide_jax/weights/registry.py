@@ -10,7 +10,7 @@ import numpy as np
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.weights.embedding import expand
-from glide_jax.weights.released import abstract_params, from_released
+from glide_jax.weights.released import from_released, misfits
 from glide_jax.weights.released_files import PRESET_OF, fetch, recognise, schedule_of
 from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
 from glide_jax.weights.torch_file import read_torch_file
@@ -122,17 +122,10 @@ def _load_exported(name: str, folder: Path) -> Model:
     except (KeyError, TypeError, ValueError) as error:
         raise GlideError(f"{folder / 'config.json'} does not describe a model: {error}") from None
     flat = expand(flat, sizes.n_vocab)
-    _check(folder, sizes, flat)
-    params = unflatten({k: np.asarray(v, np.float32) for k, v in flat.items()})
-    return Model(name, sizes, params, schedule, steps, prediction, defaults, prompts)
-
-
-def _check(folder: Path, sizes: ModelConfig, flat: dict[str, np.ndarray]) -> None:
-    wanted = {k: v.shape for k, v in flatten(abstract_params(sizes)).items()}
-    have = {k: v.shape for k, v in flat.items()}
-    if wanted != have:
-        wrong = sorted(k for k in wanted | have if wanted.get(k) != have.get(k))
+    if wrong := misfits(flat, sizes):
         raise GlideError(
             f"the weights in {folder} do not fit its config.json: {len(wrong)} parameters are "
             f"missing, unexpected or of the wrong shape ({', '.join(wrong[:3])})"
         )
+    params = unflatten({k: np.asarray(v, np.float32) for k, v in flat.items()})
+    return Model(name, sizes, params, schedule, steps, prediction, defaults, prompts)

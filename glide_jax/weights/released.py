@@ -4,7 +4,7 @@ One table of names serves both directions, and every variant and size.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -114,6 +114,13 @@ def count_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
+def misfits(flat: Mapping[str, np.ndarray], config: ModelConfig) -> list[str]:
+    """Paths of parameters that a model lacks, does not have, or has in another shape."""
+    wanted = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    have = {path: np.shape(array) for path, array in flat.items()}
+    return sorted(path for path in wanted | have if wanted.get(path) != have.get(path))
+
+
 def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The parameter tree of a model from arrays under released names.
 
@@ -128,19 +135,40 @@ def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> 
     """
     wanted = flatten(abstract_params(config))
     names = {path: released_name(path, set(wanted)) for path in wanted}
+    return assemble(wanted, names, state_dict, _to_ours)
+
+
+def assemble(
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    names: Mapping[str, str],
+    state_dict: Mapping[str, np.ndarray],
+    to_ours: Callable[[np.ndarray, bool], np.ndarray],
+    what: str = "model",
+) -> dict[str, Any]:
+    """A parameter tree from arrays under other names.
+
+    Args:
+        wanted: the flat tree, abstract.
+        names: what each of its paths is called in `state_dict`.
+        to_ours: `(array, whether it is a kernel) -> array` in our layout.
+        what: what the weights ought to fit, for the error.
+
+    Raises:
+        GlideError: as `from_released`.
+    """
     missing = sorted(set(names.values()) - set(state_dict))
     unexpected = sorted(set(state_dict) - set(names.values()))
     params, wrong = {}, []
     for path, name in names.items():
         if name not in state_dict:
             continue
-        array = _to_ours(np.asarray(state_dict[name]), path.endswith("/kernel"))
+        array = to_ours(np.asarray(state_dict[name]), path.endswith("/kernel"))
         if array.shape != wanted[path].shape:
             wrong.append(f"{name} {array.shape}, not {wanted[path].shape}")
         params[path] = np.ascontiguousarray(array, dtype=np.float32)
     problems = [
-        f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
-        for what, found in (
+        f"{len(found)} {kind} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
+        for kind, found in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of the wrong shape", wrong),
@@ -148,7 +176,7 @@ def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> 
         if found
     ]
     if problems:
-        raise GlideError(f"these weights do not fit the model: {'; '.join(problems)}")
+        raise GlideError(f"these weights do not fit the {what}: {'; '.join(problems)}")
     return unflatten(params)
 
 

@@ -1,0 +1,292 @@
+"""The noised CLIP: how well a noised image and a caption agree  (GLIDE, 2112.10741, sec. 4.4).
+
+An image encoder `f(x_t, t)` that was trained on noised images, and a text encoder `g(c)`; the
+gradient of `f(x_t, t) . g(c)` by `x_t` guides a diffusion model (GLIDE, sec. 2.4). Both are
+transformers whose output at one position is normed and projected (CLIP, 2103.00020, sec. 2.4).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glide_jax.models.layers import CONV_INIT, attend, layer_norm
+from glide_jax.models.presets import CLIPConfig
+
+# Mean and standard deviation of red, green and blue in CLIP's training images, on 0..255.
+PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)
+PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
+# A learned scale stays below this (CLIP, sec. 2.5), where it ended up: the released constant.
+MAX_LOGIT_SCALE = 100.0
+
+
+class Features(NamedTuple):
+    """What an encoder makes of its input.
+
+    Attributes:
+        raw: `(B, embed_width)` float32, the embedding before it is normalised.
+        probe: `(B, width)` float32, what the final norm reads: features for linear probes.
+    """
+
+    raw: jax.Array
+    probe: jax.Array
+
+
+def normalise(raw: jax.Array) -> jax.Array:
+    """`z / (|z| + 1e-12)` over the last axis; the released code has the same constant."""
+    return raw / (jnp.linalg.norm(raw, axis=-1, keepdims=True) + 1e-12)
+
+
+def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table. An index outside of it gives NaN: jax would take the nearest row instead."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def linear(features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True):
+    """Linear layer with a normal initialisation of that standard deviation."""
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, dtype=dtype, kernel_init=init, use_bias=use_bias, name=name)
+
+
+def _check(name: str, array: jax.Array, shape: tuple[int, ...], kind: Any, note: str) -> None:
+    """Raises ValueError unless `array` is `(B, *shape)` of that kind of dtype."""
+    array = jnp.asarray(array)
+    if array.shape[1:] != shape or array.ndim != 1 + len(shape):
+        wanted = ", ".join(["B", *map(str, shape)]) + ("" if shape else ",")
+        raise ValueError(f"{name} must be ({wanted}), not {array.shape}")
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {note}, not {array.dtype}")
+
+
+class Block(nn.Module):
+    """`x += attention(norm x); x += mlp(norm x)`; keys have no bias, which no softmax would see.
+
+    The original leaves its parameters uninitialised; the standard deviations here are those of
+    CLIP's own release, where both projections shrink with the depth.
+    """
+
+    heads: int
+    layers: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`x (B, L, W)`, `mask` boolean `(L, L)` (query, key) or None -> `(B, L, W)`."""
+        width = x.shape[-1]
+        std, std_out = width**-0.5, (2 * self.layers * width) ** -0.5
+
+        def heads(name: str, use_bias: bool = True) -> jax.Array:
+            y = linear(width, std, self.dtype, name, use_bias)(h)
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        h = layer_norm("norm_1")(x).astype(self.dtype)
+        h = attend(heads("query"), heads("key", use_bias=False), heads("value"), mask)
+        x = x + linear(width, std_out, self.dtype, "proj")(h)
+        h = layer_norm("norm_2")(x).astype(self.dtype)
+        # The exact (erf) form; CLIP's own release has another, this one's noised CLIP has not.
+        h = linear(4 * width, (2 * width) ** -0.5, self.dtype, "fc_1")(h)
+        return x + linear(width, std_out, self.dtype, "fc_2")(nn.gelu(h, approximate=False))
+
+
+def read_out(x: jax.Array, embed_width: int) -> Features:
+    """The features of one position `(B, W)`, in float32; adds to the module that calls it."""
+    probe = x.astype(jnp.float32)
+    h = layer_norm("norm_out")(probe)
+    head = linear(embed_width, x.shape[-1] ** -0.5, jnp.float32, "head", use_bias=False)
+    return Features(head(h), probe)
+
+
+class ImageEncoder(nn.Module):
+    """`f(x_t, t)`: a vision transformer whose class token is looked up by timestep.
+
+    Attributes:
+        config: sizes; with `n_timestep=0` one learned class token and no timestep.
+        dtype: dtype of the blocks and of the patch projection; all else is float32.
+    """
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array | None = None) -> Features:
+        """Features of noised images.
+
+        Args:
+            x: `(B, S, S, 3)` float32, S the config's `image_size`, pictures in [-1, 1] and their
+                noised forms beyond; never clipped.
+            t: `(B,)` integer timesteps of the original chain, whatever chain is sampled; None
+                exactly where `n_timestep` is 0. Outside of the table: NaN.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, or `t` where there is no table, or the reverse.
+        """
+        c, width = self.config, self.config.image_width
+        _check("x", x, (c.image_size, c.image_size, 3), jnp.floating, "float, in [-1, 1]")
+        if (t is None) == bool(c.n_timestep):
+            raise ValueError("t must be given exactly where n_timestep > 0")
+        table = nn.initializers.normal(width**-0.5)
+
+        # In float32: a noised image on 0..255 has no room in bfloat16's 8 bits.
+        pixels = (x.astype(jnp.float32) + 1) * 127.5
+        pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+        h = nn.Conv(
+            width,
+            (c.patch_size, c.patch_size),
+            strides=(c.patch_size, c.patch_size),
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=CONV_INIT,
+            name="patch",
+        )(pixels)
+        h = h.reshape(len(x), -1, width).astype(jnp.float32)
+
+        if c.n_timestep:
+            _check("t", t, (), jnp.integer, "integer (round it: each timestep has a row)")
+            first = self.param("timestep_embedding", table, (c.n_timestep, width))
+            first = look_up(first, t)
+        else:
+            first = self.param("class_embedding", table, (width,))
+            first = jnp.broadcast_to(first, (len(x), width))
+        h = jnp.concatenate([first[:, None], h], axis=1)
+        h = h + self.param("position_embedding", table, (h.shape[1], width))
+        h = layer_norm("norm_in")(h).astype(self.dtype)
+        for i in range(c.image_layers):
+            h = Block(c.image_heads, c.image_layers, self.dtype, name=f"block_{i}")(h)
+        return read_out(h[:, 0], c.embed_width)
+
+
+class TextEncoder(nn.Module):
+    """`g(c)`: a causal transformer, read at the end token; padding cannot change the result.
+
+    Attributes:
+        config: sizes.
+        dtype: dtype of the blocks; all else is float32.
+    """
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, lengths: jax.Array) -> Features:
+        """Features of captions, as `glide_jax.tokenizers.CLIPTokenizer` gives them.
+
+        Args:
+            tokens: `(B, max_text_len)` integer. A token outside of the table: NaN.
+            lengths: `(B,)` integer, start and end token included. Outside of
+                [1, max_text_len]: NaN.
+
+        Raises:
+            ValueError: wrong shapes or dtypes.
+        """
+        c, width = self.config, self.config.text_width
+        _check("tokens", tokens, (c.max_text_len,), jnp.integer, "integer")
+        _check("lengths", lengths, (), jnp.integer, "integer")
+        embedding = self.param("token_embedding", nn.initializers.normal(0.02), (c.n_vocab, width))
+        positions = self.param(
+            "position_embedding", nn.initializers.normal(0.01), (c.max_text_len, width)
+        )
+        h = (look_up(embedding, tokens) + positions).astype(self.dtype)
+        causal = jnp.tril(jnp.ones((c.max_text_len, c.max_text_len), bool))
+        for i in range(c.text_layers):
+            h = Block(c.text_heads, c.text_layers, self.dtype, name=f"block_{i}")(h, causal)
+        return read_out(jax.vmap(look_up)(h, lengths - 1), c.embed_width)
+
+
+class NoisedCLIP(nn.Module):
+    """Both encoders and the scale of their similarity  (GLIDE, sec. 4.4; CLIP, sec. 2.3).
+
+    For guidance, `encode_text` once a prompt and the gradient of `similarity` by `x` at each
+    step; for training, `__call__`.
+
+    Attributes:
+        config: sizes; see `glide_jax.models.presets`.
+        dtype: dtype of the trunks; parameters, norms, softmax, tables, projections to the
+            embedding and the embeddings stay float32.
+    """
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.image = ImageEncoder(c, self.dtype)
+        self.text = TextEncoder(c, self.dtype)
+        if c.learn_logit_scale:
+            start = nn.initializers.constant(math.log(c.logit_scale))
+            self.log_scale = self.param("log_scale", start, ())
+
+    def image_features(self, x: jax.Array, t: jax.Array | None = None) -> Features:
+        """Raw embeddings and probe features of noised images; see `ImageEncoder`."""
+        return self.image(x, t)
+
+    def text_features(self, tokens: jax.Array, lengths: jax.Array) -> Features:
+        """Raw embeddings and probe features of captions; see `TextEncoder`."""
+        return self.text(tokens, lengths)
+
+    def encode_image(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
+        """`x (B, S, S, 3)` float32 in [-1, 1], `t (B,)` integer -> `(B, embed_width)` float32.
+
+        The rows have length 1. Raises ValueError; see `ImageEncoder`.
+        """
+        return normalise(self.image(x, t).raw)
+
+    def encode_text(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """`tokens (B, max_text_len)`, `lengths (B,)` integer -> `(B, embed_width)` float32.
+
+        The rows have length 1. Raises ValueError; see `TextEncoder`.
+        """
+        return normalise(self.text(tokens, lengths).raw)
+
+    def scale(self) -> jax.Array:
+        """The factor from cosine to logit, a float32 scalar: 100, or learned and at most 100.
+
+        At its limit a learned scale still has a gradient, or it could never come back.
+        """
+        if not self.config.learn_logit_scale:
+            return jnp.float32(self.config.logit_scale)
+        limit = jnp.minimum(self.log_scale, math.log(MAX_LOGIT_SCALE))
+        return jnp.exp(self.log_scale + jax.lax.stop_gradient(limit - self.log_scale))
+
+    def similarity(self, x: jax.Array, t: jax.Array | None, text: jax.Array) -> jax.Array:
+        """`scale f(x_t, t) . g(c)`, image by image, as CLIP guidance differentiates it.
+
+        Args:
+            x: `(B, S, S, 3)` float32.
+            t: `(B,)`, may be fractional, as on a solver's grid: the nearest row is taken.
+            text: `(B, embed_width)` from `encode_text`.
+
+        Returns:
+            `(B,)` float32.
+        """
+        if not self.config.n_timestep:
+            t = None
+        elif t is not None:
+            t = jnp.round(t).astype(jnp.int32)
+        return self.scale() * jnp.sum(self.encode_image(x, t) * text, axis=-1)
+
+    def __call__(
+        self, x: jax.Array, t: jax.Array | None, tokens: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        """Similarity logits `scale f(x_t, t) . g(c)` of every image with every caption.
+
+        Args:
+            x, t: B noised images and their timesteps.
+            tokens, lengths: N captions.
+
+        Returns:
+            `(B, N)` float32; in training, row i and column i ought to prefer entry i
+            (CLIP, fig. 3).
+        """
+        return self.scale() * self.encode_image(x, t) @ self.encode_text(tokens, lengths).T
+
+
+def init_params(model: NoisedCLIP, key: jax.Array) -> dict[str, Any]:
+    """Freshly drawn parameters: nested dictionaries of float32 arrays."""
+    c = model.config
+    x = jnp.zeros((1, c.image_size, c.image_size, 3))
+    t = jnp.zeros((1,), jnp.int32) if c.n_timestep else None
+    tokens, lengths = jnp.zeros((1, c.max_text_len), jnp.int32), jnp.ones((1,), jnp.int32)
+    return model.init(key, x, t, tokens, lengths)["params"]
