@@ -23,11 +23,13 @@ from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.models.unet import GLIDE
+from glide_jax.noised_clip import CLIP, load_clip
 from glide_jax.pictures import Pictures
 from glide_jax.pipeline import Pipeline, load
 from glide_jax.settings import Settings
 
 __all__ = [
+    "CLIP",
     "GLIDE",
     "PRESETS",
     "Branch",
@@ -47,6 +49,7 @@ __all__ = [
     "guidance",
     "known_pixels",
     "load",
+    "load_clip",
     "make_schedule",
     "plan",
     "sample",

@@ -17,6 +17,7 @@ from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.unet import GLIDE
+from glide_jax.noised_clip import CLIP, load_clip
 from glide_jax.pictures import Pictures, read_hole, read_pictures
 from glide_jax.runtime import trunk_dtype
 from glide_jax.settings import Settings, describe
@@ -49,12 +50,14 @@ class Pipeline:
         dtype: of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
         settings: what is not said in a call.
         upsampler: draws the large picture from the small one, if there is one.
+        clip: guides by `clip_scale`, if there is one.
     """
 
     model: Model
     dtype: str = "auto"
     settings: Settings = field(default_factory=Settings)
     upsampler: "Pipeline | None" = None
+    clip: CLIP | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -122,6 +125,11 @@ class Pipeline:
         if "inpaint_image" in extras:
             maps = (known_pixels(image=extras["inpaint_image"], mask=extras["inpaint_mask"]),)
         guidances = settings.guidances(*maps)
+        if settings.clip_scale:
+            if self.clip is None:
+                raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
+            # Last: a score acts after all that maps x_0.
+            guidances = (*guidances, self.clip.guidance(captions, settings.clip_scale))
         run = settings.plan(self.schedule, guidances)
 
         conds = self._conditions(captions, guidances, extras)
@@ -216,7 +224,11 @@ def from_uint8(images: np.ndarray) -> jax.Array:
 
 
 def load(
-    weights: str | Path = "emoji64", *, upsampler: str | Path | None = None, dtype: str = "auto"
+    weights: str | Path = "emoji64",
+    *,
+    upsampler: str | Path | None = None,
+    clip: str | Path | None = None,
+    dtype: str = "auto",
 ) -> Pipeline:
     """A pipeline from weights.
 
@@ -224,6 +236,7 @@ def load(
         weights: a name ("emoji64", "openai/base", ...), a folder of weights, a `.pt` file under the
             released names, or a run of `train.py`.
         upsampler: weights of an upsampler, which then enlarges each picture.
+        clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`.
         dtype: see `Pipeline`.
 
     Raises:
@@ -234,4 +247,5 @@ def load(
     larger = None if upsampler is None else load(upsampler, dtype=dtype)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is no upsampler")
-    return Pipeline(model, dtype, Settings().changed(**model.defaults), larger)
+    guide = None if clip is None else load_clip(clip, dtype=dtype)
+    return Pipeline(model, dtype, Settings().changed(**model.defaults), larger, guide)

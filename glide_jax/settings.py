@@ -22,6 +22,8 @@ class Settings:
             "fast27", "10,10,3,2,2").
         sampler: "dpm++2m" (few steps), "ddim", or "ddpm" (the paper's ancestral sampling).
         guidance_scale: of classifier-free guidance; 1 is none, 3 the paper's choice.
+        clip_scale: of CLIP guidance, where the pipeline has a noised CLIP; 0 is none, 3 what the
+            release shows with guidance_scale 1 and sampler "ddpm".
         spacing: "logsnr" (even in log signal-to-noise) or "uniform" (even in time).
         eta: noise of "ddim", from 0 (deterministic) to 1 (as much as "ddpm").
         temperature: scale of the noise that a picture begins with; the release upsamples at 0.997.
@@ -32,6 +34,7 @@ class Settings:
     steps: int | str = 25
     sampler: str = "dpm++2m"
     guidance_scale: float = 3.0
+    clip_scale: float = 0.0
     spacing: str = "logsnr"
     eta: float = 0.0
     temperature: float = 1.0

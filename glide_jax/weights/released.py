@@ -116,7 +116,12 @@ def count_params(config: ModelConfig) -> int:
 
 def misfits(flat: Mapping[str, np.ndarray], config: ModelConfig) -> list[str]:
     """Paths of parameters that a model lacks, does not have, or has in another shape."""
-    wanted = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    return differences(flat, abstract_params(config))
+
+
+def differences(flat: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> list[str]:
+    """Paths at which flat arrays and an abstract tree are not of one shape."""
+    wanted = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     have = {path: np.shape(array) for path, array in flat.items()}
     return sorted(path for path in wanted | have if wanted.get(path) != have.get(path))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from glide_jax.models.clip import NoisedCLIP, init_params
 from glide_jax.models.presets import CLIPConfig
-from glide_jax.weights.released import assemble
+from glide_jax.weights.released import assemble, differences
 from glide_jax.weights.store import flatten
 
 # Ours -> theirs, within an encoder; then within one of its blocks.
@@ -73,6 +73,11 @@ def _to_theirs(array: np.ndarray, kernel: bool) -> np.ndarray:
 def clip_abstract_params(config: CLIPConfig) -> dict[str, Any]:
     """The parameter tree of a noised CLIP as `jax.ShapeDtypeStruct`s: no memory is used."""
     return jax.eval_shape(partial(init_params, NoisedCLIP(config)), jax.random.key(0))
+
+
+def clip_misfits(flat: Mapping[str, np.ndarray], config: CLIPConfig) -> list[str]:
+    """Paths of parameters that a noised CLIP lacks, does not have, or has in another shape."""
+    return differences(flat, clip_abstract_params(config))
 
 
 def clip_from_released(

@@ -1,0 +1,122 @@
+"""The noised CLIP, ready to guide: captions in, a guidance out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glide_jax.diffusion.guidance import Guidance, Network, gradient
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.presets import CLIPConfig, clip64
+from glide_jax.runtime import trunk_dtype
+from glide_jax.tokenizers import CLIPTokenizer
+from glide_jax.weights.released_clip import clip_from_released, clip_misfits
+from glide_jax.weights.released_files import fetch
+from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
+from glide_jax.weights.torch_file import read_torch_file
+
+RELEASED = "openai/clip"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """`Network.fn` of a noised CLIP: `scale f(x_t, t) . g(c)`, conditioned on `g(c)`."""
+
+    model: NoisedCLIP
+
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
+        return self.model.apply({"params": params}, x, t, cond, method=NoisedCLIP.similarity)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_text(model: NoisedCLIP, params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """A noised CLIP with its weights.
+
+    Attributes:
+        name: what the user called it.
+        config: its sizes.
+        params: nested dictionaries of float32 arrays.
+        dtype: of its trunks; see `glide_jax.pipeline.Pipeline`.
+    """
+
+    name: str
+    config: CLIPConfig
+    params: dict[str, Any]
+    dtype: str = "auto"
+
+    @cached_property
+    def network(self) -> Network:
+        """The similarity as a network of the sampler."""
+        model = NoisedCLIP(self.config, trunk_dtype(self.dtype))
+        return Network(Similarity(model), jax.device_put(self.params))
+
+    def encode_text(self, prompts: Sequence[str]) -> jax.Array:
+        """`g(c)` of prompts: `(B, embed_width)` float32, of length 1."""
+        tokens = CLIPTokenizer(self.config.max_text_len)(list(prompts))
+        return _encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.lengths)
+
+    def guidance(self, prompts: Sequence[str], scale: float) -> Guidance:
+        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, eq. 3), each picture towards its prompt."""
+        return gradient(log_prob=self.network, cond=self.encode_text(prompts), scale=scale)
+
+
+def load_clip(weights: str | Path = RELEASED, *, dtype: str = "auto") -> CLIP:
+    """A noised CLIP: "openai/clip", which is downloaded, or a folder that `save_clip` wrote.
+
+    Raises:
+        UsageError: there is no such name or folder.
+        GlideError: the weights are broken, or cannot be downloaded.
+    """
+    if str(weights) == RELEASED:
+        image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
+        return clip_from_files(image, text, dtype=dtype)
+    folder = Path(weights).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {RELEASED} or a folder")
+    config, flat, _ = load_weights(folder)
+    if config.get("format") != FORMAT or "clip" not in config:
+        raise GlideError(f"{folder} does not hold a noised CLIP of this version's format")
+    try:
+        sizes = CLIPConfig(**config["clip"])
+    except (TypeError, ValueError) as error:
+        raise GlideError(f"{folder / 'config.json'} does not describe a CLIP: {error}") from None
+    if wrong := clip_misfits(flat, sizes):
+        raise GlideError(
+            f"the weights in {folder} do not fit its config.json: {len(wrong)} parameters are "
+            f"missing, unexpected or of the wrong shape ({', '.join(wrong[:3])})"
+        )
+    params = unflatten({k: np.asarray(v, np.float32) for k, v in flat.items()})
+    return CLIP(str(weights), sizes, params, dtype)
+
+
+def clip_from_files(
+    image: Path, text: Path, config: CLIPConfig | None = None, *, dtype: str = "auto"
+) -> CLIP:
+    """A noised CLIP from its two `.pt` files under the released names.
+
+    Args:
+        config: its sizes; None: the released ones.
+    """
+    config = config or clip64()
+    params = clip_from_released(config, read_torch_file(image), read_torch_file(text))
+    return CLIP(RELEASED, config, params, dtype)
+
+
+def save_clip(clip: CLIP, folder: Path) -> None:
+    """Writes a noised CLIP as a folder that `load_clip` reads, in float32.
+
+    Raises:
+        GlideError: the folder cannot be written.
+    """
+    save_weights(folder, {"format": FORMAT, "clip": asdict(clip.config)}, flatten(clip.params))
