@@ -6,6 +6,7 @@ pipe("a red apple", num=4).save("samples")
 """
 
 from glide_jax import weights
+from glide_jax.diffusion.grids import make_grid
 from glide_jax.diffusion.guidance import (
     Branch,
     Guidance,
@@ -20,19 +21,22 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.sampling import plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.models.unet import GLIDE
 from glide_jax.noised_clip import CLIP, load_clip
 from glide_jax.pictures import Pictures
-from glide_jax.pipeline import Pipeline, load
+from glide_jax.pipeline import Denoiser, Pipeline, load
 from glide_jax.settings import Settings
 
 __all__ = [
     "CLIP",
     "GLIDE",
     "PRESETS",
+    "SOLVERS",
     "Branch",
+    "Denoiser",
     "GlideError",
     "Guidance",
     "ModelConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "known_pixels",
     "load",
     "load_clip",
+    "make_grid",
     "make_schedule",
     "plan",
     "sample",

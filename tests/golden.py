@@ -85,22 +85,21 @@ def state_dict(name: str) -> MappingProxyType:
     """Its weights, under the released names."""
     if name.startswith("alt"):
         arrays = load("unet_alt_add")
-        weights = {k.removeprefix("sd."): v for k, v in arrays.items() if k.startswith("sd.")}
+        found = {k.removeprefix("sd."): v for k, v in arrays.items() if k.startswith("sd.")}
         if name == "alt_notext":
-            weights = {
+            found = {
                 k: v
-                for k, v in weights.items()
+                for k, v in found.items()
                 if "encoder_kv" not in k and not k.startswith(TEXT_SIDE)
             }
     else:
-        own = load(f"weights_{name}")
-        weights = {**(load(f"weights_{SHARED_WEIGHTS[name]}") if name in SHARED_WEIGHTS else {})}
-        weights |= own
-    return MappingProxyType(weights)
+        shared = load(f"weights_{SHARED_WEIGHTS[name]}") if name in SHARED_WEIGHTS else {}
+        found = {**shared, **load(f"weights_{name}")}
+    return MappingProxyType(found)
 
 
 @cache
-def params(name: str) -> dict:
+def weights(name: str) -> dict:
     """Its weights as our tree."""
     return from_released(config(name), state_dict(name))
 
@@ -122,13 +121,14 @@ def _forward(network: GLIDE, variables, x, t, text, images):
 
 def encode(name: str, tokens, mask):
     """Text features from the reference's tokens."""
-    return _encode(model(name), {"params": params(name)}, np.asarray(tokens, np.int32), mask)
+    return _encode(model(name), {"params": weights(name)}, np.asarray(tokens, np.int32), mask)
 
 
-def forward(name: str, x, t, text, **images):
+def forward(name: str, x, t, text, *, params=None, **images) -> np.ndarray:
     """The network's output, channels last; `x` and `images` are channels first."""
+    variables = {"params": weights(name) if params is None else params}
     images = {key: nhwc(image) for key, image in images.items()}
-    return _forward(model(name), {"params": params(name)}, nhwc(x), t, text, images)
+    return np.asarray(_forward(model(name), variables, nhwc(x), t, text, images))
 
 
 def _apply(network: GLIDE, params, x, t, cond):
@@ -138,7 +138,7 @@ def _apply(network: GLIDE, params, x, t, cond):
 
 def network(name: str) -> Network:
     """The tiny model as the sampler wants it; its conditioning is `(text, images)`."""
-    return Network(_network_fn(name), params(name))
+    return Network(_network_fn(name), weights(name))
 
 
 @cache

@@ -143,6 +143,13 @@ def test_a_sixteen_bit_trunk(dtype, worst):
 # --- properties
 
 
+def test_parameters_may_be_numpy_arrays():
+    """As they are when they come out of a file, wherever they are no argument of a jitted call."""
+    bound = NoisedCLIP(config()).bind({"params": params()})
+    assert isinstance(params()["image"]["timestep_embedding"], np.ndarray)
+    assert jax.eval_shape(bound, *inputs()).shape == (4, 4)
+
+
 def test_padding_cannot_influence_a_caption():
     _, _, tokens, lengths = inputs()
     padded = np.arange(tokens.shape[1]) >= lengths[:, None]
@@ -277,7 +284,12 @@ def test_inputs_that_are_refused():
         with pytest.raises(ValueError, match=message):
             apply(method, *arrays, **options)
 
-    refused(r"x must be \(B, 16, 16, 3\), not \(4, 3, 16, 16\)", "encode_image", x.mT, t)
+    refused(
+        r"x must be \(B, 16, 16, 3\), not \(4, 3, 16, 16\)",
+        "encode_image",
+        np.moveaxis(x, -1, 1),
+        t,
+    )
     refused(r"x must be \(B, 16, 16, 3\), not \(4, 8, 8, 3\)", "encode_image", x[:, ::2, ::2], t)
     refused(r"x must be float, in \[-1, 1\], not uint8", "encode_image", x.astype(np.uint8), t)
     refused(r"t must be given exactly where n_timestep > 0", "encode_image", x, None)

@@ -165,7 +165,7 @@ def update():
         position=np.arange(4),
     )
     drawn = reference["t"], nhwc(reference["noise"]), np.full(4, 0.5)
-    fresh = init_state(jax.tree.map(jnp.asarray, golden.params("base")), optimiser)
+    fresh = init_state(jax.tree.map(jnp.asarray, golden.weights("base")), optimiser)
     # Late enough for the moving average to have reached its final rate.
     state = TrainState(jnp.int32(200_000), fresh.params, fresh.ema, fresh.opt_state)
     with pytest.MonkeyPatch.context() as patch:

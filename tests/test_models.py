@@ -37,15 +37,22 @@ def images_of(name: str) -> dict:
 
 def test_every_stage_of_the_base_network():
     reference, trace = load("unet_base"), load("trace_base")
-    capture = partial(
-        golden.model("base").apply,
-        {"params": golden.params("base")},
-        capture_intermediates=True,
-    )
     row = slice(1, 2)
-    tokens = np.asarray(reference["tokens"][row], np.int32)
-    text, text_seen = capture(tokens, reference["mask"][row], method=GLIDE.encode_text)
-    out, seen = capture(nhwc(reference["x"][row]), reference["t"][row], text)
+
+    @jax.jit
+    def run(params, tokens, mask, x, t):
+        apply = partial(golden.model("base").apply, {"params": params}, capture_intermediates=True)
+        text, text_seen = apply(tokens, mask, method=GLIDE.encode_text)
+        out, seen = apply(x, t, text)
+        return out, seen, text_seen
+
+    out, seen, text_seen = run(
+        golden.weights("base"),
+        np.asarray(reference["tokens"][row], np.int32),
+        reference["mask"][row],
+        nhwc(reference["x"][row]),
+        reference["t"][row],
+    )
     stages = {**seen["intermediates"]["unet"], **text_seen["intermediates"]["text"]}
 
     def stage(*names):
@@ -125,7 +132,7 @@ def test_a_sixteen_bit_trunk(dtype, worst, rms):
 
     tokens = np.asarray(reference["tokens"], np.int32)
     text, found = run(
-        golden.params("base"), tokens, reference["mask"], nhwc(reference["x"]), reference["t"]
+        golden.weights("base"), tokens, reference["mask"], nhwc(reference["x"]), reference["t"]
     )
     assert found.dtype == text.pooled.dtype == np.float32
     assert text.sequence.dtype == dtype
@@ -145,42 +152,42 @@ def test_the_tokens_of_padded_positions_do_not_matter():
     assert error(other.sequence, text.sequence) == error(other.pooled, text.pooled) == 0
 
 
-@pytest.mark.parametrize("name", ["base", "superres_inpaint", "alt_add", "alt_notext"])
-def test_a_fresh_network_gives_zero(name):
-    """So that training begins at the mean; nothing but zero, whatever comes in."""
-    model, config = golden.model(name), golden.config(name)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((1, 16, 16, 3), np.float32)
-    images = {"low_res": x[:, ::4, ::4]} if config.upsamples else {}
+# Other random bits than by default, which are far quicker to compile.
+def quick_key(seed: int) -> jax.Array:
+    return jax.random.key(seed, impl="rbg")
 
-    @jax.jit
-    def run(key):
-        params = init_params(model, key)
-        tokens = jnp.arange(config.text_ctx)[None]
-        text = model.apply({"params": params}, tokens, tokens < 5, method=GLIDE.encode_text)
-        return model.apply({"params": params}, x, jnp.full((1,), 500), text, **images)
 
-    assert not np.asarray(run(jax.random.key(3))).any()
+def test_a_fresh_network_gives_zero():
+    """So that training begins at the mean; every residual branch begins at zero too."""
+    reference = load("unet_base")
+    params = jax.jit(partial(init_params, golden.model("base")))(quick_key(0))
+    for path, leaf in flatten(params).items():
+        begins_at_zero = path.endswith("/bias") or path.endswith(
+            ("conv_2/kernel", "attn/proj/kernel", "unet/head/kernel")
+        )
+        assert begins_at_zero == (not np.asarray(leaf).any()), path
+    text = text_of("base")
+    assert not forward("base", reference["x"], reference["t"], text, params=params).any()
 
 
 def test_dropout_acts_in_training_alone():
     reference = load("unet_base")
-    text = text_of("base", slice(0, 1))
+    text = text_of("base")
 
-    @partial(jax.jit, static_argnames="train")
-    def run(key, train):
+    @jax.jit
+    def run(key):
         return golden.model("base").apply(
-            {"params": golden.params("base")},
-            nhwc(reference["x"][:1]),
-            reference["t"][:1],
+            {"params": golden.weights("base")},
+            nhwc(reference["x"]),
+            reference["t"],
             text,
-            train=train,
+            train=True,
             rngs={"dropout": key},
         )
 
-    one, two = (run(jax.random.key(i), train=True) for i in range(2))
+    one, two = run(quick_key(0)), run(quick_key(1))
     assert error(one, two) > 0.01
-    assert_close(run(jax.random.key(0), train=False), nhwc(reference["out"][:1]), TOLERANCE)
+    assert error(one, nhwc(reference["out"])) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,7 @@ def test_inputs_that_a_variant_does_not_take(name, images, text, message):
     images = {k: np.zeros((1, *shape), np.float32) for k, shape in images.items()}
     with pytest.raises(ValueError, match=message):
         golden.model(name).apply(
-            {"params": golden.params(name)}, np.zeros((1, 16, 16, 3)), np.zeros(1), features, **images
+            {"params": golden.weights(name)}, np.zeros((1, 16, 16, 3)), np.zeros(1), features, **images
         )
 
 
@@ -246,7 +253,7 @@ def test_parameter_counts_of_the_paper():
 @pytest.mark.parametrize("name", [*VARIANTS, "alt_add", "alt_notext"])
 def test_released_names_there_and_back(name):
     given = golden.state_dict(name)
-    back = to_released(golden.params(name))
+    back = to_released(golden.weights(name))
     assert set(back) == set(given)
     for key, array in back.items():
         assert array.dtype == np.float32
@@ -273,10 +280,10 @@ def test_weights_that_do_not_fit(change, message):
 
 
 def test_weights_of_another_variant():
-    """All three complaints at once, each with its names."""
+    """All complaints at once, each with the first of its names."""
     with pytest.raises(GlideError, match=r"wrong shape \(input_blocks\.0\.0\.weight"):
         from_released(golden.config("inpaint"), golden.state_dict("base"))
-    with pytest.raises(GlideError, match=r"missing .*, \.\.\.\); .*wrong shape"):
+    with pytest.raises(GlideError, match=r"2 missing \(.*\); 99 of the wrong shape .*, \.\.\.\)"):
         from_released(golden.config("base"), golden.state_dict("superres"))
     bigger = replace(golden.config("base"), xf_layers=3)
     with pytest.raises(GlideError, match=r"12 missing \(transformer\.resblocks\.2\.attn"):

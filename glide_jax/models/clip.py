@@ -41,7 +41,8 @@ def normalise(raw: jax.Array) -> jax.Array:
 
 def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of a table. An index outside of it gives NaN: jax would take the nearest row instead."""
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    rows = jnp.asarray(table).at[index]  # parameters may be numpy arrays, which have no `at`
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def linear(features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True):

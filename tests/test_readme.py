@@ -1,0 +1,35 @@
+"""The README's Python runs as written, and its files and commands exist."""
+
+import re
+
+from tests.commands import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_runs_as_written(tmp_path):
+    code = "\n".join(blocks("python"))
+    assert code.count("import glide_jax as glide") == 2
+    # Shown in a notebook; here they would only draw for longer.
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "(1, 16, 16, 3) (1, 16, 16, 3)"
+
+
+def test_every_file_it_names_exists():
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    configs = re.findall(r"configs/\w+\.py", README)
+    missing = [name for name in links + configs if not (ROOT / name).exists()]
+    assert links and configs and not missing
+
+
+def test_every_option_it_names_exists():
+    shell = "\n".join(blocks("sh"))
+    sample = run("sample.py", "--help").stdout
+    lines = [line for line in shell.splitlines() if line.startswith("python sample.py")]
+    options = {o for line in lines for o in re.findall(r" (--[\w-]+)", line)}
+    assert options and all(option in sample for option in options), options
