@@ -4,7 +4,6 @@ Without a prompt it draws a few that show the model well. Each picture is saved 
 seed and settings in its PNG metadata; --seed and --first from there make it again.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ import jax
 import tyro
 
 import glide_jax as glide
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pictures import Pictures, writable
 from glide_jax.runtime import enable_compilation_cache
 
@@ -28,6 +27,14 @@ class Options:
     """A text file with one prompt a line."""
     weights: str = "emoji64"
     """A name (emoji64 is embedded), a folder of weights, or a run of train.py."""
+    upsampler: str | None = None
+    """Weights of an upsampler, which enlarges each picture."""
+    clip: str | None = None
+    """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale."""
+    init_image: Path | None = None
+    """A picture to fill the hole of (weights of an inpainting model)."""
+    mask: Path | None = None
+    """The hole in it: white is drawn anew, black is kept."""
     num: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures of each prompt."""
     seed: int = 0
@@ -42,6 +49,8 @@ class Options:
     """dpm++2m, ddim, or ddpm (the paper's)."""
     guidance_scale: float | None = None
     """Strength of classifier-free guidance; 1 is none, higher follows the prompt more closely."""
+    clip_scale: float | None = None
+    """Strength of CLIP guidance; the release shows 3 with --guidance-scale 1 --sampler ddpm."""
     spacing: str | None = None
     """logsnr (even in log signal-to-noise) or uniform (even in time)."""
     eta: float | None = None
@@ -54,7 +63,9 @@ def draw(options: Options) -> None:
     """Draws what the options ask for."""
     # -- weights, settings, prompts -----------------------------------------------------------
     writable(options.out)
-    pipe = glide.load(options.weights, dtype=options.dtype)
+    pipe = glide.load(
+        options.weights, upsampler=options.upsampler, clip=options.clip, dtype=options.dtype
+    )
     prompts = read_prompts(options) or pipe.model.prompts or ("",)
     for prompt in prompts:
         if cut := pipe.tokenizer.overflow(prompt):
@@ -68,9 +79,12 @@ def draw(options: Options) -> None:
         num=options.num,
         seed=options.seed,
         first=options.first,
+        image=options.init_image,
+        mask=options.mask,
         steps=options.steps,
         sampler=options.sampler,
         guidance_scale=options.guidance_scale,
+        clip_scale=options.clip_scale,
         spacing=options.spacing,
         eta=options.eta,
     )
@@ -104,14 +118,9 @@ def report(pictures: Pictures, files: list[Path]) -> None:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    try:
+    with one_line_errors("stopped; nothing was written"):
         enable_compilation_cache()
         draw(options)
-    except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from glide_jax.data.pipeline import make_batches, to_batch
 from glide_jax.data.sources import open_source
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.errors import GlideError
+from glide_jax.errors import one_line_errors
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.runtime import enable_compilation_cache, trunk_dtype
 from glide_jax.training.checkpoint import Checkpoints
@@ -90,15 +90,10 @@ def train(config: TrainConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    try:
+    with one_line_errors("stopped; the same command goes on from the newest checkpoint"):
         config = parse_recipe(sys.argv[1:], __doc__)
         enable_compilation_cache()
         train(config)
-    except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the newest checkpoint")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from glide_jax.diffusion.sampling import plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.models.presets import PRESETS, ModelConfig
+from glide_jax.models.presets import CLIP_PRESETS, PRESETS, CLIPConfig, ModelConfig
 from glide_jax.models.unet import GLIDE
 from glide_jax.noised_clip import CLIP, load_clip
 from glide_jax.pictures import Pictures
@@ -32,10 +32,12 @@ from glide_jax.settings import Settings
 
 __all__ = [
     "CLIP",
+    "CLIP_PRESETS",
     "GLIDE",
     "PRESETS",
     "SOLVERS",
     "Branch",
+    "CLIPConfig",
     "Denoiser",
     "GlideError",
     "Guidance",

@@ -6,6 +6,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from glide_jax.diffusion.grids import respaced
@@ -28,7 +29,7 @@ from glide_jax.weights import to_released
 from tests import golden
 from tests.golden import assert_close, assert_relative, load, nhwc
 
-# Of the largest value of each picture: a gradient of zero does not pass.
+# Of the largest value of a reference: zero does not pass.
 RELATIVE = 1e-4
 each_chain = pytest.mark.parametrize("chain", ["none", "100"])
 each_schedule = pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -69,7 +70,11 @@ def test_discretised_log_likelihood():
     reference = load("training_losses")
     x_0, noise, v = reference["x0"], reference["noise"], reference["model_output"][:, 3:]
     found = discretised_log_likelihood(x_0, x_0 + 0.2 * noise, v - 3)
-    assert_close(found, reference["dgll"], 1e-4)
+    # In the tails float32 leaves no more than the clamp at 1e-12: there the probability must do.
+    likely = reference["dgll"] > -5
+    assert 0.4 < likely.mean() < 0.6
+    assert_close(found[likely], reference["dgll"][likely], 5e-5)
+    assert_close(np.exp(found), np.exp(reference["dgll"]), 1e-6)
 
 
 @pytest.mark.parametrize(("mean", "log_scale"), [(0.0, -2.0), (0.9, -1.0), (-3.0, 0.0)])
@@ -82,6 +87,25 @@ def test_the_256_values_of_a_pixel_have_probability_one(mean, log_scale):
 # --- the loss
 
 
+def assert_terms(found, wanted, t):
+    """Of each picture; in the tails of the likelihood at t = 0 float32 leaves three digits."""
+    tolerance = np.where(t == 0, 1e-3, 1e-5)
+    assert (np.abs(found / wanted - 1) <= tolerance).all()
+
+
+def assert_gradients(found, wanted, t):
+    """Noise and variance apart, since either would hide a wrong gradient of the other.
+
+    At t = 0 some pixels in the tails of the likelihood are left out: the reference's own rounding
+    is 10% there, against float64.
+    """
+    for part in (slice(0, 3), slice(3, 6)):
+        a, b = np.asarray(found)[..., part], wanted[..., part]
+        assert_close(a[t > 0], b[t > 0], RELATIVE * np.abs(b[t > 0]).max())
+        off = np.abs(a - b)[t == 0] / np.abs(b[t == 0]).max(axis=(1, 2, 3), keepdims=True)
+        assert np.quantile(off, 0.95) <= RELATIVE
+
+
 @pytest.mark.parametrize(("kind", "weight"), [("RESCALED_MSE", None), ("MSE", 1.0)])
 @each_chain
 @each_schedule
@@ -90,19 +114,17 @@ def test_hybrid_loss(name, chain, kind, weight):
     reference, tables = load("training_losses"), reference_tables(name, chain)
     x_0, x_t, t, eps, output = inputs(name, chain)
 
+    @jax.jit
     def total(output):
         terms = hybrid_loss(tables, x_0, x_t, t, eps, output, vlb_weight=weight)
         return terms.loss.sum(), terms
 
     grad, terms = jax.grad(total, has_aux=True)(output)
     key = f"{name}|{kind}|{chain}"
-    assert_relative(terms.loss, reference[f"{key}|loss"], RELATIVE)
-    assert_relative(terms.mse, reference[f"{key}|mse"], RELATIVE)
-    assert_relative(terms.vlb, reference[f"{key}|vb"], RELATIVE)
-    wanted = nhwc(reference[f"{key}|grad_model_output"])
-    # Noise and variance apart: either would hide a wrong gradient of the other.
-    assert_relative(grad[..., :3], wanted[..., :3], RELATIVE)
-    assert_relative(grad[..., 3:], wanted[..., 3:], RELATIVE)
+    assert_terms(terms.loss, reference[f"{key}|loss"], t)
+    assert_relative(terms.mse, reference[f"{key}|mse"], 1e-5)
+    assert_terms(terms.vlb, reference[f"{key}|vb"], t)
+    assert_gradients(grad, nhwc(reference[f"{key}|grad_model_output"]), t)
 
 
 @each_chain
@@ -112,14 +134,15 @@ def test_bound_alone(name, chain):
     reference, tables = load("training_losses"), reference_tables(name, chain)
     x_0, x_t, t, _, output = inputs(name, chain)
 
+    @jax.jit
     def total(output):
         bound = vlb_terms(tables, x_0, x_t, t, output[..., :3], output[..., 3:])
         return bound.sum(), bound
 
     grad, bound = jax.grad(total, has_aux=True)(output)
     key = f"{name}|KL|{chain}"
-    assert_relative(bound, reference[f"{key}|loss"], RELATIVE)
-    assert_relative(grad, nhwc(reference[f"{key}|grad_model_output"]), RELATIVE)
+    assert_terms(bound, reference[f"{key}|loss"], t)
+    assert_gradients(grad, nhwc(reference[f"{key}|grad_model_output"]), t)
 
 
 def test_loss_without_learned_variance():
@@ -170,12 +193,11 @@ def update():
     state = TrainState(jnp.int32(200_000), fresh.params, fresh.ema, fresh.opt_state)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "draw", lambda key, batch, steps: drawn)
-        loss = partial(step.loss_fn, model=model, tables=tables, caption_dropout=0.0)
-        key = jax.random.key(0)
-        grads = jax.jit(jax.grad(loss, has_aux=True))(state.params, batch, key)[0]
         one = partial(step.train_step, model=model, optimiser=optimiser, tables=tables)
-        state, metrics = jax.jit(one)(state, batch, key)
-    return to_released(grads), state, metrics
+        state, metrics = jax.jit(one)(state, batch, jax.random.key(0))
+    # After one step Adam's first moment is the gradient times 1 - beta_1.
+    moments = optax.tree.get(state.opt_state, "mu")
+    return to_released(jax.tree.map(lambda m: m / 0.1, moments)), state, metrics
 
 
 def test_losses_of_the_network():
@@ -188,7 +210,8 @@ def test_gradient_of_every_parameter():
     reference, (grads, _, metrics) = load("train_grads"), update()
     assert set(grads) == set(reference["names"])
     norms = np.array([np.linalg.norm(grads[name].astype(np.float64)) for name in reference["names"]])
-    assert_close(norms / reference["grad_norms"], np.ones_like(norms), 1e-3)
+    # A bias before a norm of single channels has no gradient but rounding, 1e-8.
+    np.testing.assert_allclose(norms, reference["grad_norms"], rtol=2e-5, atol=1e-7)
     total = np.linalg.norm(reference["grad_norms"])
     assert float(metrics["grad_norm"]) == pytest.approx(total, rel=RELATIVE)
 

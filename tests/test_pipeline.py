@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import glide_jax as glide
+from glide_jax.models.clip import NoisedCLIP, init_params
+from glide_jax.noised_clip import save_clip
 from glide_jax.pictures import read_hole, read_pictures
 from tests.commands import TINY, make_weights
 
@@ -111,3 +115,31 @@ def test_guidance_can_be_given_as_functions(folders):
     assert np.array_equal(nowhere.images, unguided.images)
     assert not np.array_equal(default.images, unguided.images)
     assert given.metadata(0)["guidance"][0]["name"] == "classifier_free"
+
+
+def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
+    config = glide.CLIP_PRESETS["clip64"]()
+    small = replace(
+        config, image_size=16, image_width=32, image_layers=1, text_width=32, text_layers=1,
+        head_size=16, embed_width=16, n_vocab=49408,
+    )  # fmt: skip
+    params = init_params(NoisedCLIP(small), jax.random.key(0))
+    save_clip(glide.CLIP("tiny", small, params), tmp_path / "clip")
+    pipe = glide.load(folders["base"], clip=tmp_path / "clip")
+    settings = {"sampler": "ddpm", "steps": 3, "progress": False}
+    unguided = pipe("red", **settings)
+    guided = pipe("red", clip_scale=500.0, **settings)
+    assert guided.metadata(0)["clip_scale"] == 500.0
+
+    def likeness(pictures):
+        x = jnp.asarray(pictures.images, jnp.float32) / 127.5 - 1
+        clip = pipe.clip
+        return float(clip.network(x, jnp.zeros(1), clip.encode_text(["red"]))[0])
+
+    assert likeness(guided) > likeness(unguided)
+    with pytest.raises(glide.UsageError, match="needs a noised CLIP"):
+        glide.load(folders["base"])("red", clip_scale=3.0)
+    with pytest.raises(glide.UsageError, match="no noised CLIP"):
+        glide.load_clip(tmp_path / "nowhere")
+    with pytest.raises(glide.GlideError, match="does not hold a noised CLIP"):
+        glide.load_clip(folders["base"])

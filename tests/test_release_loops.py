@@ -32,11 +32,10 @@ def features(name: str):
 
 
 def conditions(name: str, **images) -> dict:
-    cond, null = (
-        (jax.tree.map(lambda leaf: leaf[half], features(name)), images)
-        for half in (slice(0, 2), slice(2, 4))
-    )
-    return {"cond": cond, "null": null}
+    text = features(name)
+    cond = jax.tree.map(lambda leaf: leaf[:2], text)
+    null = jax.tree.map(lambda leaf: leaf[2:], text)
+    return {"cond": (cond, images), "null": (null, images)}
 
 
 def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
@@ -62,7 +61,9 @@ def start(prefix: str = "base") -> tuple[np.ndarray, np.ndarray]:
 def known(prefix: str) -> tuple[np.ndarray, np.ndarray]:
     loops = load("loops")
     image, mask = nhwc(loops[f"{prefix}.image"]), nhwc(loops[f"{prefix}.mask"])
-    return np.broadcast_to(image, (2, *image.shape[1:])), np.broadcast_to(mask, (2, *mask.shape[1:]))
+    return np.broadcast_to(image, (2, *image.shape[1:])), np.broadcast_to(
+        mask, (2, *mask.shape[1:])
+    )
 
 
 @pytest.mark.parametrize("solver", ["plms", "prk"])

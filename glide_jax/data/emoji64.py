@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -31,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.errors import GlideError, UsageError, one_line_errors
 
 SPLITS = ("train", "test_style", "test_tone", "test_concept", "test_iid")
 # One value a picture, in the order in which they are written; `image` comes before them all.
@@ -341,21 +340,12 @@ def main() -> None:
         """
         print(f"the data set is in {prepare(npz, data_dir)}")
 
-    try:
+    with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             {"fetch": fetch, "rasterise": rasterise, "prepare": prepare_},
             prog="python -m glide_jax.data.emoji64",
             description=__doc__,
         )
-    except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

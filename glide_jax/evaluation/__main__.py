@@ -1,12 +1,11 @@
 """python -m glide_jax.evaluation --recipe configs/emoji64.py --data emoji64.npz"""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from glide_jax.errors import GlideError
+from glide_jax.errors import one_line_errors
 from glide_jax.evaluation.nearest import report
 from glide_jax.pipeline import load
 from glide_jax.runtime import enable_compilation_cache
@@ -32,7 +31,7 @@ class Options:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, prog="python -m glide_jax.evaluation")
-    try:
+    with one_line_errors():
         enable_compilation_cache()
         config = load_recipe(options.recipe)
         config = replace(config, data=replace(config.data, source=options.data))
@@ -41,9 +40,6 @@ def main() -> None:
             right, of = found[name]["right"], found[name]["of"]
             print(f"{name}: the nearest training picture is right for {right} of {of}")
         print(f"sheets in {options.out}")
-    except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

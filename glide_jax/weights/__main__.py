@@ -1,12 +1,11 @@
 """Weights between formats: python -m glide_jax.weights convert base.pt base"""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import tyro
 
-from glide_jax.errors import GlideError
+from glide_jax.errors import one_line_errors
 from glide_jax.training.export import export
 from glide_jax.weights import load_model, save_weights, to_released
 from glide_jax.weights.registry import save_model
@@ -46,15 +45,12 @@ def convert(
 
 def main() -> None:
     """The command line."""
-    try:
+    with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             {"convert": convert, "export": export_run},
             prog="python -m glide_jax.weights",
             description=__doc__,
         )
-    except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
