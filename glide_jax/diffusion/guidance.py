@@ -176,7 +176,7 @@ def per_image(value: jax.Array | float) -> jax.Array:
 
 @guidance(Branch("null", prompt=""))
 def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale) -> Prediction:
-    """`eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, eq. 2); 1 is no guidance."""
+    """`eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, sec. 2.3); 1 is no guidance."""
     p = predict(x, point)
     push = p.branches["cond"] - p.branches["null"]
     # Written on top of eps, so that guidance adds up, and scale 1 changes no bit.
@@ -209,7 +209,7 @@ def gradient(
 
     Args:
         log_prob: a network whose output is `(B,)`, the log-probability up to a constant; for
-            noised CLIP `100 f(x_t, t) . g(c)`  (GLIDE, eq. 3).
+            noised CLIP `100 f(x_t, t) . g(c)`  (GLIDE, sec. 2.4).
         cond: its conditioning, arrays batch first.
     """
     p = predict(x, point)

@@ -89,6 +89,9 @@ def _to_ours(array: np.ndarray, kernel: bool) -> np.ndarray:
         return array
     if array.ndim == 4 and array.shape[2:] != (1, 1):
         return array.transpose(2, 3, 1, 0)
+    if array.ndim < 2 or any(n != 1 for n in array.shape[2:]):
+        # No kernel of ours: left as it is, for its shape to be reported.
+        return array
     return array.reshape(array.shape[:2]).T
 
 
