@@ -209,7 +209,9 @@ def test_losses_of_the_network():
 def test_gradient_of_every_parameter():
     reference, (grads, _, metrics) = load("train_grads"), update()
     assert set(grads) == set(reference["names"])
-    norms = np.array([np.linalg.norm(grads[name].astype(np.float64)) for name in reference["names"]])
+    norms = np.array(
+        [np.linalg.norm(grads[name].astype(np.float64)) for name in reference["names"]]
+    )
     # A bias before a norm of single channels has no gradient but rounding, 1e-8.
     np.testing.assert_allclose(norms, reference["grad_norms"], rtol=2e-5, atol=1e-7)
     total = np.linalg.norm(reference["grad_norms"])

@@ -206,7 +206,11 @@ def test_inputs_that_a_variant_does_not_take(name, images, text, message):
     images = {k: np.zeros((1, *shape), np.float32) for k, shape in images.items()}
     with pytest.raises(ValueError, match=message):
         golden.model(name).apply(
-            {"params": golden.weights(name)}, np.zeros((1, 16, 16, 3)), np.zeros(1), features, **images
+            {"params": golden.weights(name)},
+            np.zeros((1, 16, 16, 3)),
+            np.zeros(1),
+            features,
+            **images,
         )
 
 

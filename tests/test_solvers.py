@@ -70,7 +70,11 @@ def order(error, coarse=64) -> float:
 
 # --- deterministic: the flow of a mixture
 
-MEANS, STDS, WEIGHTS = np.array([-1.0, 0.1, 0.8]), np.array([0.2, 0.1, 0.3]), np.array([0.3, 0.3, 0.4])
+MEANS, STDS, WEIGHTS = (
+    np.array([-1.0, 0.1, 0.8]),
+    np.array([0.2, 0.1, 0.3]),
+    np.array([0.3, 0.3, 0.4]),
+)
 
 
 def denoise_mixture(x, alpha, sigma, cond):

@@ -75,7 +75,7 @@ def plan(
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 1 or not len(grid):
         raise UsageError("sampling needs at least one timestep")
-    if grid.min() < 0 or grid.max() > len(schedule) - 1:
+    if not (grid.min() >= 0 and grid.max() <= len(schedule) - 1):
         raise UsageError(f"timesteps must lie between 0 and {len(schedule) - 1}")
     if (np.diff(grid) >= 0).any():
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
