@@ -67,7 +67,7 @@ class CLIP:
         return _encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.lengths)
 
     def guidance(self, prompts: Sequence[str], scale: float) -> Guidance:
-        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each picture towards its prompt."""
+        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each picture to its prompt."""
         return gradient(log_prob=self.network, cond=self.encode_text(prompts), scale=scale)
 
 

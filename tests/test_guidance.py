@@ -14,7 +14,7 @@ from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import ddim, ddpm, dpm_solver_2m
 from glide_jax.errors import UsageError
-from tests.golden import assert_close
+from tests.golden import assert_close, rows
 
 SCHEDULE = make_schedule("cosine")
 SHAPE = (4, 2, 3, 1)
@@ -108,6 +108,21 @@ def test_a_scale_for_each_picture():
     for i, scale in enumerate(scales):
         run = run_of(ddpm, [classifier_free(scale=scale), clip()])
         assert_close(together[i], sample(TOY, CONDS, run, X, keys()).x[i], 1e-5)
+
+
+def test_a_network_that_predicts_v():
+    """`eps = alpha v + sigma x_t`, of every branch  (2202.00512)."""
+
+    def echo(params, x, t, cond):
+        return cond
+
+    run = rows(run_of(guidances=[classifier_free(scale=3.0)]), slice(2, 3))
+    eps = {name: jnp.sin(X + i) for i, name in enumerate(CONDS)}
+    v = jax.tree.map(lambda e: (e - run.table.sigma[0] * X) / run.table.alpha[0], eps)
+    wanted = sample({"main": Network(echo, None)}, eps, run, X, keys())
+    found = sample({"main": Network(echo, None, "v")}, v, run, X, keys())
+    assert_close(found.x, wanted.x, 1e-5)
+    assert_close(found.x_0, wanted.x_0, 1e-5)
 
 
 def test_clipping_is_of_the_prediction():

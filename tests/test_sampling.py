@@ -1,6 +1,5 @@
 """Single steps and whole runs of the sampler against the original's, and its two drivers."""
 
-from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -8,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid, respaced, respaced_steps
-from glide_jax.diffusion.guidance import Branch, Network, classifier_free, clip, guidance
+from glide_jax.diffusion.grids import respaced
+from glide_jax.diffusion.guidance import Network, classifier_free, clip, guidance
 from glide_jax.diffusion.losses import make_tables, q_sample
-from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start, stream
+from glide_jax.diffusion.sampling import plan, sample, stream
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
-from glide_jax.diffusion.solvers import SOLVERS, ddim, ddpm, dpm_solver_2m, step_betas
-from glide_jax.errors import UsageError
+from glide_jax.diffusion.solvers import ddim, ddpm, step_betas
 from tests.golden import (
     SCHEDULES,
     assert_close,
