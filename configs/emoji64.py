@@ -50,7 +50,7 @@ def get_config() -> TrainConfig:
         optimiser=OptimiserConfig(
             learning_rate=1.5e-3, decay="cosine", warmup=100, beta_2=0.99, ema=0.998
         ),
-        steps=3600,
+        steps=3000,
         batch_size=8,
         # From the start, rather than in a second training: the model is too small to fine-tune.
         caption_dropout=0.1,

@@ -207,8 +207,8 @@ def test_the_last_step_returns_the_prediction(solver, steps):
 def spread(networks, grid, solver) -> tuple[float, float, float]:
     """Weight of the start, constant, and variance of the noise in what a linear sampler returns.
 
-    Picture 0 has neither start nor noise, picture 1 a start of one, each further one the noise of one
-    row: by linearity these are all there is to know.
+    Picture 0 has neither start nor noise, picture 1 a start of one, each further one the noise of
+    one row: by linearity these are all there is to know.
     """
     run = rows(plan(SCHEDULE, grid, solver), slice(0, -1))
     n = len(run)
