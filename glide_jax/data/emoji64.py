@@ -74,8 +74,8 @@ class NpzSource:
         }
 
     def __repr__(self) -> str:
-        # grain keeps repr(source) in an iterator's state and refuses to resume on another source.
-        # So: no path (files move), but a checksum of which records were chosen.
+        # grain's DataLoader keeps repr(source) in its state and refuses to resume on another. So:
+        # no path (files move), but a checksum of which records were chosen.
         checksum = zlib.crc32(self.indices.tobytes())
         return f"NpzSource({self.label}, {len(self)} pictures, records {checksum:08x})"
 

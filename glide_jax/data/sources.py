@@ -22,7 +22,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Source(Protocol):
-    """Random access to records; its `repr` identifies it (grain keeps it with its position)."""
+    """Random access to records."""
 
     def __len__(self) -> int: ...
 

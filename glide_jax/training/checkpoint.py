@@ -50,13 +50,23 @@ class Checkpoints:
 
         Args:
             like: a state of the same shapes (arrays, or `jax.ShapeDtypeStruct`).
+
+        Raises:
+            GlideError: the checkpoint is of another model or optimiser, or is broken.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(data)
-        )
-        return self._manager.restore(self.latest, args=items)["state"]
+        items = {"data": grain.checkpoint.CheckpointRestore(data)}
+        return self._read(state=ocp.args.StandardRestore(like), **items)
 
     def restore_state(self, like: TrainState) -> TrainState:
         """The newest state alone, as numpy arrays; for a use without the run's data."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return jax.device_get(self._manager.restore(self.latest, args=items)["state"])
+        return jax.device_get(self._read(state=ocp.args.StandardRestore(like)))
+
+    def _read(self, **items: Any) -> TrainState:
+        try:
+            return self._manager.restore(self.latest, args=ocp.args.Composite(**items))["state"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise GlideError(
+                f"cannot go on from step {self.latest} in {self._manager.directory}: it was made by"
+                f" another recipe or is broken ({reason}); choose another folder with --out"
+            ) from error
