@@ -1,6 +1,7 @@
 """What sampling returns: pictures that know how they were made."""
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -54,7 +55,10 @@ class Pictures:
         return [Image.fromarray(image) for image in self.images]
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All pictures side by side, as square as they go unless `columns` says otherwise."""
+        """All pictures side by side: a row a prompt where each has several, else about square."""
+        runs = [len(list(run)) for _, run in itertools.groupby(self.prompts)]
+        if columns is None and len(runs) > 1 and set(runs) == {runs[0]} != {1}:
+            columns = runs[0]
         return Image.fromarray(image_grid(self.images, columns))
 
     def metadata(self, i: int) -> dict[str, Any]:

@@ -125,6 +125,9 @@ def test_pictures_show_themselves_in_a_notebook(pipe):
     assert pictures._repr_png_().startswith(b"\x89PNG")
     assert [p.size for p in pictures.pil()] == [(16, 16)] * 3
     assert pictures.grid(columns=3).size == (3 * 18 + 2, 20)
+    assert pictures.grid().size == (2 * 18 + 2, 2 * 18 + 2)
+    rows = pipe(["red", "blue"], num=3, steps=1, progress=False).grid()
+    assert rows.size == (3 * 18 + 2, 2 * 18 + 2)
 
 
 @pytest.mark.parametrize(
