@@ -168,7 +168,7 @@ def test_predicting_v_is_the_same_bound_and_a_loss_of_v():
     meant = np.concatenate([eps + 0.1 * alpha, output[..., 3:]], axis=-1)
     same = hybrid_loss(tables, x_0, x_t, t, eps, meant)
     # At t = 999 alpha is 5e-5, and rounding is all that is left of it.
-    assert_relative(terms.vlb[:-1], same.vlb[:-1], 1e-2)
+    assert_relative(terms.vlb[:-1], same.vlb[:-1], 1e-4)
 
 
 # --- one update of a whole network
