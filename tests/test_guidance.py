@@ -287,6 +287,12 @@ def test_spans_that_are_none(span):
         classifier_free(scale=3.0).within(*span)
 
 
+def test_a_span_holds_its_upper_end():
+    guided = classifier_free(scale=3.0).within(1.0, 2.0)
+    assert [guided.acts_at(level) for level in (1.0, 1.5, 2.0, 2.5)] == [False, True, True, False]
+    assert classifier_free(scale=3.0).acts_at(1e6)
+
+
 def test_numbers_that_a_guidance_does_not_take():
     with pytest.raises(UsageError, match="classifier_free takes scale, not strength"):
         classifier_free(strength=3.0)
