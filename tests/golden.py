@@ -6,6 +6,7 @@ for tiny networks with random weights, in torch's layout: images `(B, C, H, W)`,
 """
 
 import json
+import os
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,9 +56,19 @@ def error(found, wanted) -> float:
     return np.abs(found - wanted).max()
 
 
+# What each comparison found: `(test, error, tolerance)`, for the table of `python -m tests.parity`.
+COMPARISONS: list[tuple[str, float, float]] = []
+
+
+def _compared(worst: float, tolerance: float) -> None:
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+    COMPARISONS.append((test, float(worst), float(tolerance)))
+
+
 def assert_close(found, wanted, tolerance: float) -> None:
     """`|found - wanted| <= tolerance` everywhere."""
     worst = error(found, wanted)
+    _compared(worst, tolerance)
     assert worst <= tolerance, f"off by {worst:.2e}, more than {tolerance:.0e}"
 
 
@@ -70,6 +81,7 @@ def assert_relative(found, wanted, tolerance: float, floor: float = 0.0) -> None
     for row, (a, b) in enumerate(zip(found, wanted, strict=True)):
         scale = max(np.abs(b).max(), floor)
         worst = error(a, b)
+        _compared(worst, tolerance * scale)
         assert worst <= tolerance * scale, f"row {row}: {worst / scale:.2e} of the largest value"
 
 
