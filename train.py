@@ -20,7 +20,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.runtime import enable_compilation_cache, trunk_dtype
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe
-from glide_jax.training.config import TrainConfig, save_config
+from glide_jax.training.config import TrainConfig, begin_run
 from glide_jax.training.metrics import Logger
 from glide_jax.training.state import init_state, make_optimiser, params_from
 from glide_jax.training.step import train_step
@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> None:
 
     # -- resume, or begin -------------------------------------------------------------------
     with Checkpoints(config.folder / "checkpoints", config.keep) as checkpoints:
-        save_config(config, config.folder / "config.json")
+        begin_run(config)
         if checkpoints.latest is not None:
             state = checkpoints.restore(state, batches)
         first = int(state.step)

@@ -122,8 +122,8 @@ def test_sample_draws_from_a_run(whole_run, tmp_path):
 
 
 def test_a_run_is_not_resumed_with_another_model(whole_run, pictures):
-    error = one_line(run(*arguments(pictures, whole_run, 61, "--model.xf-width", 16)), 1)
-    assert "cannot go on from step 60" in error and "--out" in error
+    error = one_line(run(*arguments(pictures, whole_run, 61, "--model.xf-width", 16)), 2)
+    assert "a run of another model" in error and "--out" in error
 
 
 def test_the_paper_recipe_without_its_data_says_how_to_get_or_name_one(tmp_path):

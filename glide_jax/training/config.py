@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glide_jax.diffusion.schedule import PREDICTIONS
@@ -140,6 +140,23 @@ def save_config(config: TrainConfig, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(dataclasses.asdict(config), indent=1))
     partial.replace(path)
+
+
+def begin_run(config: TrainConfig) -> None:
+    """Writes the recipe into the run's folder, unless another model is being trained there.
+
+    The picture size may change: the network is convolutional.
+
+    Raises:
+        UsageError: the folder holds a run of another model.
+        GlideError: the folder's recipe cannot be read.
+    """
+    path = config.folder / "config.json"
+    if path.exists():
+        before = replace(read_config(path).model, image_size=config.model.image_size)
+        if before != config.model:
+            raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
+    save_config(config, path)
 
 
 def read_config(path: Path) -> TrainConfig:
