@@ -65,7 +65,8 @@ def test_streaming_and_compiled_driver_agree(solver, at_a_time):
 def test_a_tape_of_noise_is_what_the_keys_draw(solver):
     run = run_of(solver)
     tape = np.stack([noise_at(keys(), i, SHAPE) for i in range(len(run))])
-    assert tape.shape == (6, *SHAPE) and abs(tape.mean()) < 0.3 and abs(tape.std() - 1) < 0.2
+    assert len(np.unique(tape)) == tape.size == 6 * np.prod(SHAPE)
+    assert abs(tape.mean()) < 0.3 and abs(tape.std() - 1) < 0.2
     drawn = sample(TOY, CONDS, run, X, keys())
     assert_close(sample(TOY, CONDS, run, X, tape).x, drawn.x, 1e-6)
     stochastic = solver is not dpm_solver_2m
@@ -126,16 +127,25 @@ def test_a_network_that_predicts_v():
 
 
 def test_clipping_is_of_the_prediction():
-    """And the noise is made to agree with it: the step goes where the clipped prediction says."""
+    """And the noise is made to agree with it, for the step and for whatever guidance follows."""
+
+    @guidance()
+    def eps_seen(predict, x, point):
+        p = predict(x, point)
+        return p._replace(x_0=p.eps)
+
     low, high = -0.25, np.float32([0.1, 0.2, 0.3, 0.4])
     _, plain = next(stream(TOY, CONDS, run_of(), X, keys()))
-    run = run_of(guidances=[clip(low=low, high=high)])
+    clipping = clip(low=low, high=high)
+    run = run_of(guidances=[clipping])
     _, clipped = next(stream(TOY, CONDS, run, X, keys()))
     wanted = np.clip(plain.x_0, low, high[:, None, None, None])
     assert_close(clipped.x_0, wanted, 1e-7)
     row = run.table
     eps = (X - row.alpha[0] * wanted) / row.sigma[0]
     assert_close(clipped.x, row.next_alpha[0] * wanted + row.next_sigma[0] * eps, 1e-6)
+    _, seen = next(stream(TOY, CONDS, run_of(guidances=[clipping, eps_seen()]), X, keys()))
+    assert_close(seen.x_0, eps, 1e-6)
 
 
 # --- what runs

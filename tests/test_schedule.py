@@ -134,6 +134,10 @@ def test_steps_that_the_release_keeps(key):
     np.testing.assert_array_equal(respaced_steps(int(length), spec), load("tables")[key])
 
 
+def test_halves_are_rounded_to_even_steps():
+    np.testing.assert_array_equal(respaced_steps(6, "3"), [0, 2, 5])
+
+
 @each_schedule
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])

@@ -101,15 +101,33 @@ def mixture_quantiles(log_snr, u) -> np.ndarray:
 
 @pytest.mark.parametrize(("solver", "expected"), [(ddim, 1), (dpm_solver_2m, 2)])
 def test_order_of_convergence(solver, expected):
-    """The flow keeps quantiles: `F_t(x_t) = F_s(x_s)`."""
+    """The flow keeps quantiles: `F_t(x_t) = F_s(x_s)`; on steps that are in turn short and long."""
     u, low, high = np.linspace(0.02, 0.98, 33), -2.5, 2.0
     start, wanted = mixture_quantiles(low, u), mixture_quantiles(high, u)
 
     def error(steps):
-        found = solve(as_network(denoise_mixture), log_snr_grid(low, high, steps), solver, start)
+        along = np.cumsum(np.append(0, np.tile([1, 2], steps // 2)))
+        grid = SCHEDULE.at_log_snr(low + (high - low) * along / along[-1])
+        found = solve(as_network(denoise_mixture), grid, solver, start)
         return np.sqrt(((found - wanted) ** 2).mean())
 
     assert order(error) == pytest.approx(expected, abs=0.15)
+
+
+def test_2m_is_the_published_midpoint_form():
+    """`D = (1 + 1/2r) D_i - 1/2r D_{i-1}`, `r = h_{i-1} / h_i` (2211.01095, algorithm 2): with r
+    upside down its errors would cancel from step to step, and the order stay 2."""
+    log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
+    grid = SCHEDULE.at_log_snr(log_snr)
+    table = dpm_solver_2m(SCHEDULE, grid, np.zeros(6, bool))
+    alpha, sigma = map(np.asarray, alpha_sigma(log_snr))
+    for i in range(1, 5):
+        h, before = log_snr[i + 1] - log_snr[i], log_snr[i] - log_snr[i - 1]
+        half = 1 / (2 * before / h)
+        weight = alpha[i + 1] * (1 - np.exp(-h))
+        wanted = [weight * (1 + half), -weight * half, 0, 0]
+        np.testing.assert_allclose(table.E[i], wanted, rtol=1e-9)
+        assert table.Qx[i] == pytest.approx(sigma[i + 1] / sigma[i], rel=1e-9)
 
 
 # --- deterministic: guidance within a span
