@@ -4,10 +4,11 @@ The paper's second stage: the same procedure as the base training, with 20% of t
 replaced by the empty one, so that the model can be sampled with classifier-free guidance.
 Batch size and number of steps are those of the released model's base training (B.1: 1.1M steps and
 500K of fine-tuning; the batch is the paper's). Learning rate, Adam's and the average's rates
-are not in the paper: they are those of ADM on ImageNet 64x64 (2105.05233, table 11).
+are not in the paper: they are the defaults of ADM's code (2105.05233 itself trained ImageNet 64x64
+at 3e-4).
 
 Result:   not trained here: it is the recipe of a 385M model on a text-image data set of your own.
-Hardware: 32 or more accelerators of 32 GB; bfloat16 on TPUs and recent GPUs.
+Hardware: all devices of one host, bfloat16 on TPUs and recent GPUs; memory and speed not measured.
 Command:  python train.py --config configs/cfg64.py --data.source FOLDER --init-from base
 """
 
