@@ -8,6 +8,10 @@ import numpy as np
 
 from glide_jax.diffusion.schedule import Schedule, posterior, to_eps
 
+# How L_simple weighs the noise levels, and what the paper of "min-snr" recommends.
+WEIGHTINGS = ("none", "min-snr")
+MIN_SNR_GAMMA = 5.0
+
 
 class Tables(NamedTuple):
     """What the losses read at a step `t`: each `(T,)` float32, from float64 on the host."""
@@ -113,6 +117,16 @@ def vlb_terms(
     return jnp.where(t == 0, nll, kl) / np.log(2.0)
 
 
+def min_snr_weight(alpha: jax.Array, sigma: jax.Array, prediction: str) -> jax.Array:
+    """`min(SNR, gamma)`, as a factor on the loss of the prediction  (Min-SNR, 2303.09556, sec. 3.4).
+
+    The squared error of x_0 times `min(SNR, gamma)`; that of eps is SNR times as large, that of
+    v SNR + 1 times.
+    """
+    snr = (alpha / sigma) ** 2
+    return jnp.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "eps" else snr + 1)
+
+
 def hybrid_loss(
     tables: Tables,
     x_0: jax.Array,
@@ -122,6 +136,7 @@ def hybrid_loss(
     output: jax.Array,
     *,
     prediction: str = "eps",
+    weighting: str = "none",
     vlb_weight: float | None = None,
 ) -> Terms:
     """`L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
@@ -135,22 +150,26 @@ def hybrid_loss(
             bound then).
         prediction: what the network predicts: "eps", or "v" = `alpha eps - sigma x_0`
             (2202.00512).
+        weighting: of L_simple over noise levels: "none", or "min-snr".
         vlb_weight: None for T / 1000, that is 0.001 times the estimate `T L_t` of the whole bound.
 
     Returns:
-        `Terms`, in the mean over all dimensions of a picture.
+        `Terms`, in the mean over all dimensions of a picture; `mse` unweighted.
     """
     channels = x_0.shape[-1]
     predicted, variance = output[..., :channels], output[..., channels:]
     alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
     target = eps if prediction == "eps" else alpha * eps - sigma * x_0
     mse = mean_flat((predicted - target) ** 2)
+    simple = mse
+    if weighting == "min-snr":
+        simple = mse * min_snr_weight(alpha, sigma, prediction)[:, 0, 0, 0]
     if not variance.shape[-1]:
-        return Terms(mse, mse, jnp.zeros_like(mse))
+        return Terms(simple, mse, jnp.zeros_like(mse))
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
     vlb = vlb_weight * vlb_terms(
         tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance
     )
-    return Terms(mse + vlb, mse, vlb)
+    return Terms(simple + vlb, mse, vlb)

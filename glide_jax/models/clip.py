@@ -105,10 +105,12 @@ class ImageEncoder(nn.Module):
     Attributes:
         config: sizes; with `n_timestep=0` one learned class token and no timestep.
         dtype: dtype of the blocks and of the patch projection; all else is float32.
+        remat: see `NoisedCLIP`.
     """
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array | None = None) -> Features:
@@ -154,8 +156,9 @@ class ImageEncoder(nn.Module):
         h = jnp.concatenate([first[:, None], h], axis=1)
         h = h + self.param("position_embedding", table, (h.shape[1], width))
         h = layer_norm("norm_in")(h).astype(self.dtype)
+        block = nn.remat(Block) if self.remat else Block
         for i in range(c.image_layers):
-            h = Block(c.image_heads, c.image_layers, self.dtype, name=f"block_{i}")(h)
+            h = block(c.image_heads, c.image_layers, self.dtype, name=f"block_{i}")(h)
         return read_out(h[:, 0], c.embed_width)
 
 
@@ -165,10 +168,12 @@ class TextEncoder(nn.Module):
     Attributes:
         config: sizes.
         dtype: dtype of the blocks; all else is float32.
+        remat: see `NoisedCLIP`.
     """
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> Features:
@@ -191,8 +196,9 @@ class TextEncoder(nn.Module):
         )
         h = (look_up(embedding, tokens) + positions).astype(self.dtype)
         causal = jnp.tril(jnp.ones((c.max_text_len, c.max_text_len), bool))
+        block = nn.remat(Block) if self.remat else Block
         for i in range(c.text_layers):
-            h = Block(c.text_heads, c.text_layers, self.dtype, name=f"block_{i}")(h, causal)
+            h = block(c.text_heads, c.text_layers, self.dtype, name=f"block_{i}")(h, causal)
         return read_out(jax.vmap(look_up)(h, lengths - 1), c.embed_width)
 
 
@@ -206,15 +212,17 @@ class NoisedCLIP(nn.Module):
         config: sizes; see `glide_jax.models.presets`.
         dtype: dtype of the trunks; parameters, norms, softmax, tables, projections to the
             embedding and the embeddings stay float32.
+        remat: in training, keep each block's input alone and compute the rest again.
     """
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
         c = self.config
-        self.image = ImageEncoder(c, self.dtype)
-        self.text = TextEncoder(c, self.dtype)
+        self.image = ImageEncoder(c, self.dtype, self.remat)
+        self.text = TextEncoder(c, self.dtype, self.remat)
         if c.learn_logit_scale:
             start = nn.initializers.constant(math.log(c.logit_scale))
             self.log_scale = self.param("log_scale", start, ())

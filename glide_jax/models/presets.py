@@ -31,6 +31,8 @@ class ModelConfig:
         text_ctx, n_vocab: length of a caption in tokens, and number of tokens.
         xf_width, xf_layers, xf_heads: the text transformer; width 0: no text at all.
         xf_final_ln, xf_padding: final norm, and learned embeddings at padded positions.
+        low_res_level: upsamplers only: tell the network how much noise was added to the small
+            picture (CDM, 2106.15282, sec. 4.2); no released model has it.
     """
 
     variant: str = "base"
@@ -53,12 +55,15 @@ class ModelConfig:
     xf_heads: int = 8
     xf_final_ln: bool = True
     xf_padding: bool = True
+    low_res_level: bool = False
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant {self.variant!r} is none of {', '.join(VARIANTS)}")
         if self.model_channels % 32:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
+        if self.low_res_level and not self.upsamples:
+            raise ValueError("low_res_level is for upsamplers")
 
     @property
     def embed_width(self) -> int:

@@ -48,6 +48,7 @@ class TextTransformer(nn.Module):
 
     Attributes:
         pooled_width: width E of the vector that joins the time embedding.
+        remat: see `glide_jax.models.unet.GLIDE`.
     """
 
     context: int
@@ -59,6 +60,7 @@ class TextTransformer(nn.Module):
     final_norm: bool
     padding: bool
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
@@ -75,8 +77,9 @@ class TextTransformer(nn.Module):
             padding = self.param("padding_embedding", table, (self.context, self.width))
             x = jnp.where(mask[..., None], x, padding)
         x = x.astype(self.dtype)
+        block = nn.remat(TextBlock) if self.remat else TextBlock
         for i in range(self.layers):
-            x = TextBlock(self.heads, self.dtype, name=f"block_{i}")(x)
+            x = block(self.heads, self.dtype, name=f"block_{i}")(x)
         if self.final_norm:
             x = layer_norm("final_norm")(x).astype(self.dtype)
         pooled = dense(self.pooled_width, self.dtype, "pooled")(x[:, -1])

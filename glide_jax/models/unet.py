@@ -29,12 +29,22 @@ class UNet(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, text: TextFeatures | None, train: bool
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: TextFeatures | None,
+        train: bool,
+        level: jax.Array | None = None,
     ) -> jax.Array:
-        """`x (B, H, W, C_in)` float32, `t (B,)` -> `(B, H, W, out_channels)` float32."""
+        """`x (B, H, W, C_in)` float32, `t (B,)` -> `(B, H, W, out_channels)` float32.
+
+        `level (B,)` is the timestep of the noise in the low-resolution picture, where the config
+        has `low_res_level`.
+        """
         c = self.config
         factor = 2 ** (len(c.channel_mult) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
@@ -43,12 +53,21 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, c.model_channels)
         emb = dense(c.embed_width, jnp.float32, "time_1")(emb)
         emb = dense(c.embed_width, jnp.float32, "time_2")(nn.silu(emb))
+        if level is not None:
+            # Starts at nothing, so that weights trained without it keep their outputs.
+            told = dense(c.embed_width, jnp.float32, "level_1")(
+                timestep_embedding(level, c.model_channels)
+            )
+            emb = emb + dense(c.embed_width, jnp.float32, "level_2", zero=True)(nn.silu(told))
         if text is not None:
             emb = emb + text.pooled
+        # Recomputed in the backward pass: a block keeps its input alone.
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
 
         def res(h, features, name, resample=None):
-            return ResBlock(
+            return res_block(
                 features,
                 c.dropout,
                 self.dtype,
@@ -60,7 +79,7 @@ class UNet(nn.Module):
         def attention(h, name, heads=c.num_heads):
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
-            return AttentionBlock(heads, self.dtype, name=name)(h, sequence)
+            return attention_block(heads, self.dtype, name=name)(h, sequence)
 
         # Encoder: every entry's output is kept for the decoder.
         h = conv3x3(c.model_channels * c.channel_mult[0], self.dtype, "down_0")(
@@ -115,14 +134,17 @@ class GLIDE(nn.Module):
     Attributes:
         config: sizes and variant; see `glide_jax.models.presets`.
         dtype: dtype of the trunk; parameters, norms, time embedding and head stay float32.
+        remat: in training, keep each block's input alone and compute the rest again (less
+            memory, about a third more time).
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
         c = self.config
-        self.unet = UNet(c, self.dtype)
+        self.unet = UNet(c, self.dtype, self.remat)
         if c.xf_width:
             self.text = TextTransformer(
                 context=c.text_ctx,
@@ -134,6 +156,7 @@ class GLIDE(nn.Module):
                 final_norm=c.xf_final_ln,
                 padding=c.xf_padding,
                 dtype=self.dtype,
+                remat=self.remat,
             )
 
     def encode_text(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures | None:
@@ -149,6 +172,7 @@ class GLIDE(nn.Module):
         low_res: jax.Array | None = None,
         inpaint_image: jax.Array | None = None,
         inpaint_mask: jax.Array | None = None,
+        low_res_level: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         """Noise prediction and variance output of a noised image.
@@ -161,6 +185,8 @@ class GLIDE(nn.Module):
             inpaint_image: `(B, H, W, 3)` in [-1, 1], for the inpainting variants; multiplied by
                 the mask here. Missing: nothing is known.
             inpaint_mask: `(B, H, W, 1)`, 1 where the picture is known.
+            low_res_level: `(B,)` timesteps of the noise in `low_res`, where the config has it;
+                missing: none, t = 0.
             train: dropout on (needs a "dropout" rng).
 
         Returns:
@@ -177,6 +203,10 @@ class GLIDE(nn.Module):
             )
         if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
             raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
+        if low_res_level is not None and not c.low_res_level:
+            raise ValueError("this network is not told the noise level of low_res")
+        if c.low_res_level and low_res_level is None:
+            low_res_level = jnp.zeros(x.shape[:1])
         if (text is None) == bool(c.xf_width):
             raise ValueError("text features must be given exactly where xf_width > 0")
 
@@ -188,7 +218,7 @@ class GLIDE(nn.Module):
         if c.upsamples:
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
-        return self.unet(jnp.concatenate(inputs, axis=-1), t, text, train)
+        return self.unet(jnp.concatenate(inputs, axis=-1), t, text, train, low_res_level)
 
     def initialise(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Touches every parameter once; for `init`: `model.init(key, tokens, mask, method=...)`."""

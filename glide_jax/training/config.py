@@ -1,50 +1,38 @@
-"""What a training run is made of; `configs/*.py` return one `TrainConfig` each."""
+"""What a training run is made of; `configs/*.py` return a `TrainConfig` or a `CLIPTrainConfig`."""
 
 import dataclasses
-import importlib.util
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from glide_jax.data.config import DataConfig
+from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
-from glide_jax.errors import GlideError, UsageError
-from glide_jax.models.presets import ModelConfig
+from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.models.presets import CLIPConfig, ModelConfig
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where captioned pictures come from, and how a caption is made of a record.
-
-    Attributes:
-        source: an .npz file, a folder of pictures with captions (`cat.png` and `cat.txt`), a
-            prepared tensorflow-datasets folder, or the name of a data set looked up in `data_dir`.
-        split: of the source, where it has any.
-        data_dir: where named data sets lie.
-        captions: templates, one drawn at random each time a record is seen; `{caption}` and any
-            other text field of the record, `{a_caption}` for the caption with "a" or "an".
-        concepts, styles: keep only these (data sets that have such fields); empty: keep all.
-        workers: worker processes that read and decode; 0: in this process.
-    """
-
-    source: str = ""
-    split: str = "train"
-    data_dir: str = "~/tensorflow_datasets"
-    captions: tuple[str, ...] = ("{caption}",)
-    concepts: tuple[str, ...] = ()
-    styles: tuple[str, ...] = ()
-    workers: int = 0
+SPREADS = ("pmap", "fsdp")
+ON_BAD_STEP = ("stop", "skip")
 
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, its learning rate over time, and the moving average of the weights.
+    """AdamW, its learning rate over time, and the moving averages of the weights.
 
     Attributes:
         decay: "constant", or "cosine": from `learning_rate` to zero over the run.
         warmup: steps of linear warm-up.
+        moments: dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
         clip: largest global norm of the gradient; 0: no clipping.
+        freeze: parts of the network that stay as they began, by the start of their path: "text"
+            (the text transformer), "unet/down". Frozen parts cost no optimiser state.
         ema: rate of the moving average that is sampled from; it starts lower, as
             `min(ema, (1 + step) / (10 + step))`, so that short runs are not all initialisation.
+        ema_power: relative widths of power-function averages to keep beside it (EDM2, 2312.02696,
+            sec. 3.1), e.g. 0.05 0.10; from their snapshots `python -m glide_jax.weights ema` makes
+            an average of any width after training.
+        ema_every: steps between snapshots of these.
     """
 
     learning_rate: float = 1e-4
@@ -54,61 +42,95 @@ class OptimiserConfig:
     beta_2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    moments: str = "float32"
     clip: float = 1.0
+    freeze: tuple[str, ...] = ()
     ema: float = 0.9999
+    ema_power: tuple[float, ...] = ()
+    ema_every: int = 5000
+
+    def __post_init__(self):
+        if self.decay not in ("constant", "cosine"):
+            raise UsageError(f"decay is constant or cosine, not {self.decay!r}")
+        if self.moments not in ("float32", "bfloat16"):
+            raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
+        if any(not 0 < width < 0.28 for width in self.ema_power) or self.ema_every < 1:
+            # 1 / sqrt(12): the width of the plain mean of all steps.
+            raise UsageError("ema_power takes relative widths between 0 and 0.28")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One recipe.
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every recipe says.
 
     Attributes:
         name: of the run; its folder is `runs/<name>` unless `out` says otherwise.
         schedule, diffusion_steps: the noise schedule that is trained.
-        prediction: what the network predicts: "eps", the noise (the released models), or "v", which
-            weighs all noise levels alike (2202.00512).
-        batch_size: pictures a step, over all devices.
-        caption_dropout: share of captions that is emptied, for classifier-free guidance.
+        steps: updates, in all.
+        batch_size: pictures a step, over all devices of all hosts.
+        accumulate: parts that a batch is worked through in, one after the other, to save memory.
+        spread: over devices: "pmap" (parameters on every device) or "fsdp" (parameters, optimiser
+            and averages sharded: models that one device cannot hold).
         dtype: of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these.
-        init_from: a folder of weights to begin with (not the state of a run: that is resumed
-            without asking).
-        save_every, keep: steps between checkpoints, and how many of the newest stay.
-        log_every, sample_every: steps between log lines, and between grids of samples (0: none).
-        sample_prompts: what the grids show.
+        remat: compute activations again in the backward pass: less memory, a third more time.
+        init_from: weights to begin with: a name, a folder, a `.pt` file, another run (not the
+            state of a run: that is resumed without asking).
+        out: folder of the run.
+        on_bad_step: after a loss or gradient that is not finite, or a loss `spike` times its
+            average: "stop", or "skip" the update and go on; the update is never made.
+        spike: see `on_bad_step`; 0: only what is not finite is bad.
+        save_every, keep, keep_every: steps between checkpoints, how many of the newest stay, and
+            of which steps they stay for good (multiples; 0: none).
+        log_every, sample_every, validate_every: steps between log lines, grids of samples, and
+            measurements of the held-out loss (0: none).
+        validation_split: of the data source, for the held-out loss.
+        validation_batches: how many batches of it.
+        profile: steps "first:last" to trace for TensorBoard's profiler.
+        wandb: project to log to beside TensorBoard (needs `pip install wandb`).
     """
 
     name: str
-    model: ModelConfig
     schedule: str = "cosine"
     diffusion_steps: int = 1000
-    prediction: str = "eps"
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     steps: int = 100_000
     batch_size: int = 64
-    caption_dropout: float = 0.0
+    accumulate: int = 1
+    spread: str = "pmap"
     seed: int = 0
     dtype: str = "auto"
+    remat: bool = False
     init_from: str = ""
     out: str = ""
+    on_bad_step: str = "stop"
+    spike: float = 0.0
     save_every: int = 1000
     keep: int = 3
+    keep_every: int = 0
     log_every: int = 50
-    sample_every: int = 5000
-    sample_prompts: tuple[str, ...] = ()
-    sample_steps: int = 25
-    sample_guidance_scale: float = 3.0
+    sample_every: int = 0
+    validate_every: int = 0
+    validation_split: str = "validation"
+    validation_batches: int = 16
+    profile: str = ""
+    wandb: str = ""
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1:
-            raise UsageError("steps and batch_size must be at least 1")
-        if not 0 <= self.caption_dropout <= 1:
-            raise UsageError(f"caption_dropout is a share from 0 to 1, not {self.caption_dropout}")
-        if self.prediction not in PREDICTIONS:
-            raise UsageError(f"prediction is {' or '.join(PREDICTIONS)}, not {self.prediction!r}")
-        if self.save_every < 1 or self.log_every < 1:
-            raise UsageError("save_every and log_every must be at least 1")
+        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1")
+        for name in ("keep_every", "sample_every", "validate_every", "spike"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} cannot be negative")
+        if self.batch_size % self.accumulate:
+            raise UsageError(
+                f"a batch of {self.batch_size} does not divide into {self.accumulate} parts"
+            )
+        for name, known in (("spread", SPREADS), ("on_bad_step", ON_BAD_STEP)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def folder(self) -> Path:
@@ -116,69 +138,113 @@ class TrainConfig:
         return Path(self.out or Path("runs") / self.name).expanduser().absolute()
 
 
-def load_recipe(path: str | Path) -> TrainConfig:
-    """The `TrainConfig` that `get_config()` of a recipe file returns.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A recipe of a GLIDE model: base, upsampler or inpainting, by its `model.variant`.
 
-    Raises:
-        UsageError: there is no such file, or it has no `get_config`.
+    Attributes:
+        prediction: what the network predicts: "eps", the noise (the released models), or "v", which
+            weighs all noise levels alike (2202.00512).
+        weighting: of the loss over noise levels: "none" (the paper), or "min-snr" (2303.09556,
+            gamma 5).
+        caption_dropout: share of captions that is emptied, for classifier-free guidance.
+        low_res_noise: upsamplers with `model.low_res_level`: noise is added to the small picture
+            at timesteps below this share of the chain (CDM, 2106.15282); 0: none.
+        mask_all: inpainting: share of pictures of which nothing is known, which keeps the model's
+            drawing from text alone.
+        sample_prompts, sample_steps, sample_guidance_scale: what the grids show, and how.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = f": {path.parent} has {', '.join(near)}" if near else ""
-        raise UsageError(f"there is no recipe {path}{hint}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UsageError(f"{path} is no recipe: it has no function get_config()")
-    return module.get_config()
+
+    model: ModelConfig
+    prediction: str = "eps"
+    weighting: str = "none"
+    caption_dropout: float = 0.0
+    low_res_noise: float = 0.0
+    mask_all: float = 0.1
+    sample_every: int = 5000
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: int = 25
+    sample_guidance_scale: float = 3.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("caption_dropout", "low_res_noise", "mask_all"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
+        for name, known in (("prediction", PREDICTIONS), ("weighting", WEIGHTINGS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        if bool(self.low_res_noise) != self.model.low_res_level:
+            raise UsageError("low_res_noise and model.low_res_level go together")
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CLIPTrainConfig(RunConfig):
+    """A recipe of a noised CLIP: captions against pictures of every noise level."""
+
+    model: CLIPConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accumulate > 1:
+            raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
+
+
+KINDS: dict[str, type[RunConfig]] = {"glide": TrainConfig, "clip": CLIPTrainConfig}
+
+
+def save_config(config: RunConfig, path: Path) -> None:
     """Writes a recipe as JSON (atomically: a killed run leaves the old file or the new one)."""
+    kind = next(k for k, t in KINDS.items() if type(config) is t)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    partial.write_text(json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1))
     partial.replace(path)
 
 
-def begin_run(config: TrainConfig) -> None:
+def begin_run(config: RunConfig) -> None:
     """Writes the recipe into the run's folder, unless another model is being trained there.
 
     The picture size may change: the network is convolutional.
 
     Raises:
         UsageError: the folder holds a run of another model.
-        GlideError: the folder's recipe cannot be read.
+        GlideError: the folder's recipe cannot be read, or not be written.
     """
     path = config.folder / "config.json"
     if path.exists():
-        before = replace(read_config(path).model, image_size=config.model.image_size)
-        if before != config.model:
+        before = read_config(path).model
+        same = type(before) is type(config.model)
+        if isinstance(before, ModelConfig):
+            before = replace(before, image_size=config.model.image_size)
+        if not same or before != config.model:
             raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
-    save_config(config, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_config(config, path)
+    except OSError as error:
+        raise GlideError(f"cannot write {path}: {error}") from None
 
 
-def read_config(path: Path) -> TrainConfig:
+def read_config(path: Path) -> RunConfig:
     """The recipe that `save_config` wrote.
 
     Raises:
         GlideError: the file is missing or is no such recipe.
     """
     try:
-        return _build(TrainConfig, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        return _build(KINDS[values.pop("kind", "glide")], values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise GlideError(f"cannot read the recipe {path}: {error}") from None
 
 
-def _build(kind: type, values: dict):
-    parts = {"model": ModelConfig, "data": DataConfig, "optimiser": OptimiserConfig}
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown field {', '.join(unknown)}")
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    known = {f.name: f.type for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
     built = {}
     for name, value in values.items():
-        if kind is TrainConfig and name in parts:
-            value = _build(parts[name], value)
+        if dataclasses.is_dataclass(known[name]):
+            value = _build(known[name], value)
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)

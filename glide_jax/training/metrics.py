@@ -8,24 +8,26 @@ import numpy as np
 import tqdm
 from tensorboardX import SummaryWriter
 
+from glide_jax.errors import GlideError
 from glide_jax.pipeline import Pipeline
 from glide_jax.settings import Settings
-from glide_jax.training.config import TrainConfig
+from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.export import run_defaults
-from glide_jax.training.state import Params
+from glide_jax.training.objectives import Metrics, Params, finish
 from glide_jax.weights.registry import Model
 
 
 class Logger:
-    """Progress of one run; metrics of a step are read a step later, so that nothing waits.
+    """Progress of one run; metrics stay on the device until a window of steps is full.
 
     A context manager.
     """
 
-    def __init__(self, config: TrainConfig, first: int, records: int, devices: int):
+    def __init__(self, config: RunConfig, first: int, records: int, devices: int):
         self._config = config
         self._writer = SummaryWriter(str(config.folder / "logs"), flush_secs=30)
-        self._pending: tuple[int, Any] | None = None
+        self._window: list[Metrics] = []
+        self._due: tuple[int, list[Metrics]] | None = None
         self._since, self._from, self._first = time.monotonic(), first, first
         print(
             f"{config.name}: {records:,} pictures, {config.batch_size} a step on {devices} "
@@ -37,23 +39,32 @@ class Logger:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._flush()
         self._bar.close()
         self._writer.close()
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step: scalars, or one copy a device."""
-        self._bar.update()
-        self._flush()
-        if step % self._config.log_every == 0 or step == self._first + 1:
-            self._pending = step, metrics
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step: scalars, or one copy a device.
 
-    def _flush(self) -> None:
-        if self._pending is None:
+        Raises:
+            GlideError: a step of the last window was bad and the recipe says to stop.
+        """
+        self._bar.update()
+        # A window is read when the step after it is on its way: nothing waits for the device.
+        self._read()
+        self._window.append(metrics)
+        if step % self._config.log_every == 0 or step in (self._first + 1, self._config.steps):
+            self._due, self._window = (step, self._window), []
+        if step == self._config.steps:
+            self._read()
+
+    def _read(self) -> None:
+        if self._due is None:
             return
-        step, metrics = self._pending
-        self._pending = None
-        values = {k: float(np.ravel(jax.device_get(v))[0]) for k, v in metrics.items()}
+        step, window = self._due
+        self._due = None
+        one_copy = [jax.tree.map(lambda x: np.asarray(x), m) for m in jax.device_get(window)]
+        raise_if_bad(self._config, step, one_copy)
+        values = finish(mean_metrics(one_copy))
         now = time.monotonic()
         rate = (step - self._from) * self._config.batch_size / max(now - self._since, 1e-9)
         self._since, self._from = now, step
@@ -64,7 +75,7 @@ class Logger:
     def samples(self, step: int, ema: Params) -> None:
         """Draws the recipe's prompts with the averaged weights: `samples/step_000500.png`."""
         config = self._config
-        if not config.sample_prompts:
+        if not isinstance(config, TrainConfig) or not config.sample_prompts:
             return
         model = Model(
             config.name,
@@ -82,3 +93,25 @@ class Logger:
         self._writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
         # Drawing is no part of the training speed.
         self._since, self._from = time.monotonic(), step
+
+
+def mean_metrics(window: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Means over steps; those of skipped updates count in `bad` alone."""
+    good = [m for m in window if not m["bad"].any()] or window
+    means = {name: np.mean([m[name] for m in good], axis=0) for name in window[0]}
+    return means | {"bad": np.mean([m["bad"] for m in window])}
+
+
+def raise_if_bad(config: RunConfig, step: int, window: list[dict[str, np.ndarray]]) -> None:
+    """Raises GlideError where an update could not be made and the recipe says to stop."""
+    if config.on_bad_step == "skip":
+        return
+    for i, metrics in enumerate(window):
+        if metrics["bad"].any():
+            at = step - len(window) + 1 + i
+            raise GlideError(
+                f"step {at}: loss {float(metrics['loss'].flat[0]):.3g}, gradient norm "
+                f"{float(metrics['grad_norm'].flat[0]):.3g}; this update was not made. Go on from "
+                "the newest checkpoint with a lower --optimiser.learning-rate, or with "
+                "--on-bad-step skip"
+            )

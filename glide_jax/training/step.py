@@ -1,75 +1,22 @@
-"""One step of training, as a pure function; `glide_jax.parallel` maps it over devices."""
+"""One training step, pure: state and batch in, state and metrics out."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glide_jax.diffusion.losses import Tables, hybrid_loss, q_sample
-from glide_jax.models.unet import GLIDE
-from glide_jax.training.state import Params, TrainState
+from glide_jax.training.config import OptimiserConfig
+from glide_jax.training.objectives import Batch, Metrics, Params
+from glide_jax.training.state import TrainState
 
-
-class Batch(NamedTuple):
-    """Pictures and captions of one step.
-
-    Attributes:
-        image: `(B, H, W, 3)` uint8.
-        tokens, mask: `(B, L)` int32 and bool.
-        position: `(B,)` int32, place in the whole batch of the step. Noise, timestep and caption
-            dropout are drawn from it, so that the number of devices changes nothing.
-    """
-
-    image: jax.Array | np.ndarray
-    tokens: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
-    position: jax.Array | np.ndarray
-
-
-def draw(key: jax.Array, batch: Batch, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What is random about each record: `t (B,)`, `eps (B, H, W, 3)`, and `u (B,)` in [0, 1)."""
-
-    def one(position):
-        t_key, eps_key, drop_key = jax.random.split(jax.random.fold_in(key, position), 3)
-        return (
-            jax.random.randint(t_key, (), 0, steps),
-            jax.random.normal(eps_key, batch.image.shape[1:]),
-            jax.random.uniform(drop_key),
-        )
-
-    return jax.vmap(one)(batch.position)
-
-
-def loss_fn(
-    params: Params,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    model: GLIDE,
-    tables: Tables,
-    caption_dropout: float,
-    prediction: str = "eps",
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean hybrid loss of a batch, and its parts  (GLIDE, sec. 2.1 and 4.2).
-
-    An emptied caption is one whose mask is False throughout.
-    """
-    t, eps, u = draw(key, batch, len(tables.alpha))
-    x_0 = batch.image.astype(jnp.float32) / 127.5 - 1
-    x_t = q_sample(tables, x_0, t, eps)
-    mask = batch.mask & (u >= caption_dropout)[:, None]
-
-    text = model.apply({"params": params}, batch.tokens, mask, method=GLIDE.encode_text)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    train = dropout_key is not None
-    output = model.apply({"params": params}, x_t, t, text, train=train, rngs=rngs)
-    terms = hybrid_loss(tables, x_0, x_t, t, eps, output, prediction=prediction)
-    metrics = {"loss": terms.loss, "mse": terms.mse, "vlb": terms.vlb}
-    return terms.loss.mean(), jax.tree.map(jnp.mean, metrics)
+# The running mean of the loss that a spike is measured by, and the steps before it means much.
+SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
+# Dynamic loss scaling of float16, as a power of two: it grows so in ADM's code, and falls by one
+# on overflow.
+LOSS_SCALE_GROWTH = 1e-3
 
 
 def train_step(
@@ -77,43 +24,134 @@ def train_step(
     batch: Batch,
     key: jax.Array,
     *,
-    model: GLIDE,
+    loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
-    tables: Tables,
-    caption_dropout: float = 0.0,
-    prediction: str = "eps",
-    ema: float = 0.9999,
+    averages: OptimiserConfig,
+    accumulate: int = 1,
+    spike: float = 0.0,
     axis: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of parameters and of their moving average.
+) -> tuple[TrainState, Metrics]:
+    """One update of parameters and of their moving averages.
+
+    An update whose loss or gradient is not finite, or whose loss is `spike` times its running
+    mean, is not made: the state stays as it was but for its count, and metric `bad` is 1.
 
     Args:
+        batch: this device's part, or the whole where `axis` is None.
         key: of the run; the step and each record's place are folded in here.
+        loss: see `glide_jax.training.objectives.Objective`.
+        averages: which moving averages to keep.
+        accumulate: parts that the batch is worked through in.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
-        The new state, and scalars: loss, mse, vlb, grad_norm.
+        The new state, and metrics averaged over the batch, with `grad_norm` and `bad`.
     """
     key = jax.random.fold_in(key, state.step)
     record_key, dropout_key = jax.random.split(key)
     if axis is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
-    loss = partial(
-        loss_fn,
-        model=model,
-        tables=tables,
-        caption_dropout=caption_dropout,
-        prediction=prediction,
-        dropout_key=dropout_key if model.config.dropout else None,
-    )
-    grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, record_key)
+    scale = 2.0**state.loss_scale
+
+    def gradient(part: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+        def scaled(params: Params) -> tuple[jax.Array, Metrics]:
+            value, metrics = loss(params, part, record_key, dropout_key=dropout_key, axis=axis)
+            return value * scale, metrics
+
+        return jax.grad(scaled, has_aux=True)(state.params)
+
+    grads, metrics = _accumulated(gradient, batch, dropout_key, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
+    grads = jax.tree.map(lambda g: g / scale, grads)
 
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    bad = ~finite
+    if spike:
+        warm = state.step >= SPIKE_WARMUP
+        bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
+    new = _updated(state, grads, metrics["loss"], optimiser, averages)
+    state = jax.tree.map(partial(jnp.where, bad), _stayed(state, finite), new)
+    return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
+
+
+def _accumulated(
+    gradient: Callable, batch: Batch, dropout_key: jax.Array, parts: int
+) -> tuple[Params, Metrics]:
+    """Mean gradient and metrics over parts of a batch, one after the other."""
+    if parts == 1:
+        return gradient(batch, dropout_key)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(dropout_key, parts)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), keys[0]),
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(*part)), None
+
+    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _updated(
+    state: TrainState,
+    grads: Params,
+    loss: jax.Array,
+    optimiser: optax.GradientTransformation,
+    averages: OptimiserConfig,
+) -> TrainState:
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    rate = jnp.minimum(ema, (1 + step) / (10 + step))
-    averaged = jax.tree.map(lambda a, p: a + (1 - rate) * (p - a), state.ema, params)
-    metrics["grad_norm"] = optax.global_norm(grads)
-    return TrainState(step, params, averaged, opt_state), metrics
+    rate = jnp.minimum(averages.ema, (1 + step) / (10 + step))
+    powers = tuple(
+        _towards(average, params, power_rate(step, width))
+        for average, width in zip(state.powers, averages.ema_power, strict=True)
+    )
+    memory = jnp.minimum(SPIKE_MEMORY, step / (1 + step))
+    return TrainState(
+        step=step,
+        params=params,
+        ema=_towards(state.ema, params, rate),
+        powers=powers,
+        opt_state=opt_state,
+        loss_mean=loss + memory * (state.loss_mean - loss),
+        loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
+    )
+
+
+def _stayed(state: TrainState, finite: jax.Array) -> TrainState:
+    """The state after an update that was not made."""
+    lower = jnp.where(finite, 0.0, 1.0) * (state.loss_scale > 0)
+    return TrainState(
+        step=state.step + 1,
+        params=state.params,
+        ema=state.ema,
+        powers=state.powers,
+        opt_state=state.opt_state,
+        loss_mean=state.loss_mean,
+        loss_scale=jnp.maximum(state.loss_scale - lower, 0.0),
+    )
+
+
+def _towards(average: Params, params: Params, rate: jax.Array) -> Params:
+    return jax.tree.map(lambda a, p: a + (1 - rate) * (p - a), average, params)
+
+
+def power_rate(step: jax.Array, width: float) -> jax.Array:
+    """`(1 - 1 / t)^(gamma + 1)`, for an average over a power function  (EDM2, 2312.02696).
+
+    Args:
+        step: t, from 1.
+        width: standard deviation of the profile, as a share of the training's length.
+    """
+    return (1 - 1 / step) ** (power_exponent(width) + 1)
+
+
+def power_exponent(width: float) -> float:
+    """Gamma of a relative width: `width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`  (EDM2)."""
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+    return float(roots.real.max())

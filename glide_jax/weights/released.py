@@ -37,6 +37,9 @@ _TEXT = {
 _SINGLE = {
     "unet/time_1": "time_embed.0",
     "unet/time_2": "time_embed.2",
+    # Names of our own: no released model is told the noise level of its small picture.
+    "unet/level_1": "low_res_level.0",
+    "unet/level_2": "low_res_level.2",
     "unet/down_0": "input_blocks.0.0",
     "unet/head_norm/norm": "out.0",
     "unet/head": "out.2",
