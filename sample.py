@@ -1,110 +1,76 @@
 """Draws pictures from text: python sample.py "a red apple"
 
-Without a prompt it draws a few that show the model well. Each picture is saved with its prompt,
-seed and settings in its PNG metadata; --seed and --first from there make it again.
+Without a prompt it draws a few that show the model well. Several prompts are several pictures;
+within one, AND and NOT join captions, each with a weight if it has one:
+
+  sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
+  sample.py "a red apple AND a leaf :0.5 NOT a worm" --guidance-scale 4
+  sample.py "a party hat" --init-image cat.png --mask hole.png       fill a hole
+  sample.py "a cat" --init-image sketch.png --strength 0.6           redraw a picture
+  sample.py --init-image cat.png --variation 0.3 --num 4             pictures like it
+  sample.py "a red apple" "a rocket" --between --num 8               from one to the other
+
+Each picture is saved with its prompt, seed and settings in its PNG metadata; --seed and --first
+from there make it again, whatever was drawn beside it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import tyro
 
 import glide_jax as glide
 from glide_jax.errors import UsageError, one_line_errors
+from glide_jax.options import Options, read_prompts, refuse
 from glide_jax.pictures import Pictures, writable
+from glide_jax.prompts import read_prompt
 from glide_jax.runtime import enable_compilation_cache
-
-
-@dataclass(frozen=True)
-class Options:
-    """Each setting left out takes the value that suits the weights."""
-
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to draw, e.g. "a red apple" "a rocket, Twitter flat style"."""
-    prompts_file: Path | None = None
-    """A text file with one prompt a line."""
-    weights: str = "emoji64"
-    """A name (emoji64 is embedded), a folder of weights, or a run of train.py."""
-    upsampler: str | None = None
-    """Weights of an upsampler, which enlarges each picture."""
-    clip: str | None = None
-    """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale."""
-    init_image: Path | None = None
-    """A picture to fill the hole of (weights of an inpainting model)."""
-    mask: Path | None = None
-    """The hole in it: white is drawn anew, black is kept."""
-    num: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """Pictures of each prompt."""
-    seed: int = 0
-    """The same seed and settings draw the same pictures."""
-    first: int = 0
-    """Number of the first picture of the run, to make one of them again."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("samples")
-    """Folder for the pictures; files that are there stay."""
-    steps: str | None = None
-    """Network evaluations (25), or a spacing of the released code (100, ddim50, fast27)."""
-    sampler: str | None = None
-    """dpm++2m, ddim, or ddpm (the paper's)."""
-    guidance_scale: float | None = None
-    """Strength of classifier-free guidance; 1 is none, higher follows the prompt more closely."""
-    clip_scale: float | None = None
-    """Strength of CLIP guidance; the release shows 3 with --guidance-scale 1 --sampler ddpm."""
-    spacing: str | None = None
-    """logsnr (even in log signal-to-noise) or uniform (even in time)."""
-    eta: float | None = None
-    """Noise of ddim, from 0 to 1."""
-    dtype: str = "auto"
-    """float32, bfloat16 or float16; auto chooses by device."""
 
 
 def draw(options: Options) -> None:
     """Draws what the options ask for."""
-    # -- weights, settings, prompts -----------------------------------------------------------
+    # -- weights, prompts -------------------------------------------------------------------------
     writable(options.out)
-    pipe = glide.load(
-        options.weights, upsampler=options.upsampler, clip=options.clip, dtype=options.dtype
-    )
-    prompts = read_prompts(options) or pipe.model.prompts or ("",)
-    for prompt in prompts:
-        if cut := pipe.tokenizer.overflow(prompt):
-            print(f"note: the last {cut} tokens of {prompt[:40]!r}... are beyond the model's reach")
+    refuse(options)
+    where = dict(vars(options.on))
+    batch_size = where.pop("batch_size")
+    pipe = glide.load(**where)
+    editing = options.editing
+    shown = pipe.model.prompts if editing.init_image is None else ()
+    prompts = read_prompts(options) or shown or ("",)
+    for caption in (part.text for prompt in prompts for part in read_prompt(prompt).parts):
+        if cut := pipe.tokenizer.overflow(caption):
+            print(f"note: the last {cut} tokens of {caption[:40]!r}... are beyond the model's reach")
 
     # -- draw -----------------------------------------------------------------------------------
     device = jax.devices()[0]
-    print(f"{options.weights} on {device.device_kind}; the first run compiles, later ones do not")
-    pictures = pipe(
-        prompts,
-        num=options.num,
-        seed=options.seed,
-        first=options.first,
-        image=options.init_image,
-        mask=options.mask,
-        steps=options.steps,
-        sampler=options.sampler,
-        guidance_scale=options.guidance_scale,
-        clip_scale=options.clip_scale,
-        spacing=options.spacing,
-        eta=options.eta,
-    )
+    print(f"{pipe.model.name} on {device.device_kind}; the first run compiles, later ones do not")
+    call = {
+        "num": options.num,
+        "seed": options.seed,
+        "first": options.first,
+        "batch_size": batch_size,
+        "preview": (lambda p: p.preview(options.out)) if options.preview else None,
+        **vars(options.sampling),
+    }
+    large = {"steps": options.upsampler_steps, "sampler": options.upsampler_sampler}
+    call["upsampler"] = {name: value for name, value in large.items() if value is not None}
+    image = editing.init_image
+    if editing.between:
+        if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
+            raise UsageError("--between takes two prompts, or one and --to-seed")
+        pictures = pipe.between(*prompts, to_seed=editing.to_seed, **call)
+    elif editing.variation is not None:
+        if len(prompts) > 1:
+            raise UsageError("--variation takes one prompt")
+        caption = editing.init_caption
+        amount = editing.variation
+        pictures = pipe.variations(image, *prompts, amount=amount, caption=caption, **call)
+    else:
+        pictures = pipe(prompts, image=image, mask=editing.mask, **call)
 
     # -- save -----------------------------------------------------------------------------------
     report(pictures, pictures.save(options.out))
-
-
-def read_prompts(options: Options) -> tuple[str, ...]:
-    """The prompts of the command line, then those of the file."""
-    if options.prompts_file is None:
-        return options.prompts
-    try:
-        lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompts in {options.prompts_file}: {error}") from None
-    lines = tuple(line.strip() for line in lines if line.strip())
-    if not lines and not options.prompts:
-        raise UsageError(f"{options.prompts_file} holds no prompt")
-    return options.prompts + lines
 
 
 def report(pictures: Pictures, files: list[Path]) -> None:
@@ -117,7 +83,8 @@ def report(pictures: Pictures, files: list[Path]) -> None:
 
 def main() -> None:
     """The command line."""
-    options = tyro.cli(Options, description=__doc__)
+    plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    options = tyro.cli(Options, description=__doc__, config=plain)
     with one_line_errors("stopped; nothing was written"):
         enable_compilation_cache()
         draw(options)

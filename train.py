@@ -6,6 +6,11 @@ of its fields can be set here too, for example `--steps 1000 --data.source pictu
 made; `--help` after a recipe lists its fields.
 
 `--dry-run v5e:4x4` compiles the step for a TPU slice instead, and says what it needs there.
+
+Several machines: the same command on each of them, with a folder that they share, and
+`--coordinator auto` where jax can ask the cluster (TPU slices, Slurm, Open MPI, Kubernetes), else
+`--coordinator HOST:PORT --processes N --process I`. SIGTERM or Ctrl-C saves, and ends with exit
+code 0.
 """
 
 import sys
@@ -20,18 +25,20 @@ from glide_jax.dry_run import dry_run
 from glide_jax.errors import one_line_errors
 from glide_jax.runtime import enable_compilation_cache
 from glide_jax.training.checkpoint import Checkpoints
-from glide_jax.training.command_line import parse_recipe
-from glide_jax.training.config import RunConfig, begin_run
+from glide_jax.training.command_line import parse_recipe, take_peers
+from glide_jax.training.config import RunConfig, begin_run, check_run
 from glide_jax.training.initial import abstract_state, begin_state
 from glide_jax.training.metrics import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.state import make_optimiser
 from glide_jax.training.step import train_step
+from glide_jax.training.stopping import Stopping
 
 
 def train(config: RunConfig) -> None:
     """Runs a recipe to its end, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
+    check_run(config)
     source = open_source(config.data)
     batches = make_batches(
         source,
@@ -57,32 +64,46 @@ def train(config: RunConfig) -> None:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     # -- resume, or begin -------------------------------------------------------------------
-    with Checkpoints(config.folder / "checkpoints", config.keep) as checkpoints:
-        begin_run(config)
+    with (
+        Checkpoints(config.folder / "checkpoints", config.keep, config.keep_every) as checkpoints,
+        Stopping() as stopping,
+    ):
         if checkpoints.latest is None:
             first, state = 0, begin_state(config, objective, spread)
         else:
-            saved = checkpoints.restore(spread.layout(abstract_state(config, objective)), batches)
-            first, state = int(saved.step), spread.place_state(saved)
+            like = spread.layout(abstract_state(config, objective))
+            first, state, position = checkpoints.restore(like, source.fingerprint)
+            state = spread.place_state(state)
+            batches.set_state(position)
+        parallel.on_first(partial(begin_run, config))
 
         # -- the loop -------------------------------------------------------------------------
-        with Logger(config, first, len(source), len(spread.devices)) as log:
+        step = first
+        with Logger(config, first, len(source)) as log:
             for step in range(first + 1, config.steps + 1):
                 batch = spread.place_batch(to_batch(next(batches)))
                 state, metrics = spread.step(state, batch, key)
-                log.step(step, spread.one_copy(metrics))
-                last = step == config.steps
-                if step % config.save_every == 0 or last:
-                    checkpoints.save(step, spread.one_copy(state), batches)
+                log.step(step, spread.one_copy(metrics), checkpoints.latest)
+                last, stop = step == config.steps, stopping(step)
+                if step % config.save_every == 0 or last or stop:
+                    checkpoints.save(
+                        step, spread.saved(state), batches.get_state(), source.fingerprint
+                    )
+                if stop:
+                    break
                 if config.sample_every and (step % config.sample_every == 0 or last):
-                    log.samples(step, spread.one_copy(state).ema)
-    print(f"{config.steps} steps done: {config.folder}")
+                    log.samples(step, spread.whole(state.ema))
+    if jax.process_index() == 0:
+        print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 
 
 def main() -> None:
     """The command line."""
     with one_line_errors("stopped; the same command goes on from the newest checkpoint"):
-        config, hardware = parse_recipe(sys.argv[1:], __doc__)
+        arguments, peers = take_peers(sys.argv[1:])
+        config, hardware = parse_recipe(arguments, __doc__)
+        if peers:
+            parallel.join(peers)
         enable_compilation_cache()
         if hardware is None:
             train(config)

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from glide_jax.batches import Place
 from glide_jax.diffusion.guidance import Guidance, Network, gradient
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.models.presets import CLIPConfig, clip64
+from glide_jax.prompts import Prompt, encode_parts, read_prompt
 from glide_jax.runtime import trunk_dtype
 from glide_jax.tokenizers import CLIPTokenizer
 from glide_jax.weights.released_clip import clip_from_released, clip_misfits
@@ -47,32 +49,47 @@ class CLIP:
         name: what the user called it.
         config: its sizes.
         params: nested dictionaries of float32 arrays.
-        dtype: of its trunks; see `glide_jax.pipeline.Pipeline`.
+        dtype, devices: of its trunks, and where it runs; see `glide_jax.pipeline.Pipeline`.
     """
 
     name: str
     config: CLIPConfig
     params: dict[str, Any]
     dtype: str = "auto"
+    devices: int | str = 1
 
     @cached_property
     def network(self) -> Network:
         """The similarity as a network of the sampler."""
         model = NoisedCLIP(self.config, trunk_dtype(self.dtype))
-        return Network(Similarity(model), jax.device_put(self.params))
+        return Network(Similarity(model), Place(self.devices).everywhere(self.params))
 
     def encode_text(self, prompts: Sequence[str]) -> jax.Array:
         """`g(c)` of prompts: `(B, embed_width)` float32, of length 1."""
         tokens = CLIPTokenizer(self.config.max_text_len)(list(prompts))
         return _encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.lengths)
 
-    def guidance(self, prompts: Sequence[str], scale: float) -> Guidance:
-        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each picture to its prompt."""
-        return gradient(log_prob=self.network, cond=self.encode_text(prompts), scale=scale)
+    def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
+        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each picture to its prompt.
+
+        Of a prompt of several parts g is their sum by weight, which adds up their gradients.
+        """
+        prompts = [read_prompt(prompt) for prompt in prompts]
+        count = max(len(prompt.parts) for prompt in prompts)
+        cond = 0.0
+        for parts in zip(*(prompt.padded(count).parts for prompt in prompts), strict=True):
+            weights = np.array([part.weight for part in parts], np.float32)
+            cond = cond + weights[:, None] * encode_parts(self.encode_text, parts)
+        return gradient(log_prob=self.network, cond=cond, scale=scale)
 
 
-def load_clip(weights: str | Path = RELEASED, *, dtype: str = "auto") -> CLIP:
+def load_clip(
+    weights: str | Path = RELEASED, *, dtype: str = "auto", devices: int | str = 1
+) -> CLIP:
     """A noised CLIP: "openai/clip", which is downloaded, or a folder that `save_clip` wrote.
+
+    Args:
+        dtype, devices: see `glide_jax.load`.
 
     Raises:
         UsageError: there is no such name or folder.
@@ -80,7 +97,7 @@ def load_clip(weights: str | Path = RELEASED, *, dtype: str = "auto") -> CLIP:
     """
     if str(weights) == RELEASED:
         image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
-        return clip_from_files(image, text, dtype=dtype)
+        return clip_from_files(image, text, dtype=dtype, devices=devices)
     folder = Path(weights).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {RELEASED} or a folder")
@@ -97,11 +114,16 @@ def load_clip(weights: str | Path = RELEASED, *, dtype: str = "auto") -> CLIP:
             f"missing, unexpected or of the wrong shape ({', '.join(wrong[:3])})"
         )
     params = unflatten({k: np.asarray(v, np.float32) for k, v in flat.items()})
-    return CLIP(str(weights), sizes, params, dtype)
+    return CLIP(str(weights), sizes, params, dtype, devices)
 
 
 def clip_from_files(
-    image: Path, text: Path, config: CLIPConfig | None = None, *, dtype: str = "auto"
+    image: Path,
+    text: Path,
+    config: CLIPConfig | None = None,
+    *,
+    dtype: str = "auto",
+    devices: int | str = 1,
 ) -> CLIP:
     """A noised CLIP from its two `.pt` files under the released names.
 
@@ -110,7 +132,7 @@ def clip_from_files(
     """
     config = config or clip64()
     params = clip_from_released(config, read_torch_file(image), read_torch_file(text))
-    return CLIP(RELEASED, config, params, dtype)
+    return CLIP(RELEASED, config, params, dtype, devices)
 
 
 def save_clip(clip: CLIP, folder: Path) -> None:

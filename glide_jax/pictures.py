@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -35,17 +37,19 @@ class Pictures:
     Attributes:
         images: `(N, H, W, 3)` uint8.
         prompts: the caption of each.
-        seed, first: of the run: picture i was number `first + i` under `seed`.
+        seed, numbers: picture i is number `numbers[i]` of the run of `seed`.
         weights: name of the model.
         settings: how they were sampled.
+        details: what there is to say of each beside that, if anything.
     """
 
     images: np.ndarray
     prompts: tuple[str, ...]
     seed: int
-    first: int
+    numbers: tuple[int, ...]
     weights: str
     settings: dict[str, Any]
+    details: tuple[dict[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,9 +70,10 @@ class Pictures:
         return {
             "prompt": self.prompts[i],
             "seed": self.seed,
-            "first": self.first + i,
+            "first": self.numbers[i],
             "weights": self.weights,
             **self.settings,
+            **(self.details[i] if self.details else {}),
             "version": package_version(),
         }
 
@@ -101,10 +106,37 @@ class Pictures:
             raise GlideError(f"cannot write pictures to {folder}: {error}") from None
         return files
 
+    def preview(self, folder: str | Path) -> Path:
+        """Writes the grid as `preview.png`, in the place of one that is there.
+
+        Raises:
+            GlideError: the folder cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        path, part = folder / "preview.png", folder / ".preview.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.grid().save(part, "PNG")
+            # At once: a viewer never sees half a picture.
+            part.replace(path)
+        except OSError as error:
+            raise GlideError(f"cannot write {path}: {error}") from None
+        return path
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.grid().save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def to_uint8(x: jax.Array) -> np.ndarray:
+    """`[-1, 1] -> 0..255`, rounded to even as the released code does."""
+    return np.asarray(jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8))
+
+
+def from_uint8(images: np.ndarray) -> jax.Array:
+    """`0..255 -> [-1, 1]` float32."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 def _open(given: Any, what: str) -> Image.Image:
@@ -118,12 +150,13 @@ def _open(given: Any, what: str) -> Image.Image:
     return picture
 
 
-def read_pictures(given: Any, size: int | None, batch: int) -> np.ndarray:
+def read_pictures(given: Any, size: int | None, batch: int | None) -> np.ndarray:
     """Pictures for a batch: `(batch, H, W, 3)` uint8.
 
     Args:
         given: `Pictures`, a file, a `PIL.Image`, or a uint8 array `(H, W, 3)` or `(N, H, W, 3)`.
         size: side to scale them to (bicubic, as the release does); None: left as they are.
+        batch: how many there must be, unless there is one; None: any number.
 
     Raises:
         GlideError: a file that is no picture.
@@ -136,6 +169,7 @@ def read_pictures(given: Any, size: int | None, batch: int) -> np.ndarray:
     images = given[None] if given.ndim == 3 else given
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UsageError(f"a picture is (H, W, 3) uint8, not {given.shape} {given.dtype}")
+    batch = len(images) if batch is None else batch
     if len(images) not in (1, batch):
         raise UsageError(f"{len(images)} pictures for {batch} prompts: give one, or one each")
     if size is not None and images.shape[1:3] != (size, size):

@@ -1,24 +1,26 @@
 """The object that a notebook holds: prompts in, pictures out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from glide_jax.diffusion.guidance import Guidance, Network, branches_of, known_pixels
-from glide_jax.diffusion.sampling import sample, stream
+from glide_jax.batches import Place, local_devices
+from glide_jax.diffusion.guidance import Network
 from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.drawing import picture_keys, run
+from glide_jax.editing import between, noise_of, variations
 from glide_jax.errors import UsageError
+from glide_jax.given import name_of, read_given
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.unet import GLIDE
 from glide_jax.noised_clip import CLIP, load_clip
-from glide_jax.pictures import Pictures, read_hole, read_pictures
+from glide_jax.pictures import Pictures, read_pictures, to_uint8
+from glide_jax.prompts import Prompt, read_prompts
 from glide_jax.runtime import trunk_dtype
 from glide_jax.settings import Settings, describe
 from glide_jax.tokenizers import GPT2Tokenizer
@@ -51,6 +53,8 @@ class Pipeline:
         settings: what is not said in a call.
         upsampler: draws the large picture from the small one, if there is one.
         clip: guides by `clip_scale`, if there is one.
+        guide: the worse model of `autoguidance_scale`, if there is one.
+        devices: over how many of this process's devices a batch is spread, or "all".
     """
 
     model: Model
@@ -58,6 +62,8 @@ class Pipeline:
     settings: Settings = field(default_factory=Settings)
     upsampler: "Pipeline | None" = None
     clip: CLIP | None = None
+    guide: "Pipeline | None" = None
+    devices: int | str = 1
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -66,9 +72,9 @@ class Pipeline:
 
     @cached_property
     def network(self) -> Network:
-        """The network and its weights, on the device."""
+        """The network and its weights, on the devices."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
-        params = jax.device_put(self.model.params)
+        params = Place(self.devices).everywhere(self.model.params)
         return Network(Denoiser(module), params, self.model.prediction)
 
     @cached_property
@@ -76,151 +82,149 @@ class Pipeline:
         """The tokenizer of captions."""
         return GPT2Tokenizer(self.model.config.text_ctx)
 
-    def text_features(self, prompts: Sequence[str]) -> TextFeatures:
-        """`TextFeatures` of prompts; the empty prompt is the unconditional one."""
-        tokens = self.tokenizer(list(prompts))
+    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+        """`TextFeatures` of captions; the empty one is the unconditional one."""
+        tokens = self.tokenizer(list(captions))
         return encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.mask)
+
+    # --- drawing
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Prompt | Sequence[str | Prompt],
+        *,
+        progress: bool = True,
+        preview: Callable[[Pictures], None] | None = None,
+        **call: Any,
+    ) -> Pictures:
+        """Draws `num` pictures of each prompt: `pipe("a red apple", num=4, seed=0, steps=20)`.
+
+        Args:
+            progress: show a progress bar.
+            preview: called, while they are drawn, with the pictures as they then seem to be.
+            **call: everything else that `stream` takes: `num`, `seed`, `image`, any field of
+                `Settings`, ...
+
+        Raises:
+            UsageError, GlideError: see `stream`.
+        """
+        if preview is not None:
+            call = {"every": 5} | call
+        for pictures in self.stream(prompts, progress=progress, **call):
+            if preview is not None:
+                preview(pictures)
+        return pictures
+
+    def stream(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
         *,
         num: int = 1,
         seed: int = 0,
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         image: Any = None,
         mask: Any = None,
         low_res: Any = None,
-        progress: bool = True,
+        noise: Any = None,
+        upsampler: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        every: int | None = None,
+        progress: bool = False,
         **settings: Any,
-    ) -> Pictures:
-        """Draws `num` pictures of each prompt.
+    ) -> Iterator[Pictures]:
+        """Draws, and yields the pictures as they become clear; the last are the result.
 
         Picture i of a run is drawn from `fold_in(key(seed), i)` alone, so that `first=i, num=1`
-        makes it again, whatever was drawn beside it.
+        makes it again, whatever was drawn beside it, in whatever batches, on however many devices.
 
         Args:
-            prompts: one, or several; "" is unconditional.
+            prompts: one, or several; "" is unconditional. "a red apple AND a leaf :0.5 NOT a worm"
+                is several captions with their weights: see `glide_jax.prompts`.
+            num: pictures of each prompt.
             seed: of the run.
-            first: number of the first picture.
-            image: picture to fill a hole of (inpainting models): a file, a `PIL.Image`, or an array
-                `(H, W, 3)` or `(N, H, W, 3)` of uint8; scaled to the model's size.
-            mask: the hole: a file, a `PIL.Image`, or an array `(H, W)` of bool or uint8; white
-                (not zero) is drawn anew, black is kept.
+            first: number of the first picture, or of each.
+            image: what to change: a file, a `PIL.Image`, or an array `(H, W, 3)` or `(N, H, W, 3)`
+                of uint8; scaled to the model's size. It takes a mask, or a `strength`, or both.
+            mask: the hole in it: a file, a `PIL.Image`, or an array `(H, W)` of bool or uint8;
+                white (not zero) is drawn anew, black is kept to the byte.
             low_res: small pictures to enlarge (upsamplers): `Pictures`, or like `image`.
+            noise: what to begin with, `(H, W, 3)` or `(N, H, W, 3)` float: see `noise_of`.
+            upsampler: settings of the upsampler.
+            batch_size: how many to draw at a time; None: see `glide_jax.batches.usual_batch`.
+            every: yield every so many evaluations, rather than after each batch.
             progress: show a progress bar.
             **settings: any field of `Settings`.
 
         Raises:
             UsageError: a setting is unknown or cannot be carried out, there is no prompt, or the
                 model does not take, or lacks, what is given.
+            GlideError: a file cannot be read.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or num < 1:
-            raise UsageError("give at least one prompt, and a num of at least 1")
         settings = self.settings.changed(**settings)
-        captions = [prompt for prompt in prompts for _ in range(num)]
-        extras = self._extras(len(captions), image, mask, low_res)
-        maps = ()
-        if "inpaint_image" in extras:
-            maps = (known_pixels(image=extras["inpaint_image"], mask=extras["inpaint_mask"]),)
-        guidances = settings.guidances(*maps)
-        if settings.clip_scale:
-            if self.clip is None:
-                raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
-            # Last: a score acts after all that maps x_0.
-            guidances = (*guidances, self.clip.guidance(captions, settings.clip_scale))
-        run = settings.plan(self.schedule, guidances)
-
-        conds = self._conditions(captions, guidances, extras)
-        keys = picture_keys(seed, first + np.arange(len(captions)))
-        x = start_noise(keys[:, 0], self.model.config.image_size) * settings.temperature
-        arguments = {"main": self.network}, conds, run, x, keys[:, 1]
-        if progress:
-            with tqdm.tqdm(total=len(run), unit="step", desc=f"{len(x)} pictures") as bar:
-                for done, state in stream(*arguments):
-                    jax.block_until_ready(state.x)
-                    bar.update(done - bar.n)
-        else:
-            state = sample(*arguments)
-        pictures = Pictures(
-            images=to_uint8(state.x),
-            prompts=tuple(captions),
-            seed=seed,
-            first=first,
-            weights=self.model.name,
-            settings=describe(settings),
+        prompts = read_prompts(prompts, num)
+        numbers = np.arange(len(prompts)) + first if np.ndim(first) == 0 else np.asarray(first)
+        if numbers.shape != (len(prompts),):
+            raise UsageError(f"first numbers {len(numbers)} of {len(prompts)} pictures")
+        if upsampler and self.upsampler is None:
+            raise UsageError("settings of an upsampler, but there is none: load one")
+        config, sources = self.model.config, {"image": image, "mask": mask, "noise": noise}
+        sources = {name: name_of(source) for name, source in sources.items() if source is not None}
+        given = read_given(
+            self.model, settings, len(prompts), image=image, mask=mask, low_res=low_res, noise=noise
         )
+        if mask is not None and not (config.inpaints or config.upsamples):
+            settings = settings.resampled(self.schedule)
+
+        side = config.image_size
+        blank = np.full((len(prompts), side, side, 3), 127, np.uint8)
+        images = blank if low_res is None else read_pictures(low_res, side, len(prompts)).copy()
+        pictures = Pictures(
+            images=images,
+            prompts=tuple(prompt.text for prompt in prompts),
+            seed=seed,
+            numbers=tuple(numbers.tolist()),
+            weights=self.model.name,
+            settings=describe(settings) | sources,
+        )
+        keys = picture_keys(seed, numbers)
+        running = run(
+            self,
+            prompts,
+            keys,
+            given,
+            settings,
+            batch_size=batch_size,
+            every=every,
+            progress=progress,
+        )
+        for index, state, done in running:
+            images[index] = to_uint8(state.x if done else state.x_0)
+            pictures = replace(pictures, images=given.kept(images.copy()))
+            yield pictures
         if self.upsampler is None:
-            return pictures
-        up = self.upsampler
-        large = {"image": image, "mask": mask} if up.model.config.inpaints else {}
-        larger = up(captions, seed=seed, first=first, low_res=pictures, progress=progress, **large)
-        both = pictures.settings | {"upsampler": {"weights": up.model.name} | larger.settings}
-        return replace(larger, weights=self.model.name, settings=both)
-
-    def _extras(self, batch: int, image: Any, mask: Any, low_res: Any) -> dict[str, jax.Array]:
-        """What the network is given beside the caption, checked against its variant."""
-        config, extras = self.model.config, {}
-        for name, given, takes in (
-            ("image", image, config.inpaints),
-            ("mask", mask, config.inpaints),
-            ("low_res", low_res, config.upsamples),
+            return
+        for larger in self.upsampler.stream(
+            [prompt.joined() for prompt in prompts],
+            seed=seed,
+            first=numbers,
+            low_res=pictures,
+            image=None if mask is None else image,
+            mask=mask,
+            batch_size=batch_size,
+            every=every,
+            progress=progress,
+            **(upsampler or {}),
         ):
-            if given is not None and not takes:
-                raise UsageError(
-                    f"{self.model.name} is a {config.variant} model: it takes no {name}"
-                )
-        if config.upsamples:
-            if low_res is None:
-                raise UsageError(f"{self.model.name} enlarges pictures: give it some as low_res")
-            extras["low_res"] = from_uint8(read_pictures(low_res, None, batch))
-        if config.inpaints and image is not None:
-            if mask is None:
-                raise UsageError("an image to inpaint needs a mask of the hole")
-            size = config.image_size
-            known = 1 - read_hole(mask, size, batch)
-            extras["inpaint_image"] = from_uint8(read_pictures(image, size, batch)) * known
-            extras["inpaint_mask"] = known
-        return extras
+            enlarged = {"weights": larger.weights} | larger.settings
+            yield replace(
+                pictures,
+                images=larger.images,
+                settings=pictures.settings | {"upsampler": enlarged},
+            )
 
-    def _conditions(
-        self, captions: Sequence[str], guidances: Sequence[Guidance], extras: dict[str, jax.Array]
-    ) -> dict[str, Any]:
-        """Conditioning of each branch; every distinct caption is encoded once."""
-        branches = branches_of(guidances)
-        texts = {
-            b.name: captions if b.prompt is None else [b.prompt] * len(captions) for b in branches
-        }
-        distinct = list(dict.fromkeys(text for some in texts.values() for text in some))
-        features = self.text_features(distinct)
-
-        def rows(some: Sequence[str]) -> dict[str, Any]:
-            index = np.array([distinct.index(text) for text in some])
-            return {"text": jax.tree.map(lambda leaf: leaf[index], features)} | extras
-
-        return {name: rows(some) for name, some in texts.items()}
-
-
-def picture_keys(seed: int, numbers: np.ndarray) -> jax.Array:
-    """`(B, 2)` keys of pictures: for the noise that each begins with, and for that of its steps."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.asarray(numbers))
-
-
-def start_noise(keys: jax.Array, size: int) -> jax.Array:
-    """`(B, size, size, 3)` standard normal, a picture from each key."""
-    return jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(keys)
-
-
-def to_uint8(x: jax.Array) -> np.ndarray:
-    """`[-1, 1] -> 0..255`, rounded to even as the released code does."""
-    return np.asarray(jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8))
-
-
-def from_uint8(images: np.ndarray) -> jax.Array:
-    """`0..255 -> [-1, 1]` float32."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+    noise_of = noise_of
+    variations = variations
+    between = between
 
 
 def load(
@@ -228,7 +232,9 @@ def load(
     *,
     upsampler: str | Path | None = None,
     clip: str | Path | None = None,
+    guide: str | Path | None = None,
     dtype: str = "auto",
+    devices: int | str = 1,
 ) -> Pipeline:
     """A pipeline from weights.
 
@@ -237,15 +243,33 @@ def load(
             released names, or a run of `train.py`.
         upsampler: weights of an upsampler, which then enlarges each picture.
         clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`.
+        guide: weights of a worse model of the same kind, for `autoguidance_scale`.
         dtype: see `Pipeline`.
+        devices: over how many of this process's devices to spread a batch, or "all".
 
     Raises:
-        UsageError: no such weights.
+        UsageError: no such weights, or not as many devices.
         GlideError: they are broken, or cannot be downloaded.
     """
+    local_devices(devices)
+    where = {"dtype": dtype, "devices": devices}
     model = load_model(weights)
-    larger = None if upsampler is None else load(upsampler, dtype=dtype)
+    larger = None if upsampler is None else load(upsampler, **where)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is no upsampler")
-    guide = None if clip is None else load_clip(clip, dtype=dtype)
-    return Pipeline(model, dtype, Settings().changed(**model.defaults), larger, guide)
+    worse = None if guide is None else load(guide, **where)
+    if worse is not None and kind_of(worse.model) != kind_of(model):
+        raise UsageError(f"{guide} cannot guide {weights}: variant, size or schedule differ")
+    return Pipeline(
+        model,
+        settings=Settings().changed(**model.defaults),
+        upsampler=larger,
+        clip=None if clip is None else load_clip(clip, **where),
+        guide=worse,
+        **where,
+    )
+
+
+def kind_of(model: Model) -> tuple[Any, ...]:
+    """What two models share that predict the same noise."""
+    return model.config.variant, model.config.image_size, model.schedule, model.diffusion_steps

@@ -11,8 +11,10 @@ from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.diffusion.guidance import Network
@@ -29,14 +31,26 @@ SHARED_WEIGHTS = {"inpaint": "base", "superres_inpaint": "superres"}
 TEXT_SIDE = ("transformer", "token_embedding", "positional_embedding", "final_ln")
 
 
+# Which array of which file owns some memory: `{id of the owner: (file, key)}`.
+_OWNERS: dict[int, tuple[str, str]] = {}
+
+
 @cache
 def load(name: str) -> MappingProxyType:
     """All arrays of `fixtures/golden/<name>.npz`, read-only."""
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
-    for array in arrays.values():
+    for key, array in arrays.items():
         array.flags.writeable = False
+        _OWNERS[id(_owner(array))] = (name, key)
     return MappingProxyType(arrays)
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """What a view is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
@@ -56,19 +70,33 @@ def error(found, wanted) -> float:
     return np.abs(found - wanted).max()
 
 
-# What each comparison found: `(test, error, tolerance)`, for the table of `python -m tests.parity`.
-COMPARISONS: list[tuple[str, float, float]] = []
+class Comparison(NamedTuple):
+    """What an assertion found; `file` and `key` name the reference, where it is a view of one."""
+
+    test: str
+    file: str
+    key: str
+    error: float
+    tolerance: float
 
 
-def _compared(worst: float, tolerance: float) -> None:
+# For the report of `python -m tests.parity`.
+COMPARISONS: list[Comparison] = []
+
+
+def note(wanted, worst: float, tolerance: float) -> None:
+    """Remembers a comparison."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
-    COMPARISONS.append((test, float(worst), float(tolerance)))
+    file, key = "", ""
+    if isinstance(wanted, np.ndarray):
+        file, key = _OWNERS.get(id(_owner(wanted)), ("", ""))
+    COMPARISONS.append(Comparison(test, file, key, float(worst), float(tolerance)))
 
 
 def assert_close(found, wanted, tolerance: float) -> None:
     """`|found - wanted| <= tolerance` everywhere."""
     worst = error(found, wanted)
-    _compared(worst, tolerance)
+    note(wanted, worst, tolerance)
     assert worst <= tolerance, f"off by {worst:.2e}, more than {tolerance:.0e}"
 
 
@@ -81,7 +109,7 @@ def assert_relative(found, wanted, tolerance: float, floor: float = 0.0) -> None
     for row, (a, b) in enumerate(zip(found, wanted, strict=True)):
         scale = max(np.abs(b).max(), floor)
         worst = error(a, b)
-        _compared(worst, tolerance * scale)
+        note(wanted, worst, tolerance * scale)
         assert worst <= tolerance * scale, f"row {row}: {worst / scale:.2e} of the largest value"
 
 
@@ -117,8 +145,9 @@ def weights(name: str) -> dict:
 
 
 @cache
-def model(name: str) -> GLIDE:
-    return GLIDE(config(name))
+def model(name: str, dtype: str = "float32") -> GLIDE:
+    """The tiny model of that name, its trunk in `dtype`."""
+    return GLIDE(config(name), jnp.dtype(dtype))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -131,16 +160,17 @@ def _forward(network: GLIDE, variables, x, t, text, images):
     return network.apply(variables, x, t, text, **images)
 
 
-def encode(name: str, tokens, mask):
+def encode(name: str, tokens, mask, dtype: str = "float32"):
     """Text features from the reference's tokens."""
-    return _encode(model(name), {"params": weights(name)}, np.asarray(tokens, np.int32), mask)
+    variables = {"params": weights(name)}
+    return _encode(model(name, dtype), variables, np.asarray(tokens, np.int32), mask)
 
 
-def forward(name: str, x, t, text, *, params=None, **images) -> np.ndarray:
+def forward(name: str, x, t, text, *, params=None, dtype="float32", **images) -> np.ndarray:
     """The network's output, channels last; `x` and `images` are channels first."""
     variables = {"params": weights(name) if params is None else params}
     images = {key: nhwc(image) for key, image in images.items()}
-    return np.asarray(_forward(model(name), variables, nhwc(x), t, text, images))
+    return np.asarray(_forward(model(name, dtype), variables, nhwc(x), t, text, images))
 
 
 def _apply(network: GLIDE, params, x, t, cond):
@@ -148,14 +178,14 @@ def _apply(network: GLIDE, params, x, t, cond):
     return network.apply({"params": params}, x, t, text, **images)
 
 
-def network(name: str) -> Network:
+def network(name: str, dtype: str = "float32") -> Network:
     """The tiny model as the sampler wants it; its conditioning is `(text, images)`."""
-    return Network(_network_fn(name), weights(name))
+    return Network(_network_fn(name, dtype), weights(name))
 
 
 @cache
-def _network_fn(name: str):
-    return partial(_apply, model(name))
+def _network_fn(name: str, dtype: str):
+    return partial(_apply, model(name, dtype))
 
 
 def rows(plan: Plan, some: slice) -> Plan:

@@ -1,78 +1,242 @@
-"""Sources and batches: what is read, what is refused, and that iteration can be resumed."""
+"""Batches: what place k of a run holds, whoever makes it, and that iteration can be resumed."""
 
+import io
 import itertools
 import json
 from dataclasses import replace
 
+import grain
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from glide_jax.data.pipeline import make_batches, square, to_batch, with_article
-from glide_jax.data.sources import decode_picture, open_source
+from glide_jax.data.config import DataConfig
+from glide_jax.data.files import BrokenRecord
+from glide_jax.data.images import Encoded, load_picture, random_square, square
+from glide_jax.data.pipeline import make_batches, shuffled, to_batch, with_article
+from glide_jax.data.records import Source
+from glide_jax.data.sources import open_source
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.tokenizers import GPT2Tokenizer
-from glide_jax.training.config import DataConfig
-from tests.commands import ROOT, make_pictures
+from glide_jax.tokenizers import CLIPTokenizer, GPT2Tokenizer
+from tests.commands import ROOT, run
 
 MINI = str(ROOT / "tests" / "fixtures" / "emoji_mini.npz")
 
 
-def batches(config, size=64, **kwargs):
-    arguments = {"batch_size": 4, "context": 16, "size": size, "seed": 0} | kwargs
-    return make_batches(open_source(config), config, **arguments)
+def batches(config, source=None, **kwargs):
+    arguments = {"batch_size": 4, "tokenizer": GPT2Tokenizer(16), "size": 64, "seed": 0} | kwargs
+    return make_batches(source or open_source(config), config, **arguments)
 
 
-def test_a_folder_of_pictures_with_captions(tmp_path):
-    folder = make_pictures(tmp_path / "a" / "b")
-    Image.new("RGB", (16, 16)).save(tmp_path / "a" / "captionless.png")
-    source = open_source(DataConfig(source=str(tmp_path / "a")))
-    assert len(source) == 12
-    record = source[4]
-    assert record["caption"] == "green"
-    assert np.array_equal(record["image"], np.asarray(Image.open(folder / "04.png")))
+def first(iterator, count):
+    return list(itertools.islice(iterator, count))
 
 
-def test_transparency_lies_on_white(tmp_path):
-    picture = np.zeros((4, 4, 4), np.uint8)
-    picture[0, 0] = (255, 0, 0, 255)
-    path = tmp_path / "a.png"
-    Image.fromarray(picture).save(path)
-    decoded = decode_picture(path.read_bytes(), "a.png")
-    assert decoded[0, 0].tolist() == [255, 0, 0] and decoded[3, 3].tolist() == [255, 255, 255]
+def same(a, b):
+    return all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + b"x" * 99])
-def test_an_unreadable_picture_names_itself(data):
-    with pytest.raises(GlideError, match="cannot read the picture a/b.png"):
-        decode_picture(data, "a/b.png")
+def captions(arrays):
+    tokenizer = GPT2Tokenizer(16)
+    rows = zip(arrays["tokens"], arrays["mask"], strict=True)
+    return [tokenizer.decode(ids[mask]) for ids, mask in rows]
 
 
-def test_concepts_and_styles_select_records():
-    config = DataConfig(source=MINI, concepts=("rocket", "penguin"), styles=("Google Noto style",))
-    source = open_source(config)
-    assert {source[i]["caption"] for i in range(len(source))} == {"rocket", "penguin"}
-    with pytest.raises(UsageError, match="rocket"):
-        open_source(replace(config, concepts=("rockett",)))
+def encode(picture, kind="JPEG", **options):
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, kind, **options)
+    return data.getvalue()
 
 
-@pytest.mark.parametrize(
-    "config, says",
-    [
-        (DataConfig(), "--data.source"),
-        (DataConfig(source="emoji64", data_dir="nowhere"), "glide_jax.data.emoji64"),
-        (DataConfig(source="coco_captions", data_dir="nowhere"), "--data.source"),
-    ],
-)
-def test_missing_data_say_how_to_get_or_name_them(config, says):
-    with pytest.raises(UsageError, match=says):
-        open_source(config)
+def partly_broken(count=40, *, broken=(), captions=None):
+    """A source of plain pictures; those in `broken` are cut off."""
+    data = encode(np.full((8, 8, 3), 99, np.uint8), "PNG")
+    return Source(
+        [
+            {
+                "image": Encoded(data[:30] if i in broken else data, f"{i}.png"),
+                "caption": captions or f"{i}",
+            }
+            for i in range(count)
+        ]
+    )
 
 
-def test_a_folder_without_captions_is_refused(tmp_path):
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    with pytest.raises(UsageError, match="1 pictures and none with a caption"):
-        open_source(DataConfig(source=str(tmp_path)))
+# -- the order -----------------------------------------------------------------------------------
+
+
+def test_every_record_once_a_pass_and_another_order_each_time():
+    config = DataConfig(source=MINI, styles=("Google Noto style",))
+    n = len(open_source(config))
+    arrays = batches(config, batch_size=n)
+    one, two = next(arrays)["image"], next(arrays)["image"]
+    assert not np.array_equal(one, two)
+    assert np.array_equal(np.sort(one.sum((1, 2, 3))), np.sort(two.sum((1, 2, 3))))
+
+
+@pytest.mark.parametrize("count", [7, 1 << 15])
+def test_a_pass_is_a_permutation_of_few_records_and_of_many(count):
+    one = [shuffled(i, count, 5) for i in range(count)]
+    assert sorted(one) == list(range(count)) != one
+    few = range(min(count, 99))
+    assert [shuffled(count + i, count, 5) for i in few] != one[: len(few)]
+    assert [shuffled(i, count, 6) for i in few] != one[: len(few)]
+
+
+def test_another_seed_is_another_order_and_a_negative_one_is_a_seed_too():
+    config = DataConfig(source=MINI)
+    one, two = (first(batches(config, seed=seed), 2) for seed in (0, -1))
+    assert not same(one, two)
+    assert same(one, first(batches(config, seed=0), 2))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_out_the_very_batch_that_one_makes(count):
+    config = DataConfig(
+        source=MINI, captions=("{caption}", "{a_caption}"), crop="random", flip=True
+    )
+    whole = first(batches(config), 3)
+    parts = [first(batches(config, process=(i, count)), 3) for i in range(count)]
+    for step, expected in enumerate(whole):
+        for key in ("image", "tokens", "mask", "position"):
+            got = np.concatenate([part[step][key] for part in parts])
+            assert np.array_equal(got, expected[key]), key
+    assert whole[0]["position"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("process", [(0, 3), (2, 2), (-1, 2)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(process):
+    with pytest.raises(UsageError, match="no even share of a batch of 4"):
+        batches(DataConfig(source=MINI), process=process)
+
+
+def test_threads_change_nothing():
+    config = DataConfig(source=MINI, crop="random")
+    assert same(first(batches(config), 5), first(batches(replace(config, threads=3)), 5))
+
+
+# -- resuming ------------------------------------------------------------------------------------
+
+
+def test_iteration_resumes_where_it_was_saved():
+    config = DataConfig(source=MINI, captions=("{caption}", "{a_caption}", "{style}"))
+    one, two = batches(config), batches(config)
+    first(one, 3)
+    state = json.loads(json.dumps(one.get_state()))
+    ahead = first(one, 3)
+    next(two)  # also where batches are already being made
+    two.set_state(state)
+    assert same(ahead, first(two, 3))
+
+
+def test_the_position_travels_in_a_checkpoint(tmp_path):
+    one, two = (batches(DataConfig(source=MINI)) for _ in range(2))
+    first(one, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(one)))
+        manager.wait_until_finished()
+        restored = grain.checkpoint.CheckpointRestore(two)
+        manager.restore(3, args=ocp.args.Composite(data=restored))
+    assert same(first(one, 2), first(two, 2))
+
+
+def test_iteration_resumes_past_broken_records():
+    source = partly_broken(broken=range(0, 40, 3))
+    one, two = batches(DataConfig(), source, size=8), batches(DataConfig(), source, size=8)
+    first(one, 2)
+    two.set_state(one.get_state())
+    assert same(first(one, 5), first(two, 5))
+
+
+def test_the_state_outlives_a_change_of_processes_and_of_batch_size():
+    config = DataConfig(source=MINI)
+    one = batches(config)
+    rest = first(one, 4)[2:]
+    again = batches(config, batch_size=2, process=(1, 2))
+    half = batches(config, process=(0, 2))
+    first(half, 2)
+    again.set_state(half.get_state())
+    got = np.stack([arrays["image"][0] for arrays in first(again, 4)])
+    assert np.array_equal(got, np.concatenate([arrays["image"] for arrays in rest])[1::2])
+
+
+def test_worker_processes_change_nothing_and_can_be_resumed(tmp_path):
+    for i in range(6):
+        encoded = encode(np.full((24, 32, 3), 40 * i, np.uint8))
+        (tmp_path / f"{i}.jpg").write_bytes(encoded[: None if i % 3 else 50])
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    config = DataConfig(source=str(tmp_path), crop="random")
+    expected = first(batches(config, size=8), 9)
+    iterator = batches(replace(config, workers=2), size=8)
+    iterator.set_state({"place": 3 * 4})
+    try:
+        assert same(first(iterator, 6), expected[3:])
+    finally:
+        iterator.close()
+    assert iterator.get_state() == {"place": 9 * 4}
+    assert iterator.skipped == sum(arrays["skipped"] for arrays in expected[3:]) > 0
+
+
+def test_a_closed_iterator_says_so():
+    iterator = batches(DataConfig(source=MINI))
+    next(iterator)
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+# -- broken records ------------------------------------------------------------------------------
+
+
+def test_broken_records_are_replaced_counted_and_named(capsys):
+    broken = (3, 11, 12)
+    iterator = batches(DataConfig(), partly_broken(broken=broken), size=8, batch_size=40)
+    arrays = next(iterator)
+    assert arrays["skipped"] == iterator.skipped >= 3
+    assert not {"3", "11", "12"} & set(captions(arrays))
+    assert len(captions(arrays)) == 40
+    said = capsys.readouterr().err
+    assert all(f"cannot read the picture {i}.png" in said for i in broken)
+    assert said.count("skipped a record") == 3  # each is named once, however often it comes
+
+
+def test_processes_replace_broken_records_alike():
+    source = partly_broken(broken=range(20))
+    config = DataConfig(crop="random")
+    whole = first(batches(config, source, size=8, batch_size=8), 5)
+    parts = [
+        first(batches(config, source, size=8, batch_size=8, process=(i, 2)), 5) for i in (0, 1)
+    ]
+    for expected, one, two in zip(whole, *parts, strict=True):
+        assert captions(expected) == captions(one) + captions(two)
+        assert expected["skipped"] == one["skipped"] + two["skipped"]
+    assert sum(arrays["skipped"] for arrays in whole) > 10
+
+
+def test_only_the_first_few_broken_records_are_named(capsys):
+    iterator = batches(DataConfig(), partly_broken(broken=range(20)), size=8, batch_size=40)
+    first(iterator, 2)
+    said = capsys.readouterr().err
+    assert said.count("skipped a record") == 5 and "further ones are only counted" in said
+
+
+def test_a_source_where_everything_is_broken_stops_with_examples():
+    iterator = batches(DataConfig(), partly_broken(broken=range(40)), size=8)
+    with pytest.raises(GlideError, match=r"32 records in a row are broken.*\d\.png"):
+        next(iterator)
+
+
+def test_a_caption_that_is_no_text_counts_as_broken():
+    source = partly_broken(20, captions="\ud800")
+    good = partly_broken(20)
+    mixed = Source([*source.records, *good.records])
+    iterator = batches(DataConfig(), mixed, size=8, batch_size=20)
+    assert set(captions(next(iterator))) <= {str(i) for i in range(20)}
+    assert iterator.skipped > 0
+
+
+# -- captions ------------------------------------------------------------------------------------
 
 
 def test_captions_are_drawn_from_the_templates():
@@ -83,44 +247,114 @@ def test_captions_are_drawn_from_the_templates():
         captions=("{caption}", "{a_caption}, {style}"),
     )
     seen = set()
-    for arrays in itertools.islice(batches(config), 8):
-        for ids, mask in zip(arrays["tokens"], arrays["mask"], strict=True):
-            seen.add(GPT2Tokenizer(16).decode(ids[mask]))
+    for arrays in first(batches(config), 8):
+        seen.update(captions(arrays))
     assert seen == {"octopus", "an octopus, google noto style"}
-    with pytest.raises(UsageError, match="colour"):
-        next(batches(replace(config, captions=("{colour}",))))
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [("{colour}", "colour"), ("{", "cannot be filled"), ("{}", "cannot be filled")],
+)
+def test_a_template_that_cannot_be_filled_is_refused_before_training(template, says):
+    with pytest.raises(UsageError, match=says):
+        batches(DataConfig(source=MINI, captions=("{caption}", template)))
+
+
+def test_a_template_that_only_some_records_can_fill_skips_the_others():
+    plain = partly_broken(10)
+    styled = Source([*plain.records, *({**r, "style": "flat"} for r in plain.records)])
+    iterator = batches(DataConfig(captions=("{style}",)), styled, size=8, batch_size=20)
+    assert captions(next(iterator)) == ["flat"] * 20 and iterator.skipped > 0
+
+
+def test_one_of_several_captions_is_drawn_each_time():
+    source = partly_broken(1, captions=("one", "two", "three", ""))
+    arrays = next(batches(DataConfig(), source, size=8, batch_size=400))
+    counts = [captions(arrays).count(c) for c in ("one", "two", "three", "")]
+    assert sum(counts) == 400
+    assert all(abs(count - 100) < 45 for count in counts)  # 5 standard deviations
+
+
+def test_clip_tokens_come_with_a_mask():
+    arrays = next(batches(DataConfig(), partly_broken(), size=8, tokenizer=CLIPTokenizer(12)))
+    tokens = CLIPTokenizer(12)(["7"])
+    assert arrays["tokens"].shape == arrays["mask"].shape == (4, 12)
+    assert arrays["tokens"].dtype == np.int32 and arrays["mask"].dtype == bool
+    assert (arrays["mask"].sum(1) >= tokens.lengths[0]).all()
+    assert np.array_equal(arrays["tokens"] > 0, arrays["mask"])
+
+
+def test_data_workers_leave_the_accelerator_alone():
+    code = (
+        "import glide_jax.data.pipeline; from jax._src import xla_bridge as b; print(b._backends)"
+    )
+    assert run("-c", code).stdout.strip() == "{}"
 
 
 def test_articles():
     assert with_article("apple") == "an apple" and with_article("rocket") == "a rocket"
 
 
-def test_every_record_once_a_pass_and_another_order_each_time():
-    config = DataConfig(source=MINI, styles=("Google Noto style",))
-    n = len(open_source(config))
-    arrays = batches(config, batch_size=n)
-    first, second = next(arrays)["image"], next(arrays)["image"]
-    assert not np.array_equal(first, second)
-    assert np.array_equal(np.sort(first.sum((1, 2, 3))), np.sort(second.sum((1, 2, 3))))
-
-
-def test_iteration_resumes_where_it_was_saved():
-    config = DataConfig(source=MINI, captions=("{caption}", "{a_caption}", "{style}"))
-    one, two = batches(config), batches(config)
-    for _ in range(3):
-        next(one)
-    state = json.loads(json.dumps(one.get_state()))
-    ahead = [next(one) for _ in range(3)]
-    two.set_state(state)
-    for expected in ahead:
-        got = next(two)
-        assert all(np.array_equal(expected[k], got[k]) for k in expected)
+# -- pictures ------------------------------------------------------------------------------------
 
 
 def test_a_batch_knows_each_records_place():
     batch = to_batch(next(batches(DataConfig(source=MINI))))
     assert batch.image.shape == (4, 64, 64, 3) and batch.image.dtype == np.uint8
     assert batch.position.tolist() == [0, 1, 2, 3]
+
+
+def test_batches_have_the_size_of_the_model():
+    assert next(batches(DataConfig(source=MINI), size=32))["image"].shape == (4, 32, 32, 3)
+
+
+def test_transparency_lies_on_white():
+    picture = np.zeros((4, 4, 4), np.uint8)
+    picture[0, 0] = (255, 0, 0, 255)
+    decoded = np.asarray(load_picture(Encoded(encode(picture, "PNG"), "a.png")))
+    assert decoded[0, 0].tolist() == [255, 0, 0] and decoded[3, 3].tolist() == [255, 255, 255]
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    grey = np.array([[0, 32768], [65535, 256]], np.uint16)
+    decoded = np.asarray(load_picture(Encoded(encode(grey, "PNG"), "a.png")))
+    assert decoded[..., 0].tolist() == [[0, 128], [255, 1]]
+
+
+def test_a_photo_taken_sideways_is_turned_upright():
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    decoded = np.asarray(load_picture(Encoded(encode(picture, exif=exif, quality=100), "a.jpg")))
+    assert decoded.shape == (32, 16, 3)
+    assert decoded[2].min() > 250 and decoded[-2].max() < 5
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + b"x" * 99])
+def test_an_unreadable_picture_names_itself(data):
+    with pytest.raises(BrokenRecord, match="cannot read the picture a/b.png") as caught:
+        load_picture(Encoded(data, "a/b.png"))
+    assert " at 0x" not in str(caught.value)  # or each would be another reason
+
+
+def test_a_picture_too_large_to_be_honest_is_broken(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = encode(np.zeros((50, 50, 3), np.uint8), "PNG")
+    with pytest.raises(BrokenRecord, match="decompression bomb"):
+        load_picture(Encoded(data, "a.png"))
+
+
+def test_a_jpeg_decoded_at_a_fraction_shows_the_same():
+    y, x = np.mgrid[:480, :640] / 640
+    picture = np.stack([x, y, (np.sin(40 * x * y) + 1) / 2], -1)
+    encoded = Encoded(encode((255 * picture).astype(np.uint8), quality=95), "a.jpg")
+    assert load_picture(encoded, 64).size == (320, 240)
+    assert load_picture(encoded, 30).size == (80, 60)
+    assert load_picture(encoded, 200).size == (640, 480)
+    small, full = (square(load_picture(encoded, side), 64) for side in (64, None))
+    assert np.abs(small.astype(float) - full).mean() < 1
 
 
 def test_pictures_are_cropped_to_their_middle_and_scaled():
@@ -130,9 +364,53 @@ def test_pictures_are_cropped_to_their_middle_and_scaled():
     assert (square(image, 4) == 150).all()
     assert (square(image, 8) == image[:, 2:10]).all()
     assert square(image, 16).shape == (16, 16, 3)
-    with pytest.raises(GlideError, match="uint8"):
+    assert (square(image, 2, share=0.5, place=(0, 0))[:, 1] == 150).all()
+    assert (square(image, 4, share=0.5, place=(0, 1)) == image[:4, 8:]).all()
+    with pytest.raises(BrokenRecord, match="uint8"):
         square(image.astype(np.float32), 4)
 
 
-def test_batches_have_the_size_of_the_model():
-    assert next(batches(DataConfig(source=MINI), size=32))["image"].shape == (4, 32, 32, 3)
+def test_shrinking_averages_areas_also_by_odd_ratios():
+    stripes = np.zeros((100, 100, 3), np.uint8)
+    stripes[::2] = 200
+    assert np.abs(square(stripes, 7).astype(float) - 100).max() <= 8  # 1 / 14.3 of 200, halved
+
+
+def test_random_squares_have_the_scale_and_place_that_they_should():
+    """1 / share is uniform in [1, 1 / least]; the picture is a ramp, so that a square's mean and
+    slope tell its place and side."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3)).copy()
+    rng = np.random.default_rng(0)
+    squares = [random_square(ramp, 10, rng, least=0.5)[5, :, 0].astype(float) for _ in range(2000)]
+    side = np.array([(s[-1] - s[0]) / 9 * 10 for s in squares])
+    middle = np.array([s.mean() + 0.5 for s in squares])
+    assert 49 < side.min() < 51 and 98 < side.max() < 101
+    inverse = 100 / side
+    assert abs(inverse.mean() - 1.5) < 0.03 and abs(inverse.std() - 1 / 12**0.5) < 0.02
+    share = (middle - side / 2) / (200 - side)
+    assert abs(share.mean() - 0.5) < 0.03 and abs(share.std() - 1 / 12**0.5) < 0.02
+
+
+def test_half_of_the_pictures_are_mirrored_where_asked():
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, :4] = 255
+    source = Source([{"image": picture, "caption": ""}])
+    image = next(batches(DataConfig(flip=True), source, size=8, batch_size=400))["image"]
+    assert abs((image[:, 0, 0, 0] == 255).mean() - 0.5) < 0.125  # 5 standard deviations
+    image = next(batches(DataConfig(), source, size=8))["image"]
+    assert (image == picture).all()
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"crop": "center"}, "did you mean 'centre'"),
+        ({"min_crop": 0.0}, "min_crop"),
+        ({"captions": ()}, "captions"),
+        ({"workers": -1}, "workers"),
+        ({"prefetch": 0}, "prefetch"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, says):
+    with pytest.raises(UsageError, match=says):
+        DataConfig(**fields)

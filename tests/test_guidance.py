@@ -315,13 +315,13 @@ def test_one_name_cannot_mean_two_branches():
     def negative(predict, x, point):
         return predict(x, point)
 
-    run = run_of(guidances=[classifier_free(scale=3.0), negative()])
     with pytest.raises(UsageError, match="both called 'null'"):
-        sample(TOY, CONDS, run, X, keys())
+        run_of(guidances=[classifier_free(scale=3.0), negative()])
 
 
-def test_the_span_is_spent_by_the_plan():
-    """So that it is no part of what is compiled."""
+def test_spans_and_prompts_are_spent_by_the_plan():
+    """So that they are no part of what is compiled."""
     run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN)])
     assert run.guidance[0].span is None
+    assert run.guidance[0].needs == (Branch("null"),)
     assert replace(run.guidance[0], span=SPAN).acts_at(1.0)

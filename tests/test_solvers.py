@@ -1,31 +1,56 @@
-"""The solvers where the answer is known exactly: no network, no reference, float64.
+"""Every solver in the shipped sampler, and what their tables hold.
 
-Of a data distribution that is a mixture of Gaussians, the best possible denoiser is known in closed
-form, and so is the flow of the probability-flow ODE; of a single Gaussian also what stochastic
-samplers must end with.
+What the solvers solve, and how fast, is in test_solver_orders.py and test_solver_stochastic.py.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import ndtr
 
 from glide_jax.diffusion import sampling
 from glide_jax.diffusion.grids import make_grid, respaced
 from glide_jax.diffusion.guidance import Network, classifier_free
-from glide_jax.diffusion.sampling import plan, sample, stream
-from glide_jax.diffusion.schedule import make_schedule, posterior
-from glide_jax.diffusion.solvers import ddim, ddpm, dpm_solver_2m, levels, step_betas
-from tests.golden import rows
+from glide_jax.diffusion.restart import repaint, restart
+from glide_jax.diffusion.sampling import plan, run_rows, stream
+from glide_jax.diffusion.solvers import SOLVERS, ddim, ddpm, unipc
+from glide_jax.diffusion.table import HISTORY, Table
+from glide_jax.errors import UsageError
+from tests.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 
-SCHEDULE = make_schedule("cosine")
-LOG_SNR = SCHEDULE.log_snr(np.arange(len(SCHEDULE)))
+EVERY = SOLVERS | {
+    "restart": restart(SOLVERS["unipc3"], [(0.05, 20.0, 2)]),
+    "repaint": repaint(SOLVERS["ddpm"], jump=3, times=2),
+    "released": partial(ddim, eta=1.0, released=True),
+}
+
+# --- the compiled sampler
+
+PUSH = {"cond": 0.3, "null": -0.2}
+SCALE, SPAN = 3.0, (0.3, 4.0)
 
 
-@pytest.fixture(autouse=True)
+def output(xp, x, t, push):
+    """Of a toy network: a noise, and a learned variance fraction on its scale of [-1, 1]."""
+    return xp.tanh(0.8 * x + t / 2000 + push), xp.sin(2 * x)
+
+
+def toy(params, x, t, cond):
+    eps, frac = output(jnp, x, t[:, None, None, None], cond)
+    return jnp.concatenate([eps, frac], axis=-1)
+
+
+TOY = {"main": Network(toy, None)}
+X = np.linspace(-2, 2, 5)[:, None, None, None]
+
+
+def conds():
+    return {name: jnp.full((5, 1, 1, 1), push) for name, push in PUSH.items()}
+
+
+@pytest.fixture
 def double(monkeypatch):
     """The shipped sampler in float64: tables are no longer rounded on their way to the device."""
     monkeypatch.setattr(sampling, "_to_device_dtype", lambda column: column)
@@ -33,94 +58,92 @@ def double(monkeypatch):
         yield
 
 
-def alpha_sigma(log_snr):
-    return (1 + jnp.exp(-2 * log_snr)) ** -0.5, (1 + jnp.exp(2 * log_snr)) ** -0.5
+@pytest.mark.parametrize("name", EVERY)
+def test_the_compiled_sampler_does_what_the_table_says(name, double):
+    """With guidance in a span, which belongs to whole steps, a learned variance, and noise."""
+    grid = make_grid(SCHEDULE, 8)
+    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(scale=SCALE).within(*SPAN)])
+    noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
+    level = np.exp(-SCHEDULE.log_snr(grid))
+
+    def denoise(x, row):
+        eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
+        acts = SPAN[0] < level[row.step] <= SPAN[1]
+        guided = eps["null"] + (SCALE if acts else 1) * (eps["cond"] - eps["null"])
+        return (x - row.sigma * guided) / row.alpha
+
+    def frac(x, row):
+        return (output(np, x, row.t, PUSH["cond"])[1] + 1) / 2
+
+    # The plan's own table: it has asked the solver to begin anew at both ends of the span.
+    wanted = interpret(run.table, denoise, X, noise, frac=frac)
+    states = [state for _, state in stream(TOY, conds(), run, jnp.asarray(X), jnp.asarray(noise))]
+    for field in ("x", "y", "history"):
+        found = np.stack([getattr(state, field) for state in states])
+        np.testing.assert_allclose(found, getattr(wanted, field)[1:], rtol=1e-9, atol=1e-9)
 
 
-@cache
-def as_network(denoise) -> dict:
-    """`denoise(x, alpha, sigma, cond) -> x_0` as a network that predicts noise at `t`."""
+def test_no_sampler_compiles_anew():
+    """Their tables are of one shape and type: a program serves all that have as many rows."""
+    x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
 
-    def eps(log_snr, x, t, cond):
-        shape = (-1, 1, 1, 1)
-        alpha, sigma = alpha_sigma(jnp.interp(t, jnp.arange(len(log_snr)), log_snr).reshape(shape))
-        return (x - alpha * denoise(x, alpha, sigma, cond)) / sigma
+    def draw(name):
+        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(scale=SCALE)])
+        return list(stream(TOY, conds(), run, x, keys))[-1][1]
 
-    return {"main": Network(eps, LOG_SNR)}
-
-
-def log_snr_grid(low, high, steps) -> np.ndarray:
-    return SCHEDULE.at_log_snr(np.linspace(low, high, steps + 1))
-
-
-def solve(networks, grid, solver, x, guidance=(), conds=None) -> np.ndarray:
-    """`x (B,)` from the first level of a grid to its last; not on to the clean picture, whither
-    every solver takes one step of first order."""
-    run = rows(plan(SCHEDULE, grid, solver, guidance), slice(0, -1))
-    x = jnp.asarray(x, jnp.float64)[:, None, None, None]
-    tape = jnp.zeros((len(run), *x.shape))
-    conds = {"cond": jnp.zeros_like(x)} if conds is None else conds
-    return np.asarray(sample(networks, conds, run, x, tape).x).ravel()
+    draw("dpm++2m")
+    compiled = run_rows._cache_size()
+    for name in EVERY:
+        assert np.isfinite(draw(name).x).all()
+    assert run_rows._cache_size() == compiled
 
 
-def order(error, coarse=64) -> float:
-    """How fast `error(steps)` falls when steps are doubled."""
-    return float(np.log2(error(coarse) / error(2 * coarse)))
+# --- tables
 
 
-# --- deterministic: the flow of a mixture
-
-MEANS, STDS, WEIGHTS = (
-    np.array([-1.0, 0.1, 0.8]),
-    np.array([0.2, 0.1, 0.3]),
-    np.array([0.3, 0.3, 0.4]),
-)
-
-
-def denoise_mixture(x, alpha, sigma, cond):
-    """`E[x_0 | x_t]`, each mode's posterior mean weighted by its posterior probability."""
-    x = x[..., None]
-    alpha, sigma = alpha[..., None], sigma[..., None]
-    variance = alpha**2 * STDS**2 + sigma**2
-    logit = jnp.log(WEIGHTS) - 0.5 * jnp.log(variance) - (x - alpha * MEANS) ** 2 / (2 * variance)
-    mean = MEANS + alpha * STDS**2 / variance * (x - alpha * MEANS)
-    return (jax.nn.softmax(logit) * mean).sum(-1)
-
-
-def mixture_quantiles(log_snr, u) -> np.ndarray:
-    """Where the mixture, noised to this level, has cumulative probability `u`; by bisection."""
-    alpha, sigma = map(np.asarray, alpha_sigma(log_snr))
-    std = np.sqrt(alpha**2 * STDS**2 + sigma**2)
-    low, high = np.full_like(u, -20.0), np.full_like(u, 20.0)
-    for _ in range(80):
-        middle = (low + high) / 2
-        below = (WEIGHTS * ndtr((middle[:, None] - alpha * MEANS) / std)).sum(-1) < u
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return low
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("steps", [3, 4, 25])
+def test_tables_are_finite_float64_and_of_one_shape(name, steps):
+    if name == "repaint":
+        steps += 1
+    table = table_of(EVERY[name], make_grid(SCHEDULE, steps))
+    assert isinstance(table, Table)
+    n = len(table.t)
+    for field, column in table._asdict().items():
+        shape = {"S": (HISTORY, HISTORY + 1), "B": (HISTORY,), "E": (HISTORY,)}.get(field, ())
+        assert column.shape == (n, *shape) and np.isfinite(column).all(), field
+        whole = field in ("index", "step", "program")
+        assert column.dtype == (int if whole else np.float64), field
+    np.testing.assert_array_equal(table.index, np.arange(n))
+    # A score enters x_0 at the row's own level, or the mean of ancestral sampling.
+    ancestral = name.startswith("ddpm") or name == "repaint"
+    wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
+    np.testing.assert_allclose(table.score_x_0, wanted, rtol=1e-12)
+    assert (table.score_mean > 0).all() if ancestral else not table.score_mean.any()
 
 
-@pytest.mark.parametrize(("solver", "expected"), [(ddim, 1), (dpm_solver_2m, 2)])
-def test_order_of_convergence(solver, expected):
-    """The flow keeps quantiles: `F_t(x_t) = F_s(x_s)`; on steps that are in turn short and long."""
-    u, low, high = np.linspace(0.02, 0.98, 33), -2.5, 2.0
-    start, wanted = mixture_quantiles(low, u), mixture_quantiles(high, u)
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [("dpm++2m", 9), ("unipc3", 9), ("sa", 9), ("heun", 17), ("dpm++2s", 17), ("plms", 16),
+     ("prk", 28), ("restart", 17), ("repaint", 15)],
+)  # fmt: skip
+def test_evaluations_of_nine_levels(name, evaluations):
+    assert len(table_of(EVERY[name], make_grid(SCHEDULE, 9)).t) == evaluations
 
-    def error(steps):
-        along = np.cumsum(np.append(0, np.tile([1, 2], steps // 2)))
-        grid = SCHEDULE.at_log_snr(low + (high - low) * along / along[-1])
-        found = solve(as_network(denoise_mixture), grid, solver, start)
-        return np.sqrt(((found - wanted) ** 2).mean())
 
-    assert order(error) == pytest.approx(expected, abs=0.15)
+def test_both_evaluations_of_a_step_are_told_where_it_goes():
+    for name in ("heun", "dpm++2s", "prk"):
+        table = table_of(SOLVERS[name], make_grid(SCHEDULE, 5))
+        for step in set(table.step):
+            assert len(set(table.next_alpha[table.step == step])) == 1
 
 
 def test_2m_is_the_published_midpoint_form():
     """`D = (1 + 1/2r) D_i - 1/2r D_{i-1}`, `r = h_{i-1} / h_i` (2211.01095, algorithm 2): with r
     upside down its errors would cancel from step to step, and the order stay 2."""
     log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
-    grid = SCHEDULE.at_log_snr(log_snr)
-    table = dpm_solver_2m(SCHEDULE, grid, np.zeros(6, bool))
-    alpha, sigma = map(np.asarray, alpha_sigma(log_snr))
+    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_log_snr(log_snr))
+    alpha, sigma = alpha_sigma(log_snr)
     for i in range(1, 5):
         h, before = log_snr[i + 1] - log_snr[i], log_snr[i] - log_snr[i - 1]
         half = 1 / (2 * before / h)
@@ -130,159 +153,94 @@ def test_2m_is_the_published_midpoint_form():
         assert table.Qx[i] == pytest.approx(sigma[i + 1] / sigma[i], rel=1e-9)
 
 
-# --- deterministic: guidance within a span
+@pytest.mark.parametrize("p", [2, 3])
+def test_unipc_is_the_published_form(p):
+    """bh2 of 2302.04867: `x - alpha B(h) sum_m rho_m (D_m - D_0) / r_m`, the rho from the system of
+    its equation for h in terms of phi functions, predictor of order 2 and first corrector 1/2."""
+    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
+    table = table_of(partial(unipc, order=p), SCHEDULE.at_log_snr(log_snr))
+    alpha, _ = alpha_sigma(log_snr)
 
-SPREAD = 0.5
+    def rho(r, h):
+        """For data prediction, where h enters with its sign turned."""
+        phi, factorial, b = np.expm1(-h) / -h - 1, 1, []
+        for k in range(1, len(r) + 1):
+            b.append(phi * factorial / np.expm1(-h))
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        return np.linalg.solve(np.vander(r, increasing=True).T, b) if len(r) > 1 else [0.5]
 
+    def weights(r, h, to):
+        """On D_0 and on each D_m: of the whole of `x' - (sigma' / sigma) x`."""
+        B = np.expm1(-h)
+        each = -alpha[to] * B * np.array(rho(r, h)) / r
+        return np.append(-alpha[to] * B - each.sum(), each)
 
-def denoise_gaussian(x, alpha, sigma, cond):
-    """`E[x_0 | x_t]` of `N(cond, SPREAD^2)`."""
-    return cond + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * cond)
-
-
-def gaussian_flow(x, mean, start, end):
-    (a, s), (b, t) = (map(np.asarray, alpha_sigma(log_snr)) for log_snr in (start, end))
-    growth = np.sqrt((b**2 * SPREAD**2 + t**2) / (a**2 * SPREAD**2 + s**2))
-    return b * mean + (x - a * mean) * growth
-
-
-def never_anew(schedule, grid, breaks):
-    return dpm_solver_2m(schedule, grid, np.zeros_like(breaks))
-
-
-@pytest.mark.parametrize(
-    ("solver", "lowest", "highest"), [(dpm_solver_2m, 1.85, 2.15), (never_anew, 0.8, 1.3)]
-)
-def test_a_span_of_guidance_keeps_second_order(solver, lowest, highest):
-    """Guided, equal Gaussians flow as one at `null + scale (cond - null)`; the flow has a kink at
-    either end of the span, and a solver that looks back over it falls to first order."""
-    low, high, enter, leave, scale = -2.5, 2.0, -1.375, 0.875, 3.0
-    cond, null, x = 0.4, -0.3, np.linspace(-2, 2, 9)
-    wanted = x
-    for mean, start, end in (
-        (cond, low, enter),
-        (null + scale * (cond - null), enter, leave),
-        (cond, leave, high),
-    ):
-        wanted = gaussian_flow(wanted, mean, start, end)
-    # A hair more than the levels themselves, which interpolation rounds.
-    guided = classifier_free(scale=scale).within(*np.exp([-leave + 1e-9, -enter + 1e-9]))
-    conds = {name: jnp.full((9, 1, 1, 1), m) for name, m in (("cond", cond), ("null", null))}
-
-    def error(steps):
-        grid = log_snr_grid(low, high, steps)
-        found = solve(as_network(denoise_gaussian), grid, solver, x, [guided], conds)
-        return np.sqrt(((found - wanted) ** 2).mean())
-
-    assert lowest < order(error) < highest
+    for i in range(p - 1, 4):
+        h = log_snr[i + 1] - log_snr[i]
+        r = (log_snr[i - np.arange(1, p)] - log_snr[i]) / h
+        step = weights(r, h, i + 1)
+        np.testing.assert_allclose(table.E[i, :p], step, rtol=1e-8)
+        again = np.roll(weights(np.append(r, 1.0), h, i + 1), 1)  # D' first.
+        found = table.B[i + 1] + np.append(0, table.E[i, :3])
+        np.testing.assert_allclose(found[: p + 1], again, rtol=1e-8)
 
 
-# --- every solver: a point, and the last step
-
-POINT = 0.3
-
-
-def denoise_point(x, alpha, sigma, cond):
-    return jnp.full_like(x, POINT)
-
-
-@pytest.mark.parametrize("solver", [ddim, dpm_solver_2m])
-def test_a_single_point_is_reached_along_a_straight_line(solver):
-    """`x_t = alpha_t c + sigma_t / sigma_s (x_s - alpha_s c)`, exactly, in however few steps."""
-    grid, x = make_grid(SCHEDULE, 7), 1.7
-    networks = as_network(denoise_point)
-    alpha, sigma, _ = levels(SCHEDULE, grid)
-    states = stream(
-        networks,
-        {"cond": jnp.zeros(1)},
-        plan(SCHEDULE, grid, solver),
-        jnp.full((1, 1, 1, 1), x),
-        jnp.zeros((7, 1, 1, 1, 1)),
-    )
-    found = [state.x.item() for _, state in states]
-    wanted = alpha[1:] * POINT + sigma[1:] / sigma[0] * (x - alpha[0] * POINT)
-    np.testing.assert_allclose(found, wanted, atol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 8])
-@pytest.mark.parametrize(
-    "solver",
-    [ddim, partial(ddim, eta=1.0), partial(ddim, eta=0.5), dpm_solver_2m, ddpm,
-     partial(ddpm, variance="small"), partial(ddpm, variance="large")],
-)  # fmt: skip
-def test_the_last_step_returns_the_prediction(solver, steps):
-    """Without noise, whatever was drawn."""
-    networks = as_network(denoise_point)
-    run = plan(SCHEDULE, make_grid(SCHEDULE, steps), solver)
-    noise = jax.random.normal(jax.random.key(0), (steps, 1, 1, 1, 1))
-    state = sample(networks, {"cond": jnp.zeros(1)}, run, jnp.ones((1, 1, 1, 1)), noise)
-    assert state.x.item() == pytest.approx(POINT, abs=1e-12)
-
-
-# --- stochastic: what a Gaussian must end with
-
-
-def spread(networks, grid, solver) -> tuple[float, float, float]:
-    """Weight of the start, constant, and variance of the noise in what a linear sampler returns.
-
-    Picture 0 has neither start nor noise, picture 1 a start of one, each further one the noise of
-    one row: by linearity these are all there is to know.
-    """
-    run = rows(plan(SCHEDULE, grid, solver), slice(0, -1))
-    n = len(run)
-    x = jnp.zeros((n + 2, 1, 1, 1)).at[1].set(1.0)
-    tape = jnp.zeros((n, n + 2, 1, 1, 1)).at[jnp.arange(n), 2 + jnp.arange(n)].set(1.0)
-    end = np.asarray(sample(networks, {"cond": jnp.zeros(n + 2)}, run, x, tape).x).ravel()
-    return end[1] - end[0], end[0], ((end[2:] - end[0]) ** 2).sum()
-
-
-def with_best_variance(grid, mean, std):
-    """A network that also predicts `log(beta_tilde + c^2 Var[x_0 | x_t])`, as a fraction."""
-    q = posterior(step_betas(SCHEDULE, grid))
-    alpha, sigma, _ = levels(SCHEDULE, grid)
-    a, s = alpha[-2::-1], sigma[-2::-1]
-    best = q.beta_tilde + q.mean_x_0**2 * std**2 * s**2 / (a**2 * std**2 + s**2)
-    best[0] = q.beta_tilde[1]  # Of the step into the clean picture, which has no noise.
-    frac = (np.log(best) - q.log_beta_tilde) / (q.log_beta - q.log_beta_tilde)
-
-    def fn(params, x, t, cond):
-        rising, v, log_snr = params
-        a, s = alpha_sigma(jnp.interp(t, jnp.arange(len(log_snr)), log_snr)[:, None, None, None])
-        x_0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-        v = jnp.interp(t, rising, v)[:, None, None, None]
-        return jnp.concatenate([(x - a * x_0) / s, jnp.broadcast_to(v, x.shape)], axis=-1)
-
-    return {"main": Network(fn, (grid[::-1], 2 * frac - 1, LOG_SNR))}
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 40])
-@pytest.mark.parametrize(
-    ("variance", "mean", "std"), [("learned", 0.4, 0.3), ("small", 0.4, 0.0), ("large", 0.0, 1.0)]
-)
-def test_ancestral_sampling_of_a_gaussian_is_exact_in_any_number_of_steps(
-    variance, mean, std, steps
-):
-    """With the best variance; "small" is the best of a point, "large" of a unit Gaussian
-    (DDPM, sec. 3.2)."""
-    grid = log_snr_grid(-4.0, 1.5, steps)
-    networks = with_best_variance(grid, mean, std)
-    of_start, constant, of_noise = spread(networks, grid, partial(ddpm, variance=variance))
-    alpha, sigma, _ = levels(SCHEDULE, grid)
-    (a, b), (s, t) = alpha[[0, -2]], sigma[[0, -2]]
-    assert of_start * a * mean + constant == pytest.approx(b * mean, abs=1e-12)
-    found = of_start**2 * (a**2 * std**2 + s**2) + of_noise
-    assert found == pytest.approx(b**2 * std**2 + t**2, rel=1e-11)
+def test_3m_is_the_parabola_through_three_predictions():
+    """In phi functions, with the factor 2 that the published formula lacks."""
+    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
+    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_log_snr(log_snr))
+    alpha, _ = alpha_sigma(log_snr)
+    h0, h1, h = np.diff(log_snr)[:3]
+    fall = 1 - np.exp(-h)
+    phi = 1 - fall / h
+    r0, r1 = h1 / h, h0 / h
+    for place, D in enumerate(np.eye(3)):
+        a1, a2 = (D[0] - D[1]) / r0, (D[1] - D[2]) / r1
+        c2 = (a1 - a2) / (r0 + r1)
+        wanted = alpha[3] * (fall * D[0] + phi * (a1 + r0 * c2) + (1 - 2 * phi / h) * c2)
+        assert table.E[2, place] == pytest.approx(wanted, rel=1e-8)
 
 
 @pytest.mark.parametrize("spacing", ["1", "6", "8", "27", "100", "ddim50"])
 def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     """(2010.02502, sec. 4.1); and no rounding makes it NaN, as the original's does."""
     grid = respaced(SCHEDULE, spacing)
-    breaks = np.zeros(len(grid), bool)
-    one = ddim(SCHEDULE, grid, breaks, eta=1.0)
-    other = ddpm(SCHEDULE, grid, breaks, variance="small")
+    one = table_of(partial(ddim, eta=1.0), grid)
+    other = table_of(SOLVERS["ddpm-small"], grid)
     for name in ("Qx", "E", "s"):
         found, wanted = getattr(one, name), getattr(other, name)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
-    rounded = ddim(SCHEDULE, grid, breaks, eta=1.0, released=True)
+    rounded = table_of(partial(ddim, eta=1.0, released=True), grid)
     assert all(np.isfinite(column).all() for column in rounded)
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: table_of(partial(ddpm, variance="smal"), [5.0]), "did you mean 'small'"),
+        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "at least three levels, not 2"),
+        (lambda: table_of(partial(unipc, order=4), [5.0, 1.0]), "1 to 3 predictions .* 4 and 5"),
+        (lambda: table_of(partial(SOLVERS["sa"], predictor=0), [5.0]), "not 0 and 4"),
+        (lambda: table_of(partial(SOLVERS["lms"], order=5), [5.0]), "1 to 4 noises, not 5"),
+        (lambda: restart(ddim, [(2.0, 1.0, 1)]), "0 < low < high"),
+        (lambda: restart(ddim, [(0.0, 1.0, 1)]), "0 < low < high"),
+        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "at least one time"),
+        (lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]), "no step there"),
+        (lambda: repaint(ddim, jump=0), "jump and times of at least 1"),
+        (lambda: repaint(ddim, times=0), "jump and times of at least 1"),
+        (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more than 3"),
+        (
+            lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
+            "no step between two levels",
+        ),
+        (lambda: plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
+    ],
+)
+def test_samplers_that_cannot_be(make, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert str(caught.value).isprintable()

@@ -146,7 +146,7 @@ def test_saving_over_what_is_mapped_from_there(saved):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize(
-    "place", [(store, "save_file"), (os, "fsync"), (Path, "write_text"), (Path, "replace")]
+    "place", [(store, "_write_arrays"), (os, "fsync"), (Path, "write_text"), (Path, "replace")]
 )
 def test_a_failure_leaves_the_old_files_whole(saved, monkeypatch, place, error):
     before = contents(saved)

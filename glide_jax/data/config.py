@@ -16,7 +16,8 @@ class DataConfig:
             metadata file); tar shards (`shards/{000..099}.tar`, `shards/*.tar`, or their folder); a
             prepared tensorflow-datasets folder, or the name of one in `data_dir`. Folders and
             shards may lie at a `gs://` address.
-        split: of the source, where it has any; tensorflow-datasets' `train[:90%]` too.
+        split: of the source, where it has any: `test` of an .npz file, `train[:90%]` of
+            tensorflow-datasets, or the folder of that name in a folder.
         data_dir: where named data sets lie.
         captions: templates, one drawn at random each time a record is seen; `{caption}` and any
             other text field of the record, `{a_caption}` for the caption with "a" or "an".

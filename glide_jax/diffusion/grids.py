@@ -4,10 +4,13 @@ A grid is `(N,)` float64 of timesteps in the original chain, strictly falling; e
 ends it at the clean picture (`alpha = 1`, `sigma = 0`).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.errors import UsageError
+from glide_jax.diffusion.table import Solver
+from glide_jax.errors import UsageError, nearest
 
 
 def respaced_steps(length: int, spec: str) -> np.ndarray:
@@ -36,7 +39,7 @@ def respaced_steps(length: int, spec: str) -> np.ndarray:
     except ValueError:
         raise UsageError(
             f"unknown spacing {spec!r}: write a number (100), one for each section "
-            "(10,10,3,2,2), ddim50, fast27 or logsnr"
+            "(10,10,3,2,2), ddim50 or fast27"
         ) from None
     sections = np.array_split(np.arange(length), len(counts))
     return np.concatenate([_spread(s, k, spec) for s, k in zip(sections, counts, strict=True)])
@@ -75,25 +78,67 @@ NOISIEST_LOG_SNR = -5.1
 CLEANEST_LOG_SNR = 5.05
 
 
-def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
-    """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
-    if steps < 1:
-        raise UsageError(f"sampling needs at least one step, not {steps}")
-    if steps > len(schedule):
-        raise UsageError(f"{steps} steps are more than the chain has: at most {len(schedule)}")
+def end_levels(schedule: Schedule) -> tuple[float, float]:
+    """Log-SNR of the noisiest and of the cleanest level that is worth a visit."""
     low = max(schedule.log_snr(len(schedule) - 1), NOISIEST_LOG_SNR)
     high = min(schedule.log_snr(0), CLEANEST_LOG_SNR)
-    levels = np.linspace(low, high, steps) if steps > 1 else np.array([low])
-    return schedule.at_log_snr(levels)
+    return float(low), float(high)
 
 
-def make_grid(schedule: Schedule, steps: int | str, spacing: str = "logsnr") -> np.ndarray:
-    """The grid for `steps` evaluations.
+def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
+    return schedule.at_log_snr(np.linspace(*end_levels(schedule), steps))
+
+
+def uniform(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in time, from end to end of the chain, as in the release."""
+    return respaced(schedule, str(steps))
+
+
+def rho(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
+    roots = np.exp(-np.array(end_levels(schedule)) / 7)
+    return schedule.at_log_snr(-7 * np.log(np.linspace(*roots, steps)))
+
+
+def trailing(schedule: Schedule, steps: int) -> np.ndarray:
+    """`round(T - k T / N) - 1`: from the end of the chain down  (2305.08891, table 2).
+
+    Halves are rounded up, so that no two fall together.
+    """
+    length = len(schedule)
+    left = np.arange(steps, 0, -1)
+    return ((2 * length * left + steps) // (2 * steps) - 1).astype(np.float64)
+
+
+def optimised(schedule: Schedule, steps: int, solver: Solver | None = None) -> np.ndarray:
+    """`steps` levels at which a solver errs least: see `glide_jax.diffusion.optimised`."""
+    # Not at the top: that module builds on this one.
+    from glide_jax.diffusion.optimised import optimised_grid
+
+    return optimised_grid(schedule, steps, solver)
+
+
+SPACINGS: dict[str, Callable[..., np.ndarray]] = {
+    "logsnr": log_snr_uniform,
+    "uniform": uniform,
+    "rho": rho,
+    "trailing": trailing,
+    "optimised": optimised,
+}
+
+
+def make_grid(
+    schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
+) -> np.ndarray:
+    """The grid for `steps` levels.
 
     Args:
         steps: a number, or a respacing string of the release ("100", "ddim50", "fast27").
-        spacing: for a number, "logsnr" or "uniform" (the release's even steps); for a string of the
-            release it is not used.
+        spacing: for a number, one of `SPACINGS`: "logsnr" (even in log signal-to-noise), "uniform"
+            (the release's even steps), "rho" (EDM), "trailing", or "optimised" (for `solver`); for
+            a string of the release it is not used.
+        solver: that the grid is for; None: dpm++2m.
 
     Raises:
         UsageError: zero steps, an unknown spacing, or a grid that the chain cannot hold.
@@ -103,8 +148,14 @@ def make_grid(schedule: Schedule, steps: int | str, spacing: str = "logsnr") -> 
     steps = int(steps)
     if steps < 1:
         raise UsageError(f"sampling needs at least one step, not {steps}")
-    if spacing == "logsnr":
-        return log_snr_uniform(schedule, steps)
-    if spacing == "uniform":
-        return respaced(schedule, str(steps))
-    raise UsageError(f"unknown spacing {spacing!r}: choose logsnr or uniform")
+    if spacing not in SPACINGS:
+        raise UsageError(
+            f"unknown spacing {spacing!r}{nearest(spacing, SPACINGS)}: "
+            f"choose one of {', '.join(SPACINGS)}"
+        )
+    if steps > len(schedule):
+        length = len(schedule)
+        raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")
+    if spacing == "optimised":
+        return optimised(schedule, steps, solver)
+    return SPACINGS[spacing](schedule, steps)

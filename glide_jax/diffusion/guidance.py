@@ -2,196 +2,209 @@
 
 A guidance is a pure function `Predict -> Predict` with a small host-side record around it
 that says which branches the network must evaluate, which numbers it takes, and at which noise
-levels it acts. Applied left to right, innermost first: linear guidance, then maps of `x_0`
-(clipping, known pixels), then scores.
+levels it acts. Guidances are applied left to right, innermost first: `[a, b]` is `b(a(predict))`.
+List them in this order:
+
+1. linear in the branches, in any order among themselves: `autoguidance`, and one of
+   `classifier_free`, `negative`, `all_of`, `cfg_plus_plus` and `apg`, whose pushes would add up;
+2. maps of `x_0`, each of the one before it: `rescale`, `dynamic_threshold`, `known_pixels`, `clip`;
+3. scores, which read the `x_0` that is left and act beside it: `gradient`, `image_loss`.
+
+Every number may be a scalar or have one value an image, `(B,)`.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce, update_wrapper
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from glide_jax.diffusion.schedule import to_eps
+from glide_jax.diffusion.prediction import (
+    CONDITIONAL,
+    NULL,
+    Branch,
+    Guidance,
+    Network,
+    Number,
+    Point,
+    Predict,
+    Prediction,
+    guidance,
+    per_image,
+)
+from glide_jax.diffusion.prediction import branches_of as branches_of
+from glide_jax.diffusion.prediction import compose as compose
 from glide_jax.errors import UsageError
 
-
-class Point(NamedTuple):
-    """Where one step stands; scalars float32, traced.
-
-    Attributes:
-        t: timestep of the original chain, which may be fractional.
-        alpha, sigma: `x_t = alpha x_0 + sigma eps`.
-        next_alpha, next_sigma: of the level that the step goes to.
-        memory: what stateful guidance remembers from the last step, by name.
-    """
-
-    t: jax.Array
-    alpha: jax.Array
-    sigma: jax.Array
-    next_alpha: jax.Array
-    next_sigma: jax.Array
-    memory: dict[str, jax.Array]
+# --- linear in the branches: all are written on top of eps, so that they add up, and so that
+# scale 1 changes no bit
 
 
-class Prediction(NamedTuple):
-    """What is known about a noised image; every array `(B, H, W, C)` float32.
-
-    Attributes:
-        eps, x_0: noise and clean image, always in agreement.
-        frac: learned variance as a fraction, on a log scale, between `beta_tilde` and `beta`; of
-            branch "cond".
-        score: gradient of a log-probability that gradient guidance adds; else zero.
-        branches: eps of each branch that was evaluated, by name.
-        memory: see `Point`.
-    """
-
-    eps: jax.Array
-    x_0: jax.Array
-    frac: jax.Array
-    score: jax.Array
-    branches: dict[str, jax.Array]
-    memory: dict[str, jax.Array]
-
-    def with_eps(self, eps: jax.Array, x: jax.Array, point: Point) -> "Prediction":
-        """`x_0 = (x_t - sigma eps) / alpha`  (DDPM, eq. 15)."""
-        return self._replace(eps=eps, x_0=(x - point.sigma * eps) / point.alpha)
-
-    def with_x_0(self, x_0: jax.Array, x: jax.Array, point: Point) -> "Prediction":
-        """`eps = (x_t - alpha x_0) / sigma`."""
-        return self._replace(x_0=x_0, eps=(x - point.alpha * x_0) / point.sigma)
-
-
-Predict = Callable[[jax.Array, Point], Prediction]
-
-
-class Branch(NamedTuple):
-    """One evaluation of a network.
-
-    Attributes:
-        name: under which its eps and its conditioning are found.
-        network: which network evaluates it.
-        prompt: its caption; None: whatever the caller gives under that name.
-    """
-
-    name: str
-    network: str = "main"
-    prompt: str | None = None
-
-
-CONDITIONAL = Branch("cond")
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction"])
-@dataclass(frozen=True)
-class Network:
-    """A network with its weights: an argument of the sampler, never closed over.
-
-    Attributes:
-        fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`, noise and (learned variance) its output in
-            [-1, 1]; hashable, since it is part of the compiled program's identity.
-        params: its weights.
-        prediction: what its first half is, "eps" or "v".
-    """
-
-    fn: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
-    params: Any
-    prediction: str = "eps"
-
-    def __call__(self, x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
-        return self.fn(self.params, x, t, cond)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["args"],
-    meta_fields=["fn", "needs", "remembers", "span"],
-)
-@dataclass(frozen=True)
-class Guidance:
-    """A function `(predict, x, point, **args) -> Prediction`, and what it asks for.
-
-    Attributes:
-        fn: the function.
-        args: its numbers, scalars or one value an image; traced, so that a change costs nothing.
-        needs: branches beside "cond" that it reads.
-        remembers: names of images that it carries from step to step.
-        span: `(low, high)`; it acts where `low < sigma / alpha <= high`.
-    """
-
-    fn: Callable[..., Prediction]
-    args: dict[str, Any] = field(default_factory=dict)
-    needs: tuple[Branch, ...] = ()
-    remembers: tuple[str, ...] = ()
-    span: tuple[float, float] | None = (0.0, float("inf"))
-
-    def within(self, low: float, high: float) -> "Guidance":
-        """The same guidance, acting only where `low < sigma / alpha <= high`."""
-        if not 0 <= low < high:
-            raise UsageError(f"a span needs 0 <= low < high, not ({low}, {high})")
-        return replace(self, span=(float(low), float(high)))
-
-    def acts_at(self, level: float) -> bool:
-        """Whether it acts at this noise level `sigma / alpha`."""
-        low, high = self.span
-        return low < level <= high
-
-    def __call__(self, predict: Predict) -> Predict:
-        return partial(self.fn, predict, **self.args)
-
-
-def guidance(
-    *needs: Branch, remembers: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Prediction]], Callable[..., Guidance]]:
-    """Makes of `fn(predict, x, point, *, numbers)` a constructor `fn(numbers) -> Guidance`."""
-
-    def decorate(fn: Callable[..., Prediction]) -> Callable[..., Guidance]:
-        signature = inspect.signature(fn)
-        numbers = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
-
-        def construct(**given: Any) -> Guidance:
-            names = [p.name for p in numbers]
-            if unknown := sorted(set(given) - set(names)):
-                raise UsageError(f"{fn.__name__} takes {', '.join(names)}, not {unknown[0]}")
-            args = {p.name: p.default for p in numbers if p.default is not p.empty} | given
-            if missing := [name for name in names if name not in args]:
-                raise UsageError(f"{fn.__name__} needs a value for {missing[0]}")
-            return Guidance(fn, args, needs, remembers)
-
-        update_wrapper(construct, fn)
-        construct.__signature__ = signature.replace(parameters=numbers, return_annotation=Guidance)
-        return construct
-
-    return decorate
-
-
-def per_image(value: jax.Array | float) -> jax.Array:
-    """A scalar as it is, `(B,)` as `(B, 1, 1, 1)`: one value an image."""
-    value = jnp.asarray(value)
-    return value if value.ndim == 0 else value[:, None, None, None]
-
-
-@guidance(Branch("null", prompt=""))
-def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale) -> Prediction:
+@guidance(NULL)
+def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
     """`eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, sec. 2.3); 1 is no guidance."""
     p = predict(x, point)
     push = p.branches["cond"] - p.branches["null"]
-    # Written on top of eps, so that guidance adds up, and scale 1 changes no bit.
     return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
+def negative(*, prompt: str, scale: Number) -> Guidance:
+    """`eps(n) + s (eps(c) - eps(n))`: away from a prompt n rather than from the empty one.
+
+    Takes the place of `classifier_free`, which it equals for the empty prompt, and costs as much.
+    """
+    return Guidance(_negative, {"scale": scale}, (Branch("negative", prompt=prompt),))
+
+
+def _negative(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    p = predict(x, point)
+    push = p.branches["cond"] - p.branches["negative"]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+
+
+def all_of(
+    *, prompts: Sequence[str | None], weights: Sequence[Number], name: str = "prompt"
+) -> Guidance:
+    """`eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (composable diffusion, 2206.01714, sec. 4).
+
+    Weights above zero are AND, below zero NOT. `all_of(prompts=[None], weights=[s])` is
+    `classifier_free(scale=s)`.
+
+    Args:
+        prompts: one caption each; None is the picture's own.
+        weights: as many.
+        name: of the branches; two of these with different prompts need two names.
+
+    Raises:
+        UsageError: there are not as many weights as prompts.
+    """
+    if len(prompts) != len(weights):
+        raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
+    # On top of eps, which holds the caption once already.
+    names, total = {None: CONDITIONAL.name, "": NULL.name}, {CONDITIONAL.name: np.float32(-1)}
+    for prompt, weight in zip(prompts, weights, strict=True):
+        branch = names.setdefault(prompt, f"{name} {len(names) - 2}")
+        total[branch] = total.get(branch, 0) + np.asarray(weight, np.float32)
+    needs = (Branch(branch, prompt=prompt) for prompt, branch in names.items() if prompt)
+    return Guidance(_all_of, {"weights": total}, (NULL, *needs))
+
+
+def _all_of(
+    predict: Predict, x: jax.Array, point: Point, *, weights: dict[str, Number]
+) -> Prediction:
+    p = predict(x, point)
+    null = p.branches["null"]
+    push = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
+    return p.with_eps(p.eps + push, x, point)
+
+
+@guidance(NULL, looks_ahead=True)
+def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    """`eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (CFG++, 2406.08070).
+
+    h is the log-SNR that the step gains. With DDIM this is the paper's update, which takes `x_0`
+    from `eps(null) + s (eps(c) - eps(null))` and renoises it by `eps(null)`; s lies in [0, 1].
+    """
+    p = predict(x, point)
+    gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
+    push = p.branches["cond"] - p.branches["null"]
+    return p.with_eps(p.eps + (per_image(scale) / gain - 1) * push, x, point)
+
+
+@guidance(Branch("guide", network="guide"))
+def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    """`eps_0(c) + s (eps_1(c) - eps_0(c))`: away from a worse network, "guide"  (2406.02507)."""
+    p = predict(x, point)
+    push = p.branches["cond"] - p.branches["guide"]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+
+
+# Keeps a picture of nothing, or of one colour, from being divided by zero.
+TINY = 1e-12
+
+
+# Eta 0 and a momentum below zero are the paper's advice. The radius goes with the model and the
+# size of its pictures: 2.5 keeps the colours of the embedded one at scale 8, where others stain.
+@guidance(NULL, remembers=("apg",), momentum=(-1, 1), radius=(0, float("inf")))
+def apg(
+    predict: Predict,
+    x: jax.Array,
+    point: Point,
+    *,
+    scale: Number,
+    eta: Number = 0.0,
+    momentum: Number = -0.5,
+    radius: Number = 2.5,
+) -> Prediction:
+    """`x_0 + (s - 1)(D_orth + eta D_par)`  (adaptive projected guidance, 2410.02416, alg. 1).
+
+    D is `x_0(c) - x_0(null)`, plus momentum times the D of the step before, shrunk to the length
+    `radius`; parallel is along `x_0(c)`. With eta 1, no momentum and radius inf it is
+    `classifier_free`.
+    """
+    p = predict(x, point)
+    cond = point.to_x_0(p.branches["cond"], x)
+    push = point.sigma / point.alpha * (p.branches["null"] - p.branches["cond"])
+    push = push + per_image(momentum) * p.memory["apg"]
+    p = p._replace(memory=p.memory | {"apg": push})
+    push = push * jnp.minimum(1, per_image(radius) / jnp.sqrt(jnp.maximum(_dot(push, push), TINY)))
+    parallel = _dot(push, cond) / jnp.maximum(_dot(cond, cond), TINY) * cond
+    push = push - parallel + per_image(eta) * parallel
+    return p.with_x_0(p.x_0 + (per_image(scale) - 1) * push, x, point)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b, axis=(1, 2, 3), keepdims=True)
+
+
+# --- maps of x_0
+
+
+@guidance(amount=(0, 1))
+def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.7) -> Prediction:
+    """`a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`, std of each picture  (2305.08891, eqs. 15-16).
+
+    Against the contrast that linear guidance adds; 0.7 is the paper's.
+    """
+    p = predict(x, point)
+    cond = point.to_x_0(p.branches["cond"], x)
+    wanted, found = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in (cond, p.x_0))
+    gain = wanted / jnp.maximum(found, TINY)
+    return p.with_x_0(p.x_0 * (1 + per_image(amount) * (gain - 1)), x, point)
+
+
+@guidance(quantile=(0, 1))
+def dynamic_threshold(
+    predict: Predict, x: jax.Array, point: Point, *, quantile: Number = 0.995
+) -> Prediction:
+    """`clip(x_0, -s, s) / s`, `s = max(1, quantile of |x_0|)`  (Imagen, 2205.11487, sec. 2.3)."""
+    p = predict(x, point)
+    # Sorted whole: the rank is traced, and on a CPU top_k of a fixed rank is not faster.
+    ordered = jnp.sort(jnp.abs(p.x_0).reshape(len(x), -1), axis=1)
+    last = ordered.shape[1] - 1
+    rank = jnp.broadcast_to(jnp.asarray(quantile), len(x))[:, None] * last
+    low = rank.astype(int)
+    below, above = (
+        jnp.take_along_axis(ordered, i, axis=1) for i in (low, jnp.minimum(low + 1, last))
+    )
+    bound = per_image(jnp.maximum(below + (rank - low) * (above - below), 1)[:, 0])
+    return p.with_x_0(jnp.clip(p.x_0, -bound, bound) / bound, x, point)
+
+
 @guidance()
-def clip(predict: Predict, x: jax.Array, point: Point, *, low=-1.0, high=1.0) -> Prediction:
+def clip(
+    predict: Predict, x: jax.Array, point: Point, *, low: Number = -1.0, high: Number = 1.0
+) -> Prediction:
     """`x_0` clipped to the range of pictures  (DDPM's and GLIDE's `clip_denoised`)."""
     p = predict(x, point)
     return p.with_x_0(jnp.clip(p.x_0, per_image(low), per_image(high)), x, point)
 
 
 @guidance()
-def known_pixels(predict: Predict, x: jax.Array, point: Point, *, image, mask) -> Prediction:
+def known_pixels(
+    predict: Predict, x: jax.Array, point: Point, *, image: jax.Array, mask: jax.Array
+) -> Prediction:
     """`x_0 (1 - m) + image m`: where the mask is 1 the picture is known  (GLIDE, sec. 4.3).
 
     Args:
@@ -201,90 +214,60 @@ def known_pixels(predict: Predict, x: jax.Array, point: Point, *, image, mask) -
     return p.with_x_0(p.x_0 * (1 - mask) + image * mask, x, point)
 
 
+# --- scores: gradients of a log-probability of x_t; the sampler's table says what they move
+
+
 @guidance()
 def gradient(
-    predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond, scale
+    predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond: Any, scale: Number
 ) -> Prediction:
-    """`score + s grad log p(y | x_t)`  (ADM, 2105.05233, sec. 4); after all that maps `x_0`.
+    """`score + s grad log p(y | x_t)`: classifier guidance  (ADM, 2105.05233, algs. 1 and 2).
+
+    For any noised classifier, and for noised CLIP (`glide_jax.load_clip`).
 
     Args:
         log_prob: a network whose output is `(B,)`, the log-probability up to a constant; for
             noised CLIP `100 f(x_t, t) . g(c)`  (GLIDE, sec. 2.4).
-        cond: its conditioning, arrays batch first.
+        cond: its conditioning (y), arrays batch first.
     """
     p = predict(x, point)
-    t = jnp.full((x.shape[0],), point.t)
-    slope = jax.grad(lambda x: log_prob(x, t, cond).sum())(x)
+    slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
     return p._replace(score=p.score + per_image(scale) * slope)
 
 
-def interleave(trees: Sequence[Any]) -> Any:
-    """K trees of `(B, ...)` as one of `(B * K, ...)`, image by image.
-
-    Concatenating branch by branch would move a batch that is sharded over devices;
-    this moves nothing.
-    """
-    if len(trees) == 1:
-        return trees[0]
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *trees
-    )
-
-
-def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
-    """ "cond" and all that the guidances need, each once.
-
-    Raises:
-        UsageError: two guidances mean different things by one name.
-    """
-    found = {CONDITIONAL.name: CONDITIONAL}
-    for branch in (b for g in guidances for b in g.needs):
-        if found.setdefault(branch.name, branch) != branch:
-            raise UsageError(f"two different branches are both called {branch.name!r}")
-    return list(found.values())
-
-
-def noise_predictor(
-    networks: Mapping[str, Network], conds: Mapping[str, Any], active: Sequence[Guidance]
-) -> Predict:
-    """The innermost `Predict`: all branches that `active` needs, one forward pass a network.
+def image_loss(*, loss: Network, cond: Any, scale: Number, through: bool = True) -> Guidance:
+    """`score - s grad loss(x_0(x_t))`, a loss on clean pictures  (DPS, 2209.14687; 2302.07121).
 
     Args:
-        networks: by name.
-        conds: conditioning of each branch by its name, arrays batch first.
+        loss: `fn(params, x_0, t, cond) -> (B,)`, of the `x_0` that the guidances before this one
+            leave; no gradient flows where they clip it.
+        cond: what the loss compares with, arrays batch first.
+        through: differentiate through the network, at the cost and with the memory of a backward
+            pass; else `d x_0 / d x_t` is taken to be `1 / alpha`.
     """
-    branches = branches_of(active)
-
-    def predict(x: jax.Array, point: Point) -> Prediction:
-        batch, channels = x.shape[0], x.shape[-1]
-        outputs = {}
-        for name in dict.fromkeys(b.network for b in branches):
-            mine = [b for b in branches if b.network == name]
-            output = networks[name](
-                interleave([x] * len(mine)),
-                jnp.full((batch * len(mine),), point.t),
-                interleave([conds[b.name] for b in mine]),
-            )
-            output = output.reshape(batch, len(mine), *output.shape[1:])
-            outputs |= {b.name: output[:, i] for i, b in enumerate(mine)}
-        eps = {
-            b.name: to_eps(
-                networks[b.network].prediction,
-                outputs[b.name][..., :channels],
-                x,
-                point.alpha,
-                point.sigma,
-            )
-            for b in branches
-        }
-        v = outputs["cond"][..., channels:]
-        frac = (v + 1) / 2 if v.shape[-1] else jnp.zeros_like(x)
-        p = Prediction(x, x, frac, jnp.zeros_like(x), eps, point.memory)
-        return p.with_eps(eps["cond"], x, point)
-
-    return predict
+    args = {"loss": loss, "cond": cond, "scale": scale}
+    return Guidance(_image_loss_through if through else _image_loss, args)
 
 
-def compose(predict: Predict, active: Sequence[Guidance]) -> Predict:
-    """`active[-1](... active[0](predict))`."""
-    return reduce(lambda inner, g: g(inner), active, predict)
+def _image_loss_through(
+    predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
+) -> Prediction:
+    def value(x: jax.Array) -> tuple[jax.Array, Prediction]:
+        p = predict(x, point)
+        return _total(loss, p.x_0, point, cond), p
+
+    slope, p = jax.grad(value, has_aux=True)(x)
+    return p._replace(score=p.score - per_image(scale) * slope)
+
+
+def _image_loss(
+    predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
+) -> Prediction:
+    p = predict(x, point)
+    slope = jax.grad(lambda x_0: _total(loss, x_0, point, cond))(p.x_0) / point.alpha
+    return p._replace(score=p.score - per_image(scale) * slope)
+
+
+def _total(network: Network, x: jax.Array, point: Point, cond: Any) -> jax.Array:
+    """The sum over the batch, whose gradient has each image's own in its place."""
+    return network(x, jnp.full(len(x), point.t), cond).sum()

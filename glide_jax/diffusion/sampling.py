@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.guidance import Guidance, Network, Point, compose, noise_predictor
+from glide_jax.diffusion.prediction import (
+    Guidance,
+    Network,
+    Point,
+    apply,
+    branches_of,
+    noise_predictor,
+)
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.diffusion.solvers import HISTORY, Solver, Table, levels
+from glide_jax.diffusion.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
 
 
@@ -26,7 +33,8 @@ class Plan:
 
     Attributes:
         table: one row a network evaluation, float32.
-        guidance: every guidance that acts anywhere.
+        guidance: every guidance, without what would make a compiled program of its own: spans, and
+            the prompts of branches.
         programs: sets of them that act together, as indices; `table.program` chooses one a row.
     """
 
@@ -68,9 +76,11 @@ def plan(
 
     Args:
         grid: `(N,)` timesteps, strictly falling.
+        guidance: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
-        UsageError: the grid is empty, leaves the chain, or does not fall.
+        UsageError: the grid is empty, leaves the chain, or does not fall; the guidances contradict
+            each other, or do not go with the solver.
     """
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 1 or not len(grid):
@@ -80,6 +90,8 @@ def plan(
     if (np.diff(grid) >= 0).any():
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
 
+    guidance = [part for g in guidance for part in g.parts()]
+    branches_of(guidance)  # Refuses one name for two prompts, while prompts are known.
     alpha, sigma, _ = levels(schedule, grid)
     acting = [
         tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
@@ -90,15 +102,40 @@ def plan(
     breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
 
     table = solver(schedule, grid, breaks)
+    _refuse_what_cannot_be(guidance, programs, table)
     program = np.array([programs.index(acting[step]) for step in table.step], np.int32)
     switched = np.append(False, program[1:] != program[:-1])
     table = table._replace(program=program, keep=np.where(switched, 0.0, table.keep))
     return Plan(
         table=Table(*map(_to_device_dtype, table)),
-        # The span is spent; left in, it would make one compiled program a span.
-        guidance=tuple(replace(g, span=None, args=_as_arrays(g.args)) for g in guidance),
+        guidance=tuple(
+            replace(
+                g,
+                args=_as_arrays(g.args),
+                needs=tuple(branch._replace(prompt=None) for branch in g.needs),
+                span=None,
+            )
+            for g in guidance
+        ),
         programs=programs,
     )
+
+
+def _refuse_what_cannot_be(
+    guidance: Sequence[Guidance], programs: Sequence[Sequence[int]], table: Table
+) -> None:
+    for program in programs:
+        names = [name for i in program for name in guidance[i].remembers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UsageError(f"two guidances remember {min(twice)!r}: let one act at a time")
+    # A row that goes on with the step of the row before, rather than being sent back to it.
+    goes_on = (np.diff(table.step) == 0) & (table.keep[1:] != 0)
+    noisier = table.next_sigma * table.alpha >= table.sigma * table.next_alpha
+    for g in guidance:
+        if g.looks_ahead and (goes_on.any() or noisier.any()):
+            raise UsageError(
+                f"{g.name} needs a sampler of one evaluation a step, each to a cleaner level"
+            )
 
 
 def _to_device_dtype(column: np.ndarray) -> np.ndarray:
@@ -107,11 +144,13 @@ def _to_device_dtype(column: np.ndarray) -> np.ndarray:
 
 def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Numbers as float32 arrays: a Python float, an int and an array would each compile anew.
+    # Networks keep their weights as they are.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        return value if exact else jnp.asarray(value, jnp.float32)
+        kept = exact or isinstance(value, Network)
+        return value if kept else jnp.asarray(value, jnp.float32)
 
-    return jax.tree.map(convert, args)
+    return jax.tree.map(convert, args, is_leaf=lambda value: isinstance(value, Network))
 
 
 def start(plan: Plan, x: jax.Array) -> State:
@@ -149,7 +188,7 @@ def run_rows(
         noise: `(N, B, H, W, C)`, a row's noise each, or `(B,)` keys.
     """
     active = [[plan.guidance[i] for i in program] for program in plan.programs]
-    predicts = [compose(noise_predictor(networks, conds, a), a) for a in active]
+    predicts = [apply(noise_predictor(networks, conds, branches_of(a)), a) for a in active]
 
     def solver_view(predict):
         # What the solver reads; the same tree whatever branches were evaluated.

@@ -11,11 +11,18 @@ import numpy as np
 
 from glide_jax.errors import UsageError
 
+# Of both schedules (2102.09672, sec. 3.2): a step that left nothing of x_0 could not be gone back.
+MOST_BETA = 0.999
+
 
 def linear_betas(steps: int) -> np.ndarray:
-    """`beta` from 1e-4 to 0.02 over 1000 steps, scaled to other lengths  (DDPM, 2006.11239)."""
+    """`beta` from 1e-4 to 0.02 over 1000 steps, scaled to other lengths  (DDPM, 2006.11239).
+
+    Chains of 20 steps and fewer would pass 1: they are capped where the cosine schedule is.
+    """
     scale = 1000 / steps
-    return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    return np.minimum(betas, MOST_BETA)
 
 
 def cosine_betas(steps: int) -> np.ndarray:
@@ -25,7 +32,7 @@ def cosine_betas(steps: int) -> np.ndarray:
         return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
 
     i = np.arange(steps, dtype=np.float64)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
+    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MOST_BETA)
 
 
 BETAS: dict[str, Callable[[int], np.ndarray]] = {"cosine": cosine_betas, "linear": linear_betas}
@@ -36,7 +43,7 @@ class Schedule:
     """The noise levels of a chain of `len(betas)` steps; integer `t` is an index into it.
 
     Attributes:
-        betas: `(T,)` float64, in (0, 1].
+        betas: `(T,)` float64, in (0, 1).
         alpha_bar: `(T,)` float64, the cumulative product of `1 - beta`.
     """
 
@@ -45,8 +52,8 @@ class Schedule:
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise UsageError("betas must be a list of numbers in (0, 1]")
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise UsageError("betas must be a list of numbers in (0, 1)")
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alpha_bar", np.cumprod(1 - betas))
 

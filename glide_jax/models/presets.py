@@ -232,3 +232,39 @@ PRESETS = {
 }
 
 CLIP_PRESETS = {"clip64": clip64, "clip64-paper": clip64_paper}
+
+
+def toy_model(config: ModelConfig) -> ModelConfig:
+    """The same kind of model, small enough to learn sixteen pictures on a CPU in a minute.
+
+    Base and inpainting models draw 16x16 pictures, upsamplers make 32x32 of 8x8.
+    """
+    return replace(
+        config,
+        image_size=32 if config.upsamples else 16,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_ds=(2,),
+        num_head_channels=32,
+        dropout=0.0,
+        text_ctx=16,
+        xf_width=64,
+        xf_layers=1,
+        xf_heads=2,
+    )
+
+
+def toy_clip(config: CLIPConfig) -> CLIPConfig:
+    """The same kind of CLIP for 16x16 pictures, as small as `toy_model`."""
+    return replace(
+        config,
+        image_size=16,
+        image_width=64,
+        image_layers=2,
+        text_width=64,
+        text_layers=2,
+        head_size=32,
+        max_text_len=16,
+        embed_width=64,
+    )

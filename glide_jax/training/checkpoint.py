@@ -1,158 +1,344 @@
-"""Checkpoints of a run: state, place in the data and checksums together, through orbax."""
+"""Checkpoints of a run: its state, its place in the data, and checksums of both, through orbax.
 
+Of `checkpoints/<step>/`, `state` is orbax's; `record` names each array with its dtype, shape and
+checksum, and says where in which data the run stood; `files.json` has a digest of each file.
+"""
+
+import hashlib
+import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
+import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from glide_jax.errors import GlideError
+from glide_jax.parallel import on_first, shared_text
 from glide_jax.training.state import TrainState
 
+STATE, RECORD, FILES = "state", "record", "files.json"
 
-@jax.jit
-def checksums(tree: Any) -> Any:
-    """A uint32 for each array: its bits, weighted by odd numbers that grow with their place.
 
-    The same however the array is sharded. One altered bit always changes it.
+class Saved(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+        step: the number of steps done.
+        data: the state of the data's iterator.
     """
 
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(one, tree)
+    step: int
+    state: TrainState
+    data: dict[str, Any]
 
 
-def named_checksums(tree: Any) -> dict[str, int]:
-    """`checksums` by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(checksums(tree)))
-    return {_name(path): int(value) for path, value in leaves}
+# --- checksums
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """`sum_k b_k (2 k + 1) mod 2^32` of each array by its path, b its values as whole numbers.
+
+    The same however an array is sharded, over devices and processes. One altered value always
+    changes it, several do but for a chance of 2^-32.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    own = np.array([_own_sum(leaf) for _, leaf in leaves], np.uint32)
+    if not all(getattr(leaf, "is_fully_addressable", True) for _, leaf in leaves):
+        own = np.asarray(multihost_utils.process_allgather(own)).sum(axis=0, dtype=np.uint32)
+    return {_name(path): int(total) for (path, _), total in zip(leaves, own, strict=True)}
+
+
+def _own_sum(x: jax.Array | np.ndarray) -> int:
+    """The sum over what this process has of an array."""
+    if not isinstance(x, jax.Array):
+        return _box_sum(np.asarray(x), (0,) * np.ndim(x), np.shape(x))
+    total = 0
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            begin = [span.start or 0 for span in shard.index]
+            total += _box_sum(np.asarray(shard.data), begin, x.shape)
+    return total % 2**32
+
+
+def _box_sum(x: np.ndarray, begin: Sequence[int], shape: Sequence[int]) -> int:
+    """The sum over a box of an array of some shape, from its corner `begin` on."""
+    last = x.shape[-1] if x.ndim else 1
+    values = np.ascontiguousarray(x).view(f"u{x.itemsize}").astype(np.uint32, copy=False)
+    rows = values.reshape(-1, last)
+    # Of the first value of each row, in the whole array; all is modulo 2^32.
+    place = np.zeros(1, np.uint32)
+    for size, first, count in zip(shape, begin, x.shape, strict=True):
+        here = np.arange(first, first + count, dtype=np.uint32)
+        place = (place[:, None] * np.uint32(size) + here).reshape(-1)
+    place = place.reshape(-1, last)[:, 0]
+    weights = 2 * np.arange(last, dtype=np.uint32) + 1
+    return int((rows @ weights + 2 * place * rows.sum(axis=1, dtype=np.uint32)).sum()) % 2**32
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _arrays(tree: Any) -> dict[str, list[Any]]:
+    """Dtype and shape of each array by its path, as JSON has them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
+
+
+# --- reading
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint is not what was saved."""
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of which a folder has checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], list[int]]:
+    """The newest whole state, its record, and the steps of newer checkpoints, which are broken.
+
+    Those are named on stderr. In a run of several processes all of them must call this.
+
+    Args:
+        like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
+
+    Raises:
+        GlideError: a checkpoint is of another recipe, or none is whole.
+    """
+    broken: dict[int, str] = {}
+    for step in steps_in(folder):
+        try:
+            return *read(folder / str(step), like), list(broken)
+        except BrokenCheckpoint as error:
+            broken[step] = str(error)
+        if jax.process_index() == 0:
+            print(
+                f"warning: the checkpoint of step {step} is broken ({broken[step]}); trying the "
+                "one before",
+                file=sys.stderr,
+            )
+    listed = "; ".join(f"step {step}: {problem}" for step, problem in broken.items())
+    raise GlideError(f"no checkpoint in {folder} is whole ({listed}): choose another --out")
+
+
+def read(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the record of a checkpoint.
+
+    Raises:
+        BrokenCheckpoint: it is incomplete or altered; in all processes, whichever met it.
+        GlideError: it is whole, and of another recipe.
+    """
+    # All files before any is used: of a damaged one orbax tells more than anyone wants to know.
+    _together(lambda: _check_files(folder))
+    record = _together(lambda: _load_json(folder / RECORD / "metadata"))
+    saved, wanted = record["arrays"], _arrays(like)
+    if different := sorted(p for p in wanted | saved if wanted.get(p) != saved.get(p)):
+        raise GlideError(
+            f"cannot go on from step {folder.name} in {folder.parent}: it was made by another "
+            f"recipe ({len(different)} arrays differ: {', '.join(different[:3])}); choose another "
+            "folder with --out"
+        )
+    state = _together(lambda: _read_state(folder / STATE, like))
+    _together(lambda: _check_values(state, record))
+    return state, record
+
+
+def _together(do: Callable[[], Any]) -> Any:
+    """What a function returns; raises BrokenCheckpoint if it does so in any process."""
+    result, problem = None, ""
+    try:
+        result = do()
+    except BrokenCheckpoint as error:
+        problem = str(error)
+    if problem := shared_text(problem):
+        raise BrokenCheckpoint(problem)
+    return result
+
+
+def _check_files(folder: Path) -> None:
+    """Compares this process's share of the files with what `_seal` found."""
+    digests = _load_json(folder / FILES)
+    for name in sorted(digests)[jax.process_index() :: jax.process_count()]:
+        try:
+            if _file_digest(folder / name) != digests[name]:
+                raise BrokenCheckpoint(f"{name} was altered")
+        except OSError as error:
+            raise BrokenCheckpoint(f"{name}: {error.strerror}") from None
+
+
+def _seal(folder: Path) -> None:
+    """Writes down what each file of a checkpoint is, but orbax's notes on when it was made."""
+    files = [p for item in (STATE, RECORD) for p in (folder / item).rglob("*") if p.is_file()]
+    digests = {p.relative_to(folder).as_posix(): _file_digest(p) for p in files}
+    (folder / FILES).write_text(json.dumps(digests))
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path.name}: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise BrokenCheckpoint(f"{path.name} was altered")
+    return found
+
+
+def _read_state(folder: Path, like: TrainState) -> TrainState:
+    # The handler itself: the manager's `restore` waits for other processes, which may have failed.
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(folder, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # Of any type: they come from all of orbax and tensorstore.
+        raise BrokenCheckpoint(f"cannot be read: {_first_line(error)}") from None
+    finally:
+        handler.close()
+
+
+def _check_values(state: TrainState, record: dict[str, Any]) -> None:
+    now, then = checksums(state), record["checksums"]
+    if wrong := sorted(path for path in now if now[path] != then[path]):
+        raise BrokenCheckpoint(f"values of {', '.join(wrong[:3])} are not what was saved")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+# --- writing
+
+
 class Checkpoints:
-    """The checkpoints of one run, newest last; saving goes on in the background.
+    """The checkpoints of one run; saving goes on in the background.
 
     A context manager: leaving it waits for what is still being written.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
-        self._folder = folder
+        """Opens a folder for writing, and clears away what a killed run was writing.
+
+        Args:
+            keep: how many of the newest stay.
+            keep_every: of which steps they stay for good (multiples; 0: of none).
+
+        Raises:
+            GlideError: the folder cannot be written.
+        """
+        # What goes wrong in the background is raised here; orbax would log its traceback too.
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        self._folder, self._saving = folder, 0
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=True
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,
+            # The steps' own files say nothing that is needed here, and may be broken.
+            lightweight_initialize=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal_written),
         )
-        try:
+        with self._writing():
             self._manager = ocp.CheckpointManager(folder, options=options)
-        except OSError as error:
-            raise GlideError(f"cannot write checkpoints to {folder}: {error}") from None
+
+    def _seal_written(self) -> None:
+        # Called when all is written, and before the folder gets its name.
+        (folder,) = self._folder.glob(f"{self._saving}.*")
+        _seal(folder)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: tensorstore's, of any cause.
+            raise GlideError(
+                f"cannot write a checkpoint to {self._folder} ({_first_line(error)}); "
+                "those that were there are left"
+            ) from None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except GlideError as error:
+            if kind is None:
+                raise
+            # What ended the run matters more.
+            print(f"warning: {error}", file=sys.stderr)
 
     @property
     def latest(self) -> int | None:
         """The newest saved step, None before the first."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
-        """Writes the state after `step` updates, with the iterator's position."""
-        if step == self.latest:
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
-            checksums=ocp.args.JsonSave(named_checksums(state)),
-        )
-        self._manager.save(step, args=items)
-
-    def restore(self, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The newest whole state; moves `data` to where it was then.
-
-        A checkpoint that is truncated or altered is named, put aside, and the one before is used.
+    def save(self, step: int, state: TrainState, data: dict[str, Any], source: str) -> None:
+        """Writes the state after `step` updates; nothing if it is there.
 
         Args:
-            like: a state of the same shapes, arrays or abstract ones with their sharding.
+            data: the state of the data's iterator, after as many steps.
+            source: the data's fingerprint.
+
+        Raises:
+            GlideError: this checkpoint, or the one before, could not be written.
+        """
+        if step == self.latest:
+            return
+        record = {"arrays": _arrays(state), "checksums": checksums(state)}
+        record |= {"data": data, "source": source}
+        items = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: TrainState, source: str) -> Saved:
+        """The newest whole checkpoint.
+
+        One that is incomplete or altered is named, put aside in `broken/`, and the one before is
+        used. Says so if the data are not those that the run was trained on.
+
+        Args:
+            like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
+            source: the data's fingerprint.
 
         Raises:
             GlideError: the checkpoints are of another model or optimiser, or all are broken.
         """
-        return self._newest(like, data=grain.checkpoint.CheckpointRestore(data))
-
-    def restore_state(self, like: TrainState) -> TrainState:
-        """The newest whole state alone, as numpy arrays; for a use without the run's data."""
-        return jax.device_get(self._newest(like))
-
-    def _newest(self, like: TrainState, **items: Any) -> TrainState:
-        broken = []
-        while (step := self.latest) is not None:
-            self._check_recipe(step, like)
-            problem, state = self._read(step, like, items)
-            if state is not None:
-                return state
-            broken.append(f"step {step}: {problem}")
+        state, record, broken = newest(self._folder, like)
+        if broken:
+            on_first(lambda: self._put_aside(broken))
+            self._manager.reload()
+        if source != record["source"] and jax.process_index() == 0:
             print(
-                f"warning: the checkpoint of {broken[-1]}; trying the one before", file=sys.stderr
+                f"warning: the run goes on with other data: {source}; they were {record['source']}",
+                file=sys.stderr,
             )
-            self._put_aside(step)
-        raise GlideError(f"no checkpoint in {self._folder} is whole ({'; '.join(broken)})")
+        return Saved(int(state.step), state, record["data"])
 
-    def _check_recipe(self, step: int, like: TrainState) -> None:
-        """Raises GlideError where the checkpoint holds other arrays than the recipe makes."""
+    def _put_aside(self, steps: Sequence[int]) -> None:
+        """Moves checkpoints out of the run's way, to `broken/` beside the others."""
+        aside = self._folder.parent / "broken"
         try:
-            saved = self._manager.item_metadata(step)["state"]
-        except (ValueError, KeyError, OSError):
-            return  # Unreadable: for `_read` to say.
-        shapes = _shapes(saved)
-        if not shapes:
-            return
-        wanted = _shapes(like)
-        if different := sorted(p for p in wanted | shapes if wanted.get(p) != shapes.get(p)):
-            raise GlideError(
-                f"cannot go on from step {step} in {self._folder}: it was made by another recipe "
-                f"({len(different)} arrays differ: {', '.join(different[:3])}); choose another "
-                "folder with --out"
-            )
-
-    def _read(
-        self, step: int, like: TrainState, items: dict[str, Any]
-    ) -> tuple[str, TrainState | None]:
-        """The state of a step, or what is wrong with it."""
-        wanted = {"state": ocp.args.StandardRestore(like), "checksums": ocp.args.JsonRestore()}
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**wanted, **items))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return f"cannot be read ({str(error).strip().splitlines()[0][:160]})", None
-        now = named_checksums(found["state"])
-        if altered := sorted(p for p in now if now[p] != found["checksums"].get(p)):
-            return f"altered after it was saved ({', '.join(altered[:3])})", None
-        return "", found["state"]
-
-    def _put_aside(self, step: int) -> None:
-        """Moves a broken checkpoint out of the way of the run, to `broken/` beside the others."""
-        if jax.process_index() == 0:
-            aside = self._folder.parent / "broken"
             aside.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(aside / f"{step}-{len(list(aside.iterdir()))}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("put aside")
-        self._manager.reload()
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): tuple(np.shape(leaf)) for path, leaf in leaves if hasattr(leaf, "shape")}
+            for step in steps:
+                target = aside / f"{step}-{len(list(aside.iterdir()))}"
+                (self._folder / str(step)).rename(target)
+        except OSError as error:
+            raise GlideError(f"cannot move a broken checkpoint aside: {error}") from None

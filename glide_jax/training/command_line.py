@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from glide_jax.errors import UsageError
+from glide_jax.parallel import Peers
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
 
@@ -35,6 +36,32 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
         args=arguments,
     )
     return config, hardware
+
+
+def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
+    """The arguments without those that say how processes find each other, and what they say.
+
+    Raises:
+        UsageError: these are incomplete, or no numbers where numbers belong.
+    """
+    arguments = list(arguments)
+    coordinator = _take(arguments, "--coordinator")
+    numbers = [_take(arguments, option) for option in ("--processes", "--process")]
+    if coordinator is None and numbers == [None, None]:
+        return arguments, None
+    if coordinator == "auto" and numbers == [None, None]:
+        return arguments, Peers(coordinator)
+    host, _, port = (coordinator or "").rpartition(":")
+    try:
+        count, index = (int(number or "") for number in numbers)
+    except ValueError:
+        count, index = 0, 0
+    if not (host and port.isdigit() and 0 <= index < count):
+        raise UsageError(
+            "processes find each other by --coordinator HOST:PORT --processes N --process I with "
+            "I from 0 to N - 1, or by --coordinator auto"
+        )
+    return arguments, Peers(coordinator, count, index)
 
 
 def _take(arguments: list[str], option: str) -> str | None:

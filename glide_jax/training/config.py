@@ -16,6 +16,16 @@ SPREADS = ("pmap", "fsdp")
 ON_BAD_STEP = ("stop", "skip")
 
 
+# 1 / sqrt(12): the width of the plain mean of all steps.
+WIDEST = 0.28
+
+
+def check_width(width: float) -> None:
+    """Raises UsageError unless an average over a power function can have this relative width."""
+    if not 0 < width < WIDEST:
+        raise UsageError(f"the width of an average is between 0 and {WIDEST}, not {width}")
+
+
 @dataclass(frozen=True)
 class OptimiserConfig:
     """AdamW, its learning rate over time, and the moving averages of the weights.
@@ -54,9 +64,12 @@ class OptimiserConfig:
             raise UsageError(f"decay is constant or cosine, not {self.decay!r}")
         if self.moments not in ("float32", "bfloat16"):
             raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
-        if any(not 0 < width < 0.28 for width in self.ema_power) or self.ema_every < 1:
-            # 1 / sqrt(12): the width of the plain mean of all steps.
-            raise UsageError("ema_power takes relative widths between 0 and 0.28")
+        for width in self.ema_power:
+            check_width(width)
+        if len(set(self.ema_power)) < len(self.ema_power):
+            raise UsageError("ema_power names a width twice")
+        if self.ema_every < 1:
+            raise UsageError("ema_every must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,23 +214,33 @@ def save_config(config: RunConfig, path: Path) -> None:
     partial.replace(path)
 
 
-def begin_run(config: RunConfig) -> None:
-    """Writes the recipe into the run's folder, unless another model is being trained there.
+def check_run(config: RunConfig) -> None:
+    """Refuses a folder in which another model is being trained.
 
     The picture size may change: the network is convolutional.
 
     Raises:
         UsageError: the folder holds a run of another model.
-        GlideError: the folder's recipe cannot be read, or not be written.
+        GlideError: the folder's recipe cannot be read.
     """
     path = config.folder / "config.json"
-    if path.exists():
-        before = read_config(path).model
-        same = type(before) is type(config.model)
-        if isinstance(before, ModelConfig):
-            before = replace(before, image_size=config.model.image_size)
-        if not same or before != config.model:
-            raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
+    if not path.exists():
+        return
+    before = read_config(path).model
+    same = type(before) is type(config.model)
+    if isinstance(before, ModelConfig):
+        before = replace(before, image_size=config.model.image_size)
+    if not same or before != config.model:
+        raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
+
+
+def begin_run(config: RunConfig) -> None:
+    """Writes the recipe into the run's folder.
+
+    Raises:
+        GlideError: it cannot be written.
+    """
+    path = config.folder / "config.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_config(config, path)

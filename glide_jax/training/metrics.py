@@ -1,19 +1,23 @@
-"""What a run tells: a progress bar, TensorBoard curves, grids of samples."""
+"""What a run tells: a progress bar, curves, grids of samples, a trace for the profiler."""
 
+import math
 import time
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
-from tensorboardX import SummaryWriter
 
-from glide_jax.errors import GlideError
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.hardware import peak_flops
 from glide_jax.pipeline import Pipeline
 from glide_jax.settings import Settings
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.export import run_defaults
+from glide_jax.training.flops import flops_per_picture
 from glide_jax.training.objectives import Metrics, Params, finish
+from glide_jax.training.state import learning_rate
+from glide_jax.training.writers import open_writer
 from glide_jax.weights.registry import Model
 
 
@@ -23,17 +27,32 @@ class Logger:
     A context manager.
     """
 
-    def __init__(self, config: RunConfig, first: int, records: int, devices: int):
+    def __init__(self, config: RunConfig, first: int, records: int):
+        """`first` is the step that the run stands at, `records` the size of its data."""
         self._config = config
-        self._writer = SummaryWriter(str(config.folder / "logs"), flush_secs=30)
+        self._main = jax.process_index() == 0
+        self._writer = open_writer(config, first_process=self._main)
+        self._profile = profiled_steps(config.profile)
         self._window: list[Metrics] = []
         self._due: tuple[int, list[Metrics]] | None = None
         self._since, self._from, self._first = time.monotonic(), first, first
-        print(
-            f"{config.name}: {records:,} pictures, {config.batch_size} a step on {devices} "
-            f"{jax.devices()[0].device_kind}; step {first:,} of {config.steps:,} -> {config.folder}"
+        self._rate = learning_rate(config.optimiser, config.steps)
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        # What the devices could do a second, where that is known.
+        self._peak = count * (peak_flops(kind) or math.nan)
+        self._flops = math.nan if math.isnan(self._peak) else flops_per_picture(config)
+        if self._main:
+            print(
+                f"{config.name}: {records:,} pictures, {config.batch_size} a step on {count} "
+                f"{kind}; step {first:,} of {config.steps:,} -> {config.folder}"
+            )
+        self._bar = tqdm.tqdm(
+            total=config.steps,
+            initial=first,
+            unit="step",
+            smoothing=0.05,
+            disable=not self._main,
         )
-        self._bar = tqdm.tqdm(total=config.steps, initial=first, unit="step", smoothing=0.05)
 
     def __enter__(self) -> "Logger":
         return self
@@ -43,7 +62,7 @@ class Logger:
         self._writer.close()
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step: scalars, or one copy a device.
+        """Takes the metrics of a step, scalars on the device.
 
         Raises:
             GlideError: a step of the last window was bad and the recipe says to stop.
@@ -56,26 +75,53 @@ class Logger:
             self._due, self._window = (step, self._window), []
         if step == self._config.steps:
             self._read()
+        self._trace(step, metrics)
 
     def _read(self) -> None:
         if self._due is None:
             return
         step, window = self._due
         self._due = None
-        one_copy = [jax.tree.map(lambda x: np.asarray(x), m) for m in jax.device_get(window)]
-        raise_if_bad(self._config, step, one_copy)
-        values = finish(mean_metrics(one_copy))
+        window = jax.device_get(window)
+        raise_if_bad(self._config, step, window)
+        values = finish(mean_metrics(window))
         now = time.monotonic()
         rate = (step - self._from) * self._config.batch_size / max(now - self._since, 1e-9)
         self._since, self._from = now, step
-        for name, value in (values | {"images_per_second": rate}).items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        values |= {
+            "images_per_second": rate,
+            "learning_rate": float(self._rate(step - 1)),
+            "model_flop_utilisation": rate * self._flops / self._peak,
+        }
+        values |= device_memory()
+        curves = {f"train/{k}": v for k, v in values.items() if math.isfinite(v)}
+        self._writer.scalars(curves, step)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
 
+    def _trace(self, step: int, metrics: Metrics) -> None:
+        """Starts and ends the trace for TensorBoard's profiler."""
+        if self._profile is None:
+            return
+        begin, end = self._profile
+        if step == begin - 1:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._config.folder / "logs"))
+        elif step == end:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+    def held_out(self, step: int, values: dict[str, float]) -> None:
+        """Takes the held-out loss and its parts."""
+        self._writer.scalars({f"held_out/{name}": value for name, value in values.items()}, step)
+        self._pause(step)
+
     def samples(self, step: int, ema: Params) -> None:
-        """Draws the recipe's prompts with the averaged weights: `samples/step_000500.png`."""
+        """Draws the recipe's prompts with the averaged weights: `samples/step_000500.png`.
+
+        Of models that draw from text alone.
+        """
         config = self._config
-        if not isinstance(config, TrainConfig) or not config.sample_prompts:
+        if not draws_from_text(config) or not self._main:
             return
         model = Model(
             config.name,
@@ -90,14 +136,50 @@ class Logger:
         folder = config.folder / "samples"
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step_{step:06}.png")
-        self._writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        # Drawing is no part of the training speed.
+        self._writer.image("samples", np.asarray(grid), step)
+        self._pause(step)
+
+    def _pause(self, step: int) -> None:
+        # Drawing and validating are no part of the training speed.
         self._since, self._from = time.monotonic(), step
 
 
+def draws_from_text(config: RunConfig) -> bool:
+    """Whether a recipe's model can draw its `sample_prompts`."""
+    return (
+        isinstance(config, TrainConfig)
+        and bool(config.sample_prompts)
+        and not config.model.upsamples
+    )
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """The first and last step of "10:20"; None of "".
+
+    Raises:
+        UsageError: it is no such range, or begins before step 2.
+    """
+    if not text:
+        return None
+    try:
+        first, last = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise UsageError(f"profile takes steps as first:last, not {text!r}") from None
+    if not 2 <= first <= last:
+        raise UsageError(f"profile {text}: begin at step 2 or later, and end after that")
+    return first, last
+
+
+def device_memory() -> dict[str, float]:
+    """Gigabytes in use and at the peak on the first local device, where it says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "memory_gb", "peak_bytes_in_use": "memory_peak_gb"}
+    return {ours: stats[theirs] / 1e9 for theirs, ours in names.items() if theirs in stats}
+
+
 def mean_metrics(window: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Means over steps; those of skipped updates count in `bad` alone."""
-    good = [m for m in window if not m["bad"].any()] or window
+    """Means over steps; those of updates that were not made count in `bad` alone."""
+    good = [m for m in window if not m["bad"]] or window
     means = {name: np.mean([m[name] for m in good], axis=0) for name in window[0]}
     return means | {"bad": np.mean([m["bad"] for m in window])}
 
@@ -107,11 +189,11 @@ def raise_if_bad(config: RunConfig, step: int, window: list[dict[str, np.ndarray
     if config.on_bad_step == "skip":
         return
     for i, metrics in enumerate(window):
-        if metrics["bad"].any():
+        if metrics["bad"]:
             at = step - len(window) + 1 + i
             raise GlideError(
-                f"step {at}: loss {float(metrics['loss'].flat[0]):.3g}, gradient norm "
-                f"{float(metrics['grad_norm'].flat[0]):.3g}; this update was not made. Go on from "
-                "the newest checkpoint with a lower --optimiser.learning-rate, or with "
+                f"step {at}: loss {float(metrics['loss']):.3g}, gradient norm "
+                f"{float(metrics['grad_norm']):.3g}; this update was not made. Go on from the "
+                "newest checkpoint with a lower --optimiser.learning-rate, or with "
                 "--on-bad-step skip"
             )

@@ -22,6 +22,7 @@ from glide_jax.runtime import trunk_dtype
 from glide_jax.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.masks import random_mask
+from glide_jax.training.state import labels
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -74,10 +75,27 @@ def make_objective(config: RunConfig) -> Objective:
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         loss = partial(contrastive_loss, model=model, tables=tables)
-        return Objective(model, partial(clip.init_params, model), loss)
-    model = GLIDE(config.model, dtype, config.remat)
-    loss = partial(denoising_loss, model=model, tables=tables, config=config)
-    return Objective(model, partial(unet.init_params, model), loss)
+        init = partial(clip.init_params, model)
+    else:
+        model = GLIDE(config.model, dtype, config.remat)
+        loss = partial(denoising_loss, model=model, tables=tables, config=config)
+        init = partial(unet.init_params, model)
+    if frozen := config.optimiser.freeze:
+        loss = partial(_without_gradient, loss, frozen)
+    return Objective(model, init, loss)
+
+
+def _without_gradient(
+    loss: Callable[..., tuple[jax.Array, Metrics]],
+    frozen: tuple[str, ...],
+    params: Params,
+    *batch: Any,
+    **options: Any,
+) -> tuple[jax.Array, Metrics]:
+    """A loss that knows no gradient of what is frozen: it costs nothing and is in no norm."""
+    held = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
+    params = jax.tree.map(lambda x, label: held[label](x), params, labels(params, frozen))
+    return loss(params, *batch, **options)
 
 
 def make_tokenizer(config: RunConfig) -> GPT2Tokenizer | CLIPTokenizer:

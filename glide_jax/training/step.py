@@ -1,6 +1,7 @@
 """One training step, pure: state and batch in, state and metrics out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,8 +16,8 @@ from glide_jax.training.state import TrainState
 # The running mean of the loss that a spike is measured by, and the steps before it means much.
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
 # Dynamic loss scaling of float16, as a power of two: it grows so in ADM's code, and falls by one
-# on overflow.
-LOSS_SCALE_GROWTH = 1e-3
+# on overflow. Below the lowest, it is not the scale that is wrong.
+LOSS_SCALE_GROWTH, LOWEST_LOSS_SCALE = 1e-3, 1.0
 
 
 def train_step(
@@ -34,7 +35,8 @@ def train_step(
     """One update of parameters and of their moving averages.
 
     An update whose loss or gradient is not finite, or whose loss is `spike` times its running
-    mean, is not made: the state stays as it was but for its count, and metric `bad` is 1.
+    mean, is not made: the state stays as it was but for its count, and metric `bad` is 1. An
+    overflow of scaled float16 gradients is not bad: the next step's scale is half as large.
 
     Args:
         batch: this device's part, or the whole where `axis` is None.
@@ -66,13 +68,13 @@ def train_step(
     grads = jax.tree.map(lambda g: g / scale, grads)
 
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-    bad = ~finite
+    overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
+    bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
     new = _updated(state, grads, metrics["loss"], optimiser, averages)
-    state = jax.tree.map(partial(jnp.where, bad), _stayed(state, finite), new)
+    state = jax.tree.map(partial(jnp.where, bad | overflow), _stayed(state, overflow), new)
     return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
 
 
@@ -82,7 +84,8 @@ def _accumulated(
     """Mean gradient and metrics over parts of a batch, one after the other."""
     if parts == 1:
         return gradient(batch, dropout_key)
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    # Every parts-th row, so that a batch that is sharded stays where it is.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(dropout_key, parts)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -123,18 +126,9 @@ def _updated(
     )
 
 
-def _stayed(state: TrainState, finite: jax.Array) -> TrainState:
+def _stayed(state: TrainState, overflow: jax.Array) -> TrainState:
     """The state after an update that was not made."""
-    lower = jnp.where(finite, 0.0, 1.0) * (state.loss_scale > 0)
-    return TrainState(
-        step=state.step + 1,
-        params=state.params,
-        ema=state.ema,
-        powers=state.powers,
-        opt_state=state.opt_state,
-        loss_mean=state.loss_mean,
-        loss_scale=jnp.maximum(state.loss_scale - lower, 0.0),
-    )
+    return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
 
 
 def _towards(average: Params, params: Params, rate: jax.Array) -> Params:

@@ -10,6 +10,7 @@ from glide_jax.weights.released import (
 from glide_jax.weights.released_clip import clip_from_released, clip_to_released
 from glide_jax.weights.store import load_weights, save_weights
 from glide_jax.weights.torch_file import read_torch_file
+from glide_jax.weights.torch_writer import write_torch_file
 
 __all__ = [
     "Model",
@@ -23,4 +24,5 @@ __all__ = [
     "read_torch_file",
     "save_weights",
     "to_released",
+    "write_torch_file",
 ]

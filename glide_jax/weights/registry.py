@@ -10,10 +10,17 @@ import numpy as np
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.weights.embedding import expand
-from glide_jax.weights.released import from_released, misfits
-from glide_jax.weights.released_files import PRESET_OF, fetch, recognise, schedule_of
+from glide_jax.weights.released import from_released, misfits, to_released
+from glide_jax.weights.released_files import (
+    PRESET_OF,
+    defaults_of,
+    fetch,
+    recognise,
+    schedule_of,
+)
 from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
 from glide_jax.weights.torch_file import read_torch_file
+from glide_jax.weights.torch_writer import write_torch_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("emoji64",)
@@ -74,7 +81,7 @@ def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Mode
     """A model from a `.pt` file under the released names; nothing in the file is run.
 
     Args:
-        config: its sizes; None: recognised by names and shapes.
+        config: its sizes; None: recognised by shapes and names.
 
     Raises:
         GlideError: the file is broken, hostile, or no such model.
@@ -82,12 +89,22 @@ def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Mode
     state_dict = read_torch_file(path)
     config = config or recognise(state_dict)
     params = from_released(config, state_dict)
-    # The release's own procedure: 100 steps of the respaced chain for the base, 27 above.
-    if config.upsamples:
-        defaults = {"steps": "fast27", "sampler": "ddim", "guidance_scale": 1.0}
-    else:
-        defaults = {"steps": 100, "spacing": "uniform", "sampler": "ddpm", "guidance_scale": 3.0}
-    return Model(name, config, params, schedule_of(config), defaults=defaults)
+    return Model(name, config, params, schedule_of(config), defaults=defaults_of(config))
+
+
+def save_torch(model: Model, path: Path) -> None:
+    """Writes a model as a `.pt` file under the released names, which the original code loads.
+
+    Raises:
+        GlideError: the original code has no such model, or the file cannot be written.
+    """
+    for wrong, what in (
+        (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
+        (model.config.low_res_level, "is told the noise level of the small picture"),
+    ):
+        if wrong:
+            raise GlideError(f"the original code cannot use {model.name}: it {what}")
+    write_torch_file(path, to_released(model.params))
 
 
 def save_model(model: Model, folder: Path) -> None:

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.errors import GlideError
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights.store import flatten, unflatten
+from glide_jax.weights.torch_pickle import printable
 
 # Ours -> theirs, within a residual block, an attention block, a block of the text transformer.
 _RES = {
@@ -139,19 +141,23 @@ def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> 
         state_dict: torch layout (convolutions OIHW, linear layers (out, in)), any float dtype.
 
     Returns:
-        Nested dictionaries of float32 numpy arrays, as `GLIDE(config).apply` takes them.
+        Nested dictionaries of float32 numpy arrays, as `GLIDE(config).apply` takes them: views of
+        those given where these are float32.
 
     Raises:
-        GlideError: parameters are missing, unexpected, or of the wrong shape; it names them.
+        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; it names
+            them.
     """
-    wanted = flatten(abstract_params(config))
+    abstract = abstract_params(config)
+    wanted = flatten(abstract)
     names = {path: released_name(path, set(wanted)) for path in wanted}
-    return assemble(wanted, names, state_dict, _to_ours)
+    return assemble(wanted, names, released_shapes(abstract), state_dict, _to_ours)
 
 
 def assemble(
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
     state_dict: Mapping[str, np.ndarray],
     to_ours: Callable[[np.ndarray, bool], np.ndarray],
     what: str = "model",
@@ -161,6 +167,7 @@ def assemble(
     Args:
         wanted: the flat tree, abstract.
         names: what each of its paths is called in `state_dict`.
+        shapes: what shape these have there, by name.
         to_ours: `(array, whether it is a kernel) -> array` in our layout.
         what: what the weights ought to fit, for the error.
 
@@ -168,21 +175,27 @@ def assemble(
         GlideError: as `from_released`.
     """
     missing = sorted(set(names.values()) - set(state_dict))
-    unexpected = sorted(set(state_dict) - set(names.values()))
-    params, wrong = {}, []
+    unexpected = sorted(printable(str(name)) for name in set(state_dict) - set(names.values()))
+    params, shaped, typed = {}, [], []
     for path, name in names.items():
         if name not in state_dict:
             continue
-        array = to_ours(np.asarray(state_dict[name]), path.endswith("/kernel"))
-        if array.shape != wanted[path].shape:
-            wrong.append(f"{name} {array.shape}, not {wanted[path].shape}")
-        params[path] = np.ascontiguousarray(array, dtype=np.float32)
+        given = np.asarray(state_dict[name])
+        array = to_ours(given, path.endswith("/kernel"))
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            typed.append(f"{name} {given.dtype}, not float32")
+        elif array.shape != wanted[path].shape:
+            shaped.append(f"{name} {given.shape}, not {shapes[name]}")
+        else:
+            # Not contiguous where it need not be: a file's arrays stay in the file until used.
+            params[path] = np.require(array, np.float32, "A")
     problems = [
         f"{len(found)} {kind} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
         for kind, found in (
             ("missing", missing),
             ("unexpected", unexpected),
-            ("of the wrong shape", wrong),
+            ("of the wrong shape", shaped),
+            ("of the wrong dtype", typed),
         )
         if found
     ]

@@ -96,15 +96,16 @@ def clip_from_released(
         The files hold no scale: where it is learned, it starts at the config's.
 
     Raises:
-        GlideError: parameters are missing, unexpected, or of the wrong shape; it names them.
+        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; it names
+            them.
     """
     abstract, params = clip_abstract_params(config), {}
+    shapes = clip_released_shapes(abstract)
     for side, state_dict in (("image", image_state_dict), ("text", text_state_dict)):
         wanted = flatten(abstract[side])
         names = {path: clip_released_name(path) for path in wanted}
-        params[side] = assemble(
-            wanted, names, state_dict, _to_ours, f"noised CLIP's {side} encoder"
-        )
+        what = f"noised CLIP's {side} encoder"
+        params[side] = assemble(wanted, names, shapes[side], state_dict, _to_ours, what)
     if config.learn_logit_scale:
         params["log_scale"] = np.array(math.log(config.logit_scale), np.float32)
     return params

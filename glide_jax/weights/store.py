@@ -11,15 +11,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from glide_jax.errors import GlideError, UsageError
 
@@ -39,7 +37,7 @@ _DTYPES = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
-_DTYPE_NAMES = {dtype.name for dtype in _DTYPES.values()}
+_DTYPE_NAMES = {dtype.name: name for name, dtype in _DTYPES.items()}
 
 
 # ---------------------------------------------------------------- trees and flat names
@@ -88,82 +86,41 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- writing
 
 
-def save_weights(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    params: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes `config.json` and `model.safetensors` into `folder`, which is made if need be.
+@contextlib.contextmanager
+def whole_files(*targets: Path) -> Iterator[list[Path]]:
+    """Temporary paths to write in the place of `targets`, whose folder is made if need be.
 
-    Both are written whole under temporary names, flushed to the disk, and only then renamed, so
-    that an error or a power cut leaves the former files as they were. A cut between the two
-    renames leaves the new arrays beside the former config, each of them whole.
-
-    Args:
-        folder: where to; other files in it are left alone.
-        config: what JSON can hold (tuples come back as lists).
-        params: flat, name "a/b/kernel" -> array of any shape, numpy or JAX, of a float (bfloat16
-            too), integer or bool dtype. Arrays that `load_weights` mapped from this very folder
-            are safe to give, and stay whole.
-        metadata: text -> text, kept in the header of `model.safetensors`.
+    At the end they are flushed to the disk, and only then renamed, in the order given, so that an
+    error or a power cut leaves the former files as they were. A cut between two renames leaves
+    new files beside old ones, each of them whole.
 
     Raises:
-        UsageError: config, params or metadata are nothing that can be stored.
-        GlideError: the disk is full or the folder cannot be written.
+        GlideError: the disk is full or the files cannot be written.
     """
-    folder = Path(folder)
-    text = _to_json(config)
-    unflatten(params)  # raises for names that could not be read back
-    arrays = {name: _to_array(name, value) for name, value in params.items()}
-    for key, value in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
     token = secrets.token_hex(4)
-    # The arrays first: their rename can fail (on Windows, where they are in use); then nothing
-    # has changed.
-    targets = {folder / f".{name}.{token}.tmp": folder / name for name in (MODEL, CONFIG)}
-    model, config_file = targets
+    temporaries = [target.with_name(f".{target.name}.{token}.tmp") for target in targets]
+    folder = targets[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for target in targets.values():
+        for target in targets:
             if target.is_dir():
                 raise GlideError(f"{target} is a folder: remove it or save elsewhere")
-        config_file.write_text(text, encoding="utf-8")
-        save_file(arrays, model, dict(metadata or {}) or None)
-        # safetensors lets only the owner read its file; others get what they get of config.json.
-        model.chmod(config_file.stat().st_mode & 0o777)
-        for temporary in targets:
+        yield temporaries
+        for temporary in temporaries:
             _flush(temporary)
-        for temporary, target in targets.items():
+        for temporary, target in zip(temporaries, targets, strict=True):
             temporary.replace(target)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _flush(folder)
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    except OSError as error:
         raise GlideError(
-            f"cannot save to {folder} ({reason}): check its space and permissions"
+            f"cannot save to {folder} ({error.strerror or error}): check its space and permissions"
         ) from error
     finally:
-        for temporary in targets:
-            _remove(temporary)
-
-
-def _to_json(config: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"this config cannot be written as JSON: {error}") from error
-
-
-def _to_array(name: str, value: Any) -> np.ndarray:
-    """Contiguous, for safetensors takes the bytes as they lie (ascontiguousarray loses 0-d)."""
-    array = np.asarray(value, order="C")
-    if name == _HEADER_METADATA:
-        raise UsageError(f"{name!r} cannot name a parameter: safetensors uses it")
-    if array.dtype.name not in _DTYPE_NAMES:
-        raise UsageError(f"{name} is of dtype {array.dtype}: convert it to a float, int or bool")
-    return array
+        for temporary in temporaries:
+            # Where the folder is gone or not ours, the error on its way says so.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -175,10 +132,76 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(temporary: Path) -> None:
-    """Quietly: where the folder is gone or not ours, the error on its way says so."""
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+def save_weights(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `config.json` and `model.safetensors` into `folder`; see `whole_files`.
+
+    Args:
+        folder: where to; other files in it are left alone.
+        config: what JSON can hold (tuples come back as lists).
+        params: flat, name "a/b/kernel" -> array of any shape, numpy or JAX, of a float (bfloat16
+            too), integer or bool dtype. Arrays that `load_weights` mapped from this very folder
+            are safe to give, and stay whole. One at a time is copied where it is not contiguous.
+        metadata: text -> text, kept in the header of `model.safetensors`.
+
+    Raises:
+        UsageError: config, params or metadata are nothing that can be stored.
+        GlideError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    text = _to_json(config)
+    unflatten(params)  # raises for names that could not be read back
+    header = _header(params, metadata or {})
+    # The arrays first: their rename can fail (on Windows, where they are in use); then nothing
+    # has changed.
+    with whole_files(folder / MODEL, folder / CONFIG) as (model, config_file):
+        config_file.write_text(text, encoding="utf-8")
+        with model.open("wb") as file:
+            _write_arrays(file, header, params)
+
+
+def _to_json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"this config cannot be written as JSON: {error}") from error
+
+
+def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header of `model.safetensors`, in the order in which the arrays are to be written."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
+    header: dict[str, Any] = {_HEADER_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    # The widest numbers first: so each array is aligned without gaps, which the format forbids.
+    for name in sorted(params, key=lambda name: -params[name].dtype.itemsize):
+        array = params[name]
+        if name == _HEADER_METADATA:
+            raise UsageError(f"{name!r} cannot name a parameter: safetensors uses it")
+        if array.dtype.name not in _DTYPE_NAMES:
+            raise UsageError(
+                f"{name} is of dtype {array.dtype}: convert it to a float, int or bool"
+            )
+        first, end = end, end + array.nbytes
+        kind = _DTYPE_NAMES[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (first, end)}
+    return header
+
+
+def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, Any]) -> None:
+    """The safetensors package wants every array contiguous in memory at once; see `_map_arrays`."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, entry in header.items():
+        if name != _HEADER_METADATA:
+            array = np.asarray(params[name], _DTYPES[entry["dtype"]], order="C")
+            file.write(array.reshape(-1).view(np.uint8))
 
 
 # ---------------------------------------------------------------- reading

@@ -143,7 +143,7 @@ _DTYPES = {
     **{f"float{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
-_STORAGES = {
+STORAGES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
     "HalfStorage": "float16",
@@ -171,7 +171,7 @@ _ALLOWED: dict[str, np.dtype | _StorageType | _Function] = {
     **{
         f"{module}.{name}": _StorageType(np.dtype(_DTYPES[dtype]))
         for module in ("torch", "torch.cuda", "torch.storage")
-        for name, dtype in _STORAGES.items()
+        for name, dtype in STORAGES.items()
     },
 }
 

@@ -1,0 +1,52 @@
+"""improved256: the upsampler from 64x64 to 256x256, with what was found after the paper.
+
+The network of upsample256, and
+- noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2): the small picture is noised at a random
+  level up to half of the chain, and the network is told the level; sampling may choose it (0 by
+  default). An upsampler trained so forgives the faults of generated pictures;
+- v-prediction (2202.00512) and min-SNR weighting (2303.09556);
+- two power-function averages of the weights (EDM2, 2312.02696): see improved64.
+
+To go on from weights that were trained without it (openai/upsample), set `--prediction eps`: the
+layers of the noise level begin without effect. Batch, steps and the rest as in upsample256.
+
+Result:   not trained here at these sizes.
+Hardware: as upsample256, and two more copies of the weights: docs/training.md.
+Time:     not measured here.
+Command:  python train.py --config configs/improved256.py --data.source FOLDER
+"""
+
+from dataclasses import replace
+
+from glide_jax.data.config import DataConfig
+from glide_jax.models import presets
+from glide_jax.training.config import OptimiserConfig, TrainConfig
+
+SIZES = ("released", "paper")
+
+
+def get_config(size: str = "released") -> TrainConfig:
+    paper = size == "paper"
+    model = presets.upsample256_paper() if paper else presets.upsample256()
+    return TrainConfig(
+        name="improved256-paper" if paper else "improved256",
+        model=replace(model, low_res_level=True),
+        schedule="linear",
+        prediction="v",
+        weighting="min-snr",
+        low_res_noise=0.5,
+        data=DataConfig(source="coco_captions", workers=8),
+        optimiser=OptimiserConfig(
+            learning_rate=1e-4, warmup=1000, ema_power=(0.05, 0.10), ema_every=5000
+        ),
+        steps=1_600_000 if paper else 400_000,
+        batch_size=512,
+        spread="fsdp" if paper else "pmap",
+        remat=True,
+        save_every=5000,
+        log_every=100,
+        # A grid would need small pictures to enlarge.
+        sample_every=0,
+        sample_steps=27,
+        sample_guidance_scale=1.0,
+    )

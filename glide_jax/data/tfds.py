@@ -1,0 +1,267 @@
+"""Prepared tensorflow-datasets, read without TensorFlow: array_record and tfrecord files."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+
+from glide_jax.data import files
+from glide_jax.data.config import DataConfig
+from glide_jax.data.files import BrokenRecord
+from glide_jax.data.images import Encoded
+from glide_jax.data.records import (
+    CAPTION_FIELDS,
+    Source,
+    captions_of,
+    digest,
+    lookup,
+    other_texts,
+    text,
+)
+from glide_jax.data.shards import Shards, index_shards
+from glide_jax.errors import GlideError, UsageError, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class TfdsRecords:
+    """Records of a prepared data set, pictures as they are stored.
+
+    Attributes:
+        raw: what tensorflow-datasets reads, pictures not decoded.
+        rows: which of these, `(N,)`.
+        image, caption: paths of these fields.
+        texts: other fields that hold text.
+        labels: the names behind fields that hold a class number.
+        label: of the data set.
+    """
+
+    raw: Sequence[dict[str, Any]]
+    rows: np.ndarray
+    image: str
+    caption: str
+    texts: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
+    label: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.rows[index])
+        name = f"record {row} of {self.label}"
+        try:
+            record = dict(self.raw[row])
+        except BrokenRecord:
+            raise
+        except Exception as error:  # parsers raise anything on bytes that are no record
+            raise BrokenRecord(f"cannot read {name}: {error!r:.200}") from None
+        for field, names in self.labels.items():
+            # Test splits without labels have -1.
+            record[field] = names[record[field]] if 0 <= record[field] < len(names) else ""
+        for field in self.texts:
+            record[field] = text(record[field], f"{field} in {name}")
+        return {
+            "image": Encoded(bytes(lookup(record, self.image)), name),
+            "caption": captions_of(lookup(record, self.caption), name),
+            **other_texts(record),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class TfRecords:
+    """Random access to tfrecord files (tensorflow-datasets offers a stream, through TensorFlow)."""
+
+    shards: Shards
+    rows: np.ndarray
+    parse: Callable[[bytes], dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Length (8 bytes), its checksum (4), data, its checksum (4).
+        return self.parse(self.shards[int(self.rows[index])][12:-4])
+
+
+def scan_tfrecord(file: IO[bytes]) -> tuple[np.ndarray, str]:
+    """Where the records of a tfrecord file begin, and what is wrong with it (`shards.Scan`)."""
+    size = file.seek(0, 2)
+    bounds = [0]
+    while bounds[-1] < size:
+        file.seek(bounds[-1])
+        end = bounds[-1] + 16 + int.from_bytes(file.read(8), "little")
+        if end > size:
+            return np.array(bounds, np.int64), "it ends within a record"
+        bounds.append(end)
+    return np.array(bounds, np.int64), ""
+
+
+def newest_version(folder: str, names: Sequence[str]) -> str | None:
+    """The newest of the prepared data sets among the files of a folder, None where there is none.
+
+    Raises:
+        UsageError: the folder holds several data sets, or several configurations of one.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    found = [path.parent for path in paths if path.name == "dataset_info.json"]
+    if len({path.parent for path in found}) > 1:
+        several = ", ".join(map(str, found))
+        raise UsageError(f"{folder} holds several data sets: name one of {several}")
+    newest = max(found, key=_version, default=None)
+    return None if newest is None else files.join(folder, str(newest)).removesuffix("/.")
+
+
+def _version(path: PurePosixPath) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", path.name))
+
+
+def open_tfds(folder: str, config: DataConfig) -> Source:
+    """A prepared data set, reduced to the concepts and styles asked for.
+
+    Raises:
+        UsageError: it lacks the split, or the fields or values selected by.
+        GlideError: it cannot be read without TensorFlow; the message has the command for it.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+    except Exception as error:  # what describes the data can be wrong in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GlideError(f"cannot read {folder}: {reason:.200}") from None
+    label = f"{builder.info.full_name}, {config.split}"
+    splits = list(builder.info.splits)
+    for split in re.split(r"\+", config.split):
+        if (name := split.split("[")[0]) not in splits:
+            hint = nearest(name, splits)
+            raise UsageError(f"{folder} has no split {name!r}{hint}: it has {', '.join(splits)}")
+    image, caption = _fields(folder, features, config)
+    raw = _raw(builder, folder, config.split, image)
+    of_kind = {
+        kind: [p for p, feature in features.items() if isinstance(feature, kind)]
+        for kind in (tfds.features.Text, tfds.features.ClassLabel)
+    }
+    labels = {
+        path: tuple(features[path].int2str(i) for i in range(features[path].num_classes))
+        for path in of_kind[tfds.features.ClassLabel]
+    }
+    texts = tuple(of_kind[tfds.features.Text])
+    everything = TfdsRecords(raw, np.arange(len(raw)), image, caption, texts, labels, label)
+    rows = _selected(everything, config, folder)
+    records = TfdsRecords(raw, rows, image, caption, texts, labels, label)
+    return Source(records, label, digest([rows.tobytes()]))
+
+
+def _fields(folder: str, features: Any, config: DataConfig) -> tuple[str, str]:
+    """The paths of the picture and of the caption."""
+    import tensorflow_datasets as tfds
+
+    kinds = tfds.features
+    images = [p for p, kind in _leaves(features, False) if isinstance(kind, kinds.Image)]
+    texts = [p for p, kind in _leaves(features, True) if isinstance(kind, kinds.Text)]
+    texts += [p for p, kind in features.items() if isinstance(kind, kinds.ClassLabel)]
+    chosen = []
+    for flag, wanted, usual, known in (
+        ("image-field", config.image_field, ("image",), images),
+        ("caption-field", config.caption_field, CAPTION_FIELDS, texts),
+    ):
+        field = next((path for path in ((wanted,) if wanted else usual) if path in known), None)
+        if field is None:
+            what = f"no field {wanted!r}" if wanted else f"none of {', '.join(usual)}"
+            choices = ", ".join(known) or "nothing"
+            raise UsageError(f"{folder} has {what}: choose with --data.{flag} from {choices}")
+        chosen.append(field)
+    return chosen[0], chosen[1]
+
+
+def _leaves(features: Any, lists: bool, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and kind of each field; of those within lists only where `lists`."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(features, tfds.features.FeaturesDict):
+        for name, feature in features.items():
+            yield from _leaves(feature, lists, f"{path}/{name}" if path else name)
+    elif not isinstance(features, tfds.features.Sequence):
+        yield path, features
+    elif lists:
+        yield from _leaves(features.feature, lists, path)
+
+
+def _raw(builder: Any, folder: str, split: str, image: str) -> Sequence[dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    # Their pictures would be decoded through cv2 or at full size.
+    decoders: Any = tfds.decode.SkipDecoding()
+    for name in reversed(_names(builder.info.features, image)):
+        decoders = {name: decoders}
+    kind = builder.info.file_format.value
+    if files.is_remote(folder) and kind == "array_record":
+        name = PurePosixPath(folder)
+        raise GlideError(
+            f"array_record files cannot be read in any order from {folder}: copy them "
+            f"(gcloud storage cp -r {folder} data/{name.parent.name}/) or mount them with gcsfuse"
+        )
+    try:
+        if kind == "tfrecord":
+            return _tfrecords(builder.info, split, decoders)
+        return builder.as_data_source(split, decoders=decoders)
+    except (NotImplementedError, ImportError) as error:
+        raise GlideError(
+            f"{folder} is stored as {kind}, which is not read without TensorFlow "
+            f"({str(error).splitlines()[0]:.80}): convert it where TensorFlow and apache-beam are "
+            f"installed: tfds convert_format --dataset_version_dir={folder} "
+            "--out_file_format=array_record --out_dir=FOLDER"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"split {split!r} of {folder}: {str(error).splitlines()[0]}") from None
+
+
+def _names(features: Any, path: str) -> list[str]:
+    """The names on the way to a field: `a/b/c` -> a/b, c where `a/b` is one name."""
+    if path in features:
+        return [path]
+    first, _, rest = path.partition("/")
+    return [first, *_names(features[first], rest)]
+
+
+def _tfrecords(info: Any, split: str, decoders: Any) -> TfRecords:
+    from functools import partial
+
+    wanted = info.splits[split].file_instructions
+    paths = sorted({str(part.filename) for part in wanted})
+    shards = index_shards(paths, scan_tfrecord)
+    rows = []
+    for part in wanted:
+        file = paths.index(str(part.filename))
+        have = len(shards.bounds[file]) - 1
+        if have != part.examples_in_shard:
+            raise GlideError(
+                f"{part.filename} has {have} records, not {part.examples_in_shard}: copy it again"
+            )
+        first = int(shards.counts[file]) - have + part.skip
+        rows.append(np.arange(first, first + part.take))
+    parse = partial(info.features.deserialize_example_np, decoders=decoders)
+    return TfRecords(shards, np.concatenate(rows), parse)
+
+
+def _selected(records: TfdsRecords, config: DataConfig, folder: str) -> np.ndarray:
+    """Numbers of the records that have the concepts and styles asked for."""
+    keep = np.ones(len(records), bool)
+    for field, wanted in (("concept", config.concepts), ("style", config.styles)):
+        if not wanted:
+            continue
+        if field not in records.texts:
+            raise UsageError(f"{folder} has no field {field!r} to select by")
+        values = np.array([text(raw[field], field) for raw in records.raw])
+        for value in wanted:
+            if value not in values:
+                hint = nearest(value, set(values.tolist()))
+                raise UsageError(f"{folder} has no {field} {value!r}{hint}")
+        keep &= np.isin(values, wanted)
+    if not keep.any():
+        raise UsageError(f"{folder}: no picture meets all of split, concepts and styles together")
+    return np.flatnonzero(keep)

@@ -1,0 +1,56 @@
+"""The held-out loss: the same pictures, timesteps and noise each time, so that it is a curve."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from glide_jax.data.pipeline import make_batches, to_batch
+from glide_jax.data.sources import Source, open_source
+from glide_jax.errors import UsageError
+from glide_jax.training.config import RunConfig
+from glide_jax.training.objectives import Objective, Params, finish, make_tokenizer
+
+
+class Validation:
+    """The loss of the averaged weights on pictures that training does not see."""
+
+    def __init__(self, config: RunConfig, objective: Objective, trained_on: Source):
+        """Opens the held-out split.
+
+        Raises:
+            UsageError: the source has no such split, or it is what is trained on.
+        """
+        data = replace(config.data, split=config.validation_split, workers=0)
+        source = open_source(data)
+        if source.fingerprint == trained_on.fingerprint:
+            raise UsageError(
+                "validate_every needs pictures that are not trained on: "
+                f"{config.data.source} has no split {config.validation_split!r} of its own"
+            )
+        # What one device can hold, since one device works it out.
+        size = min(max(config.batch_size // config.accumulate // jax.device_count(), 1), len(source))
+        self._data, self._source, self._batch_size = data, source, size
+        self._config = config
+        self._loss = jax.jit(partial(objective.loss, dropout_key=None, axis=None))
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Mean loss and its parts, over `validation_batches` batches."""
+        config = self._config
+        batches = make_batches(
+            self._source,
+            self._data,
+            batch_size=self._batch_size,
+            tokenizer=make_tokenizer(config),
+            size=config.model.image_size,
+            seed=0,
+            process=(0, 1),
+        )
+        found: list[dict[str, Any]] = []
+        for i in range(config.validation_batches):
+            key = jax.random.fold_in(jax.random.key(0), i)
+            _, metrics = self._loss(params, to_batch(next(batches)), key)
+            found.append(jax.device_get(metrics))
+        return finish({name: np.mean([m[name] for m in found], axis=0) for name in found[0]})
