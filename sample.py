@@ -17,11 +17,10 @@ from there make it again, whatever was drawn beside it.
 from pathlib import Path
 
 import jax
-import tyro
 
 import glide_jax as glide
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.options import Options, read_prompts, refuse
+from glide_jax.options import Options, read_options, read_prompts, refuse
 from glide_jax.pictures import Pictures, writable
 from glide_jax.prompts import read_prompt
 from glide_jax.runtime import enable_compilation_cache
@@ -32,29 +31,36 @@ def draw(options: Options) -> None:
     # -- weights, prompts -------------------------------------------------------------------------
     writable(options.out)
     refuse(options)
-    where = dict(vars(options.on))
-    batch_size = where.pop("batch_size")
-    pipe = glide.load(**where)
-    editing = options.editing
+    model, editing = options.model, options.editing
+    pipe = glide.load(
+        model.weights,
+        upsampler=model.upsampler,
+        clip=model.clip,
+        guide=model.guide,
+        dtype=model.dtype,
+        devices=model.devices,
+    )
     shown = pipe.model.prompts if editing.init_image is None else ()
     prompts = read_prompts(options) or shown or ("",)
     for caption in (part.text for prompt in prompts for part in read_prompt(prompt).parts):
         if cut := pipe.tokenizer.overflow(caption):
-            print(f"note: the last {cut} tokens of {caption[:40]!r}... are beyond the model's reach")
+            print(
+                f"note: the last {cut} tokens of {caption[:40]!r}... are beyond the model's reach"
+            )
 
     # -- draw -----------------------------------------------------------------------------------
-    device = jax.devices()[0]
-    print(f"{pipe.model.name} on {device.device_kind}; the first run compiles, later ones do not")
+    device, name = jax.devices()[0], pipe.model.name
+    print(f"{name} on {device.device_kind}; the first run compiles, later ones do not")
+    upsampler = {"steps": model.upsampler_steps, "sampler": model.upsampler_sampler}
     call = {
         "num": options.num,
         "seed": options.seed,
         "first": options.first,
-        "batch_size": batch_size,
+        "batch_size": model.batch_size,
+        "upsampler": {name: value for name, value in upsampler.items() if value is not None},
         "preview": (lambda p: p.preview(options.out)) if options.preview else None,
         **vars(options.sampling),
     }
-    large = {"steps": options.upsampler_steps, "sampler": options.upsampler_sampler}
-    call["upsampler"] = {name: value for name, value in large.items() if value is not None}
     image = editing.init_image
     if editing.between:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
@@ -63,9 +69,8 @@ def draw(options: Options) -> None:
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")
-        caption = editing.init_caption
-        amount = editing.variation
-        pictures = pipe.variations(image, *prompts, amount=amount, caption=caption, **call)
+        near = {"amount": editing.variation, "caption": editing.init_caption}
+        pictures = pipe.variations(image, *prompts, **near, **call)
     else:
         pictures = pipe(prompts, image=image, mask=editing.mask, **call)
 
@@ -83,8 +88,7 @@ def report(pictures: Pictures, files: list[Path]) -> None:
 
 def main() -> None:
     """The command line."""
-    plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    options = tyro.cli(Options, description=__doc__, config=plain)
+    options = read_options(__doc__)
     with one_line_errors("stopped; nothing was written"):
         enable_compilation_cache()
         draw(options)

@@ -30,6 +30,7 @@ from glide_jax.training.config import RunConfig, begin_run, check_run
 from glide_jax.training.initial import abstract_state, begin_state
 from glide_jax.training.metrics import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
+from glide_jax.training.posthoc import snapshot
 from glide_jax.training.state import make_optimiser
 from glide_jax.training.step import train_step
 from glide_jax.training.stopping import Stopping
@@ -89,6 +90,7 @@ def train(config: RunConfig) -> None:
                     checkpoints.save(
                         step, spread.saved(state), batches.get_state(), source.fingerprint
                     )
+                snapshot(config, step, map(spread.whole, state.powers))
                 if stop:
                     break
                 if config.sample_every and (step % config.sample_every == 0 or last):

@@ -147,7 +147,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     flows = tuple(name for name in choices() if name.split(",")[0] not in STOCHASTIC)
     drawn = curves(pipe.schedule, flows, options.drawn_evaluations, distance)
-    settings = asdict(options) | {"out": None}
+    settings = {name: value for name, value in asdict(options).items() if name != "out"}
     return {"settings": settings, "image statistics": exact, "embedded model": drawn}
 
 
@@ -161,9 +161,9 @@ def draw_figure(found: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     place = {name: i for i, name in enumerate(SOLVERS)}
     handles = {}
-    for axes, part, title in (
-        (left, "image statistics", "exact error on 1/f² Gaussian images"),
-        (right, "embedded model", "embedded model: distance to the reference"),
+    for axes, part, title, ticks in (
+        (left, "image statistics", "exact error on 1/f² Gaussian images", "evaluations"),
+        (right, "embedded model", "embedded model: distance to the reference", "drawn_evaluations"),
     ):
         for name, points in found[part].items():
             solver, _, spacing = name.partition(", ")
@@ -177,8 +177,7 @@ def draw_figure(found: dict[str, Any], path: Path) -> None:
                 linewidth=1.3,
             )
         axes.set(title=title, xlabel="evaluations of the network", xscale="log", yscale="log")
-        ticks = found["settings"]["evaluations"]
-        axes.set_xticks(ticks, ticks)
+        axes.set_xticks(found["settings"][ticks], found["settings"][ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.set(ylabel="root mean square a pixel, pictures in [-1, 1]", ylim=(1e-5, 1))

@@ -28,8 +28,10 @@ def noise_of(
     progress: bool = False,
     **settings: Any,
 ) -> np.ndarray:
-    """The noise that draws a picture: `(N, H, W, 3)` float32, by reverse DDIM  (2010.02502,
-    sec. 4.3), which `pipe(prompt, noise=..., guidance_scale=1)` with a sampler without noise undoes.
+    """The noise that draws a picture, `(N, H, W, 3)` float32: reverse DDIM  (2010.02502, sec. 4.3).
+
+    `pipe(prompt, noise=..., guidance_scale=1)` draws the picture again, with a sampler that adds no
+    noise; dpm++2m comes closer than ddim does.
 
     Args:
         image: one or several; see `stream`.
@@ -42,6 +44,8 @@ def noise_of(
     """
     side = pipe.model.config.image_size
     settings = pipe.settings.changed(**{"guidance_scale": 1.0} | settings)
+    if pipe.model.config.upsamples:
+        raise UsageError(f"{pipe.model.name} is an upsampler: noise_of takes a base model")
     for name in ("restart", "strength", "repaint"):
         if getattr(settings, name) is not None:
             raise UsageError(f"the way from a picture to its noise knows no {name}")

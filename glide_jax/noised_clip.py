@@ -17,6 +17,7 @@ from glide_jax.models.presets import CLIPConfig, clip64
 from glide_jax.prompts import Prompt, encode_parts, read_prompt
 from glide_jax.runtime import trunk_dtype
 from glide_jax.tokenizers import CLIPTokenizer
+from glide_jax.weights.embedding import expand
 from glide_jax.weights.released_clip import clip_from_released, clip_misfits
 from glide_jax.weights.released_files import fetch
 from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
@@ -86,7 +87,7 @@ class CLIP:
 def load_clip(
     weights: str | Path = RELEASED, *, dtype: str = "auto", devices: int | str = 1
 ) -> CLIP:
-    """A noised CLIP: "openai/clip", which is downloaded, or a folder that `save_clip` wrote.
+    """A noised CLIP: "openai/clip", which is downloaded, a folder of weights, or a training run.
 
     Args:
         dtype, devices: see `glide_jax.load`.
@@ -101,6 +102,11 @@ def load_clip(
     folder = Path(weights).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {RELEASED} or a folder")
+    if (folder / "checkpoints").is_dir():
+        # Orbax takes most of a second to import, and only runs need it.
+        from glide_jax.training.export import load_clip_run
+
+        return CLIP(str(weights), *load_clip_run(folder), dtype, devices)
     config, flat, _ = load_weights(folder)
     if config.get("format") != FORMAT or "clip" not in config:
         raise GlideError(f"{folder} does not hold a noised CLIP of this version's format")
@@ -108,6 +114,7 @@ def load_clip(
         sizes = CLIPConfig(**config["clip"])
     except (TypeError, ValueError) as error:
         raise GlideError(f"{folder / 'config.json'} does not describe a CLIP: {error}") from None
+    flat = expand(flat, sizes.n_vocab)
     if wrong := clip_misfits(flat, sizes):
         raise GlideError(
             f"the weights in {folder} do not fit its config.json: {len(wrong)} parameters are "

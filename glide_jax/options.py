@@ -1,9 +1,11 @@
 """The options of `sample.py`, by group; each left out takes the value that suits the weights."""
 
-from dataclasses import dataclass, fields, make_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from glide_jax.errors import UsageError
@@ -18,6 +20,10 @@ class Weights:
     """A name (emoji64 is embedded), a folder of weights, or a run of train.py."""
     upsampler: str | None = None
     """Weights of an upsampler, which enlarges each picture."""
+    upsampler_steps: str | None = None
+    """Its --steps."""
+    upsampler_sampler: str | None = None
+    """Its --sampler."""
     clip: str | None = None
     """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale."""
     guide: str | None = None
@@ -48,14 +54,20 @@ class Editing:
     """Where --between ends."""
 
 
-# The fields of `Settings`, each left to the weights unless it is given.
-hints = get_type_hints(Settings)
-Sampling = make_dataclass(
-    "Sampling",
-    [(f.name, hints[f.name] | None, None) for f in fields(Settings) if f.name != "guidance"],
-    namespace={"__doc__": Settings.__doc__},
-    frozen=True,
-)
+def _each_or_none(settings: type) -> type:
+    """The fields of the settings as options, None where the weights are to decide."""
+    hints = get_type_hints(settings)
+    options = []
+    for f in fields(settings):
+        if f.name != "guidance":
+            default = arg(help_behavior_hint=f"(default: {f.default})" if f.default else "")
+            options.append((f.name, Annotated[hints[f.name] | None, default], None))
+    first, rest = settings.__doc__.split("\n", 1)
+    about = f"{first.rstrip('.')}; weights may bring defaults of their own.\n{rest}"
+    return make_dataclass("Sampling", options, namespace={"__doc__": about}, frozen=True)
+
+
+Sampling = _each_or_none(Settings)
 
 
 @dataclass(frozen=True)
@@ -76,13 +88,15 @@ class Options:
     """Folder for the pictures; files that are there stay."""
     preview: bool = False
     """Show in preview.png, in that folder, what is becoming of them."""
-    on: OmitArgPrefixes[Weights] = Weights()
     editing: OmitArgPrefixes[Editing] = Editing()
-    sampling: OmitArgPrefixes[Sampling] = Sampling()
-    upsampler_steps: str | None = None
-    """--steps of the upsampler."""
-    upsampler_sampler: str | None = None
-    """--sampler of the upsampler."""
+    model: OmitArgPrefixes[Weights] = Weights()
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+
+
+def read_options(description: str, arguments: Sequence[str] | None = None) -> Options:
+    """The options of a command line, this process's unless others are given."""
+    plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(Options, description=description, args=arguments, config=plain)
 
 
 def refuse(options: Options) -> None:

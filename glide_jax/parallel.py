@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,10 +238,20 @@ def fsdp_step(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """The jitted step of `fsdp`: XLA gathers each parameter where it is used."""
     batch, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
 
+    def stays(x: Any) -> Any:
+        if np.ndim(x) > 1 and np.shape(x)[0] % mesh.size == 0:
+            return jax.lax.with_sharding_constraint(x, batch)
+        return x
+
+    def pinned(method: Callable[..., Any], args: Any, kwargs: Any, _: Any) -> Any:
+        # Or XLA would leave some parameters where they are, and gather the whole batch instead.
+        return jax.tree.map(stays, method(*args, **kwargs))
+
     def sharded(state: Any, rows: Any, key: jax.Array) -> tuple[Any, Any]:
         layout = state_sharding(state, mesh)
         rows = jax.lax.with_sharding_constraint(rows, batch)
-        state, metrics = step(state, rows, key, axis=None)
+        with nn.intercept_methods(pinned):
+            state, metrics = step(state, rows, key, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from glide_jax.errors import UsageError
 
-_JOINTS = re.compile(r"(?:^|\s+)(AND|(?:AND\s+)?NOT)(?=\s|$)")
+_JOINTS = re.compile(r"(?:^|\s+)((?:AND\s+)?NOT|AND)(?=\s|$)")
 _WEIGHT = re.compile(r"\s:(\d+\.?\d*|\.\d+)$")
 
 

@@ -31,7 +31,9 @@ from glide_jax.diffusion.solvers import SOLVERS, Solver
 from glide_jax.errors import UsageError, nearest
 from glide_jax.prompts import Prompt
 
-# Jump and times; the paper's ten and ten would need 250 steps.
+# Jump and times, for 25 steps where the paper's ten and ten are for 250. Measured on the embedded
+# model: over the edge of the hole pixels change by 23 levels without, 16 with it, 15 in whole
+# pictures.
 REPAINT = (5, 4)
 METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(n for n, solver in SOLVERS.items() if "eta" in signature(solver).parameters)
@@ -42,13 +44,16 @@ GUIDING += ("negative_prompt", "autoguidance_scale", "threshold")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a picture is sampled; with the prompt, the seed and its number, what makes it again.
+    """How a picture is sampled.
+
+    With the prompt, the seed and the number of the picture, it is what makes it again.
 
     Attributes:
         steps: Levels of noise to visit, or a respacing of the release: 100, ddim50, fast27.
-        sampler: dpm++2m, unipc2, ddim, ddpm (the paper's), ...; any of `glide.SOLVERS`.
+        sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim;
+            with noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa.
         spacing: Of the levels: logsnr, uniform (the release's), rho, trailing, or optimised.
-        eta: Noise that ddim, dpm++2m-sde and sa add at each step, from 0 to 1.
+        eta: Noise at each step, from 0 to 1, of ddim, dpm++2m-sde and sa.
         temperature: Scale of the noise that a picture begins with.
         restart: Low, high, times: go back up from noise level low to high so often.
         guidance_scale: How closely to follow the prompt; 1: no guidance. From 0 to 1 for cfg++.

@@ -1,5 +1,6 @@
 """Worst errors against the original code: python -m tests.parity --report docs/parity.md"""
 
+import os
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -69,9 +70,9 @@ OTHERWISE = (
 HEAD = """# Parity with the original code
 
 How far this code is from the original PyTorch code, on small networks with random weights: outputs
-of openai/glide-text2im 69b5307, openai/guided-diffusion 22e0df8 and, for PLMS, afiaka87/glide-finetune
-9e62b6e, made with torch 2.13.0 on a CPU in float32, dropout off. They lie in
-`tests/fixtures/golden` and are compared in the tests. This page is written by
+of openai/glide-text2im 69b5307, openai/guided-diffusion 22e0df8 and, for PLMS,
+afiaka87/glide-finetune 9e62b6e, made with torch 2.13.0 on a CPU in float32, dropout off. They lie
+in `tests/fixtures/golden` and are compared in the tests. This page is written by
 
 ```sh
 python -m tests.parity --report docs/parity.md
@@ -80,8 +81,9 @@ python -m tests.parity --report docs/parity.md
 """
 TABLE = """
 A row is a quantity: the comparison, among those of its arrays, that used most of its tolerance.
-`*` stands for schedules, spacings or parameters. Tolerances are absolute; where a test has a
-relative one, it is here times the value at which the error was found, or the largest of its row.
+It stands for all schedules, spacings, places and parameters. Tolerances are absolute; where a test
+has a relative one, it is here times the value at which the error was found, or the largest of its
+row.
 
 | file | quantity | arrays | largest error | tolerance |
 |---|---|---:|---:|---:|
@@ -116,7 +118,7 @@ class Options:
 
 
 def recorded(check, rtol: float):
-    """An assertion of `np.testing`, of that tolerance if none is given, that notes what it found."""
+    """An assertion of `np.testing` that notes what it found; `rtol` is its default."""
 
     def noting(found, wanted, *args, **options):
         check(found, wanted, *args, **options)
@@ -135,14 +137,19 @@ def used(error, allowed):
 
 
 def quantity(file: str, key: str) -> str:
-    """What arrays are called that differ in schedule, spacing, place or parameter alone."""
+    """What arrays are called that differ in schedule, spacing, place or parameter alone.
+
+    (With no "|" left in it, which would end a cell of the table.)
+    """
     first, *rest = key.split("|")
     if file.startswith("weights"):
         return "*"
-    if first in ("grad", "adamw1", "ema0.9999", "space", "types", "legacy", "bpd"):
-        return f"{first}|*"
+    if first == "types":
+        return f"{first} {rest[0]}"
+    if first in ("grad", "adamw1", "ema0.9999", "space", "legacy", "bpd", "guided_cosine"):
+        return first
     if rest:
-        return f"*|{rest[-1]}" if not rest[-1].isdigit() else f"{first}|*"
+        return rest[-1]
     if file in ("units", "trace_base"):
         return f"{key.split('.')[0]}*"
     return key.split("sd.")[0] + "sd.*" if "sd." in key else key
@@ -153,7 +160,7 @@ def table(comparisons: Iterable[Comparison]) -> list[str]:
     worst: dict[tuple[str, str], Comparison] = {}
     keys: dict[tuple[str, str], set[str]] = {}
     for c in comparisons:
-        if c.file:
+        if c.file and how(f"{c.file} {c.key}") != GIVEN:
             row = c.file, quantity(c.file, c.key)
             keys.setdefault(row, set()).add(c.key)
             if row not in worst or used(c.error, c.tolerance) > used(
@@ -166,6 +173,11 @@ def table(comparisons: Iterable[Comparison]) -> list[str]:
     ]
 
 
+def how(name: str) -> str | None:
+    """How an array that the table does not name is compared; `name` is "file key"."""
+    return next((how for pattern, how in OTHERWISE if fnmatch(name, pattern)), None)
+
+
 def rest(compared: set[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Rows for the arrays that the table does not name, and those of which nothing is known."""
     found: dict[tuple[str, str, str], None] = {}
@@ -175,21 +187,20 @@ def rest(compared: set[tuple[str, str]]) -> tuple[list[str], list[str]]:
             name = f"{path.stem} {key}"
             if (path.stem, key) in compared:
                 continue
-            how = next((how for pattern, how in OTHERWISE if fnmatch(name, pattern)), None)
-            if how is None:
+            if how(name) is None:
                 unknown.append(name)
-            elif how != GIVEN:
-                found[path.stem, quantity(path.stem, key), how] = None
-    return [f"| {file} | `{what}` | {how} |" for file, what, how in found], unknown
+            elif how(name) != GIVEN:
+                found[path.stem, quantity(path.stem, key), how(name)] = None
+    return [f"| {file} | `{what}` | {said} |" for file, what, said in found], unknown
 
 
 def machine() -> str:
     """Where and with what the errors were measured."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
     return (
-        f"Measured on {jax.device_count()} {jax.default_backend()} device of two cores "
-        f"({platform.machine()}), {packages}, Python {platform.python_version()}; float32 trunk, "
-        '`jax_default_matmul_precision="highest"`.\n'
+        f"Measured on {os.cpu_count()} {jax.default_backend().upper()} cores "
+        f"({platform.machine()}) with {packages},\nPython {platform.python_version()}; float32 "
+        'trunk, `jax_default_matmul_precision="highest"`.\n'
     )
 
 

@@ -2,9 +2,11 @@
 
 import io
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from glide_jax.noised_clip import load_clip
 from glide_jax.weights import (
     load_model,
     read_torch_file,
+    save_weights,
     to_released,
     write_torch_file,
 )
@@ -60,8 +63,24 @@ def described(path: Path) -> dict:
 
 
 def test_every_kind_of_array_comes_back(tmp_path):
-    write_torch_file(tmp_path / "a.pt", KINDS)
-    assert_same(read_torch_file(tmp_path / "a.pt"), KINDS)
+    big_endian = KINDS["many"].astype(">i8")
+    write_torch_file(tmp_path / "a.pt", KINDS | {"big": big_endian, "jax": jnp.ones((2, 3))})
+    expected = KINDS | {"big": KINDS["many"], "jax": np.ones((2, 3), np.float32)}
+    assert_same(read_torch_file(tmp_path / "a.pt"), expected)
+
+
+def test_one_array_at_a_time_is_in_memory(tmp_path):
+    """A model of several GB is mapped, turned, and written as it is read."""
+    turned = {f"w{i}": np.zeros((1000, 250), np.float32).T for i in range(16)}  # 1 MB each
+    for write in (
+        lambda: save_weights(tmp_path / "folder", {}, turned),
+        lambda: write_torch_file(tmp_path / "a.pt", turned),
+    ):
+        tracemalloc.start()
+        write()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 10**6 <= peak < 4 * 10**6
 
 
 def test_a_file_says_of_its_tensors_what_torch_says(tmp_path):

@@ -21,10 +21,10 @@ from glide_jax.diffusion.losses import (
 )
 from glide_jax.diffusion.schedule import Schedule, make_schedule, to_eps
 from glide_jax.diffusion.solvers import step_betas
-from glide_jax.models.unet import GLIDE
-from glide_jax.training import step
-from glide_jax.training.config import OptimiserConfig
-from glide_jax.training.state import TrainState, init_state, make_optimiser
+from glide_jax.training import objectives
+from glide_jax.training.config import OptimiserConfig, TrainConfig
+from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.step import train_step
 from glide_jax.weights import to_released
 from tests import golden
 from tests.golden import assert_close, assert_relative, load, nhwc
@@ -178,22 +178,30 @@ def test_predicting_v_is_the_same_bound_and_a_loss_of_v():
 def update():
     """One `train_step` with the reference's timesteps and noise: `(grads, new state, metrics)`."""
     reference = load("train_grads")
-    model = GLIDE(replace(golden.config("base"), dropout=0.0))
-    optimiser = make_optimiser(OptimiserConfig(learning_rate=1e-4, clip=0.0), steps=1)
-    tables = make_tables(make_schedule("cosine"))
-    batch = step.Batch(
+    optimiser = OptimiserConfig(learning_rate=1e-4, clip=0.0)
+    config = TrainConfig(
+        name="golden",
+        model=replace(golden.config("base"), dropout=0.0),
+        caption_dropout=0.0,
+        optimiser=optimiser,
+        dtype="float32",
+    )
+    batch = objectives.Batch(
         image=(nhwc(reference["x0"]) + 1) * 127.5,
         tokens=np.asarray(reference["tokens"], np.int32),
         mask=reference["mask"],
         position=np.arange(4),
     )
-    drawn = reference["t"], nhwc(reference["noise"]), np.full(4, 0.5)
-    fresh = init_state(jax.tree.map(jnp.asarray, golden.weights("base")), optimiser)
+    keys = jax.random.split(jax.random.key(0), 4)
+    drawn = objectives.Draw(reference["t"], nhwc(reference["noise"]), keys)
+    adamw = make_optimiser(optimiser, steps=1)
+    fresh = init_state(jax.tree.map(jnp.asarray, golden.weights("base")), adamw, optimiser)
     # Late enough for the moving average to have reached its final rate.
-    state = TrainState(jnp.int32(200_000), fresh.params, fresh.ema, fresh.opt_state)
+    state = replace(fresh, step=jnp.int32(200_000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "draw", lambda key, batch, steps: drawn)
-        one = partial(step.train_step, model=model, optimiser=optimiser, tables=tables)
+        patch.setattr(objectives, "draw", lambda key, batch, steps: drawn)
+        loss = objectives.make_objective(config).loss
+        one = partial(train_step, loss=loss, optimiser=adamw, averages=optimiser)
         state, metrics = jax.jit(one)(state, batch, jax.random.key(0))
     # After one step Adam's first moment is the gradient times 1 - beta_1.
     moments = optax.tree.get(state.opt_state, "mu")

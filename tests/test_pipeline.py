@@ -76,13 +76,14 @@ def test_what_a_variant_does_not_take_or_lacks_is_said(folders, photo, hole):
     base, up = glide.load(folders["base"]), glide.load(folders["superres"])
     inpaint = glide.load(folders["inpaint"])
     for call, says in (
-        (lambda: base("red", image=photo, mask=hole), "takes no image"),
         (lambda: base("red", low_res=photo), "takes no low_res"),
         (lambda: up("red"), "give it some as low_res"),
-        (lambda: inpaint("red", image=photo), "needs a mask"),
+        (lambda: inpaint("red", image=photo), "needs a mask of the hole"),
         (lambda: inpaint("red", image=photo[:, :, 0], mask=hole), "uint8"),
         (lambda: inpaint(["red"] * 3, image=np.stack([photo] * 2), mask=hole), "2 pictures for 3"),
         (lambda: glide.load(folders["base"], upsampler=folders["inpaint"]), "no upsampler"),
+        (lambda: glide.load(folders["base"], guide=folders["inpaint"]), "cannot guide"),
+        (lambda: glide.load(folders["base"], devices=99), "cannot use 99 devices"),
     ):
         with pytest.raises(glide.UsageError, match=says):
             call()

@@ -53,8 +53,8 @@ def test_released_models_are_sampled_as_the_release_does(
     assert model.schedule == schedule and model.diffusion_steps == 1000
     settings = Settings().changed(**model.defaults)
     assert (settings.sampler, settings.guidance_scale) == (sampler, scale)
-    assert (settings.temperature, settings.eta, settings.clip_scale) == (temperature, 0, 0)
-    assert len(settings.plan(make_schedule(schedule), settings.guidances())) == rows
+    assert (settings.temperature, settings.clip_scale) == (temperature, 0) and not settings.eta
+    assert len(settings.plan(make_schedule(schedule), [])) == rows
 
 
 def test_every_released_name_has_a_file_and_a_preset():
@@ -91,7 +91,7 @@ def test_a_file_of_a_known_size_is_loaded_and_a_damaged_one_says_what_is_wrong(
     assert model.config == golden.config("superres")
     head = model.params["unet"]["head"]["kernel"]
     weights = dict(golden.state_dict("superres"))
-    assert head.dtype == np.float32
+    assert head.dtype == np.float32 and not head.flags.owndata  # it is still in the file
     assert np.array_equal(head, weights["out.2.weight"].transpose(2, 3, 1, 0))
 
     del weights["final_ln.bias"]

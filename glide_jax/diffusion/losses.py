@@ -72,22 +72,24 @@ def normal_kl(mean_1, log_var_1, mean_2, log_var_2) -> jax.Array:
     )
 
 
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    # The tanh form, as Improved DDPM trained with.
-    return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+def _normal_logit(x: jax.Array) -> jax.Array:
+    # The tanh form of the normal's distribution, as Improved DDPM trained with:
+    # (1 + tanh(z)) / 2 = sigmoid(2 z).
+    return 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
 
 
 def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
     """Log-probability in nats of the 8-bit value `x` in [-1, 1]  (DDPM, eq. 13)."""
     centred, inverse = x - mean, jnp.exp(-log_scale)
-    above = _normal_cdf(inverse * (centred + 1 / 255))
-    below = _normal_cdf(inverse * (centred - 1 / 255))
-
-    def log(p):
-        return jnp.log(jnp.maximum(p, 1e-12))
-
-    inner = jnp.where(x > 0.999, log(1 - below), log(above - below))
-    return jnp.where(x < -0.999, log(above), inner)
+    above = _normal_logit(inverse * (centred + 1 / 255))
+    below = _normal_logit(inverse * (centred - 1 / 255))
+    # log(sigmoid(a) - sigmoid(b)): as a difference it, and more so its gradient, would be rounding
+    # alone in the tails.
+    up_to, beyond = jax.nn.log_sigmoid(above), jax.nn.log_sigmoid(-below)
+    width = jnp.maximum(-jnp.expm1(below - above), 1e-30)  # the logarithm's gradient stays finite
+    inner = up_to + beyond + jnp.log(width)
+    log_p = jnp.where(x > 0.999, beyond, jnp.where(x < -0.999, up_to, inner))
+    return jnp.maximum(log_p, np.log(1e-12))
 
 
 def vlb_terms(

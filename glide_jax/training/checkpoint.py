@@ -1,14 +1,16 @@
 """Checkpoints of a run: its state, its place in the data, and checksums of both, through orbax.
 
 Of `checkpoints/<step>/`, `state` is orbax's; `record` names each array with its dtype, shape and
-checksum, and says where in which data the run stood; `files.json` has a digest of each file.
+checksum, says where in which data the run stood, and has a digest of its own.
 """
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from glide_jax.errors import GlideError
 from glide_jax.parallel import on_first, shared_text
 from glide_jax.training.state import TrainState
 
-STATE, RECORD, FILES = "state", "record", "files.json"
+STATE, RECORD = "state", "record"
 
 
 class Saved(NamedTuple):
@@ -116,6 +118,7 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     Raises:
         GlideError: a checkpoint is of another recipe, or none is whole.
     """
+    _quieten()
     broken: dict[int, str] = {}
     for step in steps_in(folder):
         try:
@@ -139,9 +142,7 @@ def read(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         BrokenCheckpoint: it is incomplete or altered; in all processes, whichever met it.
         GlideError: it is whole, and of another recipe.
     """
-    # All files before any is used: of a damaged one orbax tells more than anyone wants to know.
-    _together(lambda: _check_files(folder))
-    record = _together(lambda: _load_json(folder / RECORD / "metadata"))
+    record = _together(lambda: _read_record(folder / RECORD))
     saved, wanted = record["arrays"], _arrays(like)
     if different := sorted(p for p in wanted | saved if wanted.get(p) != saved.get(p)):
         raise GlideError(
@@ -166,39 +167,21 @@ def _together(do: Callable[[], Any]) -> Any:
     return result
 
 
-def _check_files(folder: Path) -> None:
-    """Compares this process's share of the files with what `_seal` found."""
-    digests = _load_json(folder / FILES)
-    for name in sorted(digests)[jax.process_index() :: jax.process_count()]:
-        try:
-            if _file_digest(folder / name) != digests[name]:
-                raise BrokenCheckpoint(f"{name} was altered")
-        except OSError as error:
-            raise BrokenCheckpoint(f"{name}: {error.strerror}") from None
-
-
-def _seal(folder: Path) -> None:
-    """Writes down what each file of a checkpoint is, but orbax's notes on when it was made."""
-    files = [p for item in (STATE, RECORD) for p in (folder / item).rglob("*") if p.is_file()]
-    digests = {p.relative_to(folder).as_posix(): _file_digest(p) for p in files}
-    (folder / FILES).write_text(json.dumps(digests))
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _load_json(path: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        record = json.loads((folder / "metadata").read_bytes())
+        digest = record.pop("digest")
     except OSError as error:
-        raise BrokenCheckpoint(f"{path.name}: {error.strerror}") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise BrokenCheckpoint(f"{path.name} was altered")
-    return found
+        raise BrokenCheckpoint(f"its record: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        digest, record = "", {}
+    if digest != _digest(record):
+        raise BrokenCheckpoint("its record was altered")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _read_state(folder: Path, like: TrainState) -> TrainState:
@@ -219,7 +202,27 @@ def _check_values(state: TrainState, record: dict[str, Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    # Tensorstore says what it was doing to which of many files, and at the end why it could not.
+    return line if len(line) <= 160 else f"{line[:50]}...{line[-110:]}"
+
+
+@cache
+def _quieten() -> None:
+    """Leaves errors to those who catch them, once and for all.
+
+    Where a read or a write fails, orbax, asyncio and the threads of tensorstore would each print
+    tracebacks too, one for each array that was under way.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 # --- writing
@@ -241,24 +244,17 @@ class Checkpoints:
         Raises:
             GlideError: the folder cannot be written.
         """
-        # What goes wrong in the background is raised here; orbax would log its traceback too.
-        absl.logging.set_verbosity(absl.logging.FATAL)
-        self._folder, self._saving = folder, 0
+        _quieten()
+        self._folder = folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
             # The steps' own files say nothing that is needed here, and may be broken.
             lightweight_initialize=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal_written),
         )
         with self._writing():
             self._manager = ocp.CheckpointManager(folder, options=options)
-
-    def _seal_written(self) -> None:
-        # Called when all is written, and before the folder gets its name.
-        (folder,) = self._folder.glob(f"{self._saving}.*")
-        _seal(folder)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -285,7 +281,14 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest saved step, None before the first."""
+        """The newest saved step, None before the first.
+
+        Raises:
+            GlideError: it could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], source: str) -> None:
@@ -298,14 +301,13 @@ class Checkpoints:
         Raises:
             GlideError: this checkpoint, or the one before, could not be written.
         """
-        if step == self.latest:
+        if step == self._manager.latest_step():
             return
         record = {"arrays": _arrays(state), "checksums": checksums(state)}
         record |= {"data": data, "source": source}
+        record |= {"digest": _digest(record)}
         items = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
         with self._writing():
-            self._manager.wait_until_finished()
-            self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: TrainState, source: str) -> Saved:

@@ -5,18 +5,22 @@ import jax.numpy as jnp
 
 # GLIDE (sec. 4.3) erases "random regions" and says no more: rectangles and brush strokes.
 RECTANGLES, STROKES, POINTS = 3, 2, 4
+# Of the masks, as many keep what others erase: so that a picture can be continued around an object.
+OUTSIDE = 1 / 8
 
 
 def random_mask(key: jax.Array, *, size: int, share_all: float = 0.0) -> jax.Array:
     """`(size, size, 1)` float32, 1 where the picture stays known.
 
     One to three rectangles, with sides from an eighth to three quarters of the picture, or one or
-    two brush strokes of a few straight pieces are erased; at a chance of `share_all`, everything.
+    two brush strokes of a few straight pieces are erased; or, at a chance of an eighth, all but
+    these; at a chance of `share_all`, everything.
     """
-    kind_key, box_key, stroke_key, all_key = jax.random.split(key, 4)
+    kind_key, box_key, stroke_key, outside_key, all_key = jax.random.split(key, 5)
     boxes = _rectangles(box_key, size)
     strokes = _strokes(stroke_key, size)
     erased = jnp.where(jax.random.bernoulli(kind_key), boxes, strokes)
+    erased = erased ^ jax.random.bernoulli(outside_key, OUTSIDE)
     erased = erased | (jax.random.uniform(all_key) < share_all)
     return 1 - erased[..., None].astype(jnp.float32)
 

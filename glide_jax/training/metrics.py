@@ -61,29 +61,29 @@ class Logger:
         self._bar.close()
         self._writer.close()
 
-    def step(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step, scalars on the device.
+    def step(self, step: int, metrics: Metrics, saved: int | None = None) -> None:
+        """Takes the metrics of a step, scalars on the device; `saved` is the newest saved step.
 
         Raises:
             GlideError: a step of the last window was bad and the recipe says to stop.
         """
         self._bar.update()
         # A window is read when the step after it is on its way: nothing waits for the device.
-        self._read()
+        self._read(saved)
         self._window.append(metrics)
         if step % self._config.log_every == 0 or step in (self._first + 1, self._config.steps):
             self._due, self._window = (step, self._window), []
         if step == self._config.steps:
-            self._read()
+            self._read(saved)
         self._trace(step, metrics)
 
-    def _read(self) -> None:
+    def _read(self, saved: int | None) -> None:
         if self._due is None:
             return
         step, window = self._due
         self._due = None
         window = jax.device_get(window)
-        raise_if_bad(self._config, step, window)
+        raise_if_bad(self._config, step, window, saved)
         values = finish(mean_metrics(window))
         now = time.monotonic()
         rate = (step - self._from) * self._config.batch_size / max(now - self._since, 1e-9)
@@ -184,16 +184,24 @@ def mean_metrics(window: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return means | {"bad": np.mean([m["bad"] for m in window])}
 
 
-def raise_if_bad(config: RunConfig, step: int, window: list[dict[str, np.ndarray]]) -> None:
-    """Raises GlideError where an update could not be made and the recipe says to stop."""
+def raise_if_bad(
+    config: RunConfig, step: int, window: list[dict[str, np.ndarray]], saved: int | None
+) -> None:
+    """Raises GlideError where an update could not be made and the recipe says to stop.
+
+    Args:
+        step: of the last of the window.
+        saved: the newest saved step; it holds no bad update, since none was made.
+    """
     if config.on_bad_step == "skip":
         return
     for i, metrics in enumerate(window):
         if metrics["bad"]:
             at = step - len(window) + 1 + i
+            newest = "nothing is saved yet" if saved is None else f"step {saved} is saved"
             raise GlideError(
                 f"step {at}: loss {float(metrics['loss']):.3g}, gradient norm "
-                f"{float(metrics['grad_norm']):.3g}; this update was not made. Go on from the "
-                "newest checkpoint with a lower --optimiser.learning-rate, or with "
-                "--on-bad-step skip"
+                f"{float(metrics['grad_norm']):.3g}; this update was not made, step {at - 1} was "
+                f"the last good one, and {newest}. Go on with a lower "
+                "--optimiser.learning-rate, or with --on-bad-step skip"
             )

@@ -1,8 +1,8 @@
 """Averages of weights chosen after training  (EDM2, 2312.02696, sec. 3).
 
-The average over a power function, `sum_s w(s) params_s` with `w(s) ~ s^gamma`, forgets at a rate that
-is a share of the training's length, the *width*. Training keeps two of them and saves them now and
-then; the average of any other width, at any step, is about a sum of what was saved.
+The average over a power function, `sum_s w(s) params_s` with `w(s) ~ s^gamma`, looks back over a
+share of the training so far, its *width*. Training keeps two of them and saves them now and then;
+the average of any other width, at any step, is nearly a sum of what was saved.
 """
 
 import re
@@ -45,10 +45,10 @@ class Profile:
 
 
 def snapshot(config: RunConfig, step: int, averages: Iterable[Any]) -> None:
-    """Writes the power-function averages of a step as float16 weights, `ema/<step>_<width>`.
+    """Writes the power-function averages as float16 weights, `ema/<step>_<width>`.
 
-    Float16, as EDM2 does: sums of many snapshots add up their rounding, and bfloat16 has an
-    eighth of its precision.
+    At every `optimiser.ema_every` steps and at the last. Float16, since a sum of snapshots adds up
+    their rounding, and bfloat16 has an eighth of its precision.
 
     Args:
         averages: `TrainState.powers`, whole, in every process; one at a time is asked for.
@@ -56,6 +56,8 @@ def snapshot(config: RunConfig, step: int, averages: Iterable[Any]) -> None:
     Raises:
         GlideError: they cannot be written.
     """
+    if step % config.optimiser.ema_every and step != config.steps:
+        return
     for width, average in zip(config.optimiser.ema_power, averages, strict=True):
         flat = {path: _half(array) for path, array in flatten(average).items()}
         folder = config.folder / FOLDER / f"{step:08}_{width:g}"
@@ -63,9 +65,9 @@ def snapshot(config: RunConfig, step: int, averages: Iterable[Any]) -> None:
 
 
 def _half(array: Any) -> np.ndarray:
+    """The array in float16, or as it is where it has numbers beyond it."""
     array = np.asarray(array)
-    half = array.astype(np.float16)
-    return half if np.isfinite(half).all() else array
+    return array.astype(np.float16) if np.abs(array).max() < np.finfo(np.float16).max else array
 
 
 def snapshots(run: Path) -> dict[Profile, Path]:
@@ -129,7 +131,7 @@ def reconstruct(
     check_width(width)
     found = snapshots(run)
     if not found:
-        raise UsageError(f"{run} has saved no averages: train it with --optimiser.ema-power 0.05 0.1")
+        raise UsageError(f"{run} has saved no averages: train with --optimiser.ema-power 0.05 0.1")
     last = max(profile.step for profile in found)
     wanted = Profile(last if step is None else step, width)
     saved = [profile for profile in found if profile.step <= wanted.step]
@@ -140,9 +142,9 @@ def reconstruct(
     if left > WORST_FIT:
         widths = sorted({profile.width for profile in saved})
         raise UsageError(
-            f"the averages of width {', '.join(map(str, widths))} at {len(saved) // len(widths)} "
-            f"steps do not make one of width {width} at step {wanted.step} ({left:.0%} off): choose "
-            "a width between them, or save more often (--optimiser.ema-every)"
+            f"{len(saved)} averages of width {', '.join(map(str, widths))} do not make one of "
+            f"{width} at step {wanted.step} ({left:.0%} off): choose a width that is nearer, or "
+            "save more often (--optimiser.ema-every)"
         )
     total: dict[str, np.ndarray] = {}
     for profile, coefficient in zip(saved, coefficients, strict=True):

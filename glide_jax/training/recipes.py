@@ -55,6 +55,7 @@ def toy(config: RunConfig) -> RunConfig:
     yours to name, as those of the recipe do not fit.
     """
     clip = isinstance(config, CLIPTrainConfig)
+    upsamples = not clip and config.model.upsamples
     return replace(
         config,
         name=f"{config.name}-toy",
@@ -66,13 +67,13 @@ def toy(config: RunConfig) -> RunConfig:
             decay="constant",
             warmup=10,
             ema=0.95,
-            ema_every=50,
+            ema_every=15,
         ),
-        steps=100 if clip else 600,
-        batch_size=16,
+        steps=300 if clip else 150,
+        batch_size=8 if upsamples else 16,
         accumulate=min(config.accumulate, 2),
         init_from="",
-        save_every=100,
-        log_every=20,
+        save_every=50,
+        log_every=10,
         sample_every=0,
     )

@@ -8,6 +8,7 @@ import tyro
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.noised_clip import CLIP, RELEASED, clip_from_files, load_clip, save_clip
 from glide_jax.training.export import export
+from glide_jax.training.posthoc import write_average
 from glide_jax.weights import load_model
 from glide_jax.weights.registry import Model, save_model, save_torch
 from glide_jax.weights.released_clip import clip_to_released
@@ -41,6 +42,22 @@ def export_run(run: tyro.conf.Positional[Path], to: tyro.conf.Positional[Path]) 
     _refuse_to_replace(to)
     count = export(run, to)
     print(f"{count:,} parameters, {_megabytes(to / MODEL)}: {to}")
+
+
+def average(
+    run: tyro.conf.Positional[Path], *, width: float, out: Path, step: int | None = None
+) -> None:
+    """Makes the average of any width of a run that kept power-function averages.
+
+    Args:
+        run: folder of a run of train.py with --optimiser.ema-power.
+        width: of the average, as a share of the training; between those that were kept, or near.
+        out: folder to write config.json and model.safetensors into.
+        step: up to which to average; left out: the last at which averages were saved.
+    """
+    _refuse_to_replace(out)
+    left = write_average(run, out, width, step)
+    print(f"an average of width {width}, {left:.1%} from its profile: {out}")
 
 
 def convert(paths: Paths) -> None:
@@ -81,7 +98,8 @@ def _refuse_to_replace(to: Path) -> None:
 
 def _read(sources: list[str]) -> Model | CLIP:
     if len(sources) == 2:
-        by_side = {clip_side(read_torch_file(source)): Path(source) for source in sources}
+        files = [Path(source).expanduser() for source in sources]
+        by_side = {clip_side(read_torch_file(file)): file for file in files}
         if set(by_side) != {"image", "text"}:
             raise UsageError("two files are read as a noised CLIP: give its image and text encoder")
         return clip_from_files(by_side["image"], by_side["text"])
@@ -120,7 +138,7 @@ def main() -> None:
     """The command line."""
     with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "export": export_run},
+            {"convert": convert, "ema": average, "export": export_run},
             prog="python -m glide_jax.weights",
             description=__doc__,
         )

@@ -50,8 +50,8 @@ def write_torch_file(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> 
         _write(file, archive, "data.pkl", _description(state_dict))
         _write(file, archive, "byteorder", b"little")
         for key, array in enumerate(state_dict.values()):
-            flat = np.asarray(array, order="C").reshape(-1)
-            _write(file, archive, f"data/{key}", flat.view(np.uint8))
+            little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+            _write(file, archive, f"data/{key}", little.reshape(-1).view(np.uint8))
         _write(file, archive, "version", b"3\n")
 
 
