@@ -34,6 +34,7 @@ from glide_jax.training.posthoc import snapshot
 from glide_jax.training.state import make_optimiser
 from glide_jax.training.step import train_step
 from glide_jax.training.stopping import Stopping
+from glide_jax.training.validation import Validation
 
 
 def train(config: RunConfig) -> None:
@@ -63,6 +64,7 @@ def train(config: RunConfig) -> None:
     )
     spread = parallel.spread(config.spread, step_fn, config.batch_size // config.accumulate)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    held_out = Validation(config, objective, source) if config.validate_every else None
 
     # -- resume, or begin -------------------------------------------------------------------
     with (
@@ -85,18 +87,25 @@ def train(config: RunConfig) -> None:
                 batch = spread.place_batch(to_batch(next(batches)))
                 state, metrics = spread.step(state, batch, key)
                 log.step(step, spread.one_copy(metrics), checkpoints.latest)
-                last, stop = step == config.steps, stopping(step)
-                if step % config.save_every == 0 or last or stop:
+                stop = stopping(step)
+                if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
                         step, spread.saved(state), batches.get_state(), source.fingerprint
                     )
                 snapshot(config, step, map(spread.whole, state.powers))
                 if stop:
                     break
-                if config.sample_every and (step % config.sample_every == 0 or last):
+                if held_out and due(step, config.validate_every, config.steps):
+                    log.held_out(step, held_out(spread.whole(state.ema)))
+                if due(step, config.sample_every, config.steps):
                     log.samples(step, spread.whole(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether to do at this step what is done every so many (0: never), and at the last one."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 The paper's second stage: the same procedure as text64, with 20% of the captions replaced by the
 empty one, so that the model can be sampled with classifier-free guidance. Begin with a base
-(`--init-from runs/text64`, the paper's way, or `openai/base`), or from nothing: then the guidance is
+(`--init-from runs/text64`, the paper's way, or `openai/base`), or with nothing: then guidance is
 learned from the start, and `--steps` should be those of text64.
 
 Sizes: "released", 385M: 500K steps, which B.1 states "for classifier-free guidance and inpainting"

@@ -4,9 +4,9 @@ A vision transformer on noised 64x64 pictures, which is told the noise level, an
 transformer, trained with the objective of CLIP (2103.00020) at every noise level of the base model.
 Each picture is compared with the captions of the whole batch, over all devices and hosts.
 
-Sizes: "released", ViT-B; "paper", ViT-L, weight decay 0.0125. Both with 390K steps of 32K pairs,
-which the paper states for ViT-L, as it does patches of 4x4; its last 30K steps, on broader data, are
-left out. Not in the paper, and CLIP's own (tables 18 and 20): learning rate, Adam's rates, warm-up,
+Sizes: "released", ViT-B; "paper", ViT-L. Both with patches of 4x4, 390K steps of 32K pairs and
+weight decay 0.0125, which the paper states for ViT-L; its last 30K steps, on broader data, are left
+out. Not in the paper, and CLIP's own (tables 18 and 20): learning rate, Adam's rates, warm-up,
 cosine decay, a learned scale that begins at 1 / 0.07 and stays below 100.
 
 To go on from the released weights, whose scale is the constant 100: `--init-from openai/clip

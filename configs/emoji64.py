@@ -13,8 +13,9 @@ Command:  two, the first on pictures of 32x32, where words and shapes are learne
     python train.py --config configs/emoji64.py --data.source emoji64.npz --init-from runs/emoji32
 """
 
+from glide_jax.data.config import DataConfig
 from glide_jax.models import presets
-from glide_jax.training.config import DataConfig, OptimiserConfig, TrainConfig
+from glide_jax.training.config import OptimiserConfig, TrainConfig
 
 CONCEPTS = (
     "airplane", "alien", "automobile", "banana", "basketball", "bicycle", "cactus", "cat face",

@@ -1,9 +1,9 @@
 """improved256: the upsampler from 64x64 to 256x256, with what was found after the paper.
 
 The network of upsample256, and
-- noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2): the small picture is noised at a random
-  level up to half of the chain, and the network is told the level; sampling may choose it (0 by
-  default). An upsampler trained so forgives the faults of generated pictures;
+- noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2): the small picture is noised at a
+  random level in the first half of the chain, and the network is told which, so that it learns to
+  forgive the faults of generated pictures; when it draws it is told "no noise";
 - v-prediction (2202.00512) and min-SNR weighting (2303.09556);
 - two power-function averages of the weights (EDM2, 2312.02696): see improved64.
 

@@ -3,9 +3,9 @@
 A trained upsampler goes on with four more input channels, whose weights begin at zero. It is
 always given the whole small picture, but only the known part of the large one.
 
-Sizes: "released", from `openai/upsample`; "paper", 1.5B, from a run of upsample256:paper. The paper
-states neither steps, nor batch, nor rates of this stage, nor the shape of the regions: the steps are
-ours, the rest as in upsample256 and inpaint64.
+Sizes: "released", from `openai/upsample`; "paper", 1.5B, from a run of upsample256:paper. The
+paper states neither steps, nor batch, nor rates of this stage, nor the shape of the regions: the
+steps are ours, the rest as in upsample256 and inpaint64.
 
 Result:   not trained here.
 Hardware: as upsample256: docs/training.md and `--dry-run`.

@@ -248,11 +248,11 @@ def fsdp_step(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         return jax.tree.map(stays, method(*args, **kwargs))
 
     def sharded(state: Any, rows: Any, key: jax.Array) -> tuple[Any, Any]:
-        layout = state_sharding(state, mesh)
         rows = jax.lax.with_sharding_constraint(rows, batch)
         with nn.intercept_methods(pinned):
             state, metrics = step(state, rows, key, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
+        layout = state_sharding(state, mesh)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 
     return jax.jit(sharded, donate_argnums=0)

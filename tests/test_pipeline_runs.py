@@ -104,12 +104,11 @@ pipes = [glide.load(sys.argv[1], devices=devices) for devices in (1, "all")]
 head = pipes[1].network.params["unet"]["head"]["kernel"].sharding
 assert head.is_fully_replicated and len(head.device_set) == 4
 differences(pipes, ["red", "blue"], num=3, sampler="ddpm", batch_size=4)
-pipes = [painter(devices=devices) for devices in (1, "all", 2)]
+pipes = [painter(devices=devices) for devices in (1, "all")]
 differences(pipes, ["red AND blue", "blue"], num=3, guidance_scale=2.0, sampler="sa")
 photo, hole = np.full((8, 8, 3), 90, np.uint8), np.arange(8)[:, None] + np.zeros(8) > 3
-differences(pipes, "red", num=2, image=photo, mask=hole, strength=0.9, repaint=(2, 2))
 scales = [glide.classifier_free(scale=[1, 2, 3]), glide.clip()]
-differences(pipes, "red", num=3, guidance=scales)
+differences(pipes, "red", num=3, image=photo, mask=hole, strength=0.9, guidance=scales)
 """
 
 
@@ -117,7 +116,7 @@ def test_pictures_are_the_same_on_any_number_of_devices(tmp_path):
     result = run("-c", FOUR, make_weights(tmp_path / "tiny"), devices=4)
     assert result.returncode == 0, result.stderr
     differences = [int(word) for word in result.stdout.split()]
-    assert len(differences) == 1 + 3 * 2 and max(differences) <= 1
+    assert len(differences) == 3 and max(differences) <= 1
 
 
 def test_devices_that_are_not_there():

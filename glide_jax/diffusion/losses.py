@@ -120,7 +120,7 @@ def vlb_terms(
 
 
 def min_snr_weight(alpha: jax.Array, sigma: jax.Array, prediction: str) -> jax.Array:
-    """`min(SNR, gamma)`, as a factor on the loss of the prediction  (Min-SNR, 2303.09556, sec. 3.4).
+    """`min(SNR, gamma)`, as a factor on the loss of the prediction  (Min-SNR, 2303.09556).
 
     The squared error of x_0 times `min(SNR, gamma)`; that of eps is SNR times as large, that of
     v SNR + 1 times.

@@ -9,7 +9,7 @@ from glide_jax.errors import one_line_errors
 from glide_jax.evaluation.nearest import report
 from glide_jax.pipeline import load
 from glide_jax.runtime import enable_compilation_cache
-from glide_jax.training.config import load_recipe
+from glide_jax.training.recipes import load_recipe
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,14 @@ def train_step(
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
     scale = 2.0**state.loss_scale
 
-    def gradient(part: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, part: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
         def scaled(params: Params) -> tuple[jax.Array, Metrics]:
             value, metrics = loss(params, part, record_key, dropout_key=dropout_key, axis=axis)
             return value * scale, metrics
 
-        return jax.grad(scaled, has_aux=True)(state.params)
+        return jax.grad(scaled, has_aux=True)(params)
 
-    grads, metrics = _accumulated(gradient, batch, dropout_key, accumulate)
+    grads, metrics = _accumulated(gradient, state.params, batch, dropout_key, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = jax.tree.map(lambda g: g / scale, grads)
@@ -79,21 +79,23 @@ def train_step(
 
 
 def _accumulated(
-    gradient: Callable, batch: Batch, dropout_key: jax.Array, parts: int
+    gradient: Callable, params: Params, batch: Batch, dropout_key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
     """Mean gradient and metrics over parts of a batch, one after the other."""
     if parts == 1:
-        return gradient(batch, dropout_key)
+        return gradient(params, batch, dropout_key)
     # Every parts-th row, so that a batch that is sharded stays where it is.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(dropout_key, parts)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), keys[0]),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), keys[0]),
     )
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(*part)), None
+        # Else sharded parameters would be gathered before the loop, to lie whole all through it.
+        held, part = jax.lax.optimization_barrier((params, part))
+        return jax.tree.map(jnp.add, total, gradient(held, *part)), None
 
     total, _ = jax.lax.scan(add, zeros, (split, keys))
     return jax.tree.map(lambda x: x / parts, total)

@@ -31,7 +31,8 @@ class Validation:
                 f"{config.data.source} has no split {config.validation_split!r} of its own"
             )
         # What one device can hold, since one device works it out.
-        size = min(max(config.batch_size // config.accumulate // jax.device_count(), 1), len(source))
+        share = config.batch_size // config.accumulate // jax.device_count()
+        size = min(max(share, 1), len(source))
         self._data, self._source, self._batch_size = data, source, size
         self._config = config
         self._loss = jax.jit(partial(objective.loss, dropout_key=None, axis=None))
