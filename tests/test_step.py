@@ -1,7 +1,9 @@
-"""One training step: updates that are not made, loss scaling, parts of a batch, rematerialisation."""
+"""One training step: updates not made, loss scaling, parts of a batch, rematerialisation."""
 
+import itertools
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +127,7 @@ def test_scaling_a_loss_changes_no_update():
 
 
 def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
-    """A gradient beyond float16's 65504 comes out infinite, as it would of a half-precision trunk."""
+    """A gradient beyond float16's 65504 comes out infinite, as of a half-precision trunk."""
 
     def loss(params, batch, key, **more):
         w = params["w"] + jax.lax.stop_gradient(0 * params["w"])
@@ -134,7 +136,7 @@ def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
 
     found = run(loss, [0] * 12, float16=True)
     scales = [FIRST_LOSS_SCALE] + [float(state.loss_scale) for state, _ in found]
-    skipped = [after < before for before, after in zip(scales, scales[1:], strict=False)]
+    skipped = [after < before for before, after in itertools.pairwise(scales)]
     assert skipped[0] and not skipped[-1]
     for (state, metrics), skip, scale in zip(found, skipped, scales, strict=False):
         assert float(metrics["bad"]) == 0 and np.isfinite(metrics["loss"])
@@ -189,7 +191,7 @@ def gradient(dtype: str, remat: bool):
     def value_and_grad(params, batch, key):
         return jax.value_and_grad(objective.loss, has_aux=True)(params, batch, key)
 
-    # Of uint8 parameters nothing is trained: drawn on the host, since drawing compiles too.
+    # Drawn on the host, since drawing on the device is a program to compile.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.float32(0.1 * rng.standard_normal(x.shape)),
@@ -210,8 +212,9 @@ def test_rematerialisation_changes_memory_and_nothing_else():
         gradient("float32", True),
     )
     assert same == pytest.approx(loss, rel=1e-6)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+        np.testing.assert_allclose(b, a, atol=1e-6 * largest)
     assert less < memory
 
 

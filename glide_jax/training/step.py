@@ -67,7 +67,7 @@ def train_step(
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = jax.tree.map(lambda g: g / scale, grads)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
@@ -116,7 +116,7 @@ def _updated(
         _towards(average, params, power_rate(step, width))
         for average, width in zip(state.powers, averages.ema_power, strict=True)
     )
-    memory = jnp.minimum(SPIKE_MEMORY, step / (1 + step))
+    memory = jnp.minimum(SPIKE_MEMORY, state.step / step)
     return TrainState(
         step=step,
         params=params,
