@@ -1,6 +1,5 @@
 """One training step: updates not made, loss scaling, parts of a batch, rematerialisation."""
 
-import itertools
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -136,7 +135,7 @@ def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
 
     found = run(loss, [0] * 12, float16=True)
     scales = [FIRST_LOSS_SCALE] + [float(state.loss_scale) for state, _ in found]
-    skipped = [after < before for before, after in itertools.pairwise(scales)]
+    skipped = [after < before for before, after in pairwise(scales)]
     assert skipped[0] and not skipped[-1]
     for (state, metrics), skip, scale in zip(found, skipped, scales, strict=False):
         assert float(metrics["bad"]) == 0 and np.isfinite(metrics["loss"])
