@@ -1,4 +1,4 @@
-"""The released sizes on this machine: python -m benchmarks.full_size base64 --folder /tmp/full
+"""The released sizes on this machine: python -m benchmarks.full_size base64 --folder FOLDER
 
 A `.pt` file of random weights of full size is made, converted to a folder, loaded, and run for one
 step of one picture (classifier-free guidance in the base models). Each part is a process of its
