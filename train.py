@@ -47,7 +47,7 @@ def train(config: RunConfig) -> None:
         config.data,
         batch_size=config.batch_size,
         tokenizer=make_tokenizer(config),
-        size=config.model.image_size,
+        size=config.side,
         seed=config.seed,
         process=(jax.process_index(), jax.process_count()),
     )

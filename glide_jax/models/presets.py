@@ -145,6 +145,19 @@ def emoji64() -> ModelConfig:
     )
 
 
+def emoji_upsample256() -> ModelConfig:
+    """The embedded upsampler 64 -> 256: 18 GFLOP a forward pass."""
+    return replace(
+        emoji64(),
+        variant="superres",
+        image_size=256,
+        channel_mult=(1, 1, 2, 2),
+        # In the middle alone: the small picture says what is where.
+        attention_ds=(),
+        xf_layers=1,
+    )
+
+
 @dataclass(frozen=True)
 class CLIPConfig:
     """Everything that shapes a noised CLIP (and its weights).
@@ -221,6 +234,23 @@ def clip64_paper() -> CLIPConfig:
     )
 
 
+def emoji_clip64() -> CLIPConfig:
+    """The embedded noised CLIP: patches of 8x8, small enough to train on two CPU cores."""
+    return CLIPConfig(
+        patch_size=8,
+        image_width=128,
+        image_layers=4,
+        text_width=128,
+        text_layers=2,
+        head_size=32,
+        n_vocab=49408,
+        max_text_len=24,
+        embed_width=128,
+        logit_scale=1 / 0.07,
+        learn_logit_scale=True,
+    )
+
+
 PRESETS = {
     "base64": base64,
     "base64-paper": base64_paper,
@@ -229,9 +259,15 @@ PRESETS = {
     "upsample256-paper": upsample256_paper,
     "inpaint256": lambda: replace(upsample256(), variant="superres_inpaint"),
     "emoji64": emoji64,
+    "emoji_inpaint64": lambda: replace(emoji64(), variant="inpaint"),
+    "emoji_upsample256": emoji_upsample256,
 }
 
-CLIP_PRESETS = {"clip64": clip64, "clip64-paper": clip64_paper}
+CLIP_PRESETS = {
+    "clip64": clip64,
+    "clip64-paper": clip64_paper,
+    "emoji_clip64": emoji_clip64,
+}
 
 
 def toy_model(config: ModelConfig) -> ModelConfig:

@@ -36,7 +36,7 @@ class OptimiserConfig:
         moments: dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
         clip: largest global norm of the gradient; 0: no clipping.
         freeze: parts of the network that stay as they began, by the start of their path: "text"
-            (the text transformer), "unet/down". Frozen parts cost no optimiser state.
+            (the text transformer), "unet/down". They cost neither gradients nor optimiser state.
         ema: rate of the moving average that is sampled from; it starts lower, as
             `min(ema, (1 + step) / (10 + step))`, so that short runs are not all initialisation.
         ema_power: relative widths of power-function averages to keep beside it (EDM2, 2312.02696,
@@ -150,6 +150,11 @@ class RunConfig:
         """Where the run keeps its checkpoints, logs and samples."""
         return Path(self.out or Path("runs") / self.name).expanduser().absolute()
 
+    @property
+    def side(self) -> int:
+        """Of the squares that the network learns from, in pixels."""
+        return self.model.image_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
@@ -165,6 +170,8 @@ class TrainConfig(RunConfig):
             at timesteps below this share of the chain (CDM, 2106.15282); 0: none.
         mask_all: inpainting: share of pictures of which nothing is known, which keeps the model's
             drawing from text alone.
+        train_size: side of the squares that it learns from, where it is not the size it draws at: a
+            network of convolutions learns from parts, or from smaller pictures; 0: the same.
         sample_prompts, sample_steps, sample_guidance_scale: what the grids show, and how.
     """
 
@@ -174,6 +181,7 @@ class TrainConfig(RunConfig):
     caption_dropout: float = 0.0
     low_res_noise: float = 0.0
     mask_all: float = 0.1
+    train_size: int = 0
     sample_every: int = 5000
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
@@ -189,6 +197,15 @@ class TrainConfig(RunConfig):
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
+        # Each level but the last halves the picture; the small picture has a quarter of the side.
+        step = max(2 ** (len(self.model.channel_mult) - 1), 4 if self.model.upsamples else 1)
+        if self.train_size < 0 or self.train_size % step:
+            raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
+
+    @property
+    def side(self) -> int:
+        """Of the squares that the network learns from, in pixels."""
+        return self.train_size or self.model.image_size
 
 
 @dataclass(frozen=True, kw_only=True)

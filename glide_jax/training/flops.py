@@ -20,7 +20,7 @@ def flops_per_picture(config: RunConfig) -> float:
     config = replace(config, remat=False, accumulate=1)
     objective = make_objective(config)
     key = jax.random.key(0)
-    size, context = config.model.image_size, make_tokenizer(config).context
+    size, context = config.side, make_tokenizer(config).context
     shape = jax.ShapeDtypeStruct
     batch = Batch(
         image=shape((PICTURES, size, size, 3), jnp.uint8),

@@ -17,15 +17,18 @@ from glide_jax.training.objectives import Objective, Params, finish, make_tokeni
 class Validation:
     """The loss of the averaged weights on pictures that training does not see."""
 
-    def __init__(self, config: RunConfig, objective: Objective, trained_on: Source):
+    def __init__(self, config: RunConfig, objective: Objective, trained_on: Source | None = None):
         """Opens the held-out split.
+
+        Args:
+            trained_on: what the pictures must not be; None: any split may be measured.
 
         Raises:
             UsageError: the source has no such split, or it is what is trained on.
         """
         data = replace(config.data, split=config.validation_split, workers=0)
         source = open_source(data)
-        if source.fingerprint == trained_on.fingerprint:
+        if trained_on is not None and source.fingerprint == trained_on.fingerprint:
             raise UsageError(
                 "validate_every needs pictures that are not trained on: "
                 f"{config.data.source} has no split {config.validation_split!r} of its own"
@@ -45,7 +48,7 @@ class Validation:
             self._data,
             batch_size=self._batch_size,
             tokenizer=make_tokenizer(config),
-            size=config.model.image_size,
+            size=config.side,
             seed=0,
             process=(0, 1),
         )

@@ -1,0 +1,32 @@
+"""emoji_inpaint64: the embedded model, made to fill holes, on two CPU cores  (GLIDE, sec. 4.3).
+
+`emoji64` goes on with four more input channels, the picture with random regions erased and the mask
+of what is left, whose weights begin at zero.
+
+Result:   fills a hole with what the caption says, and goes on with what is around it.
+Data:     324 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it).
+Hardware: 2 CPU cores; any GPU is faster.
+Time:     see docs/model_card.md for what was measured.
+Command:  python train.py --config configs/emoji_inpaint64.py --data.source emoji64.npz
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from glide_jax.training.config import TrainConfig
+from glide_jax.training.recipes import load_recipe
+
+
+def get_config() -> TrainConfig:
+    base = load_recipe(Path(__file__).with_name("emoji64.py"))
+    return replace(
+        base,
+        name="emoji_inpaint64",
+        model=replace(base.model, variant="inpaint"),
+        init_from="runs/emoji64",
+        optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=50, ema=0.99),
+        steps=500,
+        mask_all=0.1,
+        save_every=100,
+        sample_every=0,
+    )
