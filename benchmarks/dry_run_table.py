@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from glide_jax.dry_run import Needs, assumed_seconds, fitting, gib, measure, minutes, step_seconds
+from glide_jax.dry_run import Needs, fitting, gib, guessed_seconds, measure, minutes, step_seconds
 from glide_jax.errors import GlideError
 from glide_jax.hardware import Slice, parse_slice
 from glide_jax.training.recipes import load_recipe
@@ -121,7 +121,7 @@ def row(recipe: str, chips: Slice, cell: dict[str, Any]) -> list[str]:
     memory = chips.device.memory
     fits = needs.memory <= memory
     bound, seconds = max(step_seconds(needs, chips.device).items(), key=lambda item: item[1])
-    guess = config.batch_size / assumed_seconds(needs, chips.device)
+    guess = config.batch_size / guessed_seconds(needs, chips.device)
     parts = f" x {config.accumulate}" if config.accumulate > 1 else ""
     return [
         name,

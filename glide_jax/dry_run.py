@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from glide_jax.parallel import AXIS, device_mesh, fsdp_step, state_sharding
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
 from glide_jax.training.flops import flops_per_picture
 from glide_jax.training.initial import abstract_state
-from glide_jax.training.objectives import Batch, make_objective, make_tokenizer
+from glide_jax.training.objectives import Batch, Objective, make_objective, make_tokenizer
 from glide_jax.training.state import TrainState, make_optimiser
 from glide_jax.training.step import train_step
 
@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Compiling for speed takes several times as long, and changes the memory little.
+# The default effort took 3.6 times as long for 250M parameters, and asked for 15% more memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
 # Share of the peak that a network of this shape was seen to reach: NVIDIA's Imagen base of 500M
 # (JAX-Toolbox, 107 pictures a second on an A100 in bfloat16, batches of 64).
@@ -49,6 +49,8 @@ TOO_LARGE = (
     re.compile(r"HLO temporaries \((?P<number>[\d.]+)(?P<unit>[KMGT]?)\) exceeds available HBM"),
     re.compile(r"Used (?P<number>[\d.]+)(?P<unit>[KMGT]?) of [\d.]+[KMGT]? hbm"),
 )
+# Seconds between two looks at the clock: in a file, and on a terminal.
+PERIODS = {False: 30.0, True: 1.0}
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -138,12 +140,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         # What "auto" would be there; here it asks this machine.
         config = replace(config, dtype="bfloat16" if chips else "float32")
     count, parts = len(devices), config.accumulate
-    if config.batch_size % (count * parts):
-        more = count * parts * math.ceil(config.batch_size / (count * parts))
-        raise UsageError(
-            f"a batch of {config.batch_size} in {parts} parts does not divide over {count} "
-            f"devices: --batch-size {more}"
-        )
+    pictures = pictures_of_one(config, count)
     begun = time.monotonic()
     with clock(f"compiling {config.name} for {chips.name if chips else 'cpu'}"):
         program, arguments = spread_step(config, device_mesh(devices))
@@ -167,7 +164,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     return Needs(
         parameters=parameters,
         devices=count,
-        pictures=config.batch_size // (count * parts),
+        pictures=pictures,
         state=bytes_of_one(state),
         gradients=bytes_of_one(state.params),
         temporaries=temporaries,
@@ -180,10 +177,25 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     )
 
 
-def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Batch, jax.Array]]:
-    """A recipe's jitted step, spread as in training, and its arguments without values."""
-    objective = make_objective(config)
-    step = partial(
+def pictures_of_one(config: RunConfig, devices: int) -> int:
+    """How many pictures each device works on at a time.
+
+    Raises:
+        UsageError: the batch does not divide over the devices.
+    """
+    pieces = devices * config.accumulate
+    if config.batch_size % pieces:
+        parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"a batch of {config.batch_size}{parts} does not divide over {devices} devices: try "
+            f"--batch-size {pieces * math.ceil(config.batch_size / pieces)}"
+        )
+    return config.batch_size // pieces
+
+
+def training_step(config: RunConfig, objective: Objective) -> Callable[..., Any]:
+    """The step that `train.py` spreads: `(state, batch, key, *, axis)`."""
+    return partial(
         train_step,
         loss=objective.loss,
         optimiser=make_optimiser(config.optimiser, config.steps),
@@ -191,7 +203,12 @@ def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, B
         accumulate=config.accumulate,
         spike=config.spike,
     )
-    state = abstract_state(config, objective)
+
+
+def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Batch, jax.Array]]:
+    """A recipe's jitted step, spread as in training, and its arguments without values."""
+    objective = make_objective(config)
+    step, state = training_step(config, objective), abstract_state(config, objective)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
     if config.spread == "fsdp":
@@ -214,7 +231,7 @@ def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, B
 
 def abstract_batch(config: RunConfig) -> Batch:
     """The shapes of a recipe's batch."""
-    size, context = config.model.image_size, make_tokenizer(config).context
+    size, context = config.side, make_tokenizer(config).context
     shapes = Batch((size, size, 3), (context,), (context,), ())
     dtypes = Batch(np.uint8, np.int32, np.bool_, np.int32)
     return Batch(
@@ -259,7 +276,7 @@ def clock(what: str) -> Iterator[None]:
     begun, done = time.monotonic(), threading.Event()
 
     def show() -> None:
-        while not done.wait(1 if terminal else 30):
+        while not done.wait(PERIODS[terminal]):
             line = f"{what}: {minutes(time.monotonic() - begun)}"
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
             sys.stderr.flush()
@@ -296,9 +313,10 @@ def step_seconds(needs: Needs, device: Device) -> dict[str, float]:
     }
 
 
-def assumed_seconds(needs: Needs, device: Device) -> float:
-    """Seconds of a step at the share of the peak that was seen elsewhere."""
-    return needs.model_flops / (needs.devices * device.flops * SEEN_SHARE)
+def guessed_seconds(needs: Needs, device: Device) -> float:
+    """Seconds of a step at the share of the peak that was seen elsewhere, or at these bounds."""
+    seen = needs.model_flops / (needs.devices * device.flops * SEEN_SHARE)
+    return max(seen, *step_seconds(needs, device).values())
 
 
 def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
@@ -326,19 +344,17 @@ def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
 
 
 def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
-    """A block of lines about a step that fits, or that is for this machine's CPU."""
+    """A block of lines about a step that fits a slice, or that is for this machine's CPU (None)."""
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     remat = ", activations computed again" if config.remat else ""
-    memory = (
-        f"state {gib(needs.state)} + temporaries {gib(needs.temporaries)} "
-        f"+ program {gib(needs.program)} = {gib(needs.memory)}"
-    )
+    limit = f" of {gib(chips.device.memory)}" if chips else ""
     lines = {
         "model": f"{config.name}, {needs.parameters:,} parameters",
-        "hardware": "this machine's CPU" if chips is None else chips.name,
+        "hardware": "this machine's CPU",
         "spread": f"{config.spread} over {needs.devices} devices{remat}",
         "batch": f"{config.batch_size:,}{parts}: {needs.pictures} a device at a time",
-        "memory a device": f"{memory} GiB",
+        "memory a device": f"state {gib(needs.state)} + temporaries {gib(needs.temporaries)} + "
+        f"program {gib(needs.program)} = {gib(needs.memory)}{limit} GiB",
         "FLOPs a step": f"{needs.model_flops:.3g}; as compiled {needs.flops:.3g} a device",
     }
     if chips:
@@ -351,26 +367,25 @@ def _on_slice(config: RunConfig, needs: Needs, chips: Slice) -> dict[str, str]:
     device = chips.device
     pictures = fitting(needs, device.memory)
     batch = pictures * needs.devices * config.accumulate
-    at_least = step_seconds(needs, device)
-    seconds, assumed = max(at_least.values()), assumed_seconds(needs, device)
-    bounds = ", ".join(f"{name} {value:.3g}" for name, value in at_least.items())
-    days = assumed * config.steps / 86_400
+    bounds = step_seconds(needs, device)
+    least, guess = max(bounds.values()), guessed_seconds(needs, device)
+    each = ", ".join(f"{name} {value:.2g}" for name, value in bounds.items())
+    days = guess * config.steps / 86_400
     return {
-        "hardware": f"{chips.name}, {chips.count} chips; a device ({chips.family.kind}) has "
+        "hardware": f"{chips.name}, {chips.count} chips; a device ({chips.family.kind}): "
         f"{gib(device.memory)} GiB, {device.flops / 1e12:g} TFLOP/s, memory "
         f"{device.bandwidth / 1e9:g} GB/s, network {device.network / 1e9:g} GB/s",
-        "": f"of {gib(device.memory)} GiB: it fits",
         "batch that fits": f"about {pictures} a device at a time: --batch-size {batch} (estimate)",
-        "step time": f"{seconds:.3g} s at least ({bounds}): {config.batch_size / seconds:,.0f} "
-        "pictures a second",
-        "guess": f"{assumed:.3g} s at {SEEN_SHARE:.0%} of the peak: "
-        f"{config.batch_size / assumed:,.0f} pictures a second, {days:,.1f} days in all",
+        "step time": f"at least {least:.2g} s ({each}): "
+        f"{config.batch_size / least:,.0f} pictures a second",
+        "": f"a guess, at {SEEN_SHARE:.0%} of the peak or at the bound: {guess:.2g} s, "
+        f"{config.batch_size / guess:,.0f} pictures a second, {days:,.1f} days in all",
     }
 
 
 def gib(size: float) -> str:
     """Bytes as GiB."""
-    return f"{size / GIB:.2f}"
+    return f"{size / GIB:.2f}" if size >= GIB or not size else f"{size / GIB:.2g}"
 
 
 def minutes(seconds: float) -> str:
