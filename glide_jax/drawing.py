@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,16 @@ if TYPE_CHECKING:
 
 
 def picture_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
-    """`(B, 2)` keys of pictures: for the noise that each begins with, and for that of its steps."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.asarray(numbers))
+    """`(B, 2)` keys of pictures: for the noise that each begins with, and for that of its steps.
+
+    Raises:
+        UsageError: a seed or a number that jax would cut to 32 bits.
+    """
+    for name, value in (("seed", seed), *(("first", number) for number in numbers)):
+        if not 0 <= value < 2**32:
+            raise UsageError(f"{name} lies between 0 and 2^32 - 1, not at {value}")
+    key, numbers = jax.random.key(np.uint32(operator.index(seed))), jnp.asarray(numbers, jnp.uint32)
+    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
 
 
 def start_noise(keys: jax.Array, size: int) -> jax.Array:

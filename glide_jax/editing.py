@@ -88,7 +88,8 @@ def variations(
     if not 0 <= amount <= 1:
         raise UsageError(f"a variation is of an amount from 0 to 1, not {amount}")
     call = {name: value for name, value in call.items() if value is not None}
-    shared = {n: call[n] for n in ("steps", "spacing", "batch_size", "progress") if n in call}
+    shared = {"progress": True}
+    shared |= {n: call[n] for n in ("steps", "spacing", "batch_size", "progress") if n in call}
     side = pipe.model.config.image_size
     old = noise_of(
         pipe, read_pictures(image, side, 1), prompt if caption is None else caption, **shared

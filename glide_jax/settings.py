@@ -67,8 +67,8 @@ class Settings:
         strength: How much of the image is redrawn, from 0 to 1: the share of the steps to take.
         repaint: Jump, times: to fill a hole, do every so many steps so often. Used by itself where
             the network has not learned to fill holes.
-        guidance: What acts on the prediction, in Python: in the place of all of the above but
-            clip_scale.
+        guidance: What acts on the prediction, in Python: in the place of classifier-free guidance
+            and clipping, and of all settings that shape them.
     """
 
     steps: int | str = 25
@@ -139,9 +139,11 @@ class Settings:
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def resampled(self, schedule: Schedule) -> "Settings":
-        """With `repaint`, unless it is set: at most all steps at a time."""
+        """With `repaint` of at most all steps, unless it or `restart` is set."""
         jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
-        return replace(self, repaint=(jump, REPAINT[1])) if jump and not self.repaint else self
+        if not jump or self.repaint or self.restart:
+            return self
+        return replace(self, repaint=(jump, REPAINT[1]))
 
     def guidances(self, prompts: Sequence[Prompt], *maps: Guidance) -> tuple[Guidance, ...]:
         """What acts on the prediction, innermost first.

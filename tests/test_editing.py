@@ -100,6 +100,7 @@ def test_a_network_that_has_not_learned_to_fill_holes_goes_back_and_forth(photo,
     assert painter()("green", **call | {"steps": 3}).settings["repaint"] == (2, 4)
     assert painter()("green", **call | {"steps": 1}).settings["repaint"] is None
     assert painter()("green", **call, repaint=(1, 1)).settings["repaint"] == (1, 1)
+    assert painter()("green", **call, restart=(0.3, 3.0, 1)).settings["repaint"] is None
     assert painter("inpaint")("green", **call).settings["repaint"] is None
     assert painter("inpaint")("green", **call, repaint=(2, 2)).settings["repaint"] == (2, 2)
 
@@ -236,7 +237,6 @@ def test_the_noise_of_the_steps_is_the_same_on_the_way(pipe):
         ({"image": "photo", "strength": 1.5}, "strength lies above 0"),
         ({"repaint": (5, 2)}, "repaint fills a hole"),
         ({"image": "photo", "mask": "hole", "repaint": (0, 2)}, "at least 1"),
-        ({"image": "photo", "mask": "hole", "restart": (0.3, 3.0, 1)}, "choose one"),
         ({"noise": np.zeros((4, 4, 3))}, r"noise is \(8, 8, 3\)"),
         ({"noise": np.zeros((2, 8, 8, 3))}, "one for each of 1"),
         ({"upsampler": {"steps": 3}}, "there is none"),

@@ -1,5 +1,7 @@
 """How pictures are drawn: batches, devices, evaluations, compiled programs, previews."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -73,6 +75,15 @@ def test_images_masks_and_numbers_keep_to_their_pictures(pipe):
     assert np.abs(alone.images[0].astype(int) - whole.images[3]).max() <= 1
 
 
+def test_seeds_and_numbers_are_not_cut_short(pipe):
+    last = 2**32 - 1
+    found = [pipe("red", seed=seed, first=i).images for seed, i in ((0, 0), (last, 0), (0, last))]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(found, 2))
+    for wrong in ({"seed": -1}, {"seed": 2**32}, {"first": -1}, {"first": 2**32}):
+        with pytest.raises(glide.UsageError, match=r"between 0 and 2\^32"):
+            pipe("red", **wrong)
+
+
 def test_rows_of_guidance():
     network = glide.Network(lambda *_: None, np.ones(7))
     whole = [
@@ -107,8 +118,15 @@ differences(pipes, ["red", "blue"], num=3, sampler="ddpm", batch_size=4)
 pipes = [painter(devices=devices) for devices in (1, "all")]
 differences(pipes, ["red AND blue", "blue"], num=3, guidance_scale=2.0, sampler="sa")
 photo, hole = np.full((8, 8, 3), 90, np.uint8), np.arange(8)[:, None] + np.zeros(8) > 3
-scales = [glide.classifier_free(scale=[1, 2, 3]), glide.clip()]
-differences(pipes, "red", num=3, image=photo, mask=hole, strength=0.9, guidance=scales)
+def bowl(params, x, t, cond):
+    return -params * ((x - cond[:, None, None]) ** 2).sum(axis=(1, 2, 3))
+
+guidance = [
+    glide.classifier_free(scale=[1, 2, 3]),
+    glide.clip(),
+    glide.gradient(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
+]
+differences(pipes, "red", num=3, image=photo, mask=hole, strength=0.9, guidance=guidance)
 """
 
 
