@@ -5,9 +5,12 @@ from. The loss is measured at noise that is drawn once: before and after, and wi
 model ought to look at. Prints the table of docs/training.md.
 """
 
+import resource
+import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from glide_jax.training.objectives import (
     to_range,
 )
 from glide_jax.training.recipes import load_recipe
-from tests.commands import run
+from tests.commands import ROOT, environment
 
 # Two sets of sixteen, what on what: a model to begin from has not seen what is trained afterwards.
 PICTURES = (
@@ -97,7 +100,14 @@ def draw_pictures(folder: Path, which: int = 0, size: int = 32) -> Path:
 
 def command(*arguments: object) -> str:
     """Runs a command of the project; its output."""
-    result = run(*arguments)
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if result.returncode:
         raise SystemExit(f"{' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}")
     return result.stdout
@@ -121,7 +131,7 @@ def all_pictures(config: RunConfig) -> Batch:
             config.data,
             batch_size=16,
             tokenizer=make_tokenizer(config),
-            size=config.model.image_size,
+            size=config.side,
             seed=0,
         )
     )
@@ -141,23 +151,29 @@ class Without:
         return self._model.apply(variables, *inputs, **given)
 
 
-def loss_of(config: RunConfig, params: Any, without: str = "") -> float:
-    """The loss of the sixteen pictures, every caption kept, at noise that is always the same."""
-    batch = all_pictures(config)
-    if without == "captions":
-        tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.mask))
-        batch = batch._replace(tokens=tokens, mask=mask)
-    model = Without(make_objective(config).model, without)
+@cache
+def mean_loss(config: RunConfig, hidden: str = "") -> Callable[[Any, Batch], jax.Array]:
+    """`(params, batch) -> loss`, compiled: every caption kept, the noise always the same."""
+    model = Without(make_objective(config).model, hidden)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
 
-    def one(key: jax.Array) -> jax.Array:
+    def one(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         if isinstance(config, CLIPTrainConfig):
             return contrastive_loss(params, batch, key, model=model, tables=tables)[0]
         kept = replace(config, caption_dropout=0.0)
         return denoising_loss(params, batch, key, model=model, tables=tables, config=kept)[0]
 
     keys = jax.random.split(jax.random.key(7), PASSES)
-    return float(jax.jit(lambda keys: jax.lax.map(one, keys).mean())(keys))
+    return jax.jit(lambda *given: jax.lax.map(partial(one, *given), keys).mean())
+
+
+def loss_of(config: RunConfig, params: Any, without: str = "") -> float:
+    """The loss of the sixteen pictures; "captions": with each other's."""
+    batch, hidden = all_pictures(config), without
+    if without == "captions":
+        tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.mask))
+        batch, hidden = batch._replace(tokens=tokens, mask=mask), ""
+    return float(mean_loss(config, hidden)(params, batch))
 
 
 def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
@@ -181,7 +197,7 @@ class Result:
         before, after: losses.
         without: losses of the trained model, by what it was not given.
         ranked: noised CLIP: shares of captions ranked first, by timestep.
-        seconds: of all its commands.
+        seconds: of processor time, of all its commands.
     """
 
     before: float
@@ -198,7 +214,7 @@ def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
         out: folder; the toys whose weights it is sampled with, or begins from, are there or made.
         steps: 0: its own.
     """
-    began, toy = time.monotonic(), TOYS[name]
+    toy = TOYS[name]
     pictures, folder = draw_pictures(out / "pictures"), out / name
     more: tuple[object, ...] = ()
     if toy.begins:
@@ -206,9 +222,11 @@ def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
         if not (out / "other-runs" / toy.begins).exists():
             train(toy.begins, other, out / "other-runs" / toy.begins, steps=50)
         more = ("--init-from", out / "other-runs" / toy.begins)
+    began = processor_seconds()
     train(name, pictures, folder / "run", *more, steps=steps)
     command("-m", "glide_jax.weights", "export", folder / "run", folder / "weights")
     sample(name, out)
+    seconds = processor_seconds() - began
 
     config, state = restore_run(folder / "run")
     objective, key = make_objective(config), jax.random.key(config.seed)
@@ -219,8 +237,14 @@ def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
         after=loss_of(config, state.ema),
         without={what: loss_of(config, state.ema, what) for what in toy.without},
         ranked={t: ranked_first(folder / "weights", config, t) for t in (0, 500) if is_clip},
-        seconds=time.monotonic() - began,
+        seconds=seconds,
     )
+
+
+def processor_seconds() -> float:
+    """Of all commands so far, which share the machine with others."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def sample(name: str, out: Path) -> None:
@@ -246,7 +270,7 @@ def sample(name: str, out: Path) -> None:
 def table(results: dict[str, Result]) -> str:
     """The results in Markdown."""
     rows = [
-        "| recipe | steps | loss before | after | of it | without: times as much | seconds |",
+        "| recipe | steps | loss before | after | of it | without: times as much | CPU seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
