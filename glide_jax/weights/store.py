@@ -194,7 +194,7 @@ def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str,
 
 
 def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, Any]) -> None:
-    """The safetensors package wants every array contiguous in memory at once; see `_map_arrays`."""
+    """The safetensors package wants every array contiguous in memory at once; see `map_arrays`."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -228,7 +228,7 @@ def load_weights(
         if not (folder / name).is_file():
             raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
     config = _read_config(folder / CONFIG)
-    params, metadata = _map_arrays(folder / MODEL)
+    params, metadata = map_arrays(folder / MODEL)
     return config, params, metadata
 
 
@@ -249,7 +249,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The safetensors package would copy every array to memory; mapping needs its header only.
 
     The format: 8 bytes little-endian, the size of the header; the header, JSON of name -> dtype,
