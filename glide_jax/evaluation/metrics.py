@@ -72,6 +72,16 @@ def r_precision(similarity: np.ndarray, right: np.ndarray) -> float:
     return float(((similarity >= own).sum(axis=1) == 1).mean())
 
 
+def inception_score(probabilities: np.ndarray) -> float:
+    """`exp(E[KL(p(y | x) || p(y))])` of class probabilities `(N, K)`  (1606.03498, sec. 4)."""
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or not np.isfinite(p).all() or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
+        raise UsageError(f"class probabilities must be (N, K) and sum to 1, not {p.shape}")
+    mean = p.mean(axis=0)
+    ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
+    return float(np.exp((p * np.log(ratio)).sum(axis=1).mean()))
+
+
 def _features(real: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     real, drawn = (np.asarray(x, np.float64) for x in (real, drawn))
     if real.ndim != 2 or drawn.ndim != 2 or real.shape[1] != drawn.shape[1]:

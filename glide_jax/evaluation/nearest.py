@@ -1,6 +1,5 @@
 """Do pictures show what they were asked for? The nearest training picture tells."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from glide_jax.data.sources import open_source
-from glide_jax.errors import UsageError
+from glide_jax.evaluation.captions import held_out, prompt_of, training_cells
+from glide_jax.evaluation.files import write_json
 from glide_jax.pictures import writable
 from glide_jax.pipeline import Pipeline
 from glide_jax.training.config import TrainConfig
@@ -52,7 +51,7 @@ def draw_and_compare(
     pipe: Pipeline, asked: Sequence[dict[str, str]], train: Sequence[dict], seed: int
 ) -> list[Drawn]:
     """Draws one picture of each record's caption in its style, and finds the nearest in `train`."""
-    prompts = [f"{record['caption']}, {record['style']}" for record in asked]
+    prompts = [prompt_of(record) for record in asked]
     pictures = pipe(prompts, seed=seed)
     table = distances(pictures.images, np.stack([record["image"] for record in train]))
     return [
@@ -68,14 +67,6 @@ def draw_and_compare(
     ]
 
 
-def held_out(config: TrainConfig) -> list[dict[str, Any]]:
-    """Records of `test_style` among the recipe's concepts and styles: cells not trained on."""
-    from glide_jax.data.emoji64 import load_npz
-
-    cells = load_npz(config.data.source, "test_style", styles=config.data.styles)
-    return [r for r in cells if r["concept"] in config.data.concepts]
-
-
 def report(
     pipe: Pipeline, config: TrainConfig, out: Path, *, seed: int = 0, captions: int = 10
 ) -> dict[str, Any]:
@@ -85,13 +76,10 @@ def report(
     picture nearest to it) and `nearest.json` to `out`.
 
     Raises:
-        UsageError: the data have no styles to hold out.
+        UsageError: the data are no .npz file, or have no styles to hold out.
     """
-    if not config.data.source.endswith(".npz"):
-        raise UsageError("name the data as an .npz file: --data emoji64.npz")
     writable(out)
-    source = open_source(config.data)
-    train = [source[i] for i in range(len(source))]
+    train = training_cells(config)
     rng = np.random.default_rng(seed)
     some = [train[i] for i in rng.choice(len(train), captions, replace=False)]
     cells = held_out(config)
@@ -113,7 +101,7 @@ def report(
                 for d in drawn
             ],
         }
-    (out / "nearest.json").write_text(json.dumps(found, indent=1))
+    write_json(out / "nearest.json", found)
     return found
 
 

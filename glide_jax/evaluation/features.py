@@ -1,0 +1,154 @@
+"""From pictures to vectors: the independent CLIP that ships, or an extractor from local files."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from PIL import Image
+
+from glide_jax.batches import batches
+from glide_jax.errors import UsageError
+from glide_jax.models.clip import NoisedCLIP
+from glide_jax.noised_clip import CLIP, load_clip
+from glide_jax.pictures import from_uint8
+
+# Pictures or captions that are encoded at a time.
+BATCH = 64
+SCORER = "scorer"
+
+
+class Extractor(Protocol):
+    """A feature space, as `glide_jax.evaluation.extractors` has them.
+
+    One that classifies has `classes`, how many, and `both(images)`: features, and probabilities
+    `(N, classes)`.
+
+    Attributes:
+        name: what the features are, for every table and figure.
+    """
+
+    name: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`(N, H, W, 3)` uint8 -> `(N, D)` float32."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A CLIP as a judge of clean pictures: its image features, and how well captions fit.
+
+    Attributes:
+        clip: one that has not guided what it judges.
+    """
+
+    clip: CLIP
+
+    @property
+    def name(self) -> str:
+        """Of the feature space."""
+        return f"{self.clip.name} image embeddings"
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of its weights."""
+        return checksum(self.clip.params)
+
+    @cached_property
+    def scale(self) -> float:
+        """From cosine to logit, the s of GLIDE's CLIP score."""
+        network = self.clip.network
+        variables = {"params": network.params}
+        return float(network.fn.model.apply(variables, method=NoisedCLIP.scale))
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings of length 1, `(N, H, W, 3)` uint8 -> `(N, D)` float32, at noise level 0."""
+        images = fit(images, self.clip.config.image_size)
+        network = self.clip.network
+        parts = [
+            np.asarray(_encode_image(network.fn.model, network.params, from_uint8(images[index])))
+            for index in batches(len(images), BATCH)
+        ]
+        return np.concatenate(parts)[: len(images)]
+
+    def texts(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeddings of captions, `(M, D)` float32, of length 1."""
+        parts = [
+            np.asarray(self.clip.encode_text([captions[i] for i in index]))
+            for index in batches(len(captions), BATCH)
+        ]
+        return np.concatenate(parts)[: len(captions)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_image(model: NoisedCLIP, params: Any, x: jax.Array) -> jax.Array:
+    t = jax.numpy.zeros(len(x), jax.numpy.int32) if model.config.n_timestep else None
+    return model.apply({"params": params}, x, t, method=NoisedCLIP.encode_image)
+
+
+def fit(images: np.ndarray, size: int) -> np.ndarray:
+    """Pictures of that side: reduced by averaging areas, enlarged bicubically."""
+    side = images.shape[1]
+    if side == size:
+        return images
+    kind = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), kind)) for i in images])
+
+
+def similarity(
+    scorer: Scorer, features: np.ndarray, choices: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """How well each picture's own choice of captions fits it.
+
+    Args:
+        features: `(N, D)`, of the scorer.
+        choices: of each picture, all of one length.
+
+    Returns:
+        Cosines `(N, M)`.
+    """
+    distinct = list(dict.fromkeys(caption for row in choices for caption in row))
+    place = {caption: i for i, caption in enumerate(distinct)}
+    index = np.array([[place[caption] for caption in row] for row in choices])
+    return np.take_along_axis(features @ scorer.texts(distinct).T, index, axis=1)
+
+
+def checksum(params: Any) -> str:
+    """Of a tree of arrays."""
+    value = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+    return f"{value:08x}"
+
+
+def open_scorer(name: str | Path, *, guide: CLIP | None = None, **where: Any) -> Scorer:
+    """The independent CLIP.
+
+    Args:
+        guide: the CLIP that guides, which must be another one.
+
+    Raises:
+        UsageError: they are the same; or see `load_clip`.
+    """
+    scorer = Scorer(load_clip(name, **where))
+    if guide is not None and scorer.checksum == checksum(guide.params):
+        raise UsageError(f"{name} cannot score: it is the CLIP that guides")
+    return scorer
+
+
+def open_space(name: str, scorer: Scorer) -> Extractor:
+    """A feature space: "scorer", the independent CLIP's, or an extractor's by name or path.
+
+    Raises:
+        UsageError, GlideError: see `glide_jax.evaluation.extractors.open_extractor`.
+    """
+    if name == SCORER:
+        return scorer
+    from glide_jax.evaluation.extractors import open_extractor
+
+    return open_extractor(name)

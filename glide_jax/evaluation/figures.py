@@ -1,0 +1,209 @@
+"""The figures of a sweep: the paper's trade-offs, and one setting against every measure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.evaluation.sweeps import SWEEPS, TRADE_OFF
+
+Point = dict[str, Any]
+# What is plotted, by the name of its axis; of distances, those of a feature space.
+AXES = {
+    "clip_score": "CLIP score (independent CLIP)",
+    "r_precision": "R-precision (independent CLIP)",
+    "frechet_distance": "Frechet distance",
+    "kernel_distance": "kernel distance",
+    "precision": "precision (fidelity)",
+    "recall": "recall (diversity)",
+    "inception_score": "inception score",
+}
+ALIGNMENT = ("clip_score", "r_precision")
+# x and y of the panels (GLIDE, fig. 6; the last: alignment at matched diversity).
+PANELS = (
+    ("recall", "precision"),
+    ("clip_score", "frechet_distance"),
+    ("r_precision", "frechet_distance"),
+    ("recall", "clip_score"),
+)
+NUMBERS = ("guidance-scale", "clip-scale", "steps")
+MATCHED = ("precision", "frechet_distance", "clip_score", "r_precision")
+
+
+def measure(point: Point, name: str, space: str) -> float:
+    """A figure of a point, in a feature space if it is a distance."""
+    return point[name] if name in ALIGNMENT else point["distances"][space][name]
+
+
+def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[str, list[Point]]:
+    """Points in order, by sweep and by what else they have in common.
+
+    The name of a curve says what is swept, and by which sampler in how many steps.
+    """
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        if point["sweep"] in names:
+            found.setdefault(_label(point), []).append(point)
+    for name, curve in found.items():
+        if curve[0]["sweep"] in NUMBERS:
+            found[name] = sorted(
+                curve, key=lambda p: float(p["evaluations" if _by_steps(p) else "value"])
+            )
+    return found
+
+
+def _by_steps(point: Point) -> bool:
+    return point["sweep"] == "steps"
+
+
+def _label(point: Point) -> str:
+    sweep, settings = SWEEPS[point["sweep"]], point["settings"]
+    said = {"sampler": settings["sampler"], "steps": f"{settings['steps']} steps"}
+    said = [text for name, text in said.items() if name != sweep.setting]
+    if point["sweep"] not in TRADE_OFF:
+        said.append(f"guidance {settings['guidance_scale']:g}")
+    return f"{sweep.label or point['sweep']}, {', '.join(said)}"
+
+
+def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
+    """Classifier-free against CLIP guidance at equal recall: the paper's comparison.
+
+    For every point of a CLIP guidance curve whose recall lies within that of a classifier-free
+    curve, that curve's figures at that recall, by linear interpolation between its points.
+    """
+    by_sweep = {name: curves(points, (name,)) for name in TRADE_OFF}
+    found = []
+    for free_name, free in by_sweep["guidance-scale"].items():
+        recall = np.array([measure(p, "recall", space) for p in free])
+        # Points of one recall count as their mean.
+        levels = np.unique(recall)
+        for clip_name, guided in by_sweep["clip-scale"].items():
+            for point in guided:
+                at = measure(point, "recall", space)
+                if not levels[0] <= at <= levels[-1]:
+                    continue
+                row = {"recall": at, "clip_scale": float(point["value"])}
+                row |= {"classifier-free": {"curve": free_name}, "clip": {"curve": clip_name}}
+                for name in MATCHED:
+                    values = np.array([measure(p, name, space) for p in free])
+                    means = [values[recall == level].mean() for level in levels]
+                    row["classifier-free"][name] = float(np.interp(at, levels, means))
+                    row["clip"][name] = measure(point, name, space)
+                found.append(row)
+    return found
+
+
+def draw(found: dict[str, Any], out: Path) -> list[Path]:
+    """Writes `trade_off.png`, and `NAME.png` of every other sweep, to `out`.
+
+    Args:
+        found: the contents of `sweep.json`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UsageError: matplotlib is not there.
+        GlideError: a file cannot be written.
+    """
+    spaces, points = found["experiment"]["features"], found["points"]
+    files = []
+    if any(point["sweep"] in TRADE_OFF for point in points):
+        files.append(_save(_trade_off(found, spaces), out / "trade_off.png"))
+    for name in SWEEPS:
+        if any(point["sweep"] == name for point in points):
+            figure = _one_setting(found, name, spaces)
+            files.append(_save(figure, out / f"{name.replace('-', '_')}.png"))
+    return files
+
+
+def _figure(rows: int, columns: int, title: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the figures need matplotlib: pip install '.[eval]'") from None
+    figure = Figure(figsize=(4.2 * columns, 3.9 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _title(found: dict[str, Any]) -> str:
+    e = found["experiment"]
+    return (
+        f"{e['weights'][0]}: {e['pictures']} pictures a point, seed {e['seed']}; "
+        f"judged by {e['scorer'][0]} among {e['captions']} captions"
+    )
+
+
+def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
+    figure = _figure(len(spaces), len(PANELS), _title(found))
+    rows = figure.subplots(len(spaces), len(PANELS), squeeze=False)
+    lines = {}
+    for space, row in zip(spaces, rows, strict=True):
+        for axes, (across, up) in zip(row, PANELS, strict=True):
+            for i, (name, curve) in enumerate(curves(found["points"]).items()):
+                x, y = ([measure(p, n, space) for p in curve] for n in (across, up))
+                (lines[name],) = axes.plot(x, y, "o-", color=f"C{i}", markersize=4, linewidth=1.2)
+                for point, *at in zip(curve, x, y, strict=True):
+                    axes.annotate(
+                        point["value"], at, (3, 3), None, "offset points", fontsize=7, color=f"C{i}"
+                    )
+            if across in ALIGNMENT:
+                line = axes.axvline(found["real"][across], color="grey", linestyle=":")
+                lines["real pictures"] = line
+            if up in ALIGNMENT:
+                axes.axhline(found["real"][up], color="grey", linestyle=":")
+            axes.set(xlabel=AXES[across], ylabel=AXES[up])
+            axes.grid(alpha=0.3)
+        row[0].set_title(space, fontsize=9, loc="left")
+    figure.legend(lines.values(), lines, loc="outside lower center", fontsize=8, ncols=3)
+    return figure
+
+
+def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
+    panels = [(name, spaces[0]) for name in ALIGNMENT]
+    for space in spaces:
+        here = found["points"][0]["distances"][space]
+        panels += [(name, space) for name in AXES if name in here and name != "kernel_distance"]
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure = _figure(rows, columns, _title(found))
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    lines = {}
+    for (name, space), axes in zip(panels, grid, strict=False):
+        for i, (label, curve) in enumerate(curves(found["points"], (sweep,)).items()):
+            y = [measure(point, name, space) for point in curve]
+            x = _places(curve)
+            style = "o-" if sweep in NUMBERS else "o"
+            (lines[label],) = axes.plot(x, y, style, color=f"C{i}", markersize=4, linewidth=1.2)
+        if name in ALIGNMENT:
+            axes.axhline(found["real"][name], color="grey", linestyle=":")
+        if sweep not in NUMBERS:
+            axes.tick_params(axis="x", rotation=90)
+        where = "" if name in ALIGNMENT else f"\n{space}"
+        axes.set_title(f"{AXES[name]}{where}", fontsize=8)
+        axes.set_xlabel("evaluations a picture" if sweep == "steps" else sweep)
+        axes.grid(alpha=0.3)
+    for axes in list(grid):
+        axes.remove()
+    figure.legend(lines.values(), lines, loc="outside lower center", fontsize=8)
+    return figure
+
+
+def _places(curve: Sequence[Point]) -> list[float] | list[str]:
+    """Where points stand on the x axis."""
+    if _by_steps(curve[0]):
+        return [point["evaluations"] for point in curve]
+    if curve[0]["sweep"] in NUMBERS:
+        return [float(point["value"]) for point in curve]
+    return [f"{point['value']} ({point['evaluations']})" for point in curve]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise GlideError(f"cannot write {path}: {error}") from None
+    return path

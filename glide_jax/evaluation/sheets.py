@@ -1,0 +1,85 @@
+"""Contact sheets: pictures as they came, what was asked for, and whether it is there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 128  # of a picture on the sheet, unless it is larger itself
+RIGHT, WRONG = (20, 140, 50), (200, 40, 40)
+FONT_SIZE, LINE = 11, 13
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture on a sheet.
+
+    Attributes:
+        image: `(H, W, 3)` uint8.
+        lines: below it.
+        right: whether it is marked as right or as wrong; None: not at all.
+        small: a smaller picture below, with its own lines and mark.
+    """
+
+    image: np.ndarray
+    lines: tuple[str, ...]
+    right: bool | None = None
+    small: np.ndarray | None = None
+    small_lines: tuple[str, ...] = ()
+    small_right: bool | None = None
+
+
+def contact_sheet(tiles: Sequence[Tile], columns: int = 10) -> Image.Image:
+    """Tiles in rows, in the order in which they come."""
+    columns = min(columns, len(tiles))
+    side = max(SIDE, tiles[0].image.shape[0])
+    width = side + 12
+    lines = max(len(tile.lines) for tile in tiles)
+    with_small = any(tile.small is not None for tile in tiles)
+    height = side + 10 + lines * LINE + (side // 2 + 6 if with_small else 0)
+    canvas = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_SIZE)
+    for i, tile in enumerate(tiles):
+        x, y = i % columns * width + 6, i // columns * height + 4
+        canvas.paste(_scaled(tile.image, side), (x, y))
+        _mark(pen, (x + side - 16, y + 2), tile.right)
+        _write(pen, font, (x, y + side + 2), tile.lines, side)
+        if tile.small is not None:
+            top = y + side + lines * LINE + 4
+            canvas.paste(_scaled(tile.small, side // 2), (x, top))
+            _mark(pen, (x + side // 2 - 16, top + 2), tile.small_right)
+            _write(pen, font, (x + side // 2 + 4, top), tile.small_lines, side // 2 - 4)
+    return canvas
+
+
+def _scaled(image: np.ndarray, side: int) -> Image.Image:
+    # Enlarged pixels stay pixels: the sheet shows what came.
+    kind = Image.Resampling.NEAREST if side >= len(image) else Image.Resampling.BOX
+    return Image.fromarray(image).resize((side, side), kind)
+
+
+def _mark(pen: ImageDraw.ImageDraw, at: tuple[int, int], right: bool | None) -> None:
+    """A tick, or a cross, on a white square."""
+    if right is None:
+        return
+    x, y = at
+    pen.rectangle((x, y, x + 13, y + 13), fill="white", outline=RIGHT if right else WRONG)
+    if right:
+        pen.line([(x + 3, y + 7), (x + 6, y + 10), (x + 11, y + 3)], fill=RIGHT, width=2)
+    else:
+        pen.line([(x + 3, y + 3), (x + 10, y + 10)], fill=WRONG, width=2)
+        pen.line([(x + 10, y + 3), (x + 3, y + 10)], fill=WRONG, width=2)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont,
+    at: tuple[int, int],
+    lines: Sequence[str],
+    width: int,
+) -> None:
+    for i, line in enumerate(lines):
+        while line and pen.textlength(line, font=font) > width:
+            line = line[:-1]
+        pen.text((at[0], at[1] + i * LINE), line, fill="black" if i == 0 else "dimgray", font=font)
