@@ -1,0 +1,111 @@
+"""Vision transformers, as CLIP and DINOv2 have them  (2010.11929; 2103.00020; 2304.07193)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glide_jax.evaluation.extractors.extractor import Features, normalised
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Channels of a head, in all of them.
+HEAD = 64
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a vision transformer.
+
+    Attributes:
+        kind: "clip" or "dinov2": CLIP normalises before the first block, its GELU is
+            `x sigmoid(1.702 x)`, and its features are projected; DINOv2 scales each branch.
+        side: of the pictures.
+        patch: side of a patch.
+        width, layers: of the transformer.
+        output: dimensions of the features.
+        registers: tokens beside class and patches  (2309.16588).
+    """
+
+    kind: str
+    side: int
+    patch: int
+    width: int
+    layers: int
+    output: int
+    registers: int = 0
+
+    @property
+    def clip(self) -> bool:
+        """Is it CLIP's?"""
+        return self.kind == "clip"
+
+    @property
+    def epsilon(self) -> float:
+        """Of the layer normalisations."""
+        return 1e-5 if self.clip else 1e-6
+
+    @property
+    def tokens(self) -> int:
+        """Class and patches."""
+        return 1 + (self.side // self.patch) ** 2
+
+
+class Block(nn.Module):
+    """`x + a(norm(x))`, `x + m(norm(x))`: attention, then two dense layers."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(B, L, W) -> (B, L, W)`."""
+        config, width = self.config, self.config.width
+
+        def scaled(y: jax.Array, name: str) -> jax.Array:
+            return y if config.clip else y * self.param(name, nn.initializers.ones, (width,))
+
+        y = nn.LayerNorm(config.epsilon, name="norm_1")(x)
+        heads = (*y.shape[:2], 3, width // HEAD, HEAD)
+        q, k, v = jnp.moveaxis(nn.Dense(3 * width, name="qkv")(y).reshape(heads), 2, 0)
+        y = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + scaled(nn.Dense(width, name="out")(y), "scale_1")
+        y = nn.LayerNorm(config.epsilon, name="norm_2")(x)
+        y = nn.Dense(4 * width, name="up")(y)
+        y = y * nn.sigmoid(1.702 * y) if config.clip else nn.gelu(y, approximate=False)
+        return x + scaled(nn.Dense(width, name="down")(y), "scale_2")
+
+
+class ViT(nn.Module):
+    """Pictures -> the class token after the last normalisation (and projection, in CLIP)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Features:
+        """`(B, side, side, 3)` uint8 -> `(B, output)`."""
+        config = self.config
+        of_clip, of_imagenet = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
+        x = normalised(images, *(of_clip if config.clip else of_imagenet))
+        patch, zeros = (config.patch, config.patch), nn.initializers.zeros
+        x = nn.Conv(config.width, patch, patch, "VALID", use_bias=not config.clip, name="patch")(x)
+        x = x.reshape(len(x), -1, config.width)
+
+        def repeated(name: str, count: int) -> jax.Array:
+            tokens = self.param(name, zeros, (count, config.width))
+            return jnp.broadcast_to(tokens, (len(x), *tokens.shape))
+
+        position = self.param("position", zeros, (config.tokens, config.width))
+        x = jnp.concatenate([repeated("class", 1), x], axis=1) + position
+        if config.registers:
+            # They stand nowhere in the picture, and have no position.
+            extra = repeated("registers", config.registers)
+            x = jnp.concatenate([x[:, :1], extra, x[:, 1:]], axis=1)
+        if config.clip:
+            x = nn.LayerNorm(config.epsilon, name="norm_before")(x)
+        for i in range(config.layers):
+            x = Block(config, name=f"block_{i}")(x)
+        x = nn.LayerNorm(config.epsilon, name="norm")(x[:, 0])
+        if config.clip:
+            x = nn.Dense(config.output, use_bias=False, name="projection")(x)
+        return Features(x)

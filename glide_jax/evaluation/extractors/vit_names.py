@@ -1,0 +1,215 @@
+"""Weights of vision transformers under the names of their authors -> parameters of `ViT`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from glide_jax.evaluation.extractors.vit import ViTConfig
+
+Tensors = Mapping[str, np.ndarray]
+
+# Name of ours -> name in the file; dense layers and normalisations have a weight and a bias.
+CLIP = {
+    "patch": "visual.conv1",
+    "norm_before": "visual.ln_pre",
+    "norm": "visual.ln_post",
+}
+CLIP_BLOCK = {
+    "norm_1": "ln_1",
+    "out": "attn.out_proj",
+    "norm_2": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+TRANSFORMERS = {
+    "patch": "vision_model.embeddings.patch_embedding",
+    "norm_before": "vision_model.pre_layrnorm",
+    "norm": "vision_model.post_layernorm",
+}
+TRANSFORMERS_BLOCK = {
+    "norm_1": "layer_norm1",
+    "out": "self_attn.out_proj",
+    "norm_2": "layer_norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+DINOV2 = {"patch": "patch_embed.proj", "norm": "norm"}
+DINOV2_BLOCK = {
+    "norm_1": "norm1",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "norm_2": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+
+# The side that DINOv2's features are taken at; it was trained at 518 at last, where its positions
+# are.
+DINOV2_SIDE = 224
+
+
+def read_clip(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
+    """The image encoder of openai/CLIP's state dict.
+
+    Raises:
+        KeyError: a name is missing.
+    """
+    position, blocks = tensors["visual.positional_embedding"], "visual.transformer.resblocks"
+    projection = tensors["visual.proj"]
+    config = _clip_config(tensors["visual.conv1.weight"], position, projection.shape[1])
+    config = _deep(config, tensors, blocks)
+    params = _common(tensors, CLIP, CLIP_BLOCK, blocks, config)
+    params |= {
+        "class": _row(tensors["visual.class_embedding"]),
+        "position": _float(position),
+        "projection/kernel": _float(projection),
+    }
+    for i in range(config.layers):
+        name = f"{blocks}.{i}.attn.in_proj_"
+        params[f"block_{i}/qkv/kernel"] = _float(tensors[f"{name}weight"]).T
+        params[f"block_{i}/qkv/bias"] = _float(tensors[f"{name}bias"])
+    return config, params
+
+
+def read_transformers(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
+    """The image encoder of transformers' CLIPModel.
+
+    Raises:
+        KeyError: a name is missing.
+    """
+    position = tensors["vision_model.embeddings.position_embedding.weight"]
+    projection, blocks = tensors["visual_projection.weight"], "vision_model.encoder.layers"
+    patch = tensors["vision_model.embeddings.patch_embedding.weight"]
+    config = _deep(_clip_config(patch, position, len(projection)), tensors, blocks)
+    params = _common(tensors, TRANSFORMERS, TRANSFORMERS_BLOCK, blocks, config)
+    params |= {
+        "class": _row(tensors["vision_model.embeddings.class_embedding"]),
+        "position": _float(position),
+        "projection/kernel": _float(projection).T,
+    }
+    for i in range(config.layers):
+        parts = [f"{blocks}.{i}.self_attn.{part}_proj" for part in "qkv"]
+        kernels = [_float(tensors[f"{part}.weight"]) for part in parts]
+        params[f"block_{i}/qkv/kernel"] = np.concatenate(kernels).T
+        biases = [_float(tensors[f"{part}.bias"]) for part in parts]
+        params[f"block_{i}/qkv/bias"] = np.concatenate(biases)
+    return config, params
+
+
+def read_dinov2(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
+    """facebookresearch/dinov2's state dict, with registers or without.
+
+    Raises:
+        KeyError: a name is missing.
+    """
+    width, _, _, patch = tensors["patch_embed.proj.weight"].shape
+    registers = tensors.get("register_tokens")
+    config = ViTConfig(
+        kind="dinov2",
+        side=DINOV2_SIDE,
+        patch=patch,
+        width=width,
+        layers=0,
+        output=width,
+        registers=0 if registers is None else registers.shape[1],
+    )
+    config = _deep(config, tensors, "blocks")
+    params = _common(tensors, DINOV2, DINOV2_BLOCK, "blocks", config)
+    params["class"] = _float(tensors["cls_token"])[0]
+    position = _float(tensors["pos_embed"])[0]
+    params["position"] = scaled_positions(
+        position, config.side // config.patch, filtered=bool(config.registers)
+    )
+    if registers is not None:
+        params["registers"] = _float(registers)[0]
+    for i in range(config.layers):
+        for ours, theirs in (("scale_1", "ls1"), ("scale_2", "ls2")):
+            params[f"block_{i}/{ours}"] = _float(tensors[f"blocks.{i}.{theirs}.gamma"])
+    return config, params
+
+
+def scaled_positions(position: np.ndarray, side: int, filtered: bool = False) -> np.ndarray:
+    """Embeddings of positions for another number of patches, by bicubic interpolation.
+
+    As DINOv2 does it: without registers, 0.1 is added to the number of patches of a side before
+    the scale is taken (a guard against rounding that its features have depended on since), the
+    cubic's parameter is -0.75, and nothing is filtered; with registers, scale and filter are those
+    of Pillow.
+
+    Args:
+        position: `(1 + n^2, W)`, the class first.
+        side: patches of a side.
+
+    Returns:
+        `(1 + side^2, W)`.
+    """
+    old = math.isqrt(len(position) - 1)
+    if old == side:
+        return position
+    scale, a = (side / old, -0.5) if filtered else ((side + 0.1) / old, -0.75)
+    weights = _cubic(old, side, scale, a, stretch=filtered)
+    grid = position[1:].astype(np.float64).reshape(old, old, -1)
+    grid = np.einsum("ia,jb,abw->ijw", weights, weights, grid, optimize=True)
+    return np.concatenate([position[:1], grid.reshape(side * side, -1).astype(np.float32)])
+
+
+def _cubic(old: int, new: int, scale: float, a: float, *, stretch: bool) -> np.ndarray:
+    """Weights `(new, old)` of Keys's cubic; `stretch`: as wide as the pixels that it makes."""
+    wide = max(1 / scale, 1.0) if stretch else 1.0
+    centre = (np.arange(new) + 0.5) / scale - 0.5
+    reach = int(np.ceil(2 * wide))
+    taps = np.floor(centre)[:, None] + np.arange(-reach, reach + 2)
+    x = np.abs(taps - centre[:, None]) / wide
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    value = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if stretch:  # Pillow leaves out what is over the border, else it is the border's.
+        value = np.where((taps >= 0) & (taps < old), value, 0.0)
+    weights = np.zeros((new, old))
+    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
+    np.add.at(weights, (rows, np.clip(taps, 0, old - 1).astype(int)), value)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _clip_config(patch: np.ndarray, position: np.ndarray, output: int) -> ViTConfig:
+    width, _, _, size = patch.shape
+    side = math.isqrt(len(position) - 1) * size
+    return ViTConfig("clip", side, size, width, 0, output)
+
+
+def _deep(config: ViTConfig, tensors: Tensors, blocks: str) -> ViTConfig:
+    """With as many layers as there are blocks."""
+    skip = len(blocks.split("."))
+    numbers = {name.split(".")[skip] for name in tensors if name.startswith(f"{blocks}.")}
+    layers = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
+    return ViTConfig(**vars(config) | {"layers": layers})
+
+
+def _common(
+    tensors: Tensors, whole: dict[str, str], block: dict[str, str], blocks: str, config: ViTConfig
+) -> dict[str, Any]:
+    """What is the same in all but for its name."""
+    names = dict(whole)
+    for i in range(config.layers):
+        names |= {f"block_{i}/{n}": f"{blocks}.{i}.{theirs}" for n, theirs in block.items()}
+    params = {}
+    for ours, theirs in names.items():
+        weight = _float(tensors[f"{theirs}.weight"])
+        if weight.ndim == 1:
+            params[f"{ours}/scale"] = weight
+        else:
+            axes = (2, 3, 1, 0) if weight.ndim == 4 else (1, 0)
+            params[f"{ours}/kernel"] = weight.transpose(axes)
+        if not (config.clip and ours == "patch"):
+            params[f"{ours}/bias"] = _float(tensors[f"{theirs}.bias"])
+    return params
+
+
+def _float(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def _row(array: np.ndarray) -> np.ndarray:
+    return _float(array).reshape(1, -1)
