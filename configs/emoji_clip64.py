@@ -2,8 +2,8 @@
 
 It has seen the pictures of `emoji64` at every noise level, and is told the level: so it can guide
 the model. Sizes: "guide", which learns from the same pictures as the model; "scorer", of another
-seed and never used for guidance, which has also seen the pairs of thing and style that are held out
-from the model: a judge must know what it judges.
+seed, at low noise, and never used for guidance. The scorer has also seen the pairs of thing and
+style that are held out from the model: a judge must know what it judges.
 
 Result:   for nearly all real pictures the right caption first among 100: docs/model_card.md.
 Data:     324 and 400 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it).
@@ -36,6 +36,8 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
         data=replace(
             pictures,
             split=EVERYTHING if judges else pictures.split,
+            # The judge is asked for thing and style together.
+            captions=("{caption}, {style}",) if judges else pictures.captions,
             # So few pictures would be known by their pixels.
             crop="random",
             min_crop=0.8,
@@ -49,6 +51,7 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
             weight_decay=0.0125,
             ema=0.99,
         ),
+        noise=0.3 if judges else 1.0,
         steps=500,
         batch_size=64,
         seed=1 if judges else 0,

@@ -299,3 +299,29 @@ def test_captions_of_all_devices_are_compared(clip):
 def test_a_clip_cannot_be_accumulated():
     with pytest.raises(UsageError, match="compares the whole batch"):
         CLIPTrainConfig(name="x", model=CLIP, accumulate=2)
+
+
+def test_a_clip_may_learn_at_low_noise_alone(clip):
+    """One level of it: the pictures are as good as clean."""
+    _, params = clip
+    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, noise=1e-3))
+    batch = make_batch(size=8)
+
+    @jax.jit
+    def both(params):
+        x_t = q_sample(TABLES, to_range(batch.image), jnp.zeros(8, int), draw(KEY, batch, 1).eps)
+        lengths = batch.mask.sum(axis=1)
+        given = x_t, jnp.zeros(8, int), batch.tokens, lengths
+        return objective.loss(params, batch, KEY)[0], objective.model.apply(
+            {"params": params}, *given
+        )
+
+    loss, logits = both(params)
+    own = [-np.diag(jax.nn.log_softmax(logits, axis=axis)).mean() for axis in (0, 1)]
+    assert float(loss) == pytest.approx(np.mean(own), rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0, 1.5])
+def test_a_share_of_noise_levels_is_a_share(noise):
+    with pytest.raises(UsageError, match="noise is a share"):
+        CLIPTrainConfig(name="x", model=CLIP, noise=noise)

@@ -1,5 +1,6 @@
 """The recipes: what each is made of, and whether it learns."""
 
+import ast
 import re
 import shlex
 from dataclasses import replace
@@ -107,9 +108,9 @@ def test_the_commands_of_a_recipe_are_commands(file):
 
 @each_recipe
 def test_a_recipe_of_any_size_is_read_back_as_it_was_written(file, tmp_path):
-    sizes = ("", ":released", ":paper", ":toy") if "SIZES" in file.read_text() else ("", ":toy")
-    for size in sizes:
-        config = load_recipe(f"{file}{size}")
+    named = re.search(r"^SIZES = (\(.*\))$", file.read_text(), re.MULTILINE)
+    for size in ("", "toy", *(ast.literal_eval(named[1]) if named else ())):
+        config = load_recipe(f"{file}:{size}" if size else file)
         save_config(config, tmp_path / "config.json")
         assert read_config(tmp_path / "config.json") == config
 
@@ -133,8 +134,10 @@ def test_a_toy_is_the_recipe_but_for_its_size(file):
 def test_a_size_that_a_recipe_lacks_is_named_with_those_it_has():
     with pytest.raises(UsageError, match=r"no size 'papr': choose one of released, paper, toy"):
         recipe("text64:papr")
-    with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
+    with pytest.raises(UsageError, match=r"no size 'paper': choose one of 32, 64, toy"):
         recipe("emoji64:paper")
+    with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
+        recipe("emoji_inpaint64:paper")
     with pytest.raises(UsageError, match=r"choose one of released, 16gb, 24gb, paper, toy"):
         recipe("finetune64:8gb")
 

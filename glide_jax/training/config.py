@@ -210,12 +210,20 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTrainConfig(RunConfig):
-    """A recipe of a noised CLIP: captions against pictures of every noise level."""
+    """A recipe of a noised CLIP: captions against pictures of every noise level.
+
+    Attributes:
+        noise: noise levels are those of timesteps below this share of the chain: 1, all of them,
+            to guide; less for a CLIP that is to judge clean pictures.
+    """
 
     model: CLIPConfig
+    noise: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.noise <= 1:
+            raise UsageError(f"noise is a share, 0 < noise <= 1, not {self.noise}")
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
 

@@ -74,7 +74,8 @@ def make_objective(config: RunConfig) -> Objective:
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        loss = partial(contrastive_loss, model=model, tables=tables)
+        levels = max(round(config.noise * config.diffusion_steps), 1)
+        loss = partial(contrastive_loss, model=model, tables=tables, levels=levels)
         init = partial(clip.init_params, model)
     else:
         model = GLIDE(config.model, dtype, config.remat)
@@ -229,6 +230,7 @@ def contrastive_loss(
     *,
     model: NoisedCLIP,
     tables: Tables,
+    levels: int | None = None,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -238,8 +240,9 @@ def contrastive_loss(
 
     Args:
         batch: `mask` is True where `tokens` are the caption, start and end token included.
+        levels: timesteps are drawn below it; None: from the whole chain.
     """
-    drawn = draw(key, batch, len(tables.alpha))
+    drawn = draw(key, batch, levels or len(tables.alpha))
     x_t = q_sample(tables, to_range(batch.image), drawn.t, drawn.eps)
     lengths = batch.mask.sum(axis=1)
     variables = {"params": params}

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes all embedded weights again, from the drawings on: bash configs/emoji_family.sh FOLDER
+#
+# Needs `pip install '.[data]'`, npm and apt-get. What was made before is not made again, and a
+# training that was interrupted goes on: so the same command goes on after a break.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?say where to: bash configs/emoji_family.sh FOLDER}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+python -m glide_jax.data.emoji64 fetch --to "$out/sources"
+for size in 64 256; do
+    data=$out/emoji$size.npz
+    [ -e "$data" ] || python -m glide_jax.data.emoji64 rasterise --sources "$out/sources" \
+        --out "$data" --size $size --vendors noto twemoji fluent-emoji-flat emojione
+done
+
+# train RECIPE RUN DATA [OPTION ...]
+train() {
+    python train.py --config "configs/$1" --out "$out/$2" --data.source "$out/$3" "${@:4}"
+}
+train emoji64.py:32 emoji32 emoji64.npz
+train emoji64.py emoji64 emoji64.npz --init-from "$out/emoji32"
+train emoji_upsample256.py:64 emoji_upsample64 emoji256.npz
+train emoji_upsample256.py emoji_upsample256 emoji256.npz --init-from "$out/emoji_upsample64"
+train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64"
+train emoji_clip64.py emoji_clip64 emoji64.npz
+train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz
+
+for name in emoji64 emoji_upsample256 emoji_inpaint64 emoji_clip64 emoji_scorer64; do
+    [ -e "$out/weights/$name" ] ||
+        python -m glide_jax.weights export "$out/$name" "$out/weights/$name"
+done
+echo "weights, ready to take the place of those in glide_jax/assets: $out/weights"
