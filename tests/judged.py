@@ -74,7 +74,7 @@ class Painted:
     fail_at: int | None = None
     clip: SimpleNamespace | None = None
     upsampler: None = None
-    settings: Settings = Settings(guidance_scale=3.0)
+    settings: Settings = field(default_factory=Settings)
 
     @cached_property
     def model(self) -> Model:

@@ -92,7 +92,9 @@ def test_what_is_asked_for_is_trained_on_or_held_out(config):
         records, choices = found[part]
         assert {r["index"] for r in records} <= among
         assert len({r["concept"] for r in records}) == 20
-        assert all(c[0] == f"{r['caption']}, {r['style']}" for r, c in zip(records, choices))
+        assert all(
+            c[0] == f"{r['caption']}, {r['style']}" for r, c in zip(records, choices, strict=True)
+        )
         assert {len(set(c)) for c in choices} == {60}
     again = asked(config, words, seed=3, pictures=20, captions=60)
     other = asked(config, words, seed=4, pictures=20, captions=60)
@@ -217,10 +219,13 @@ def test_the_clip_that_guides_cannot_judge(clip, tmp_path):
         open_scorer(tmp_path / "clip", guide=clip)
 
 
-def test_errors_of_the_command_are_one_line(tmp_path):
-    npz = make_npz(tmp_path)
-    command = ("-m", "glide_jax.evaluation", "ranking", "--recipe", "configs/emoji64.py")
-    error = one_line(run(*command, "--data", npz, "--out", tmp_path / "out"), 2)
-    assert "no concept 'airplane'" in error
-    error = one_line(run(*command, "--data", "pictures", "--out", tmp_path / "out"), 2)
-    assert "as an .npz file" in error
+def test_data_without_concepts_and_styles_is_refused(config, tmp_path):
+    for source, says in (("pictures", "as an .npz file"), (tmp_path / "no.npz", "no such file")):
+        other = replace(config, data=replace(config.data, source=str(source)))
+        with pytest.raises(glide.GlideError, match=says):
+            report(Painted(fail_at=0), Judge(), other, tmp_path)
+
+
+def test_an_error_of_the_command_is_one_line():
+    error = one_line(run("-m", "glide_jax.evaluation", "--sweep", "guidance"), 2)
+    assert "there is no sweep 'guidance'" in error and "guidance-scale" in error

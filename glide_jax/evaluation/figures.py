@@ -1,5 +1,6 @@
 """The figures of a sweep: the paper's trade-offs, and one setting against every measure."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.evaluation.files import write_json
 from glide_jax.evaluation.sweeps import SWEEPS, TRADE_OFF
 
 Point = dict[str, Any]
@@ -38,24 +40,37 @@ def measure(point: Point, name: str, space: str) -> float:
 
 
 def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[str, list[Point]]:
-    """Points in order, by sweep and by what else they have in common.
+    """Points in order, a curve for each sweep and whatever other settings it was made at.
 
-    The name of a curve says what is swept, and by which sampler in how many steps.
+    The name of a curve says what is swept, by which sampler in how many steps, and of what else
+    such curves differ in.
     """
-    found: dict[str, list[Point]] = {}
+    groups: dict[str, list[Point]] = {}
     for point in points:
         if point["sweep"] in names:
-            found.setdefault(_label(point), []).append(point)
-    for name, curve in found.items():
-        if curve[0]["sweep"] in NUMBERS:
-            found[name] = sorted(
-                curve, key=lambda p: float(p["evaluations" if _by_steps(p) else "value"])
-            )
+            groups.setdefault(json.dumps([point["sweep"], _others(point)]), []).append(point)
+    alike: dict[str, list[list[Point]]] = {}
+    for curve in groups.values():
+        alike.setdefault(_label(curve[0]), []).append(curve)
+    found = {}
+    for label, same in alike.items():
+        for curve in same:
+            others = [_others(other[0]) for other in same]
+            differing = {n: v for n, v in others[0].items() if any(o[n] != v for o in others)}
+            mine = _others(curve[0])
+            name = ", ".join([label, *(f"{n} {mine[n]}" for n in differing)])
+            found[name] = sorted(curve, key=_order) if curve[0]["sweep"] in NUMBERS else curve
     return found
 
 
-def _by_steps(point: Point) -> bool:
-    return point["sweep"] == "steps"
+def _others(point: Point) -> dict[str, Any]:
+    """The settings of a point that are not swept."""
+    swept = SWEEPS[point["sweep"]].setting
+    return {name: value for name, value in point["settings"].items() if name != swept}
+
+
+def _order(point: Point) -> float:
+    return float(point["evaluations" if point["sweep"] == "steps" else "value"])
 
 
 def _label(point: Point) -> str:
@@ -96,7 +111,9 @@ def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
 
 
 def draw(found: dict[str, Any], out: Path) -> list[Path]:
-    """Writes `trade_off.png`, and `NAME.png` of every other sweep, to `out`.
+    """Writes `trade_off.png`, and `NAME.png` of every sweep, to `out`.
+
+    Beside them, where both guidances were swept, `trade_off.json`: `matched` of each space.
 
     Args:
         found: the contents of `sweep.json`.
@@ -110,6 +127,9 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
     """
     spaces, points = found["experiment"]["features"], found["points"]
     files = []
+    if all(any(point["sweep"] == name for point in points) for name in TRADE_OFF):
+        files.append(out / "trade_off.json")
+        write_json(files[0], {space: matched(points, space) for space in spaces})
     if any(point["sweep"] in TRADE_OFF for point in points):
         files.append(_save(_trade_off(found, spaces), out / "trade_off.png"))
     for name in SWEEPS:
@@ -147,9 +167,8 @@ def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
                 x, y = ([measure(p, n, space) for p in curve] for n in (across, up))
                 (lines[name],) = axes.plot(x, y, "o-", color=f"C{i}", markersize=4, linewidth=1.2)
                 for point, *at in zip(curve, x, y, strict=True):
-                    axes.annotate(
-                        point["value"], at, (3, 3), None, "offset points", fontsize=7, color=f"C{i}"
-                    )
+                    where = {"xytext": (3, 3), "textcoords": "offset points"}
+                    axes.annotate(point["value"], at, **where, fontsize=7, color=f"C{i}")
             if across in ALIGNMENT:
                 line = axes.axvline(found["real"][across], color="grey", linestyle=":")
                 lines["real pictures"] = line
@@ -194,10 +213,8 @@ def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> An
 
 def _places(curve: Sequence[Point]) -> list[float] | list[str]:
     """Where points stand on the x axis."""
-    if _by_steps(curve[0]):
-        return [point["evaluations"] for point in curve]
     if curve[0]["sweep"] in NUMBERS:
-        return [float(point["value"]) for point in curve]
+        return [_order(point) for point in curve]
     return [f"{point['value']} ({point['evaluations']})" for point in curve]
 
 

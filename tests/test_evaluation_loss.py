@@ -1,0 +1,149 @@
+"""The noise-prediction loss on splits, and scenes that a model drew: exact cases."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from glide_jax.data.pipeline import make_batches, to_batch
+from glide_jax.data.scenes import Scene, ScenesSource, render
+from glide_jax.data.sources import open_source
+from glide_jax.diffusion.losses import at, make_tables, q_sample
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.errors import UsageError
+from glide_jax.evaluation import drawn_scenes
+from glide_jax.evaluation.held_out import NoisePredictor, noise_loss, report
+from glide_jax.evaluation.scenes import look
+from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.pictures import Pictures
+from glide_jax.training.objectives import draw, make_objective, make_tokenizer, to_range
+from glide_jax.training.validation import Validation
+from glide_jax.weights.registry import Model, load_model
+from tests.commands import TINY, make_weights
+from tests.judged import SIZE, make_npz, recipe
+
+SMALL = replace(TINY, image_size=SIZE)
+TABLES = make_tables(make_schedule("cosine", 1000))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return replace(recipe(make_npz(tmp_path_factory.mktemp("cells"))), model=SMALL)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_what_a_network_predicts_becomes_the_noise(prediction):
+    rng = np.random.default_rng(0)
+    x_0, eps, other = (jnp.float32(rng.normal(size=(5, 4, 4, 3))) for _ in range(3))
+    t = jnp.array([0, 10, 500, 900, 999])
+    x_t = q_sample(TABLES, x_0, t, eps)
+    alpha, sigma = at(TABLES.alpha, t), at(TABLES.sigma, t)
+    exact = eps if prediction == "eps" else alpha * eps - sigma * x_0
+
+    def apply(variables, *inputs, method=None, **given):
+        if method is not None:
+            return "text"
+        assert inputs[2] == "text" and given == {"train": False}
+        return jnp.concatenate([exact, other], axis=-1)
+
+    predictor = NoisePredictor(SimpleNamespace(apply=apply), TABLES, prediction)
+    assert predictor.apply({}, 0, 0, method="encode_text") == "text"
+    found = predictor.apply({}, x_t, t, "text", train=False)
+    assert found.shape == eps.shape and np.abs(found - eps).max() < 1e-5
+
+
+def test_a_network_that_predicts_nothing(config):
+    """v = 0 means the noise `sigma x_t`: the loss is known from the draws alone."""
+    params = jax.jit(init_params, static_argnums=0)(GLIDE(SMALL), jax.random.key(0))
+    assert not params["unet"]["head"]["kernel"].any()
+    model = Model("nothing", SMALL, params, prediction="v")
+    found = noise_loss(model, config, "test_style", pictures=24, batch_size=12)
+    assert found["captions"] == found["no captions"]
+
+    data = replace(config.data, split="test_style")
+    batches = make_batches(
+        open_source(data), data, batch_size=12, tokenizer=make_tokenizer(config), size=SIZE, seed=0
+    )
+    errors, quarters = [], []
+    for i in range(2):
+        batch = to_batch(next(batches))
+        drawn = draw(jax.random.fold_in(jax.random.key(0), i), batch, 1000)
+        x_t = q_sample(TABLES, to_range(batch.image), drawn.t, drawn.eps)
+        error = (at(TABLES.sigma, drawn.t) * x_t - drawn.eps) ** 2
+        errors.append(np.asarray(error).mean(axis=(1, 2, 3)))
+        quarters.append(np.asarray(drawn.t) // 250)
+    errors, quarters = np.concatenate(errors), np.concatenate(quarters)
+    assert found["captions"]["loss"] == pytest.approx(errors.mean(), rel=1e-4)
+    expected = [errors[quarters == q].mean() for q in range(4)]
+    assert found["captions"]["quartiles"] == pytest.approx(expected, rel=1e-4)
+    # The noise is all there is to see at the end of the chain.
+    assert expected[0] > 10 * expected[3]
+
+
+def test_it_is_the_error_that_training_measures(config, tmp_path):
+    model = load_model(make_weights(tmp_path / "weights", SMALL))
+    found = report(model, config, ["test_style"], pictures=24, batch_size=12)["test_style"]
+    assert found["captions"]["loss"] != found["no captions"]["loss"]
+    same = replace(config, batch_size=12, validation_split="test_style", validation_batches=2)
+    trained_on = open_source(config.data)
+    measured = Validation(same, make_objective(same), trained_on)(model.params)
+    assert found["captions"]["loss"] == pytest.approx(measured["mse"], rel=1e-5)
+    with pytest.raises(UsageError, match="no split 'nowhere'"):
+        noise_loss(model, config, "nowhere")
+
+
+# --- scenes
+
+
+def scene_painter(change=lambda scene: scene):
+    """Stands for a pipeline that draws each scene, changed."""
+    by_caption = {}
+    for split in ("train", "test"):
+        source = ScenesSource(12, split=split)
+        by_caption |= {source.scene(i).caption: source.scene(i) for i in range(12)}
+
+    def pipe(prompts, *, seed, batch_size=None, **settings):
+        images = np.stack([render(change(by_caption[prompt])) for prompt in prompts])
+        numbers = tuple(range(len(prompts)))
+        return Pictures(images, tuple(prompts), seed, numbers, "scenes", settings)
+
+    pipe_of = SimpleNamespace(name="scenes", config=replace(TINY, image_size=64))
+    pipe.model = pipe_of
+    return pipe
+
+
+def test_scenes_drawn_right_are_right(tmp_path):
+    found = drawn_scenes.report(scene_painter(), tmp_path, pictures=12, settings={"steps": 5})
+    assert set(found["right"].values()) == {1.0} == set(found["right_of_true_pictures"].values())
+    kinds = found["right_by_kind"]
+    assert sum(kind["of"] for kind in kinds.values()) == 12 and len(kinds) > 1
+    assert json.loads((tmp_path / "scenes.json").read_text()) == found
+    assert found["settings"] == {"steps": 5} and found["split"] == "test"
+    assert Image.open(tmp_path / "scenes.png").width == 1400
+
+
+def test_what_is_drawn_wrong_is_wrong_in_its_field_alone(tmp_path):
+    def repaint(scene: Scene) -> Scene:
+        return replace(
+            scene, background="white", things=tuple(replace(t, colour="blue") for t in scene.things)
+        )
+
+    source = ScenesSource(10, split="train")
+    scenes = [source.scene(i) for i in range(10)]
+    found = drawn_scenes.report(scene_painter(repaint), tmp_path, split="train", pictures=10)
+    right = found["right"]
+    assert right["background"] == np.mean([s.background == "white" for s in scenes])
+    assert right["colours"] == np.mean([{t.colour for t in s.things} == {"blue"} for s in scenes])
+    assert right["count"] == right["shapes"] == right["sizes"] == 1 > right["all"]
+    assert look(render(scenes[0])).background == scenes[0].background
+
+
+def test_a_split_that_is_none_and_no_pictures_are_refused(tmp_path):
+    for wrong, says in (({"split": "held out"}, "train and test"), ({"pictures": 0}, "at least")):
+        with pytest.raises(UsageError, match=says):
+            drawn_scenes.report(scene_painter(), tmp_path, **wrong)
