@@ -5,6 +5,7 @@ from. The loss is measured at noise that is drawn once: before and after, and wi
 model ought to look at. Prints the table of docs/training.md.
 """
 
+import os
 import resource
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def command(*arguments: object) -> str:
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
         capture_output=True,
         text=True,
         check=False,
