@@ -46,14 +46,18 @@ def test_what_a_network_predicts_becomes_the_noise(prediction):
     exact = eps if prediction == "eps" else alpha * eps - sigma * x_0
 
     def apply(variables, *inputs, method=None, **given):
+        assert variables == {"params": "weights"}
         if method is not None:
-            return "text"
+            return inputs[1]
         assert inputs[2] == "text" and given == {"train": False}
         return jnp.concatenate([exact, other], axis=-1)
 
     predictor = NoisePredictor(SimpleNamespace(apply=apply), TABLES, prediction)
-    assert predictor.apply({}, 0, 0, method="encode_text") == "text"
-    found = predictor.apply({}, x_t, t, "text", train=False)
+    for captions in (True, False):
+        variables = {"params": {"model": "weights", "captions": captions}}
+        seen = predictor.apply(variables, 0, np.array([True, False]), method="encode_text")
+        assert seen.tolist() == [captions, False]
+    found = predictor.apply(variables, x_t, t, "text", train=False)
     assert found.shape == eps.shape and np.abs(found - eps).max() < 1e-5
 
 

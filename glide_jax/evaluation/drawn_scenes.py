@@ -82,7 +82,7 @@ def report(
             lines=tuple(wrap(scene.caption, 22)),
             right=scores[i].all,
             small=true[i],
-            small_lines=("true picture",),
+            small_lines=("true",),
         )
         for i, scene in enumerate(scenes[:SHOWN])
     ]

@@ -24,7 +24,11 @@ from glide_jax.weights.registry import Model
 
 @dataclass(frozen=True)
 class NoisePredictor:
-    """A GLIDE model as one whose output is the noise, without a variance."""
+    """A GLIDE model as one whose output is the noise, without a variance.
+
+    Its parameters are `{"model": ..., "captions": whether it is given them}`: with captions and
+    without is one compiled program.
+    """
 
     model: GLIDE
     tables: Tables
@@ -32,8 +36,12 @@ class NoisePredictor:
 
     def apply(self, variables: Any, *inputs: Any, method: Any = None, **given: Any) -> Any:
         """As `GLIDE.apply`."""
+        params = variables["params"]
+        variables = {"params": params["model"]}
         if method is not None:
-            return self.model.apply(variables, *inputs, method=method, **given)
+            tokens, mask = inputs
+            mask = mask & params["captions"]
+            return self.model.apply(variables, tokens, mask, method=method, **given)
         x_t, t, _ = inputs
         output = self.model.apply(variables, *inputs, **given)[..., : x_t.shape[-1]]
         alpha, sigma = at(self.tables.alpha, t), at(self.tables.sigma, t)
@@ -52,7 +60,8 @@ def noise_loss(
     """The loss of weights on a split, with the captions and without, also by quarter of the chain.
 
     Args:
-        config: the recipe, for data and captions; all else is as the weights have it.
+        config: the recipe, for data and captions; the rest is as the weights have it, at
+            the size at which they draw.
         pictures: so many are drawn from the split, in shuffled passes, each with a timestep.
 
     Returns:
@@ -65,24 +74,26 @@ def noise_loss(
     tables = make_tables(schedule)
     module = GLIDE(model.config, trunk_dtype(dtype))
     size = min(batch_size, pictures)
+    recipe = replace(
+        config,
+        model=model.config,
+        prediction="eps",
+        weighting="none",
+        low_res_noise=config.low_res_noise if model.config.low_res_level else 0.0,
+        caption_dropout=0.0,
+        train_size=0,
+        batch_size=size * jax.device_count(),
+        accumulate=1,
+        validation_split=split,
+        validation_batches=-(-pictures // size),
+    )
+    predictor = NoisePredictor(module, tables, model.prediction)
+    loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
+    measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
+    params = jax.tree.map(jnp.asarray, model.params)
     found = {}
-    for name, dropout in (("captions", 0.0), ("no captions", 1.0)):
-        recipe = replace(
-            config,
-            model=model.config,
-            prediction="eps",
-            weighting="none",
-            low_res_noise=config.low_res_noise if model.config.low_res_level else 0.0,
-            caption_dropout=dropout,
-            batch_size=size * jax.device_count(),
-            accumulate=1,
-            validation_split=split,
-            validation_batches=-(-pictures // size),
-        )
-        predictor = NoisePredictor(module, tables, model.prediction)
-        loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
-        objective = Objective(predictor, partial(init_params, module), loss)
-        values = Validation(recipe, objective)(jax.tree.map(jnp.asarray, model.params))
+    for name, captions in (("captions", True), ("no captions", False)):
+        values = measure({"model": params, "captions": jnp.asarray(captions)})
         quartiles = [values.get(f"loss_quartile_{i}") for i in range(QUARTILES)]
         found[name] = {"loss": values["loss"], "quartiles": quartiles}
     return found

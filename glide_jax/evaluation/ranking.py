@@ -155,10 +155,10 @@ def _tiles(
     return [
         Tile(
             image=images[i],
-            lines=(record["caption"], record["style"], _taken_for(drawn, i)),
+            lines=(record["caption"], record["style"], *wrap(_taken_for(drawn, i), 21)[:2]),
             right=bool(drawn.right[i]),
             small=record["image"],
-            small_lines=("real picture", *wrap(_taken_for(real, i), 11)[:4]),
+            small_lines=("real", *wrap(_taken_for(real, i), 11)[:4]),
             small_right=bool(real.right[i]),
         )
         for i, record in enumerate(records)

@@ -43,13 +43,14 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 10) -> Image.Image:
     for i, tile in enumerate(tiles):
         x, y = i % columns * width + 6, i // columns * height + 4
         canvas.paste(_scaled(tile.image, side), (x, y))
-        _mark(pen, (x + side - 16, y + 2), tile.right)
-        _write(pen, font, (x, y + side + 2), tile.lines, side)
+        _mark(pen, (x + side - 14, y + side + 2), tile.right)
+        _write(pen, font, (x, y + side + 2), tile.lines, side, tile.right)
         if tile.small is not None:
             top = y + side + lines * LINE + 4
             canvas.paste(_scaled(tile.small, side // 2), (x, top))
-            _mark(pen, (x + side // 2 - 16, top + 2), tile.small_right)
-            _write(pen, font, (x + side // 2 + 4, top), tile.small_lines, side // 2 - 4)
+            _mark(pen, (x + side - 14, top), tile.small_right)
+            at = x + side // 2 + 4, top
+            _write(pen, font, at, tile.small_lines, side // 2 - 4, tile.small_right)
     return canvas
 
 
@@ -60,7 +61,7 @@ def _scaled(image: np.ndarray, side: int) -> Image.Image:
 
 
 def _mark(pen: ImageDraw.ImageDraw, at: tuple[int, int], right: bool | None) -> None:
-    """A tick, or a cross, on a white square."""
+    """A tick, or a cross."""
     if right is None:
         return
     x, y = at
@@ -78,8 +79,11 @@ def _write(
     at: tuple[int, int],
     lines: Sequence[str],
     width: int,
+    right: bool | None,
 ) -> None:
     for i, line in enumerate(lines):
-        while line and pen.textlength(line, font=font) > width:
+        # The mark stands at the end of the first line, not in the picture.
+        room = width - 16 if i == 0 and right is not None else width
+        while line and pen.textlength(line, font=font) > room:
             line = line[:-1]
         pen.text((at[0], at[1] + i * LINE), line, fill="black" if i == 0 else "dimgray", font=font)
