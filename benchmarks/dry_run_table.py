@@ -58,6 +58,8 @@ class Options:
     """Where finished cells are kept."""
     limit: int = 1200
     """Seconds of processor time that a cell may take."""
+    compile: bool = True
+    """Without: cells that the folder does not have are "not compiled yet"."""
     machine: str = "two CPU cores"
     """What the page says about the machine that compiled."""
     cell: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
@@ -75,8 +77,10 @@ def fill(recipe: str, slice_name: str) -> dict[str, Any]:
     }
 
 
-def kept(recipe: str, slice_name: str, options: Options) -> dict[str, Any]:
+def kept(recipe: str, slice_name: str, options: Options) -> dict[str, Any] | None:
     """One cell, from the folder or from a process; empty where it did not finish.
+
+    None where it is not there yet, and is not to be compiled.
 
     Raises:
         GlideError: the process failed.
@@ -86,6 +90,8 @@ def kept(recipe: str, slice_name: str, options: Options) -> dict[str, Any]:
     path = options.folder / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
+    if not options.compile:
+        return None
     print(f"{recipe} on {slice_name}", file=sys.stderr, flush=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run(
@@ -107,14 +113,15 @@ def kept(recipe: str, slice_name: str, options: Options) -> dict[str, Any]:
     return cell
 
 
-def row(recipe: str, chips: Slice, cell: dict[str, Any]) -> list[str]:
+def row(recipe: str, chips: Slice, cell: dict[str, Any] | None) -> list[str]:
     """One line of a slice's table."""
     changes = CHANGES.get((recipe, chips.name), {})
     name = " ".join(
         [f"`{recipe}`", *(f"`--{k.replace('_', '-')} {v}`" for k, v in changes.items())]
     )
     if not cell:
-        return [name, "did not finish", *[""] * (len(HEAD) - 2)]
+        what = "not compiled yet" if cell is None else "did not finish"
+        return [name, what, *[""] * (len(HEAD) - 2)]
     extra = ("processor_seconds", "compiler_memory")
     needs = Needs(**{k: v for k, v in cell.items() if k not in extra})
     config = replace(load_recipe(recipe), **changes)

@@ -283,6 +283,7 @@ def test_a_cell_that_did_not_finish_is_a_result():
     chips = parse_slice(SLICES[0])
     line = row("configs/text64.py:paper", chips, {})
     assert len(line) == len(HEAD) and "did not finish" in line
+    assert "not compiled yet" in row("configs/text64.py:paper", chips, None)
     text = table(chips, [line])
     assert all(part.count("|") == len(HEAD) + 1 for part in text.splitlines()[2:])
 
