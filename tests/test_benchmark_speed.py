@@ -17,7 +17,10 @@ from glide_jax.errors import UsageError
 from glide_jax.models.presets import base64, upsample256
 from glide_jax.weights import abstract_params
 
-SMALL = Options(size="toy", only=("forward",), batches=(2,), dtypes=("float32",), repeats=1)
+# A busy machine may take long.
+SMALL = Options(
+    size="toy", only=("forward",), batches=(2,), dtypes=("float32",), repeats=1, limit=1800
+)
 
 
 def test_all_that_there_is_to_measure(tmp_path):
@@ -61,7 +64,11 @@ def test_random_weights_keep_the_scale():
 
 @pytest.fixture(scope="module")
 def forward():
-    return measured(Part("glide-jax", "forward", "upsampler", "float32", 2), SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        # The compiler is not what is measured here.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        patch.setenv("XLA_FLAGS", flags)
+        return measured(Part("glide-jax", "forward", "base", "float32", 2), SMALL)
 
 
 def test_a_measurement_is_whole(forward):
@@ -69,8 +76,8 @@ def test_a_measurement_is_whole(forward):
     assert forward["ms"] > 0 and forward["compile_s"] > 0 and len(forward["all_ms"]) == 1
     assert forward["pictures_s"] == pytest.approx(2000 / forward["ms"])
     assert forward["peak_of"] == "process" and forward["peak_bytes"] > 1e8
-    # A toy of 64x64 pixels: between a tenth and ten GFLOP for two of them.
-    assert 1e8 < forward["tflops"] * 1e12 * forward["ms"] / 1000 < 1e10
+    # A toy of 16x16 pixels: between 0.01 and 1 GFLOP for two of them.
+    assert 1e7 < forward["tflops"] * 1e12 * forward["ms"] / 1000 < 1e9
 
 
 def test_what_is_written(tmp_path, forward):
