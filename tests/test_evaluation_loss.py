@@ -1,4 +1,4 @@
-"""The noise-prediction loss on splits, and scenes that a model drew: exact cases."""
+"""The noise-prediction loss on splits, scenes that a model drew, and all of it with networks."""
 
 import json
 from dataclasses import replace
@@ -16,11 +16,18 @@ from glide_jax.data.sources import open_source
 from glide_jax.diffusion.losses import at, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
-from glide_jax.evaluation import drawn_scenes
+from glide_jax.evaluation import drawn_scenes, ranking, sweep
+from glide_jax.evaluation.features import open_scorer
 from glide_jax.evaluation.held_out import NoisePredictor, noise_loss, report
 from glide_jax.evaluation.scenes import look
+from glide_jax.evaluation.sweeps import tasks
+from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.clip import init_params as init_params_clip
+from glide_jax.models.presets import CLIP_PRESETS
 from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.noised_clip import CLIP, save_clip
 from glide_jax.pictures import Pictures
+from glide_jax.pipeline import load
 from glide_jax.training.objectives import draw, make_objective, make_tokenizer, to_range
 from glide_jax.training.validation import Validation
 from glide_jax.weights.registry import Model, load_model
@@ -151,3 +158,32 @@ def test_a_split_that_is_none_and_no_pictures_are_refused(tmp_path):
     for wrong, says in (({"split": "held out"}, "train and test"), ({"pictures": 0}, "at least")):
         with pytest.raises(UsageError, match=says):
             drawn_scenes.report(scene_painter(), tmp_path, **wrong)
+
+
+# --- with networks
+
+
+def test_ranking_and_sweep_of_real_networks(config, tmp_path):
+    """A tiny random model, guided by a tiny random CLIP and judged by another."""
+    sizes = replace(
+        CLIP_PRESETS["clip64"](), image_size=SIZE, patch_size=2, image_width=16, image_layers=1,
+        text_width=16, text_layers=1, head_size=16, embed_width=8, n_vocab=49408,
+    )  # fmt: skip
+    for seed, name in enumerate(("guide", "judge")):
+        clip = NoisedCLIP(sizes)
+        params = jax.jit(init_params_clip, static_argnums=0)(clip, jax.random.key(seed))
+        save_clip(CLIP(name, sizes, params), tmp_path / name)
+    pipe = load(make_weights(tmp_path / "weights", SMALL), clip=tmp_path / "guide")
+    scorer = open_scorer(tmp_path / "judge", guide=pipe.clip)
+    how = {"pictures": 4, "captions": 30}
+    settings = {"steps": 2, "guidance_scale": 1.0}
+    found = ranking.report(pipe, scorer, config, tmp_path / "out", settings=settings, **how)
+    assert found["training_concepts"]["of"] == 4 and found["settings"]["steps"] == 2
+    experiment = sweep.Experiment(pipe, scorer, (scorer,), config, **how)
+    todo = tasks(("clip-scale",), ("0", "50"), {"steps": 2})
+    points = sweep.run(experiment, todo, tmp_path / "out")["points"]
+    assert [point["clip"] and point["clip"][0] for point in points] == [
+        None, str(tmp_path / "guide"),
+    ]  # fmt: skip
+    assert points[0]["clip_score"] != points[1]["clip_score"]
+    assert all(np.isfinite(list(p["distances"][scorer.name].values())).all() for p in points)
