@@ -212,7 +212,7 @@ def summary(kills: list[Kill], steps: int) -> str:
     )
 
 
-def main(out: Path, kills: int = 20, steps: int = 220, seed: int = 0) -> None:
+def main(out: Path, kills: int = 20, steps: int = 400, seed: int = 0) -> None:
     """Kills a tiny run again and again.
 
     Args:

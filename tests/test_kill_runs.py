@@ -29,6 +29,6 @@ def test_what_must_not_happen_is_found(wrong):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
-    kills = kill_again_and_again(tmp_path, kills=20, steps=220, seed=1)
+    kills = kill_again_and_again(tmp_path, kills=20, steps=400, seed=1)
     assert len(kills) == 20 and any(kill.writing for kill in kills)
     assert any(kill.began is None for kill in kills)
