@@ -2,9 +2,10 @@
 
 The text transformer stays as it was released ("text" is frozen), which a few thousand pictures
 leave alone best and which saves memory; `--optimiser.freeze` with nothing after it trains it too.
-Sizes by what fits, as computed in docs/training.md (no such card was at hand): "16gb" (T4, RTX 4060
-Ti, V100) and "24gb" (RTX 3090 and 4090, A10, L4); both have batches of 32 pictures, worked through
-in parts. "released" is "24gb"; "paper" goes on from a cfg64:paper of your own.
+Sizes by what fits, as computed in docs/training.md (no such card was at hand), both with batches of
+32 pictures: "16gb" (T4, RTX 4060 Ti, V100), 8 at a time and activations computed again; "24gb" (RTX
+3090 and 4090, A10, L4), all at a time. "released" is "24gb"; "paper" goes on from a cfg64:paper of
+your own.
 
 20% of the captions are emptied, so that guidance keeps working. Learning rate, steps and the
 average's rate are ours, for some thousand pictures: the paper has no such stage. The min-SNR
