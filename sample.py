@@ -20,7 +20,7 @@ import jax
 
 import glide_jax as glide
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.options import Options, read_options, read_prompts, refuse
+from glide_jax.options import Options, chosen_weights, read_options, read_prompts, refuse
 from glide_jax.pictures import Pictures, writable
 from glide_jax.prompts import read_prompt
 from glide_jax.runtime import enable_compilation_cache
@@ -33,7 +33,7 @@ def draw(options: Options) -> None:
     refuse(options)
     model, editing = options.model, options.editing
     pipe = glide.load(
-        model.weights,
+        chosen_weights(options),
         upsampler=model.upsampler,
         clip=model.clip,
         guide=model.guide,

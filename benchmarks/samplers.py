@@ -135,7 +135,7 @@ def drawing(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solver], 
 
 def measure(options: Options) -> dict[str, Any]:
     """Both comparisons, as they go into `samplers.json`."""
-    pipe = glide.load("emoji64")
+    pipe = glide.load("emoji64", upsampler="none")
     exact = curves(
         pipe.schedule, tuple(choices()), options.evaluations, partial(image_error, pipe.schedule)
     )

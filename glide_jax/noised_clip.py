@@ -18,6 +18,7 @@ from glide_jax.prompts import Prompt, encode_parts, read_prompt
 from glide_jax.runtime import trunk_dtype
 from glide_jax.tokenizers import CLIPTokenizer
 from glide_jax.weights.embedding import expand
+from glide_jax.weights.registry import ASSETS, EMBEDDED_CLIPS
 from glide_jax.weights.released_clip import clip_from_released, clip_misfits
 from glide_jax.weights.released_files import fetch
 from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
@@ -87,7 +88,7 @@ class CLIP:
 def load_clip(
     weights: str | Path = RELEASED, *, dtype: str = "auto", devices: int | str = 1
 ) -> CLIP:
-    """A noised CLIP: "openai/clip", which is downloaded, a folder of weights, or a training run.
+    """A noised CLIP: "openai/clip", which is downloaded, "emoji_clip64", a folder, or a run.
 
     Args:
         dtype, devices: see `glide_jax.load`.
@@ -99,9 +100,11 @@ def load_clip(
     if str(weights) == RELEASED:
         image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
         return clip_from_files(image, text, dtype=dtype, devices=devices)
-    folder = Path(weights).expanduser()
+    embedded = str(weights) in EMBEDDED_CLIPS
+    folder = ASSETS / str(weights) if embedded else Path(weights).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {RELEASED} or a folder")
+        known = ", ".join((RELEASED, *EMBEDDED_CLIPS))
+        raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {known} or a folder")
     if (folder / "checkpoints").is_dir():
         # Orbax takes most of a second to import, and only runs need it.
         from glide_jax.training.export import load_clip_run

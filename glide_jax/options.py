@@ -10,22 +10,25 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from glide_jax.errors import UsageError
 from glide_jax.settings import Settings
+from glide_jax.weights.registry import EMBEDDED
 
 
 @dataclass(frozen=True)
 class Weights:
     """What draws, and where."""
 
-    weights: str = "emoji64"
-    """A name (emoji64 is embedded), a folder of weights, or a run of train.py."""
+    weights: str | None = None
+    """A name, a folder of weights, or a run of train.py; left out, embedded ones are taken:
+    emoji64, or with --mask emoji_inpaint64 where it is shipped."""
     upsampler: str | None = None
-    """Weights of an upsampler, which enlarges each picture."""
+    """Weights of an upsampler, which enlarges each picture, or none; embedded weights have one."""
     upsampler_steps: str | None = None
     """Its --steps."""
     upsampler_sampler: str | None = None
     """Its --sampler."""
     clip: str | None = None
-    """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale."""
+    """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale; embedded weights have
+    one."""
     guide: str | None = None
     """Weights of a worse model of the same kind, for --autoguidance-scale."""
     dtype: str = "auto"
@@ -97,6 +100,14 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     """The options of a command line, this process's unless others are given."""
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     return tyro.cli(Options, description=description, args=arguments, config=plain)
+
+
+def chosen_weights(options: Options) -> str:
+    """The weights that were named, or the embedded ones for what is to be done."""
+    if options.model.weights is not None:
+        return options.model.weights
+    learned = "emoji_inpaint64" in EMBEDDED and options.editing.mask is not None
+    return "emoji_inpaint64" if learned else "emoji64"
 
 
 def refuse(options: Options) -> None:

@@ -24,7 +24,7 @@ from glide_jax.prompts import Prompt, read_prompts
 from glide_jax.runtime import trunk_dtype
 from glide_jax.settings import Settings, describe
 from glide_jax.tokenizers import GPT2Tokenizer
-from glide_jax.weights.registry import Model, load_model
+from glide_jax.weights.registry import Model, companion, load_model
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,10 @@ def load(
     Args:
         weights: a name ("emoji64", "openai/base", ...), a folder of weights, a `.pt` file under the
             released names, or a run of `train.py`.
-        upsampler: weights of an upsampler, which then enlarges each picture.
-        clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`.
+        upsampler: weights of an upsampler, which then enlarges each picture; None: the one that
+            belongs to the weights, if one does; "none": none.
+        clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and "none"
+            as above.
         guide: weights of a worse model of the same kind, for `autoguidance_scale`.
         dtype: see `Pipeline`.
         devices: over how many of this process's devices to spread a batch, or "all".
@@ -252,6 +254,7 @@ def load(
         GlideError: they are broken, or cannot be downloaded.
     """
     local_devices(devices)
+    upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)
     where = {"dtype": dtype, "devices": devices}
     model = load_model(weights)
     larger = None if upsampler is None else load(upsampler, **where)

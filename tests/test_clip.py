@@ -311,6 +311,7 @@ def test_sizes_that_make_no_model(changes, message):
 
 def test_the_tokenizer_fits_the_presets():
     tokenizer = CLIPTokenizer()
-    for preset in CLIP_PRESETS.values():
-        assert preset().max_text_len == tokenizer.context
+    for name, preset in CLIP_PRESETS.items():
+        # The embedded one takes short captions alone, and is given a tokenizer of its own length.
+        assert name == "emoji_clip64" or preset().max_text_len == tokenizer.context
         assert preset().n_vocab >= tokenizer.vocab_size

@@ -17,7 +17,7 @@ from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.state import TrainState
 from glide_jax.weights.embedding import ROWS, TABLE, compact
-from glide_jax.weights.registry import ASSETS, EMBEDDED, FORMAT, Model
+from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT, Model
 from glide_jax.weights.store import flatten, load_weights, save_weights
 
 
@@ -99,7 +99,8 @@ def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
 
 def _seen_before(weights: str, n_vocab: int) -> np.ndarray | None:
     """`seen_tokens` of the weights that a run began from."""
-    folder = ASSETS / weights if weights in EMBEDDED else Path(weights).expanduser()
+    embedded = weights in (*EMBEDDED, *EMBEDDED_CLIPS)
+    folder = ASSETS / weights if embedded else Path(weights).expanduser()
     if is_run(folder):
         return seen_tokens(*restore_run(folder))
     if not folder.is_dir():

@@ -23,7 +23,19 @@ from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = ("emoji64",)
+# Of the family of small models, those that are shipped.
+EMBEDDED, EMBEDDED_CLIPS = (
+    tuple(name for name in names if (ASSETS / name).is_dir())
+    for names in (
+        ("emoji64", "emoji_inpaint64", "emoji_upsample256"),
+        ("emoji_clip64", "emoji_scorer64"),
+    )
+)
+# What else belongs to some weights: the upsampler that enlarges their pictures, the noised CLIP
+# that can guide them. The scorer judges alone.
+_FAMILY = {"upsampler": "emoji_upsample256", "clip": "emoji_clip64"}
+COMPANIONS = {"emoji64": _FAMILY, "emoji_inpaint64": _FAMILY}
+NONE = "none"
 FORMAT = 1
 
 
@@ -49,6 +61,19 @@ class Model:
     prediction: str = "eps"
     defaults: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+
+
+def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str | Path | None:
+    """What goes with some weights: what was chosen, else their own; None where there is none.
+
+    Args:
+        kind: "upsampler" or "clip".
+        chosen: a name, a folder or a file; "none": nothing; None: what belongs to the weights.
+    """
+    if chosen is None:
+        own = COMPANIONS.get(str(weights), {}).get(kind)
+        return own if own in (*EMBEDDED, *EMBEDDED_CLIPS) else None
+    return None if str(chosen) == NONE else chosen
 
 
 def load_model(name: str | Path) -> Model:

@@ -1,0 +1,193 @@
+"""The family of small models: what is shipped, what belongs together, the cascade."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import glide_jax as glide
+import sample
+from glide_jax import noised_clip, options
+from glide_jax.errors import UsageError
+from glide_jax.models.clip import NoisedCLIP, init_params
+from glide_jax.models.unet import GLIDE
+from glide_jax.noised_clip import save_clip
+from glide_jax.options import chosen_weights, read_options
+from glide_jax.training.flops import flops_per_picture
+from glide_jax.training.initial import abstract_state
+from glide_jax.training.objectives import make_objective
+from glide_jax.training.recipes import load_recipe
+from glide_jax.weights import registry
+from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, companion, load_model
+from glide_jax.weights.store import MODEL
+from tests.commands import TINY, make_weights
+
+RECIPES = {
+    "emoji64": "configs/emoji64.py",
+    "emoji_inpaint64": "configs/emoji_inpaint64.py",
+    "emoji_upsample256": "configs/emoji_upsample256.py",
+    "emoji_clip64": "configs/emoji_clip64.py",
+    "emoji_scorer64": "configs/emoji_clip64.py:scorer",
+}
+# What a forward pass of a picture may cost, for those without a GPU.
+GFLOP = {"emoji64": 15, "emoji_inpaint64": 15, "emoji_upsample256": 75}
+
+
+# --- what is shipped
+
+
+@pytest.mark.parametrize("name", [*EMBEDDED, *EMBEDDED_CLIPS])
+def test_embedded_weights_are_what_their_recipe_trains(name):
+    config = load_recipe(RECIPES[name])
+    if name in EMBEDDED_CLIPS:
+        clip = glide.load_clip(name)
+        assert clip.config == config.model
+        params = clip.params
+    else:
+        model = load_model(name)
+        assert model.config == config.model
+        assert (model.prediction, model.schedule) == (config.prediction, config.schedule)
+        params = model.params
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_all_of_them_are_at_most_24_megabytes():
+    folders = (ASSETS / name for name in (*EMBEDDED, *EMBEDDED_CLIPS))
+    assert sum((folder / MODEL).stat().st_size for folder in folders) < 24e6
+
+
+@pytest.mark.parametrize("name", GFLOP)
+def test_a_forward_pass_is_cheap_enough_for_a_cpu(name):
+    config = load_recipe(RECIPES[name])
+    model, size = GLIDE(config.model), config.model.image_size
+    params = abstract_state(config, make_objective(config)).params
+
+    def forward(params, x, t, tokens, mask, low_res):
+        text = model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+        given = {"low_res": low_res} if config.model.upsamples else {}
+        return model.apply({"params": params}, x, t, text, **given)
+
+    context = config.model.text_ctx
+    lowered = jax.jit(forward).lower(
+        params,
+        jnp.zeros((1, size, size, 3)),
+        jnp.zeros(1),
+        jnp.zeros((1, context), int),
+        jnp.ones((1, context), bool),
+        jnp.zeros((1, size // 4, size // 4, 3)),
+    )
+    assert lowered.cost_analysis()["flops"] < GFLOP[name] * 1e9
+
+
+# --- what belongs together
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Tiny random weights under the names of the shipped ones: 16x16, 64x64."""
+    assets = tmp_path_factory.mktemp("assets")
+    upsampler = replace(TINY, variant="superres", image_size=64, attention_ds=())
+    make_weights(assets / "emoji64")
+    make_weights(assets / "emoji_inpaint64", replace(TINY, variant="inpaint"))
+    make_weights(assets / "emoji_upsample256", upsampler)
+    config = replace(
+        glide.CLIP_PRESETS["emoji_clip64"](), image_size=16, image_width=32, image_layers=1,
+        text_width=32, text_layers=1, embed_width=16,
+    )  # fmt: skip
+    params = init_params(NoisedCLIP(config), jax.random.key(0))
+    save_clip(glide.CLIP("tiny", config, params), assets / "emoji_clip64")
+    return assets
+
+
+@pytest.fixture
+def family(assets, monkeypatch):
+    """The tiny weights in the place of the shipped ones."""
+    changed = {
+        "ASSETS": assets,
+        "EMBEDDED": ("emoji64", "emoji_inpaint64", "emoji_upsample256"),
+        "EMBEDDED_CLIPS": ("emoji_clip64",),
+    }
+    for module in (registry, noised_clip, options):
+        for name in set(changed) & set(vars(module)):
+            monkeypatch.setattr(module, name, changed[name])
+
+
+def test_what_belongs_to_weights_is_taken_unless_something_else_is_said(family):
+    assert companion("emoji64", "upsampler", None) == "emoji_upsample256"
+    assert companion("emoji_inpaint64", "clip", None) == "emoji_clip64"
+    assert companion("emoji64", "upsampler", "none") is None
+    assert companion("emoji64", "upsampler", "mine") == "mine"
+    assert companion("somewhere/weights", "upsampler", None) is None
+    assert companion("openai/base", "clip", None) is None
+
+
+def test_what_is_not_shipped_belongs_to_nothing(family, monkeypatch):
+    monkeypatch.setattr(registry, "EMBEDDED", ("emoji64",))
+    monkeypatch.setattr(registry, "EMBEDDED_CLIPS", ())
+    assert companion("emoji64", "upsampler", None) is None
+    assert companion("emoji64", "clip", None) is None
+
+
+def test_a_pipeline_has_its_family(family):
+    pipe = glide.load("emoji64")
+    assert pipe.upsampler.model.name == "emoji_upsample256" and pipe.clip.name == "emoji_clip64"
+    assert pipe("red", steps=2, upsampler={"steps": 1}, progress=False).images.shape[1] == 64
+    alone = glide.load("emoji64", upsampler="none", clip="none")
+    assert alone.upsampler is None and alone.clip is None
+    with pytest.raises(UsageError, match="names are emoji64, emoji_inpaint64"):
+        glide.load("no-such-thing-at-all-here")
+    with pytest.raises(UsageError, match=r"name openai/clip, emoji_clip64 or a folder"):
+        glide.load_clip("no-such-thing-at-all-here")
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        ("", "emoji64"),
+        ("--init-image x.png --mask m.png", "emoji_inpaint64"),
+        ("--mask m.png --weights emoji64", "emoji64"),
+        ("--init-image x.png --strength 0.5", "emoji64"),
+    ],
+)
+def test_holes_are_filled_by_the_model_that_learned_it(family, given, weights):
+    assert chosen_weights(read_options("", given.split())) == weights
+
+
+def test_the_cascade_fills_a_hole_and_keeps_what_is_known(family, tmp_path):
+    """In the small picture and again in the large one, the known pixels to the byte."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:32, 24:48] = 255
+    Image.fromarray(image).save(tmp_path / "x.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    files = ["--init-image", tmp_path / "x.png", "--mask", tmp_path / "m.png"]
+    numbers = ["--steps", 2, "--upsampler-steps", 1, "--out", tmp_path / "out"]
+    sample.draw(read_options("", ["a party hat", *map(str, [*files, *numbers])]))
+    (path,) = (tmp_path / "out").glob("*.png")
+    picture = Image.open(path)
+    filled = np.asarray(picture)
+    np.testing.assert_array_equal(filled[mask == 0], image[mask == 0])
+    assert not np.array_equal(filled[mask > 0], image[mask > 0])
+    made = picture.text["glide_jax"]
+    assert '"emoji_inpaint64"' in made and '"emoji_upsample256"' in made
+
+
+# --- learning from squares of another size
+
+
+def test_a_recipe_may_learn_from_squares_of_another_size_than_it_draws():
+    config = load_recipe("configs/emoji_upsample256.py:64")
+    assert (config.side, config.model.image_size) == (64, 256)
+    assert load_recipe("configs/emoji64.py").side == 64
+    assert load_recipe("configs/emoji_clip64.py").side == 64
+    parts = [flops_per_picture(replace(config, train_size=size)) for size in (16, 32)]
+    assert parts[1] / parts[0] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [-8, 3, 20])
+def test_a_size_that_the_levels_do_not_halve_is_refused(size):
+    with pytest.raises(UsageError, match="train_size is a multiple of 8"):
+        replace(load_recipe("configs/emoji_upsample256.py"), train_size=size)
