@@ -6,16 +6,13 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from glide_jax.weights.registry import EMBEDDED
 from tests.commands import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Few steps and pictures: what is tested is that every line runs, not what is drawn.
 QUICK = {
     "text2im": {"STEPS": 3, "UPSAMPLER_STEPS": 1, "NUM": 1},
-    # While no inpainting model is shipped, the base model fills the holes, by resampling.
-    "inpaint": {"STEPS": 3, "NUM": 1}
-    | ({} if "emoji_inpaint64" in EMBEDDED else {"WEIGHTS": "emoji64"}),
+    "inpaint": {"STEPS": 3, "NUM": 1},
 }
 # The compiler takes most of the time, and half as long if it does not try hard.
 ENVIRONMENT = {
