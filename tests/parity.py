@@ -219,7 +219,9 @@ def outputs(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     guidance = [glide.classifier_free(scale=3.0), glide.clip()]
     _, *arguments = test_sampling.base_run("6", glide.SOLVERS["ddpm"], guidance)
     yield "`base`, 6 steps", glide.sample({"main": golden.network("base", dtype)}, *arguments).x
-    pictures = glide.load("emoji64", upsampler="none", dtype=dtype)("a red apple", num=4, progress=False)
+    pictures = glide.load("emoji64", upsampler="none", dtype=dtype)(
+        "a red apple", num=4, progress=False
+    )
     yield "`emoji64`", pictures.images / 127.5 - 1
 
 
