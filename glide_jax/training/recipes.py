@@ -69,7 +69,8 @@ def toy(config: RunConfig) -> RunConfig:
             ema=0.95,
             ema_every=15,
         ),
-        steps=300 if clip else 100 if upsamples else 150,
+        # Where the text transformer is frozen, captions are learned late.
+        steps=300 if clip or config.optimiser.freeze else 100 if upsamples else 150,
         batch_size=8 if upsamples else 16,
         accumulate=min(config.accumulate, 2),
         remat=False,
