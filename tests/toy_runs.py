@@ -64,37 +64,44 @@ class Toy:
     Attributes:
         without: inputs that are taken away from the trained model.
         begins: the toy that it begins from, trained on the other pictures.
+        block: its pictures are random patterns of blocks of so many pixels, of which captions tell
+            the colours alone: what the small picture or the known pixels tell is needed. 0: things.
     """
 
     without: tuple[str, ...] = ("captions",)
     begins: str = ""
+    block: int = 0
 
 
 TOYS = {
     "text64": Toy(),
     "cfg64": Toy(),
     "improved64": Toy(),
-    "upsample256": Toy(("low_res",)),
-    "improved256": Toy(("low_res",)),
-    "inpaint64": Toy(("captions", "inpaint_mask"), "text64"),
-    "inpaint256": Toy(("low_res", "inpaint_mask"), "upsample256"),
+    "upsample256": Toy(("low_res",), block=4),
+    "improved256": Toy(("low_res",), block=4),
+    "inpaint64": Toy(("inpaint_mask",), "text64", block=2),
+    "inpaint256": Toy(("low_res", "inpaint_mask"), "upsample256", block=2),
     "finetune64": Toy(begins="text64"),
     "clip64": Toy(),
 }
 
 
-def draw_pictures(folder: Path, which: int = 0, size: int = 32) -> Path:
-    """Sixteen pictures with captions."""
+def draw_pictures(folder: Path, which: int = 0, size: int = 32, block: int = 0) -> Path:
+    """Sixteen pictures with captions: things, or patterns of blocks."""
     folder.mkdir(parents=True, exist_ok=True)
     shape, colours, grounds = PICTURES[which]
+    rng = np.random.default_rng(which)
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
     inside = x**2 + y**2 < 0.12 if shape == "circle" else np.maximum(abs(x), abs(y)) < 0.3
     for colour in colours:
         for ground in grounds:
             image = np.full((size, size, 3), COLOURS[ground], np.uint8)
+            if block:
+                inside = rng.random((size // block, size // block)) < 0.5
+                inside = inside.repeat(block, axis=0).repeat(block, axis=1)
             image[inside] = COLOURS[colour]
             Image.fromarray(image).save(folder / f"{colour}-{ground}.png")
-            caption = f"a {colour} {shape} on {ground}"
+            caption = f"a {colour} {'pattern' if block else shape} on {ground}"
             (folder / f"{colour}-{ground}.txt").write_text(caption)
     return folder
 
@@ -216,7 +223,8 @@ def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
         steps: 0: its own.
     """
     toy = TOYS[name]
-    pictures, folder = draw_pictures(out / "pictures"), out / name
+    place = out / (f"patterns-{toy.block}" if toy.block else "pictures")
+    pictures, folder = draw_pictures(place, block=toy.block), out / name
     more: tuple[object, ...] = ()
     if toy.begins:
         other = draw_pictures(out / "other", which=1)
@@ -258,7 +266,8 @@ def sample(name: str, out: Path) -> None:
     if name.startswith("inpaint"):
         hole = out / "hole.png"
         Image.fromarray(np.eye(2, dtype=np.uint8) * 255).resize((32, 32), 0).save(hole)
-        more += ("--init-image", out / "pictures" / "red-white.png", "--mask", hole)
+        image = draw_pictures(out / "pictures") / "red-white.png"
+        more += ("--init-image", image, "--mask", hole)
     if name == "clip64":
         base = out / "text64" / "weights"
         more += ("--clip", weights, "--clip-scale", 1, "--guidance-scale", 1, "--sampler", "ddpm")

@@ -56,6 +56,7 @@ def toy(config: RunConfig) -> RunConfig:
     """
     clip = isinstance(config, CLIPTrainConfig)
     upsamples = not clip and config.model.upsamples
+    inpaints = not clip and config.model.inpaints
     return replace(
         config,
         name=f"{config.name}-toy",
@@ -70,7 +71,7 @@ def toy(config: RunConfig) -> RunConfig:
             ema_every=15,
         ),
         # Where the text transformer is frozen, captions are learned late.
-        steps=300 if clip or config.optimiser.freeze else 100 if upsamples else 150,
+        steps=300 if clip or inpaints or config.optimiser.freeze else 150,
         batch_size=8 if upsamples else 16,
         accumulate=min(config.accumulate, 2),
         remat=False,
