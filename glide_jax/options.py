@@ -21,14 +21,15 @@ class Weights:
     """A name, a folder of weights, or a run of train.py; left out, embedded ones are taken:
     emoji64, or with --mask emoji_inpaint64 where it is shipped."""
     upsampler: str | None = None
-    """Weights of an upsampler, which enlarges each picture, or none; embedded weights have one."""
+    """Weights of an upsampler, which enlarges each picture, or none; left out, the one that belongs
+    to the weights, where it is shipped."""
     upsampler_steps: str | None = None
     """Its --steps."""
     upsampler_sampler: str | None = None
     """Its --sampler."""
     clip: str | None = None
-    """Weights of a noised CLIP (openai/clip, or a folder), for --clip-scale; embedded weights have
-    one."""
+    """Weights of a noised CLIP (openai/clip, or a folder), or none, for --clip-scale; left out, the
+    one that belongs to the weights, where it is shipped."""
     guide: str | None = None
     """Weights of a worse model of the same kind, for --autoguidance-scale."""
     dtype: str = "auto"
