@@ -31,8 +31,7 @@ from glide_jax.training.initial import abstract_state, begin_state
 from glide_jax.training.metrics import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.posthoc import snapshot
-from glide_jax.training.state import make_optimiser
-from glide_jax.training.step import train_step
+from glide_jax.training.step import make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
 
@@ -54,15 +53,9 @@ def train(config: RunConfig) -> None:
 
     # -- model, and one step spread over the devices --------------------------------------------
     objective = make_objective(config)
-    step_fn = partial(
-        train_step,
-        loss=objective.loss,
-        optimiser=make_optimiser(config.optimiser, config.steps),
-        averages=config.optimiser,
-        accumulate=config.accumulate,
-        spike=config.spike,
+    spread = parallel.spread(
+        config.spread, make_step(config, objective), config.batch_size // config.accumulate
     )
-    spread = parallel.spread(config.spread, step_fn, config.batch_size // config.accumulate)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     held_out = Validation(config, objective, source) if config.validate_every else None
 

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,9 +28,9 @@ from glide_jax.parallel import AXIS, device_mesh, fsdp_step, state_sharding
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
 from glide_jax.training.flops import flops_per_picture
 from glide_jax.training.initial import abstract_state
-from glide_jax.training.objectives import Batch, Objective, make_objective, make_tokenizer
-from glide_jax.training.state import TrainState, make_optimiser
-from glide_jax.training.step import train_step
+from glide_jax.training.objectives import Batch, make_objective, make_tokenizer
+from glide_jax.training.state import TrainState
+from glide_jax.training.step import make_step
 
 # libtpu looks for a TPU's machine, and lets one process alone load it; this one needs no TPU.
 ENVIRONMENT = {
@@ -193,22 +193,10 @@ def pictures_of_one(config: RunConfig, devices: int) -> int:
     return config.batch_size // pieces
 
 
-def training_step(config: RunConfig, objective: Objective) -> Callable[..., Any]:
-    """The step that `train.py` spreads: `(state, batch, key, *, axis)`."""
-    return partial(
-        train_step,
-        loss=objective.loss,
-        optimiser=make_optimiser(config.optimiser, config.steps),
-        averages=config.optimiser,
-        accumulate=config.accumulate,
-        spike=config.spike,
-    )
-
-
 def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Batch, jax.Array]]:
     """A recipe's jitted step, spread as in training, and its arguments without values."""
     objective = make_objective(config)
-    step, state = training_step(config, objective), abstract_state(config, objective)
+    step, state = make_step(config, objective), abstract_state(config, objective)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
     if config.spread == "fsdp":

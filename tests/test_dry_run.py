@@ -10,11 +10,9 @@ from dataclasses import replace
 import jax
 import pytest
 
-import train
 from benchmarks.dry_run_table import HEAD, SLICES, row, table
 from glide_jax import dry_run as dry
 from glide_jax import parallel
-from glide_jax.data.config import DataConfig
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.hardware import DEVICES, FAMILIES, GIB, parse_slice, peak_flops
 from glide_jax.models.presets import clip64
@@ -22,7 +20,7 @@ from glide_jax.training.config import CLIPTrainConfig
 from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
-from tests.commands import RECIPE, ROOT, environment, make_pictures, one_line, run
+from tests.commands import RECIPE, ROOT, environment, one_line, run
 from tests.layouts import QUICK
 
 needs_libtpu = pytest.mark.skipif(
@@ -239,25 +237,6 @@ def test_sharding_over_devices_divides_the_state():
 def test_an_unknown_slice_ends_the_command_with_one_line():
     error = one_line(run("train.py", "--config", RECIPE, "--dry-run", "v9:2x2"), 2)
     assert "unknown hardware 'v9:2x2'" in error
-
-
-def test_the_step_is_that_of_training(monkeypatch, tmp_path):
-    class Taken(Exception):
-        pass
-
-    def take(kind, step, batch_size):
-        raise Taken(step)
-
-    monkeypatch.setattr(parallel, "spread", take)
-    data = DataConfig(source=str(make_pictures(tmp_path / "data")))
-    config = replace(load_recipe(RECIPE), data=data, out=str(tmp_path / "run"), spike=3.0)
-    with pytest.raises(Taken) as taken:
-        train.train(config)
-    step, objective = taken.value.args[0], make_objective(config)
-    ours = dry.training_step(config, objective)
-    assert step.func is ours.func and step.keywords.keys() == ours.keywords.keys()
-    plain = {"averages", "accumulate", "spike"}
-    assert {k: step.keywords[k] for k in plain} == {k: ours.keywords[k] for k in plain}
 
 
 def test_the_clock_tells_the_time_in_lines_where_there_is_no_terminal(monkeypatch, capsys):

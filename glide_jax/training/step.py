@@ -9,15 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glide_jax.training.config import OptimiserConfig
-from glide_jax.training.objectives import Batch, Metrics, Params
-from glide_jax.training.state import TrainState
+from glide_jax.training.config import OptimiserConfig, RunConfig
+from glide_jax.training.objectives import Batch, Metrics, Objective, Params
+from glide_jax.training.state import TrainState, make_optimiser
 
 # The running mean of the loss that a spike is measured by, and the steps before it means much.
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
 # Dynamic loss scaling of float16, as a power of two: it grows so in ADM's code, and falls by one
 # on overflow. Below the lowest, it is not the scale that is wrong.
 LOSS_SCALE_GROWTH, LOWEST_LOSS_SCALE = 1e-3, 1.0
+
+
+def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A recipe's `train_step`: a function of `state`, `batch`, `key` and `axis`."""
+    return partial(
+        train_step,
+        loss=objective.loss,
+        optimiser=make_optimiser(config.optimiser, config.steps),
+        averages=config.optimiser,
+        accumulate=config.accumulate,
+        spike=config.spike,
+    )
 
 
 def train_step(
