@@ -50,4 +50,6 @@ def get_config(size: str = "128") -> TrainConfig:
         sample_every=0,
         sample_steps=8,
         sample_guidance_scale=1.0,
+        # Half of the steps, and colours that are those of the small picture.
+        sample_strength=0.5,
     )

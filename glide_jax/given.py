@@ -23,7 +23,8 @@ class Given:
     """What pictures are made from, on the host, one entry each; None: nothing.
 
     Attributes:
-        image: `(N, H, W, 3)` uint8, to start from (`strength`) or to keep outside of the hole.
+        image: `(N, H, W, 3)` uint8, to start from (`strength`, but for upsamplers) or to keep
+            outside of the hole.
         hole: `(N, H, W, 1)` float32, 1 where it is drawn anew.
         low_res: `(N, h, w, 3)` uint8, to enlarge.
         noise: `(N, H, W, 3)` float32, to begin with.
@@ -61,11 +62,17 @@ class Given:
 
     def start(self, run: Plan, settings: Settings, noise: jax.Array) -> jax.Array:
         """`x_t` of the first row: noise; with a strength `alpha image + sigma noise`  (SDEdit,
-        2108.01073)."""
+        2108.01073), the image of an upsampler being the small one enlarged (2112.05146, sec. 4.1).
+        """
         noise = settings.temperature * (noise if self.noise is None else jnp.asarray(self.noise))
         if settings.strength is None:
             return noise
-        return run.table.alpha[0] * from_uint8(self.image) + run.table.sigma[0] * noise
+        if self.low_res is None:
+            image = from_uint8(self.image)
+        else:
+            image = from_uint8(self.low_res)
+            image = jax.image.resize(image, noise.shape, "bilinear", antialias=False)
+        return run.table.alpha[0] * image + run.table.sigma[0] * noise
 
     def kept(self, images: np.ndarray) -> np.ndarray:
         """Pictures of 8 bits with the bytes of the image outside of the hole.
@@ -99,8 +106,15 @@ def read_given(
             f"{model.name} enlarges pictures: give it some as low_res",
         ),
         (mask is not None and image is None, "a mask is of an image: give one"),
-        (settings.strength is not None and image is None, "strength is of an image: give one"),
+        (
+            settings.strength is not None and image is None and not config.upsamples,
+            "strength is of an image: give one",
+        ),
         (settings.repaint and mask is None, "repaint fills a hole: give a mask of it"),
+        (
+            config.upsamples and image is not None and mask is None,
+            f"{model.name} takes an image with a mask of the hole to fill, or none",
+        ),
         (
             image is not None and mask is None and settings.strength is None,
             "an image needs a mask of the hole to fill, or a strength to redraw it with",

@@ -64,7 +64,8 @@ class Settings:
         autoguidance_scale: Lead away from a worse network (the guide) by so much; 1: not at all.
         clip_scale: Guidance by a noised CLIP; the release takes 3, with guidance_scale 1 and ddpm.
         threshold: Quantile of dynamic thresholding, say 0.995; without it pixels are clipped.
-        strength: How much of the image is redrawn, from 0 to 1: the share of the steps to take.
+        strength: How much of the image is redrawn, from 0 to 1: the share of the steps to take. An
+            upsampler redraws the small picture, enlarged.
         repaint: Jump, times: to fill a hole, do every so many steps so often. Used by itself where
             the network has not learned to fill holes.
         guidance: What acts on the prediction, in Python: in the place of classifier-free guidance

@@ -5,6 +5,7 @@ With a progress bar, as by default, one compiled row serves every number of step
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,9 +40,8 @@ def noise_of_number(i, seed=0):
     return np.asarray(start_noise(picture_keys(seed, [i])[:, 0], 8))[0]
 
 
-def flowed(x, alpha, sigma, caption):
-    """Where the flow takes `x_t` of a red, green, ... picture: exact."""
-    mean = colour(caption)
+def flowed(x, alpha, sigma, mean):
+    """Where the flow takes `x_t` of a picture with these means: exact."""
     return mean + (x - alpha * mean) * SPREAD / np.sqrt(alpha**2 * SPREAD**2 + sigma**2)
 
 
@@ -56,7 +56,23 @@ def test_redrawing_begins_with_the_noised_image(pipe, photo, strength):
     alpha = np.sqrt(pipe.schedule.alpha_bar_at(grid[0]))
     sigma = np.sqrt(1 - alpha**2)
     x = alpha * pixels(photo) + sigma * noise_of_number(0)
-    assert np.abs(pixels(found.images[0]) - flowed(x, alpha, sigma, "green")).max() < 2 * LEVEL
+    assert (
+        np.abs(pixels(found.images[0]) - flowed(x, alpha, sigma, colour("green"))).max() < 2 * LEVEL
+    )
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_an_upsampler_begins_with_the_small_picture_enlarged(photo, strength):
+    up = painter("superres", size=32)
+    given = {"strength": strength, "steps": 40, "sampler": "unipc3"}
+    found = up("green", low_res=photo, **given)
+    alpha = np.sqrt(up.schedule.alpha_bar_at(up.settings.changed(**given).grid(up.schedule)[0]))
+    sigma = np.sqrt(1 - alpha**2)
+    smooth = jax.image.resize(pixels(photo), (32, 32, 3), "bilinear")
+    x = alpha * smooth + sigma * np.asarray(start_noise(picture_keys(0, [0])[:, 0], 32))[0]
+    mean = pixels(photo).repeat(4, 0).repeat(4, 1)
+    exact = flowed(x, alpha, sigma, mean)
+    assert np.abs(pixels(found.images[0]) - exact).max() < 2 * LEVEL
 
 
 def test_more_strength_leaves_less_of_the_image(pipe, photo):

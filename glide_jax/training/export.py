@@ -58,7 +58,8 @@ def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
 
 def run_defaults(config: TrainConfig) -> dict[str, Any]:
     """The sampling settings that a recipe recommends."""
-    return {"steps": config.sample_steps, "guidance_scale": config.sample_guidance_scale}
+    found = {"steps": config.sample_steps, "guidance_scale": config.sample_guidance_scale}
+    return found | ({} if config.sample_strength is None else {"strength": config.sample_strength})
 
 
 def is_run(folder: Path) -> bool:
