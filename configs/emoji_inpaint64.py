@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
         model=replace(base.model, variant="inpaint"),
         init_from="runs/emoji64",
         optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=50, ema=0.99),
-        steps=500,
+        steps=350,
         mask_all=0.1,
         save_every=100,
         sample_every=0,

@@ -38,11 +38,11 @@ def get_config(size: str = "128") -> TrainConfig:
         optimiser=OptimiserConfig(
             learning_rate=2e-3 if first else 1e-3,
             decay="constant" if first else "cosine",
-            warmup=30,
+            warmup=30 if first else 10,
             beta_2=0.99,
             ema=0.98,
         ),
-        steps=500 if first else 250,
+        steps=900 if first else 150,
         batch_size=8 if first else 2,
         save_every=100,
         log_every=10,
