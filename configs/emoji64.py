@@ -76,6 +76,8 @@ def get_config(size: str = "64") -> TrainConfig:
         caption_dropout=0.1,
         save_every=500,
         sample_every=0 if first else 1000,
+        # Chosen by a sweep: docs/evaluation.md.
+        sample_guidance_scale=2.0,
         sample_prompts=(
             "a red apple",
             "a penguin, Twitter flat style",
