@@ -62,7 +62,7 @@ class Given:
 
     def start(self, run: Plan, settings: Settings, noise: jax.Array) -> jax.Array:
         """`x_t` of the first row: noise; with a strength `alpha image + sigma noise`  (SDEdit,
-        2108.01073), the image of an upsampler being the small one enlarged (2112.05146, sec. 4.1).
+        2108.01073), the image of an upsampler being the small one enlarged (2112.05146).
         """
         noise = settings.temperature * (noise if self.noise is None else jnp.asarray(self.noise))
         if settings.strength is None:
