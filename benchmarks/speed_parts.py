@@ -19,7 +19,7 @@ from glide_jax.pictures import package_version
 from glide_jax.pipeline import Pipeline, encode_text
 from glide_jax.runtime import DTYPES
 from glide_jax.settings import Settings
-from glide_jax.training.flops import flops_per_picture
+from glide_jax.training.flops import count_flops, flops_per_picture
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.state import init_state, make_optimiser
@@ -116,12 +116,11 @@ def forward(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> d
         inputs["low_res"] = jnp.asarray(rng.uniform(-1, 1, small), jnp.float32)
     x = jnp.asarray(rng.standard_normal((batch, side, side, 3)), jnp.float32)
     t = jnp.full(batch, 500)
-    lowered = jax.jit(
-        lambda params, x, t, inputs: module.apply({"params": params}, x, t, **inputs)
-    ).lower(params, x, t, inputs)
-    compiled, seconds = compiled_in(lowered)
-    ms = medians(lambda: compiled(params, x, t, inputs), repeats)
-    return {"compile_s": seconds, **ms, "flops": (lowered.cost_analysis() or {}).get("flops")}
+    run = jax.jit(lambda params, x, t, inputs: module.apply({"params": params}, x, t, **inputs))
+    given = params, x, t, inputs
+    compiled, seconds = compiled_in(run.lower(*given))
+    ms = medians(lambda: compiled(*given), repeats)
+    return {"compile_s": seconds, **ms, "flops": count_flops(run, *given)}
 
 
 def procedure(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:

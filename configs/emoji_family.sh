@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
 # Makes all embedded weights again, from the drawings on: bash configs/emoji_family.sh FOLDER
 #
-# Needs `pip install '.[data]'`, npm and apt-get. What was made before is not made again, and a
+# Needs `pip install '.[data,cuda]'`, a GPU, npm and apt-get. What was made before is not made again, and a
 # training that was interrupted goes on: so the same command goes on after a break.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?say where to: bash configs/emoji_family.sh FOLDER}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-# On CPUs: a device of each core trains half as fast again as one device of two cores.
-export XLA_FLAGS=${XLA_FLAGS:---xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false}
 
 python -m glide_jax.data.emoji64 fetch --to "$out/sources"
 for size in 64 256; do
@@ -20,12 +18,11 @@ done
 
 # train RECIPE RUN DATA [OPTION ...]
 train() {
-    python train.py --config "configs/$1" --out "$out/$2" --data.source "$out/$3" "${@:4}"
+    python train.py --config "configs/$1" --out "$out/$2" --data.source "$out/$3" \
+        --data.workers 4 "${@:4}"
 }
-train emoji64.py:32 emoji32 emoji64.npz
-train emoji64.py emoji64 emoji64.npz --init-from "$out/emoji32"
-train emoji_upsample256.py:64 emoji_upsample64 emoji256.npz
-train emoji_upsample256.py emoji_upsample256 emoji256.npz --init-from "$out/emoji_upsample64"
+train emoji64.py emoji64 emoji64.npz
+train emoji_upsample256.py emoji_upsample256 emoji256.npz
 train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64"
 train emoji_clip64.py emoji_clip64 emoji64.npz
 train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz

@@ -1,13 +1,15 @@
-"""emoji_inpaint64: the embedded model, made to fill holes, on two CPU cores  (GLIDE, sec. 4.3).
+"""emoji_inpaint64: the embedded model, made to fill holes  (GLIDE, sec. 4.3).
 
 `emoji64` goes on with four more input channels, the picture with random regions erased and the mask
 of what is left, whose weights begin at zero.
 
 Result:   fills a hole with what the caption says, and goes on with what is around it.
-Data:     324 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it).
-Hardware: 2 CPU cores; any GPU is faster.
-Time:     see docs/model_card.md for what was measured.
-Command:  python train.py --config configs/emoji_inpaint64.py --data.source emoji64.npz
+Data:     2,579 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it).
+Hardware: one GPU; 5 GB of its memory.
+Time:     2 minutes and a half on one H200 that trained the upsampler beside it, at 5,200
+          pictures/s.
+Command:  python train.py --config configs/emoji_inpaint64.py --data.source emoji64.npz \\
+              --data.workers 4
 """
 
 from dataclasses import replace
@@ -24,9 +26,9 @@ def get_config() -> TrainConfig:
         name="emoji_inpaint64",
         model=replace(base.model, variant="inpaint"),
         init_from="runs/emoji64",
-        optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=50, ema=0.99),
-        steps=350,
+        optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=200),
+        steps=2200,
         mask_all=0.1,
-        save_every=100,
+        save_every=500,
         sample_every=0,
     )

@@ -146,7 +146,9 @@ def sharding_facts() -> dict[str, Any]:
             }
         after, metrics = spread.step(state, rows, key)
         fact["loss"] = float(spread.one_copy(metrics)["loss"])
-        fact["reused"] = all(x.is_deleted() for x in jax.tree.leaves(state))
+        leaves = jax.tree.leaves(state)
+        reused = sum(x.nbytes for x in leaves if x.is_deleted())
+        fact["reused"] = reused / sum(x.nbytes for x in leaves)
         back = spread.place_state(jax.device_get(spread.whole(after)))
         fact["placed"] = all(
             jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, after, back))

@@ -134,8 +134,6 @@ def test_a_toy_is_the_recipe_but_for_its_size(file):
 def test_a_size_that_a_recipe_lacks_is_named_with_those_it_has():
     with pytest.raises(UsageError, match=r"no size 'papr': choose one of released, paper, toy"):
         recipe("text64:papr")
-    with pytest.raises(UsageError, match=r"no size 'paper': choose one of 32, 64, toy"):
-        recipe("emoji64:paper")
     with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
         recipe("emoji_inpaint64:paper")
     with pytest.raises(UsageError, match=r"choose one of released, 16gb, 24gb, paper, toy"):

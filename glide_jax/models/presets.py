@@ -133,15 +133,15 @@ def emoji64() -> ModelConfig:
     """The embedded model: the same architecture, small enough to train on two CPU cores."""
     return ModelConfig(
         model_channels=32,
-        channel_mult=(1, 1, 1, 2),
+        channel_mult=(1, 1, 2, 3),
         num_res_blocks=1,
         attention_ds=(4, 8),
         num_head_channels=32,
         dropout=0.0,
         text_ctx=32,
-        xf_width=64,
-        xf_layers=3,
-        xf_heads=2,
+        xf_width=128,
+        xf_layers=4,
+        xf_heads=4,
     )
 
 
@@ -154,7 +154,9 @@ def emoji_upsample256() -> ModelConfig:
         channel_mult=(1, 1, 2, 2),
         # In the middle alone: the small picture says what is where.
         attention_ds=(),
+        xf_width=64,
         xf_layers=1,
+        xf_heads=2,
     )
 
 

@@ -1,6 +1,8 @@
 """What a step costs: floating-point operations, as XLA counts them."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,5 +31,21 @@ def flops_per_picture(config: RunConfig) -> float:
         position=shape((PICTURES,), jnp.int32),
     )
     gradient = jax.jit(jax.grad(objective.loss, has_aux=True))
-    lowered = gradient.lower(jax.eval_shape(objective.init, key), batch, key)
-    return lowered.cost_analysis()["flops"] / PICTURES
+    return count_flops(gradient, jax.eval_shape(objective.init, key), batch, key) / PICTURES
+
+
+def count_flops(function: Any, *arguments: Any) -> float:
+    """Multiplications and additions of a jitted function, before anything is optimised.
+
+    Counted as for a CPU, whatever the device: the compilers of GPUs do not say.
+
+    Returns:
+        nan where jax was told to know no CPU (`JAX_PLATFORMS=cuda`).
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return math.nan
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.default_device(host):
+        return function.lower(*shapes).cost_analysis()["flops"]
