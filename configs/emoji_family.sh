@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes all embedded weights again, from the drawings on: bash configs/emoji_family.sh FOLDER
 #
-# Needs `pip install '.[data,cuda]'`, a GPU, npm and apt-get. What was made before is not made again, and a
-# training that was interrupted goes on: so the same command goes on after a break.
+# Needs a GPU, `pip install '.[data,cuda]'`, npm and apt-get. What was made before is not made again,
+# and a training that was interrupted goes on: so the same command goes on after a break.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?say where to: bash configs/emoji_family.sh FOLDER}
@@ -10,11 +10,11 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
 python -m glide_jax.data.emoji64 fetch --to "$out/sources"
-for size in 64 256; do
-    data=$out/emoji$size.npz
-    [ -e "$data" ] || python -m glide_jax.data.emoji64 rasterise --sources "$out/sources" \
-        --out "$data" --size $size --vendors noto twemoji fluent-emoji-flat emojione
-done
+draw() {
+    [ -e "$1" ] || python -m glide_jax.data.emoji64 rasterise --sources "$out/sources" --out "$@"
+}
+draw "$out/emoji64.npz"
+draw "$out/emoji256.npz" --size 256 --vendors noto twemoji fluent-emoji-flat emojione
 
 # train RECIPE RUN DATA [OPTION ...]
 train() {
@@ -25,7 +25,8 @@ train emoji64.py emoji64 emoji64.npz
 train emoji_upsample256.py emoji_upsample256 emoji256.npz
 train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64"
 train emoji_clip64.py emoji_clip64 emoji64.npz
-train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz
+train emoji_clip64.py:scorer_first emoji_scorer_first emoji64.npz
+train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz --init-from "$out/emoji_scorer_first"
 
 for name in emoji64 emoji_upsample256 emoji_inpaint64 emoji_clip64 emoji_scorer64; do
     [ -e "$out/weights/$name" ] ||
