@@ -10,11 +10,12 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
 python -m glide_jax.data.emoji64 fetch --to "$out/sources"
+vendors="noto twemoji fluent-emoji-flat emojione"
 draw() {
     [ -e "$1" ] || python -m glide_jax.data.emoji64 rasterise --sources "$out/sources" --out "$@"
 }
-draw "$out/emoji64.npz"
-draw "$out/emoji256.npz" --size 256 --vendors noto twemoji fluent-emoji-flat emojione
+draw "$out/emoji64.npz" --vendors $vendors
+draw "$out/emoji256.npz" --size 256 --vendors $vendors
 
 # train RECIPE RUN DATA [OPTION ...]
 train() {
@@ -25,8 +26,7 @@ train emoji64.py emoji64 emoji64.npz
 train emoji_upsample256.py emoji_upsample256 emoji256.npz
 train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64"
 train emoji_clip64.py emoji_clip64 emoji64.npz
-train emoji_clip64.py:scorer_first emoji_scorer_first emoji64.npz
-train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz --init-from "$out/emoji_scorer_first"
+train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz
 
 for name in emoji64 emoji_upsample256 emoji_inpaint64 emoji_clip64 emoji_scorer64; do
     [ -e "$out/weights/$name" ] ||

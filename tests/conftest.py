@@ -8,6 +8,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+# Files that take minutes: begun first, so that no process is left alone with one of them at the end.
+LONG = (
+    "test_notebooks", "test_parallel", "test_train", "test_recipes", "test_readme", "test_wheel",
+    "test_kill_runs", "test_grids", "test_evaluation_sweep", "test_evaluation_ranking",
+    "test_checkpoint", "test_sample", "test_release_loops", "test_parity",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The order in which files are handed out (`--no-loadscope-reorder`)."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def full_precision():
