@@ -16,7 +16,7 @@ import tyro
 from glide_jax.errors import GlideError, UsageError, one_line_errors
 
 # Of the running mean, a log line.
-MEMORY = 0.9
+MEMORY = 0.7
 
 
 @dataclass(frozen=True)
