@@ -11,7 +11,7 @@ Hardware: one GPU; 1 GB of its memory.
 Time:     less than two minutes each on one H200 that trained other models beside them.
 Command:  python train.py --config configs/emoji_clip64.py --data.source emoji64.npz
           python train.py --config configs/emoji_clip64.py:scorer --data.source emoji64.npz
-          python sample.py "a red apple" --clip runs/emoji_clip64 --clip-scale 2 \
+          python sample.py "a red apple" --clip runs/emoji_clip64 --clip-scale 2 \\
               --guidance-scale 1 --sampler ddpm --steps 50
 """
 

@@ -9,7 +9,7 @@ Data:     2,579 pictures of emoji64 at 256x256 (`python -m glide_jax.data.emoji6
           them).
 Hardware: one GPU; 2 GB of its memory.
 Time:     3 minutes on one H200 that trained `emoji_inpaint64` beside it, at 1,200 pictures/s.
-Command:  python train.py --config configs/emoji_upsample256.py --data.source emoji256.npz \
+Command:  python train.py --config configs/emoji_upsample256.py --data.source emoji256.npz \\
               --data.workers 4
 """
 
