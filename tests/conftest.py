@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-# Files that take minutes: begun first, so that no process is left alone with one of them at the end.
+# Files that take minutes: begun first, or one process would be left alone with them at the end.
 LONG = (
     "test_notebooks", "test_parallel", "test_train", "test_recipes", "test_readme", "test_wheel",
     "test_kill_runs", "test_grids", "test_evaluation_sweep", "test_evaluation_ranking",

@@ -130,7 +130,7 @@ def upsample256_paper() -> ModelConfig:
 
 
 def emoji64() -> ModelConfig:
-    """The embedded model: the same architecture, small enough to train on two CPU cores."""
+    """The embedded model: the same architecture, small enough to draw on a laptop."""
     return ModelConfig(
         model_channels=32,
         channel_mult=(1, 1, 2, 3),
@@ -237,7 +237,7 @@ def clip64_paper() -> CLIPConfig:
 
 
 def emoji_clip64() -> CLIPConfig:
-    """The embedded noised CLIP: patches of 8x8, small enough to train on two CPU cores."""
+    """The embedded noised CLIP: patches of 8x8, small enough to train in minutes."""
     return CLIPConfig(
         patch_size=8,
         image_width=128,
