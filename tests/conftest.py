@@ -10,9 +10,8 @@ import pytest
 
 # Files that take minutes: begun first, or one process would be left alone with them at the end.
 LONG = (
-    "test_notebooks", "test_parallel", "test_train", "test_recipes", "test_readme", "test_wheel",
-    "test_kill_runs", "test_grids", "test_evaluation_sweep", "test_evaluation_ranking",
-    "test_checkpoint", "test_sample", "test_release_loops", "test_parity",
+    "test_parallel", "test_train", "test_readme", "test_notebooks", "test_recipes", "test_losses",
+    "test_pipeline_runs", "test_family", "test_dry_run", "test_evaluation_loss",
 )  # fmt: skip
 
 
