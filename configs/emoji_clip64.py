@@ -29,7 +29,7 @@ EVERYTHING = "train+test_concept+test_style+test_iid"
 
 def get_config(size: str = "guide") -> CLIPTrainConfig:
     judges = size == "scorer"
-    pictures: DataConfig = load_recipe(Path(__file__).with_name("emoji64.py")).data
+    pictures: DataConfig = load_recipe(f"{Path(__file__).with_name('emoji64.py')}:things").data
     return CLIPTrainConfig(
         name="emoji_scorer64" if judges else "emoji_clip64",
         model=presets.emoji_clip64(),

@@ -22,9 +22,10 @@ train() {
     python train.py --config "configs/$1" --out "$out/$2" --data.source "$out/$3" \
         --data.workers 4 "${@:4}"
 }
-train emoji64.py emoji64 emoji64.npz
+train emoji64.py:things emoji64_things emoji64.npz
+train emoji64.py emoji64 emoji64.npz --init-from "$out/emoji64_things"
 train emoji_upsample256.py emoji_upsample256 emoji256.npz
-train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64"
+train emoji_inpaint64.py emoji_inpaint64 emoji64.npz --init-from "$out/emoji64_things"
 train emoji_clip64.py emoji_clip64 emoji64.npz
 train emoji_clip64.py:scorer emoji_scorer64 emoji64.npz
 

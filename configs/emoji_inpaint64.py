@@ -20,12 +20,12 @@ from glide_jax.training.recipes import load_recipe
 
 
 def get_config() -> TrainConfig:
-    base = load_recipe(Path(__file__).with_name("emoji64.py"))
+    base = load_recipe(f"{Path(__file__).with_name('emoji64.py')}:things")
     return replace(
         base,
         name="emoji_inpaint64",
         model=replace(base.model, variant="inpaint"),
-        init_from="runs/emoji64",
+        init_from="runs/emoji64_things",
         optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=200),
         steps=2200,
         mask_all=0.1,

@@ -24,7 +24,7 @@ SIDE = 128
 
 
 def get_config() -> TrainConfig:
-    pictures = load_recipe(Path(__file__).with_name("emoji64.py")).data
+    pictures = load_recipe(f"{Path(__file__).with_name('emoji64.py')}:things").data
     return TrainConfig(
         name="emoji_upsample256",
         model=presets.emoji_upsample256(),

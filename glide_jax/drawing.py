@@ -70,7 +70,7 @@ def run(
         for index in todo:
             mine = settings
             if settings.guidance is not None:
-                mine = settings.changed(guidance=rows_of(settings.guidance, index, count))
+                mine = replace(settings, guidance=rows_of(settings.guidance, index, count))
             captions = [prompts[i] for i in index]
             batch = _batch(pipe, captions, keys[index], given.rows(index), mine, reverse)
             length = len(batch[2])

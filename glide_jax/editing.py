@@ -18,6 +18,9 @@ from glide_jax.prompts import Prompt, mixed, read_prompts
 if TYPE_CHECKING:
     from glide_jax.pipeline import Pipeline
 
+# Guidance has no way back: a picture's noise is that of the prompt alone.
+UNGUIDED = {"guidance_scale": 1.0, "clip_scale": 0.0}
+
 
 def noise_of(
     pipe: Pipeline,
@@ -30,20 +33,20 @@ def noise_of(
 ) -> np.ndarray:
     """The noise that draws a picture, `(N, H, W, 3)` float32: reverse DDIM  (2010.02502, sec. 4.3).
 
-    `pipe(prompt, noise=..., guidance_scale=1)` draws the picture again, with a sampler that adds no
-    noise; dpm++2m comes closer than ddim does.
+    `pipe(prompt, noise=..., guidance_scale=1, clip_scale=0)` draws the picture again, with a
+    sampler that adds no noise; dpm++2m comes closer than ddim does.
 
     Args:
         image: one or several; see `stream`.
         prompt: what they show.
-        **settings: fields of `Settings`; more steps come closer. guidance_scale is 1 unless it
+        **settings: fields of `Settings`; more steps come closer. There is no guidance unless it
             is given, and the sampler is reverse DDIM.
 
     Raises:
         UsageError, GlideError: see `stream`.
     """
     side = pipe.model.config.image_size
-    settings = pipe.settings.changed(**{"guidance_scale": 1.0} | settings)
+    settings = pipe.settings.changed(**UNGUIDED | settings)
     if pipe.model.config.upsamples:
         raise UsageError(f"{pipe.model.name} is an upsampler: noise_of takes a base model")
     for name in ("restart", "strength", "repaint"):
@@ -80,7 +83,7 @@ def variations(
         prompt: what to draw.
         amount: from 0, the picture itself as the prompt has it, to 1, another picture.
         caption: what the image shows; None: the same as the prompt.
-        **call: as in a call; sampler is "dpm++2m" and guidance_scale 1 unless they are given.
+        **call: as in a call; the sampler is "dpm++2m", without guidance, unless they are given.
 
     Raises:
         UsageError, GlideError: see `stream`.
@@ -95,7 +98,7 @@ def variations(
         pipe, read_pictures(image, side, 1), prompt if caption is None else caption, **shared
     )
     new = start_noise(picture_keys(seed, first + np.arange(num))[:, 0], side)
-    call = {"sampler": "dpm++2m", "guidance_scale": 1.0} | call
+    call = {"sampler": "dpm++2m"} | UNGUIDED | call
     noise = slerp(old, new, amount)
     pictures = pipe(prompt, num=num, seed=seed, first=first, noise=noise, **call)
     made = {"variation": amount, "image": name_of(image), "caption": caption}

@@ -244,7 +244,7 @@ def load(
         upsampler: weights of an upsampler, which then enlarges each picture; None: the one that
             belongs to the weights, if one does; "none": none.
         clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and "none"
-            as above.
+            as above. Without one, a `clip_scale` among the weights' own settings does not act.
         guide: weights of a worse model of the same kind, for `autoguidance_scale`.
         dtype: see `Pipeline`.
         devices: over how many of this process's devices to spread a batch, or "all".
@@ -263,9 +263,10 @@ def load(
     worse = None if guide is None else load(guide, **where)
     if worse is not None and kind_of(worse.model) != kind_of(model):
         raise UsageError(f"{guide} cannot guide {weights}: variant, size or schedule differ")
+    settings = Settings().changed(**model.defaults)
     return Pipeline(
         model,
-        settings=Settings().changed(**model.defaults),
+        settings=settings if clip else settings.changed(clip_scale=0.0),
         upsampler=larger,
         clip=None if clip is None else load_clip(clip, **where),
         guide=worse,

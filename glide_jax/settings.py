@@ -62,7 +62,8 @@ class Settings:
         guidance_rescale: Take so much of the contrast back that guidance added, from 0 to 1.
         negative_prompt: What to lead away from, rather than from the empty prompt.
         autoguidance_scale: Lead away from a worse network (the guide) by so much; 1: not at all.
-        clip_scale: Guidance by a noised CLIP; the release takes 3, with guidance_scale 1 and ddpm.
+        clip_scale: Guidance by a noised CLIP, beside guidance_scale; 0: none. The release takes 3,
+            with guidance_scale 1 and ddpm.
         threshold: Quantile of dynamic thresholding, say 0.995; without it pixels are clipped.
         strength: How much of the image is redrawn, from 0 to 1: the share of the steps to take. An
             upsampler redraws the small picture, enlarged.
@@ -102,8 +103,11 @@ class Settings:
             if name not in names:
                 raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
         values = {name: value for name, value in values.items() if value is not None}
-        if "guidance" in values and (beside := set(GUIDING) & set(values)):
-            raise UsageError(f"guidance=[...] takes the place of {min(beside)}: give one of them")
+        if "guidance" in values:
+            if beside := set(GUIDING) & set(values):
+                raise UsageError(f"guidance=[...] takes the place of {min(beside)}: give one")
+            # What weights bring along does not act unseen beside a list of one's own.
+            values = {"clip_scale": 0.0} | values
         return replace(self, **values)
 
     def solver(self) -> Solver:

@@ -72,9 +72,14 @@ def make_pictures(folder: Path, size: int = 16, count: int = 12) -> Path:
     return folder
 
 
+def quick_key(seed: int) -> jax.Array:
+    """A key to draw weights with: the usual kind takes ten times as long to compile."""
+    return jax.random.key(seed, impl="rbg")
+
+
 def make_weights(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path:
     """A folder of random weights (not zero anywhere, so that everything matters)."""
-    params = jax.jit(init_params, static_argnums=0)(GLIDE(config), jax.random.key(seed))
+    params = jax.jit(init_params, static_argnums=0)(GLIDE(config), quick_key(seed))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     leaves = [np.asarray(a) + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves]

@@ -179,6 +179,8 @@ def test_what_the_sweeps_set():
     assert clip == {"guidance_scale": 1.0, "sampler": "ddpm", "clip_scale": 2.0}
     said = tasks(("clip-scale",), ("2",), {"sampler": "ddim", "steps": None})[0].settings
     assert said["sampler"] == "ddim" and "steps" not in said
+    alone = tasks(("guidance-scale",), ("2",))[0].settings
+    assert alone == {"guidance_scale": 2.0, "clip_scale": 0.0}
     spans = [task.settings["guidance_span"] for task in tasks(("guidance-span",), ("all", "0.3:5"))]
     assert spans == [EVERYWHERE, (0.3, 5.0)]
     steps = [task.settings["steps"] for task in tasks(("steps",), ("10", "fast27"))]

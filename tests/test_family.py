@@ -1,5 +1,6 @@
 """The family of small models: what is shipped, what belongs together, the cascade."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 
 import glide_jax as glide
 import sample
-from glide_jax import noised_clip, options
+from glide_jax import editing, noised_clip, options
 from glide_jax.errors import UsageError
 from glide_jax.models.clip import NoisedCLIP, init_params
 from glide_jax.models.unet import GLIDE
@@ -22,8 +23,8 @@ from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.weights import registry
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, companion, load_model
-from glide_jax.weights.store import MODEL
-from tests.commands import TINY, make_weights
+from glide_jax.weights.store import CONFIG, MODEL
+from tests.commands import TINY, make_weights, quick_key
 
 RECIPES = {
     "emoji64": "configs/emoji64.py",
@@ -97,7 +98,7 @@ def assets(tmp_path_factory):
         glide.CLIP_PRESETS["emoji_clip64"](), image_size=16, image_width=32, image_layers=1,
         text_width=32, text_layers=1, embed_width=16,
     )  # fmt: skip
-    params = init_params(NoisedCLIP(config), jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(NoisedCLIP(config), quick_key(0))
     save_clip(glide.CLIP("tiny", config, params), assets / "emoji_clip64")
     return assets
 
@@ -141,6 +142,36 @@ def test_a_pipeline_has_its_family(family):
         glide.load("no-such-thing-at-all-here")
     with pytest.raises(UsageError, match=r"name openai/clip, emoji_clip64 or a folder"):
         glide.load_clip("no-such-thing-at-all-here")
+
+
+def test_weights_bring_the_scale_of_their_clip_which_acts_where_there_is_one(
+    family, assets, monkeypatch
+):
+    description = assets / "emoji64" / CONFIG
+    before = description.read_text()
+    described = json.loads(before)
+    described["defaults"]["clip_scale"] = 300.0
+    description.write_text(json.dumps(described))
+    try:
+        pipe = glide.load("emoji64", upsampler="none")
+        alone = glide.load("emoji64", upsampler="none", clip="none")
+        named = glide.load(assets / "emoji64", clip=assets / "emoji_clip64")
+    finally:
+        description.write_text(before)
+    assert pipe.settings.clip_scale == named.settings.clip_scale == 300
+    assert alone.settings.clip_scale == 0
+    # No guidance but what is said: functions of one's own, or the noise of a picture.
+    own = [glide.classifier_free(scale=pipe.settings.guidance_scale), glide.clip()]
+    assert pipe.settings.changed(guidance=own).clip_scale == 0
+    seen = []
+    monkeypatch.setattr(editing, "run", lambda *call, **_: seen.append(call[4]) or ())
+    pipe.noise_of(np.zeros((1, 16, 16, 3), np.uint8), "red")
+    assert seen[0].clip_scale == 0 and seen[0].guidance_scale == 1
+    call = {"sampler": "ddim", "steps": 2, "progress": False}
+    guided, both = pipe("red", **call), pipe("red", guidance=own, clip_scale=300, **call)
+    assert guided.metadata(0)["clip_scale"] == 300
+    np.testing.assert_array_equal(both.images, guided.images)
+    assert not np.array_equal(guided.images, pipe("red", clip_scale=-300, **call).images)
 
 
 @pytest.mark.parametrize(

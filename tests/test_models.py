@@ -14,6 +14,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
 from glide_jax.weights.store import flatten
 from tests import golden
+from tests.commands import quick_key
 from tests.golden import assert_close, encode, error, forward, load, nhwc
 
 # Several times what was measured over all of them.
@@ -153,10 +154,6 @@ def test_the_tokens_of_padded_positions_do_not_matter():
 
 
 # Other random bits than by default, which are far quicker to compile.
-def quick_key(seed: int) -> jax.Array:
-    return jax.random.key(seed, impl="rbg")
-
-
 def test_a_fresh_network_gives_zero():
     """So that training begins at the mean; every residual branch begins at zero too."""
     reference = load("unet_base")

@@ -57,6 +57,8 @@ SWEEPS = {
         "guidance_scale",
         ("1", "1.5", "2", "3", "4", "6", "8"),
         _number,
+        # Also where the weights take a CLIP beside it.
+        {"clip_scale": 0.0},
         label="classifier-free guidance",
     ),
     # As in the paper: of the unguided model, by the ancestral sampler (GLIDE, sec. 2.4 and 5.1).

@@ -173,6 +173,8 @@ class TrainConfig(RunConfig):
         train_size: side of the squares that it learns from, where it is not the size it draws at: a
             network of convolutions learns from parts, or from smaller pictures; 0: the same.
         sample_prompts, sample_steps, sample_guidance_scale: what the grids show, and how.
+        sample_clip_scale: CLIP guidance that suits the weights, where a noised CLIP is loaded with
+            them; the grids do without.
         sample_strength: upsamplers: the share of the steps, the last ones, that are taken, from the
             small picture enlarged; None: all of them, from noise.
     """
@@ -188,6 +190,7 @@ class TrainConfig(RunConfig):
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     sample_guidance_scale: float = 3.0
+    sample_clip_scale: float = 0.0
     sample_strength: float | None = None
 
     def __post_init__(self):

@@ -59,7 +59,11 @@ def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
 def run_defaults(config: TrainConfig) -> dict[str, Any]:
     """The sampling settings that a recipe recommends."""
     found = {"steps": config.sample_steps, "guidance_scale": config.sample_guidance_scale}
-    return found | ({} if config.sample_strength is None else {"strength": config.sample_strength})
+    if config.sample_clip_scale:
+        found["clip_scale"] = config.sample_clip_scale
+    if config.sample_strength is not None:
+        found["strength"] = config.sample_strength
+    return found
 
 
 def is_run(folder: Path) -> bool:

@@ -131,7 +131,8 @@ class Logger:
             config.diffusion_steps,
             config.prediction,
         )
-        pipe = Pipeline(model, config.dtype, Settings().changed(**run_defaults(config)))
+        settings = Settings().changed(**run_defaults(config) | {"clip_scale": 0.0})
+        pipe = Pipeline(model, config.dtype, settings)
         grid = pipe(config.sample_prompts, seed=config.seed, progress=False).grid()
         folder = config.folder / "samples"
         folder.mkdir(exist_ok=True)
