@@ -74,14 +74,20 @@ class CLIP:
     def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
         """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each picture to its prompt.
 
-        Of a prompt of several parts g is their sum by weight, which adds up their gradients.
+        Of a prompt of several parts g is their sum by weight, which adds up their gradients. The
+        empty caption asks for nothing: its g is 0.
         """
+
+        def encode(texts: list[str]) -> jax.Array:
+            asks = np.array([bool(text) for text in texts], np.float32)
+            return asks[:, None] * self.encode_text(texts)
+
         prompts = [read_prompt(prompt) for prompt in prompts]
         count = max(len(prompt.parts) for prompt in prompts)
         cond = 0.0
         for parts in zip(*(prompt.padded(count).parts for prompt in prompts), strict=True):
             weights = np.array([part.weight for part in parts], np.float32)
-            cond = cond + weights[:, None] * encode_parts(self.encode_text, parts)
+            cond = cond + weights[:, None] * encode_parts(encode, parts)
         return gradient(log_prob=self.network, cond=cond, scale=scale)
 
 

@@ -146,6 +146,14 @@ def spread(kind: str, step: Callable[..., Any], batch_size: int) -> Spread:
     return {"pmap": _pmap, "fsdp": _fsdp}[kind](step)
 
 
+def quickly() -> dict[str, Any] | None:
+    """`compiler_options` of what runs once.
+
+    The CPU's compiler would spend many times on drawing some hundred arrays what that takes.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 # --- pmap
 
 
@@ -177,7 +185,7 @@ def _make_replicated(devices: list[jax.Device], make: Callable[..., Any], *given
             lambda x: jnp.broadcast_to(x, (len(devices), *jnp.shape(x))), make(*given)
         )
 
-    return jax.jit(copies, out_shardings=_rows(devices))(*given)
+    return jax.jit(copies, out_shardings=_rows(devices), compiler_options=quickly())(*given)
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
@@ -260,7 +268,8 @@ def fsdp_step(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 def fsdp_make(make: Callable[..., Any], given: Any, mesh: Mesh) -> Callable[..., Any]:
     """The jitted maker of a state for `fsdp`: nothing large is ever whole on one device."""
-    return jax.jit(make, out_shardings=state_sharding(jax.eval_shape(make, *given), mesh))
+    layout = state_sharding(jax.eval_shape(make, *given), mesh)
+    return jax.jit(make, out_shardings=layout, compiler_options=quickly())
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.parallel import quickly
 from glide_jax.weights.registry import FORMAT
 from glide_jax.weights.store import flatten, save_weights
 
@@ -73,13 +74,14 @@ def make_pictures(folder: Path, size: int = 16, count: int = 12) -> Path:
 
 
 def quick_key(seed: int) -> jax.Array:
-    """A key to draw weights with: the usual kind takes ten times as long to compile."""
+    """A key to draw weights with: the usual kind takes longer to compile."""
     return jax.random.key(seed, impl="rbg")
 
 
 def make_weights(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path:
     """A folder of random weights (not zero anywhere, so that everything matters)."""
-    params = jax.jit(init_params, static_argnums=0)(GLIDE(config), quick_key(seed))
+    quick = jax.jit(init_params, static_argnums=0, compiler_options=quickly())
+    params = quick(GLIDE(config), quick_key(seed))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     leaves = [np.asarray(a) + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves]

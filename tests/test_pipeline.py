@@ -138,6 +138,9 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
         return float(clip.network(x, jnp.zeros(1), clip.encode_text(["red"]))[0])
 
     assert likeness(guided) > likeness(unguided)
+    # The empty caption asks for nothing.
+    nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]
+    assert not nothing.any() and jnp.linalg.norm(something) == pytest.approx(1, abs=1e-3)
     with pytest.raises(glide.UsageError, match="needs a noised CLIP"):
         glide.load(folders["base"])("red", clip_scale=3.0)
     with pytest.raises(glide.UsageError, match="no noised CLIP"):

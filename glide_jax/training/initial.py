@@ -10,7 +10,7 @@ import numpy as np
 from glide_jax.errors import GlideError
 from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.noised_clip import load_clip
-from glide_jax.parallel import Spread
+from glide_jax.parallel import Spread, quickly
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
 from glide_jax.training.objectives import Objective
 from glide_jax.training.state import TrainState, init_state, make_optimiser
@@ -71,7 +71,7 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> Any:
         if STEM in given:
             given[STEM] = extend_stem(given[STEM], model.config, config.model)
         if added := [p for p in wanted if p.startswith(ADDED) and p not in given]:
-            drawn = flatten(jax.jit(objective.init)(key))
+            drawn = flatten(jax.jit(objective.init, compiler_options=quickly())(key))
             given |= {path: drawn[path] for path in added}
     if wrong := differences(given, unflatten(wanted)):
         raise GlideError(
