@@ -72,6 +72,7 @@ def get_config(size: str = "hundred") -> TrainConfig:
         sample_every=1000,
         # Chosen by a sweep: docs/evaluation.md.
         sample_guidance_scale=2.0,
+        sample_clip_scale=4.0,
         sample_prompts=(
             "a red apple",
             "a penguin, Twitter flat style",
