@@ -8,7 +8,7 @@ Result:   64x64 emoji of a hundred things in 4 styles, the style chosen by the c
 Data:     324 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it), 2,579 for
           "things"; for 69 of the hundred things one or two styles are held out.
 Hardware: "things": one GPU, 5 GB of its memory; "hundred": two CPU cores, 2 GB.
-Time:     "things": 4 minutes and a half on one H200, at 11,400 pictures/s; "hundred": 75 minutes
+Time:     "things": 4 minutes and a half on one H200, at 11,400 pictures/s; "hundred": 80 minutes
           on two cores of a 2 GHz AMD EPYC, at 5.5 pictures/s.
 Command:  python train.py --config configs/emoji64.py:things --data.source emoji64.npz \\
               --data.workers 4
