@@ -51,19 +51,9 @@ def get_config(size: str = "hundred") -> TrainConfig:
             split="train+test_concept",
             concepts=concepts(size),
             styles=STYLES,
-            captions=(
-                "{caption}",
-                "{a_caption}",
-                "{caption}, {style}",
-                "{a_caption}, {style}",
-            ),
+            captions=("{caption}", "{a_caption}", "{caption}, {style}", "{a_caption}, {style}"),
         ),
-        optimiser=OptimiserConfig(
-            learning_rate=1.5e-3,
-            warmup=500,
-            beta_2=0.99,
-            ema=0.999,
-        ),
+        optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=500, beta_2=0.99, ema=0.999),
         steps=10_900,
         batch_size=256,
         # From the start, rather than in a second training: the model is too small to fine-tune.
