@@ -56,7 +56,7 @@ def get_config(size: str = "hundred") -> TrainConfig:
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=500, beta_2=0.99, ema=0.999),
         steps=10_900,
         batch_size=256,
-        # From the start, rather than in a second training: the model is too small to fine-tune.
+        # From the start, rather than in a training of its own as in the paper.
         caption_dropout=0.1,
         save_every=1000,
         sample_every=1000,

@@ -149,7 +149,7 @@ def spread(kind: str, step: Callable[..., Any], batch_size: int) -> Spread:
 def quickly() -> dict[str, Any] | None:
     """`compiler_options` of what runs once.
 
-    The CPU's compiler would spend many times on drawing some hundred arrays what that takes.
+    To compile the drawing of some hundred arrays well takes a CPU far longer than to draw them.
     """
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 

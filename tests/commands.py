@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,11 +80,15 @@ def quick_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="rbg")
 
 
+def first_weights(init: Callable[..., Any], model: Any, seed: int = 0) -> Any:
+    """First weights `init(model, key)`, quickly compiled."""
+    jitted = jax.jit(init, static_argnums=0, compiler_options=quickly())
+    return jitted(model, quick_key(seed))
+
+
 def make_weights(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path:
     """A folder of random weights (not zero anywhere, so that everything matters)."""
-    quick = jax.jit(init_params, static_argnums=0, compiler_options=quickly())
-    params = quick(GLIDE(config), quick_key(seed))
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(first_weights(init_params, GLIDE(config), seed))
     rng = np.random.default_rng(seed)
     leaves = [np.asarray(a) + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves]
     description = {

@@ -16,7 +16,7 @@ from glide_jax.tokenizers import CLIPTokenizer
 from glide_jax.weights import clip_from_released, clip_to_released
 from glide_jax.weights.released_clip import clip_abstract_params, clip_released_shapes
 from glide_jax.weights.store import flatten
-from tests.commands import quick_key
+from tests.commands import first_weights
 from tests.golden import FOLDER, assert_close, error, load, nhwc
 
 SIDES = ("image", "text")
@@ -182,7 +182,7 @@ def test_a_fresh_model_can_learn(n_timestep):
     sizes = replace(config(), n_timestep=n_timestep, image_layers=1, text_layers=1)
     model = NoisedCLIP(replace(sizes, learn_logit_scale=True, logit_scale=1 / 0.07))
     # One compiled program is faster than many operations.
-    fresh = jax.jit(partial(init_params, model))(quick_key(0))
+    fresh = first_weights(init_params, model)
     noise = np.random.default_rng(0).standard_normal(x.shape, np.float32)
 
     @jax.jit

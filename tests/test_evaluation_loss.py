@@ -31,7 +31,7 @@ from glide_jax.pipeline import load
 from glide_jax.training.objectives import draw, make_objective, make_tokenizer, to_range
 from glide_jax.training.validation import Validation
 from glide_jax.weights.registry import Model, load_model
-from tests.commands import TINY, make_weights, quick_key
+from tests.commands import TINY, first_weights, make_weights
 from tests.judged import SIZE, make_npz, recipe
 
 SMALL = replace(TINY, image_size=SIZE)
@@ -70,7 +70,7 @@ def test_what_a_network_predicts_becomes_the_noise(prediction):
 
 def test_a_network_that_predicts_nothing(config):
     """v = 0 means the noise `sigma x_t`: the loss is known from the draws alone."""
-    params = jax.jit(init_params, static_argnums=0)(GLIDE(SMALL), quick_key(0))
+    params = first_weights(init_params, GLIDE(SMALL))
     assert not params["unet"]["head"]["kernel"].any()
     model = Model("nothing", SMALL, params, prediction="v")
     found = noise_loss(model, config, "test_style", pictures=24, batch_size=12)
@@ -171,7 +171,7 @@ def test_ranking_and_sweep_of_real_networks(config, tmp_path):
     )  # fmt: skip
     for seed, name in enumerate(("guide", "judge")):
         clip = NoisedCLIP(sizes)
-        params = jax.jit(init_params_clip, static_argnums=0)(clip, quick_key(seed))
+        params = first_weights(init_params_clip, clip, seed)
         save_clip(CLIP(name, sizes, params), tmp_path / name)
     pipe = load(make_weights(tmp_path / "weights", SMALL), clip=tmp_path / "guide")
     scorer = open_scorer(tmp_path / "judge", guide=pipe.clip)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +22,7 @@ from glide_jax.evaluation.ranking import asked, rank, report
 from glide_jax.evaluation.sheets import RIGHT, WRONG, Tile, contact_sheet
 from glide_jax.models.clip import NoisedCLIP, init_params
 from glide_jax.noised_clip import save_clip
-from tests.commands import one_line, quick_key, run
+from tests.commands import first_weights, one_line, run
 from tests.judged import CONCEPTS, STYLES, Judge, Painted, make_npz, recipe
 
 # As many as the recipe that ships has.
@@ -192,9 +191,7 @@ def clip(request):
         text_width=32, text_layers=1, head_size=16, embed_width=16, n_vocab=49408,
         n_timestep=request.param, logit_scale=20.0,
     )  # fmt: skip
-    return glide.CLIP(
-        "tiny", config, jax.jit(init_params, static_argnums=0)(NoisedCLIP(config), quick_key(1))
-    )
+    return glide.CLIP("tiny", config, first_weights(init_params, NoisedCLIP(config), 1))
 
 
 def test_the_scorer_encodes_clean_pictures(clip):

@@ -24,7 +24,7 @@ from glide_jax.training.recipes import load_recipe
 from glide_jax.weights import registry
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, companion, load_model
 from glide_jax.weights.store import CONFIG, MODEL
-from tests.commands import TINY, make_weights, quick_key
+from tests.commands import TINY, first_weights, make_weights
 
 RECIPES = {
     "emoji64": "configs/emoji64.py",
@@ -98,7 +98,7 @@ def assets(tmp_path_factory):
         glide.CLIP_PRESETS["emoji_clip64"](), image_size=16, image_width=32, image_layers=1,
         text_width=32, text_layers=1, embed_width=16,
     )  # fmt: skip
-    params = jax.jit(init_params, static_argnums=0)(NoisedCLIP(config), quick_key(0))
+    params = first_weights(init_params, NoisedCLIP(config))
     save_clip(glide.CLIP("tiny", config, params), assets / "emoji_clip64")
     return assets
 

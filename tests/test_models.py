@@ -14,7 +14,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
 from glide_jax.weights.store import flatten
 from tests import golden
-from tests.commands import quick_key
+from tests.commands import first_weights, quick_key
 from tests.golden import assert_close, encode, error, forward, load, nhwc
 
 # Several times what was measured over all of them.
@@ -153,11 +153,10 @@ def test_the_tokens_of_padded_positions_do_not_matter():
     assert error(other.sequence, text.sequence) == error(other.pooled, text.pooled) == 0
 
 
-# Other random bits than by default, which are far quicker to compile.
 def test_a_fresh_network_gives_zero():
     """So that training begins at the mean; every residual branch begins at zero too."""
     reference = load("unet_base")
-    params = jax.jit(partial(init_params, golden.model("base")))(quick_key(0))
+    params = first_weights(init_params, golden.model("base"))
     for path, leaf in flatten(params).items():
         begins_at_zero = path.endswith("/bias") or path.endswith(
             ("conv_2/kernel", "attn/proj/kernel", "unet/head/kernel")

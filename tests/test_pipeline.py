@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
 from glide_jax.noised_clip import save_clip
 from glide_jax.pictures import read_hole, read_pictures
-from tests.commands import TINY, make_weights, quick_key
+from tests.commands import TINY, first_weights, make_weights
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
         config, image_size=16, image_width=32, image_layers=1, text_width=32, text_layers=1,
         head_size=16, embed_width=16, n_vocab=49408,
     )  # fmt: skip
-    params = jax.jit(init_params, static_argnums=0)(NoisedCLIP(small), quick_key(0))
+    params = first_weights(init_params, NoisedCLIP(small))
     save_clip(glide.CLIP("tiny", small, params), tmp_path / "clip")
     pipe = glide.load(folders["base"], clip=tmp_path / "clip")
     settings = {"sampler": "ddpm", "steps": 3, "progress": False}
