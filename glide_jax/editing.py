@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 UNGUIDED = {"guidance_scale": 1.0, "clip_scale": 0.0}
 
 
+def _unguided(given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, without the guidance of the model's own settings."""
+    return given if given.get("guidance") is not None else UNGUIDED | given
+
+
 def noise_of(
     pipe: Pipeline,
     image: Any,
@@ -46,7 +51,7 @@ def noise_of(
         UsageError, GlideError: see `stream`.
     """
     side = pipe.model.config.image_size
-    settings = pipe.settings.changed(**UNGUIDED | settings)
+    settings = pipe.settings.changed(**_unguided(settings))
     if pipe.model.config.upsamples:
         raise UsageError(f"{pipe.model.name} is an upsampler: noise_of takes a base model")
     for name in ("restart", "strength", "repaint"):
@@ -98,7 +103,7 @@ def variations(
         pipe, read_pictures(image, side, 1), prompt if caption is None else caption, **shared
     )
     new = start_noise(picture_keys(seed, first + np.arange(num))[:, 0], side)
-    call = {"sampler": "dpm++2m"} | UNGUIDED | call
+    call = {"sampler": "dpm++2m"} | _unguided(call)
     noise = slerp(old, new, amount)
     pictures = pipe(prompt, num=num, seed=seed, first=first, noise=noise, **call)
     made = {"variation": amount, "image": name_of(image), "caption": caption}

@@ -184,6 +184,20 @@ def test_variations_lead_from_the_picture_to_any_other(pipe, photo):
     assert four.metadata(2)["variation"] == 0.3 and four.metadata(2)["first"] == 2
 
 
+def test_a_list_of_guidances_is_taken_on_the_way_there_and_back(pipe, photo):
+    plain, strong = ([glide.classifier_free(scale=scale)] for scale in (1, 3))
+    for how in (pipe.noise_of, pipe.variations):
+        usual, given, other = (
+            np.float32(getattr(found, "images", found))
+            for found in (
+                how(photo, "red", progress=True),
+                how(photo, "red", guidance=plain, progress=True),
+                how(photo, "red", guidance=strong, progress=True),
+            )
+        )
+        assert np.allclose(usual, given, atol=1e-4) and np.abs(usual - other).max() > 0.1
+
+
 def test_a_picture_is_drawn_as_another_caption_has_it(pipe, photo):
     """Same noise, another caption: the colour changes, the pattern stays."""
     found = pipe.variations(photo, "blue", caption="red", amount=0, steps=80)
