@@ -50,7 +50,6 @@ def get_config(size: str = "hundred") -> TrainConfig:
             # "red apple" lies in test_concept, whose concepts this small model is not tested on.
             split="train+test_concept",
             concepts=concepts(size),
-            styles=STYLES,
             captions=("{caption}", "{a_caption}", "{caption}, {style}", "{a_caption}, {style}"),
         ),
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=500, beta_2=0.99, ema=0.999),
@@ -78,6 +77,7 @@ def get_config(size: str = "hundred") -> TrainConfig:
         config,
         name="emoji64",
         init_from="runs/emoji64_things",
+        data=replace(config.data, styles=STYLES),
         # A CPU has time for few pictures: better many small steps than few exact ones.
         optimiser=replace(config.optimiser, learning_rate=5e-4, warmup=100, decay="cosine"),
         steps=6800,

@@ -21,11 +21,13 @@ from glide_jax.training.recipes import load_recipe
 
 def get_config() -> TrainConfig:
     base = load_recipe(f"{Path(__file__).with_name('emoji64.py')}:things")
+    styles = load_recipe(str(Path(__file__).with_name("emoji64.py"))).data.styles
     return replace(
         base,
         name="emoji_inpaint64",
         model=replace(base.model, variant="inpaint"),
         init_from="runs/emoji64_things",
+        data=replace(base.data, styles=styles),
         optimiser=replace(base.optimiser, learning_rate=1e-3, warmup=200),
         steps=2200,
         mask_all=0.1,

@@ -25,12 +25,15 @@ SIDE = 128
 
 def get_config() -> TrainConfig:
     pictures = load_recipe(f"{Path(__file__).with_name('emoji64.py')}:things").data
+    styles = load_recipe(str(Path(__file__).with_name("emoji64.py"))).data.styles
     return TrainConfig(
         name="emoji_upsample256",
         model=presets.emoji_upsample256(),
         train_size=SIDE,
         prediction="v",
-        data=replace(pictures, source="emoji256", crop="random", min_crop=SIDE / 256),
+        data=replace(
+            pictures, source="emoji256", styles=styles, crop="random", min_crop=SIDE / 256
+        ),
         optimiser=OptimiserConfig(
             learning_rate=1e-3,
             warmup=500,

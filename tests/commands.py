@@ -16,6 +16,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.parallel import quickly
 from glide_jax.weights.registry import FORMAT
 from glide_jax.weights.store import flatten, save_weights
+from tests.quick import QUICK
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "tests" / "fixtures" / "tiny_recipe.py"
@@ -36,7 +37,7 @@ TINY = ModelConfig(
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment of a command on the CPU, as if it had so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}" if devices > 1 else QUICK
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 

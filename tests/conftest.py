@@ -2,8 +2,11 @@
 
 import os
 
+from tests.quick import QUICK
+
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 import jax
 import pytest

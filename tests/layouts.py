@@ -43,8 +43,6 @@ from glide_jax.training.step import train_step
 from tests.commands import RECIPE
 from train import train
 
-# Halves what XLA takes to compile; the results are as good.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CLIP = CLIPConfig(
     image_size=16,
     image_width=32,

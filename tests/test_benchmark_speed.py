@@ -64,11 +64,7 @@ def test_random_weights_keep_the_scale():
 
 @pytest.fixture(scope="module")
 def forward():
-    with pytest.MonkeyPatch.context() as patch:
-        # The compiler is not what is measured here.
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-        patch.setenv("XLA_FLAGS", flags)
-        return measured(Part("glide-jax", "forward", "base", "float32", 2), SMALL)
+    return measured(Part("glide-jax", "forward", "base", "float32", 2), SMALL)
 
 
 def test_a_measurement_is_whole(forward):

@@ -11,7 +11,14 @@ import pytest
 
 from glide_jax.data.config import DataConfig
 from glide_jax.data.images import Encoded
-from glide_jax.data.pipeline import make_batches, shuffled, to_batch, with_article
+from glide_jax.data.pipeline import (
+    groups_of,
+    make_batches,
+    shuffled,
+    shuffled_groups,
+    to_batch,
+    with_article,
+)
 from glide_jax.data.records import Source
 from glide_jax.data.sources import open_source
 from glide_jax.errors import GlideError, UsageError
@@ -74,6 +81,37 @@ def test_a_pass_is_a_permutation_of_few_records_and_of_many(count):
     few = range(min(count, 99))
     assert [shuffled(count + i, count, 5) for i in few] != one[: len(few)]
     assert [shuffled(i, count, 6) for i in few] != one[: len(few)]
+
+
+def test_groups_stay_together_and_every_pass_is_another_order():
+    names = ["cat", "dog", "cat", "owl", "dog", "cat", "hen"]
+    source = Source([{"image": np.zeros((8, 8, 3), np.uint8), "caption": n} for n in names])
+    groups = groups_of(source, "caption")
+    passes = [[shuffled_groups(7 * p + i, groups, 5) for i in range(7)] for p in range(20)]
+    for order in passes:
+        assert sorted(order) == list(range(7))
+        runs = [name for name, _ in itertools.groupby(order, key=names.__getitem__)]
+        assert sorted(runs) == ["cat", "dog", "hen", "owl"]
+    # Of the groups, and of the records of one.
+    assert len({tuple(names[i] for i in order) for order in passes}) > 5
+    assert len({tuple(i for i in order if names[i] == "cat") for order in passes}) > 3
+    assert passes[0] != [shuffled_groups(i, groups, 6) for i in range(7)]
+
+
+def test_batches_hold_groups_whole_and_resume():
+    config = DataConfig(source=MINI, captions=("{concept}",), group_by="concept")
+    one, two = batches(config, batch_size=12), batches(config, batch_size=12)
+    made = first(one, 3)
+    found = [caption for arrays in made for caption in captions(arrays)]
+    runs = [name for name, _ in itertools.groupby(found)]
+    assert len(runs) == len(set(found)) < len(found) / 2
+    two.set_state({"place": 12})
+    assert same(made[1:], first(two, 2))
+
+
+def test_a_field_to_group_by_that_is_not_there_is_said():
+    with pytest.raises(UsageError, match="record 0 of .* has no text field 'colour'"):
+        batches(DataConfig(source=MINI, group_by="colour"))
 
 
 def test_another_seed_is_another_order_and_a_negative_one_is_a_seed_too():

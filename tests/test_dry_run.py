@@ -21,7 +21,6 @@ from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
 from tests.commands import RECIPE, ROOT, environment, one_line, run
-from tests.layouts import QUICK
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs pip install '.[tpu]'"
@@ -219,11 +218,9 @@ def test_a_batch_that_does_not_divide_is_told_the_next_that_does():
 
 def test_sharding_over_devices_divides_the_state():
     """Told by the command line, in a process that has four."""
-    variables = environment(devices=4)
-    variables["XLA_FLAGS"] += f" {QUICK}"
     result = subprocess.run(
         [sys.executable, "train.py", "--config", RECIPE, "--dry-run", "cpu", "--spread", "fsdp"],
-        cwd=ROOT, env=variables, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment(devices=4), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "fsdp over 4 devices" in result.stdout

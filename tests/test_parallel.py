@@ -18,20 +18,17 @@ from glide_jax.training.export import export, restore_run
 from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from tests.commands import ROOT, environment, make_pictures, one_line, run
-from tests.layouts import QUICK
 
 AGREE = 1e-5
 
 
 def start(pictures, runs, report, jobs, *, devices=1, peers=()):
     """Starts `tests.layouts` over so many devices a process."""
-    variables = environment(devices)
-    variables["XLA_FLAGS"] += f" {QUICK}"
     command = [sys.executable, "-m", "tests.layouts", pictures, runs, report, *jobs, *peers]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
-        env=variables,
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

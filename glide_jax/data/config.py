@@ -31,6 +31,9 @@ class DataConfig:
         min_crop: least side of a random square, as a share of the picture's shorter side (0.8
             in the code of ADM, 2105.05233).
         flip: mirror half of the pictures (captions may name sides: off).
+        group_by: a text field, such as "concept": in each pass, records that have it alike come one
+            after the other. So a batch of a CLIP has pictures that only the rest of their captions
+            tells apart. Empty: none; every record's texts are read once at the start.
         workers: worker processes that read and decode; 0: a thread of this process.
         threads: batches that a process makes at the same time; more than 1 where reading waits
             for a network.
@@ -49,6 +52,7 @@ class DataConfig:
     crop: str = "centre"
     min_crop: float = 0.8
     flip: bool = False
+    group_by: str = ""
     workers: int = 0
     threads: int = 1
     prefetch: int = 2

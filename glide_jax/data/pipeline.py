@@ -1,6 +1,7 @@
 """From records to batches, through grain: shuffled, resumable, the same on every machine.
 
-A run's *order* is an endless list of record numbers, one shuffled pass after the other. The record
+A run's *order* is an endless list of record numbers, one shuffled pass after the other (with
+`group_by`, the groups are shuffled, and the records within each). The record
 at place k of it is drawn with a random generator of its own, made of the run's seed and k: which
 caption, which crop, and, where the record is broken, which other record instead. So place k holds
 the same picture and tokens whatever the number of processes, workers and threads is, and whether
@@ -56,6 +57,39 @@ def _permutation(count: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng((seed % 2**32, number, 0)).permutation(count)
 
 
+def shuffled_groups(place: int, groups: bytes, seed: int) -> int:
+    """The same where the records of a group stay together; `groups` as `groups_of` makes them."""
+    number, i = divmod(place, len(groups) // 4)
+    return int(_group_permutation(groups, seed, number)[i])
+
+
+@lru_cache(maxsize=4)
+def _group_permutation(groups: bytes, seed: int, number: int) -> np.ndarray:
+    ids = np.frombuffer(groups, np.int32)
+    rng = np.random.default_rng((seed % 2**32, number, 2))
+    # By the random number of the group, then by one of the record.
+    return np.lexsort((rng.random(len(ids)), rng.permutation(ids.max() + 1)[ids]))
+
+
+def groups_of(source: Source, field: str) -> bytes:
+    """The number of each record's group, those whose field is alike: N int32, as bytes, which a
+    cache can know by their hash.
+
+    Raises:
+        UsageError: a record has no such field.
+    """
+    values = []
+    for number in range(len(source)):
+        try:
+            value = source.records[number].get(field)
+        except BrokenRecord:
+            value = ""  # replaced when its turn comes
+        if not isinstance(value, str):
+            raise UsageError(f"group_by: record {number} of {source} has no text field {field!r}")
+        values.append(value)
+    return np.unique(values, return_inverse=True)[1].astype(np.int32).tobytes()
+
+
 @dataclass(frozen=True)
 class Prepare:
     """Makes a record ready: `prepare(k)` is what stands at place k of the run's order.
@@ -63,6 +97,7 @@ class Prepare:
     Attributes:
         tokenizer: texts -> `Tokens` or `CLIPTokens`.
         size: of the picture's side.
+        groups: of `groups_of`; empty: no groups.
     """
 
     source: Source
@@ -70,6 +105,7 @@ class Prepare:
     tokenizer: Callable[[str], Tokens | CLIPTokens]
     size: int
     seed: int
+    groups: bytes = b""
 
     def __call__(self, place: int) -> tuple[dict[str, np.ndarray], list[str]]:
         """image `(size, size, 3)` uint8, tokens `(L,)` int32 and mask `(L,)` bool; and what was
@@ -79,7 +115,11 @@ class Prepare:
             GlideError: too many records in a row are broken.
         """
         rng = np.random.default_rng((self.seed % 2**32, place, 1))
-        number, broken = shuffled(place, len(self.source), self.seed), []
+        if self.groups:
+            number = shuffled_groups(place, self.groups, self.seed)
+        else:
+            number = shuffled(place, len(self.source), self.seed)
+        broken: list[str] = []
         while len(broken) < _TRIES:
             try:
                 return self._record(number, rng), broken
@@ -287,7 +327,8 @@ def make_batches(
         whole batch; and `skipped`, how many broken records were met on the way.
 
     Raises:
-        UsageError: the batch cannot be shared out, or a caption template cannot be filled.
+        UsageError: the batch cannot be shared out, a caption template cannot be filled, or there is
+            no field to group by.
     """
     if not len(source):
         raise UsageError(f"there is nothing in {source}")
@@ -295,7 +336,9 @@ def make_batches(
     if not 0 <= index < count or batch_size < 1 or batch_size % count:
         raise UsageError(f"process {index} of {count} has no even share of a batch of {batch_size}")
     _check_templates(source, config.captions)
-    return Batches(Prepare(source, config, tokenizer, size, seed), config, batch_size, process)
+    groups = groups_of(source, config.group_by) if config.group_by else b""
+    prepare = Prepare(source, config, tokenizer, size, seed, groups)
+    return Batches(prepare, config, batch_size, process)
 
 
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
