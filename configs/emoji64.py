@@ -57,7 +57,7 @@ def get_config(size: str = "hundred") -> TrainConfig:
         save_every=1000,
         sample_every=1000,
         # Chosen by a sweep: docs/evaluation.md.
-        sample_guidance_scale=2.0,
+        sample_guidance_scale=1.5,
         sample_clip_scale=4.0,
         sample_prompts=(
             "a red apple",
