@@ -236,9 +236,7 @@ def contrastive_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Symmetric cross entropy of noised pictures against captions  (CLIP, fig. 3; GLIDE, sec. 4.4).
 
-    Each picture is compared with the captions of the whole batch, over all devices. Where captions
-    are equal, each is right for the pictures of all of them, in equal shares; with none equal this
-    is CLIP's loss  (as UniCL, 2204.03610, eq. 3).
+    Each picture is compared with the captions of the whole batch, over all devices.
 
     Args:
         batch: `mask` is True where `tokens` are the caption, start and end token included.
@@ -253,22 +251,19 @@ def contrastive_loss(
         model.apply(variables, batch.tokens, lengths, method=NoisedCLIP.text_features).raw
     )
     scale = model.apply(variables, method=NoisedCLIP.scale)
-    caption = jnp.where(batch.mask, batch.tokens, -1)
-    every_image, every_text, every_caption = image, text, caption
+    every_image, every_text, first = image, text, 0
     if axis is not None:
-        every_image, every_text, every_caption = (
-            jax.lax.all_gather(z, axis, tiled=True) for z in (image, text, caption)
-        )
-    right = (caption[:, None] == every_caption).all(axis=-1).astype(jnp.float32)
-    share = right / right.sum(axis=1, keepdims=True)
+        every_image, every_text = (jax.lax.all_gather(z, axis, tiled=True) for z in (image, text))
+        first = jax.lax.axis_index(axis) * len(image)
+    own = first + jnp.arange(len(image))
     highest = jax.lax.Precision.HIGHEST
     by_image = scale * jnp.matmul(image, every_text.T, precision=highest)
     by_text = scale * jnp.matmul(text, every_image.T, precision=highest)
 
     def cross_entropy(logits: jax.Array) -> jax.Array:
-        return -(share * jax.nn.log_softmax(logits)).sum(axis=1)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), own[:, None], axis=1)[:, 0]
 
     loss = (cross_entropy(by_image) + cross_entropy(by_text)) / 2
-    best = jnp.take_along_axis(right, by_image.argmax(axis=1)[:, None], axis=1)
-    metrics = {"loss": loss.mean(), "accuracy": best.mean(), "scale": scale}
+    right = (by_image.argmax(axis=1) == own).astype(jnp.float32)
+    metrics = {"loss": loss.mean(), "accuracy": right.mean(), "scale": scale}
     return metrics["loss"], metrics | by_quartile(loss, drawn.t, len(tables.alpha))
