@@ -280,6 +280,16 @@ def test_the_contrastive_loss_is_the_cross_entropy_both_ways(clip):
     assert float(metrics["scale"]) == pytest.approx(5)
 
 
+def test_equal_captions_are_all_right(clip):
+    objective, params = clip
+    batch = make_batch(size=8)
+    batch = batch._replace(
+        tokens=np.repeat(batch.tokens[:1], 8, 0), mask=np.repeat(batch.mask[:1], 8, 0)
+    )
+    _, metrics = objective.loss(params, batch, KEY)
+    assert float(metrics["accuracy"]) == 1
+
+
 def test_captions_of_all_devices_are_compared(clip):
     """Four devices with two pairs each: the loss and the gradient of the whole batch of eight."""
     objective, params = clip

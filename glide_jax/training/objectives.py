@@ -260,10 +260,11 @@ def contrastive_loss(
     by_image = scale * jnp.matmul(image, every_text.T, precision=highest)
     by_text = scale * jnp.matmul(text, every_image.T, precision=highest)
 
-    def cross_entropy(logits: jax.Array) -> jax.Array:
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), own[:, None], axis=1)[:, 0]
+    def of_own(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, own[:, None], axis=1)[:, 0]
 
-    loss = (cross_entropy(by_image) + cross_entropy(by_text)) / 2
-    right = (by_image.argmax(axis=1) == own).astype(jnp.float32)
+    loss = -(of_own(jax.nn.log_softmax(by_image)) + of_own(jax.nn.log_softmax(by_text))) / 2
+    # Equal captions share the first place: whichever of them is a picture's own is right.
+    right = (of_own(by_image) == by_image.max(axis=1)).astype(jnp.float32)
     metrics = {"loss": loss.mean(), "accuracy": right.mean(), "scale": scale}
     return metrics["loss"], metrics | by_quartile(loss, drawn.t, len(tables.alpha))
