@@ -5,11 +5,11 @@ Size "hundred", the one that ships and is meant where no size is said, goes on f
 hundred of them in four styles, in small steps, on a CPU.
 
 Result:   64x64 emoji of a hundred things in 4 styles, the style chosen by the caption.
-Data:     324 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it), 4,909 for
-          "things"; for 69 of the hundred things one or two styles are held out.
+Data:     324 pictures of emoji64 (docs/data.md says how to make it), 4,909 for "things"; for 69 of
+          the hundred things one or two styles are held out.
 Hardware: "things": one GPU, 5 GB of its memory; "hundred": one CPU core, 2 GB.
-Time:     "things": nine minutes on one H200, at 11,400 pictures/s; "hundred": 70 minutes on a core
-          of a 2 GHz AMD EPYC, at 3.3 pictures/s.
+Time:     "things": nine minutes on one H200, reckoned from 11,400 pictures/s; "hundred": 70
+          minutes on a core of a 2 GHz AMD EPYC, at 3.3 pictures/s.
 Command:  python train.py --config configs/emoji64.py:things --data.source emoji64.npz \\
               --data.workers 4
           python train.py --config configs/emoji64.py --data.source emoji64.npz

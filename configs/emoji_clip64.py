@@ -10,8 +10,8 @@ learn from more things and styles than the model draws, turned to either side an
 all styles of a thing in one batch, where nothing but the style tells them apart.
 
 Result:   docs/model_card.md says what they see in pictures that are new to them.
-Data:     8,195 and 9,051 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it):
-          1,326 things in eleven styles.
+Data:     8,195 and 9,051 pictures of emoji64 (docs/data.md says how to make it): 1,326 things in
+          eleven styles.
 Hardware: one GPU; 2 GB of its memory.
 Time:     four minutes each on one H200 that trained other models beside them.
 Command:  python train.py --config configs/emoji_clip64.py --data.source emoji64.npz \\

@@ -1,10 +1,10 @@
 """emoji_inpaint64: the embedded model, made to fill holes  (GLIDE, sec. 4.3).
 
-`emoji64` goes on with four more input channels, the picture with random regions erased and the mask
-of what is left, whose weights begin at zero.
+Size "things" of `emoji64` goes on with four more input channels, the picture with random regions
+erased and the mask of what is left, whose weights begin at zero.
 
 Result:   fills a hole with what the caption says, and goes on with what is around it.
-Data:     2,579 pictures of emoji64 (`python -m glide_jax.data.emoji64 --help` makes it).
+Data:     2,579 pictures of emoji64 (docs/data.md says how to make it).
 Hardware: one GPU; 5 GB of its memory.
 Time:     2 minutes and a half on one H200 that trained the upsampler beside it, at 5,200
           pictures/s.

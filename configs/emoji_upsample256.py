@@ -5,8 +5,7 @@ scale, and the network is convolutional: so it learns from squares of 128x128, o
 the whole picture down to a quarter of it.
 
 Result:   smooth edges of 256x256 where the small picture has steps: docs/model_card.md.
-Data:     2,579 pictures of emoji64 at 256x256 (`python -m glide_jax.data.emoji64 --help` makes
-          them).
+Data:     2,579 pictures of emoji64 at 256x256 (docs/data.md says how to make them).
 Hardware: one GPU; 2 GB of its memory.
 Time:     3 minutes on one H200 that trained `emoji_inpaint64` beside it, at 1,200 pictures/s.
 Command:  python train.py --config configs/emoji_upsample256.py --data.source emoji256.npz \\

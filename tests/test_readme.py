@@ -1,8 +1,11 @@
 """The README's Python runs as written, and its files and commands exist."""
 
 import re
+import shlex
 
-from tests.commands import ROOT, run
+from glide_jax.data.sources import open_source
+from glide_jax.training.command_line import parse_recipe
+from tests.commands import ROOT, make_pictures, run
 
 README = (ROOT / "README.md").read_text()
 # In the test as few as will do: more would only draw for longer.
@@ -37,3 +40,13 @@ def test_every_option_it_names_exists():
     lines = [line for line in shell.splitlines() if line.startswith("python sample.py")]
     options = {o for line in lines for o in re.findall(r" (--[\w-]+)", line)}
     assert options and all(option in sample for option in options), options
+
+
+def test_its_training_on_ones_own_pictures_reads_them(tmp_path):
+    shell = "\n".join(blocks("sh")).replace("\\\n", " ")
+    (line,) = (line for line in shell.splitlines() if "--data.source pictures" in line)
+    folder = make_pictures(tmp_path / "pictures")
+    line = line.replace("configs/", f"{ROOT}/configs/").replace(" pictures", f" {folder}")
+    config, _ = parse_recipe(shlex.split(line)[2:], "")
+    assert "caption" in open_source(config.data)[0]
+    assert config.data.captions == ("{caption}",)

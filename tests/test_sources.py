@@ -56,6 +56,28 @@ def test_an_address_whose_package_is_missing_names_it(monkeypatch):
         open_source(DataConfig(source="gcs://bucket/pictures"))
 
 
+@pytest.mark.parametrize("size", [64, 256])
+def test_scenes_by_name(size):
+    train, test = (
+        open_source(DataConfig(source=f"scenes{size}", split=split)) for split in ("train", "test")
+    )
+    assert train[3]["image"].shape == (size, size, 3) and "background" in train[3]["caption"]
+    assert train[3]["caption"] != test[3]["caption"]
+    assert len(train) == 1_000_000 and train.fingerprint != test.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"split": "train+test_concept"}, "add --data.split train"),
+        ({"styles": ("flat",)}, "neither concepts nor styles"),
+    ],
+)
+def test_scenes_have_no_other_parts(options, says):
+    with pytest.raises(UsageError, match=says):
+        open_source(DataConfig(source="scenes64", **options))
+
+
 def test_concepts_and_styles_select_records():
     config = DataConfig(source=MINI, concepts=("rocket", "penguin"), styles=("Google Noto style",))
     source = open_source(config)

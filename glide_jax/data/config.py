@@ -14,10 +14,10 @@ class DataConfig:
     Attributes:
         source: an .npz file; a folder of pictures with captions (`cat.png` and `cat.txt`, or a
             metadata file); tar shards (`shards/{000..099}.tar`, `shards/*.tar`, or their folder); a
-            prepared tensorflow-datasets folder, or the name of one in `data_dir`. Folders and
-            shards may lie at a `gs://` address.
-        split: of the source, where it has any: `test` of an .npz file, `train[:90%]` of
-            tensorflow-datasets, or the folder of that name in a folder.
+            prepared tensorflow-datasets folder, or the name of one in `data_dir`; `scenes64` or
+            `scenes256`, procedural scenes. Folders and shards may lie at a `gs://` address.
+        split: of the source, where it has any: `train+test_concept` of an .npz file, `train[:90%]`
+            of tensorflow-datasets, or the folder of that name in a folder.
         data_dir: where named data sets lie.
         captions: templates, one drawn at random each time a record is seen; `{caption}` and any
             other text field of the record, `{a_caption}` for the caption with "a" or "an".

@@ -7,13 +7,18 @@ from glide_jax.data.config import DataConfig
 from glide_jax.data.emoji64 import load_npz
 from glide_jax.data.folder import open_folder
 from glide_jax.data.records import Source, digest
+from glide_jax.data.scenes import SPLITS, ScenesSource
 from glide_jax.data.tfds import newest_version, open_tfds
 from glide_jax.data.webdataset import open_webdataset
 from glide_jax.errors import UsageError
 
+# Procedural scenes by name, and the side of their pictures; so many are in a pass.
+SCENES = {"scenes64": 64, "scenes256": 256}
+SCENES_A_PASS = 1_000_000
+
 
 def open_source(config: DataConfig) -> Source:
-    """What `config.source` names: an .npz file, a folder, tar shards, or a prepared data set.
+    """What `config.source` names: an .npz file, a folder, tar shards, a prepared data set, scenes.
 
     Raises:
         UsageError: nothing is named, or nothing is there; the message says how to get one.
@@ -25,6 +30,8 @@ def open_source(config: DataConfig) -> Source:
             "in a .txt file beside it), tar shards, an .npz file, or a prepared tensorflow-datasets"
             " folder"
         )
+    if config.source in SCENES:
+        return _scenes(SCENES[config.source], config)
     name = files.expand(config.source)
     if name.endswith(".npz"):
         return _npz(name, config)
@@ -68,6 +75,20 @@ def _npz(path: str, config: DataConfig) -> Source:
         caption=config.caption_field or "caption",
     )
     return Source(pictures, pictures.label, digest([pictures.indices.tobytes()]))
+
+
+def _scenes(size: int, config: DataConfig) -> Source:
+    if config.split not in SPLITS:
+        raise UsageError(
+            f"scenes have the splits {' and '.join(SPLITS)}, not {config.split!r}: "
+            "add --data.split train"
+        )
+    if config.concepts or config.styles:
+        raise UsageError(
+            "scenes have neither concepts nor styles: add --data.concepts --data.styles, both empty"
+        )
+    scenes = ScenesSource(SCENES_A_PASS, size, config.split)
+    return Source(scenes, f"{config.source}, {config.split}", digest([scenes.fingerprint]))
 
 
 def _missing(name: str, last: str) -> str:
