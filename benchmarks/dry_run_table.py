@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from glide_jax.dry_run import Needs, fitting, gib, guessed_seconds, measure, minutes, step_seconds
-from glide_jax.errors import GlideError
+from glide_jax.errors import GlideError, UsageError, one_line_errors
 from glide_jax.hardware import Slice, parse_slice
 from glide_jax.training.recipes import load_recipe
 
@@ -165,17 +165,30 @@ def main() -> None:
     if options.cell:
         print(json.dumps(fill(*options.cell)))
         return
-    options.folder.mkdir(parents=True, exist_ok=True)
-    tables = []
-    for slice_name in SLICES:
-        chips = parse_slice(slice_name)
-        tables.append(table(chips, [row(r, chips, kept(r, slice_name, options)) for r in RECIPES]))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
-    note = f"Compiled on {options.machine}; {versions}.\n"
-    page = options.out.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    options.out.write_text("\n".join([before + BEGIN, note, *tables, END + after]))
+    with one_line_errors():
+        before, after = page_around(options.out)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        tables = []
+        for slice_name in SLICES:
+            chips = parse_slice(slice_name)
+            rows = [row(recipe, chips, kept(recipe, slice_name, options)) for recipe in RECIPES]
+            tables.append(table(chips, rows))
+        versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
+        note = f"Compiled on {options.machine}; {versions}.\n"
+        options.out.write_text("\n".join([before + BEGIN, note, *tables, END + after]))
+
+
+def page_around(path: Path) -> tuple[str, str]:
+    """What stands before and after the tables of a page.
+
+    Raises:
+        UsageError: it cannot be read, or has not the two marks.
+    """
+    try:
+        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        return before, rest.split(END)[1]
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{path} is no page with {BEGIN!r} and {END!r}: {error}") from None
 
 
 if __name__ == "__main__":

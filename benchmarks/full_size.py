@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,13 +22,13 @@ import tyro
 class Options:
     """Measures one released size; needs disk for two copies of it."""
 
-    preset: tyro.conf.Positional[str]
-    """base64, inpaint64, upsample256 or inpaint256."""
+    preset: tyro.conf.Positional[Literal["base64", "inpaint64", "upsample256", "inpaint256"]]
+    """Which."""
     folder: Path
     """Where the files go; they stay, and are made only where they are missing."""
-    file_dtype: str = "float32"
-    """Of the .pt file: float32 or float16."""
-    part: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = "all"
+    file_dtype: Literal["float32", "float16"] = "float32"
+    """Of the .pt file."""
+    part: Annotated[Literal["all", "make", "step"], tyro.conf.arg(help_behavior_hint="")] = "all"
     """all, or one of the processes: make, step."""
 
 

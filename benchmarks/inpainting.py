@@ -7,7 +7,7 @@ there in the real pictures.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ import tyro
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.data.emoji64 import load_npz
+from glide_jax.drawing import check_32_bits
 from glide_jax.errors import one_line_errors
-from glide_jax.evaluation.captions import prompt_of, some
+from glide_jax.evaluation.captions import prompt_of, some, training_cells
 from glide_jax.pictures import image_grid, writable
 from glide_jax.runtime import enable_compilation_cache
 from glide_jax.training.recipes import load_recipe
@@ -73,10 +73,11 @@ def main() -> None:
     with one_line_errors():
         enable_compilation_cache()
         writable(options.out)
-        data = load_recipe(options.recipe).data
-        source = load_npz(options.data, data.split.split("+"), data.concepts, data.styles)
+        check_32_bits("seed", options.seed)
+        config = load_recipe(options.recipe)
+        config = replace(config, data=replace(config.data, source=options.data))
         rng = np.random.default_rng(options.seed)
-        records = some([source[i] for i in range(len(source))], options.pictures, rng)
+        records = some(training_cells(config), options.pictures, rng)
         real = np.stack([record["image"] for record in records])
         side = real.shape[1]
         box = tuple(round(share * side) for share in HOLE)

@@ -11,12 +11,12 @@ the 385M base at 64x64, 115 for the upsampler at 256x256.
 
 import io
 import shutil
-import sys
 import tarfile
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -25,6 +25,7 @@ from PIL import Image
 from glide_jax.data.config import DataConfig
 from glide_jax.data.pipeline import Prepare, make_batches
 from glide_jax.data.sources import open_source
+from glide_jax.errors import one_line_errors
 from glide_jax.tokenizers import GPT2Tokenizer
 
 NEED = {64: 620, 256: 115}  # pictures a second
@@ -46,9 +47,9 @@ class Options:
     """
 
     sizes: tuple[int, ...] = (64, 256)
-    stores: tuple[str, ...] = STORES
+    stores: tuple[Literal["folder", "tar", "array_record", "tfrecord"], ...] = STORES
     workers: tuple[int, ...] = ()
-    crop: str = "random"
+    crop: Literal["centre", "random"] = "random"
     pictures: int = 200
     seconds: float = 10.0
     batch_size: int = 64
@@ -219,4 +220,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    with one_line_errors():
+        main(tyro.cli(Options, description=__doc__))

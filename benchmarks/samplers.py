@@ -2,9 +2,9 @@
 
 Draws `samplers.png` and writes its figures to `samplers.json`. On the left the exact error on
 Gaussian images of natural statistics (`glide_jax.diffusion.optimised`), of every sampler. On the
-right the embedded model, guided as by default: distance of a picture from that of 1000 steps
-of dpm++2m from the same noise, of the samplers that follow the flow (from one noise, stochastic
-samplers draw another picture each time).
+right the embedded model with classifier-free guidance alone: distance of a picture from that of
+1000 steps of dpm++2m from the same noise, of the samplers that follow the flow (from one noise,
+stochastic samplers draw another picture each time).
 """
 
 import json
@@ -111,7 +111,7 @@ def curves(
 
 
 def drawing(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solver], np.ndarray]:
-    """`(grid, solver) -> (B, H, W, 3)`: the same pictures each time, guided as by default."""
+    """`(grid, solver) -> (B, H, W, 3)`: the same pictures each time; no CLIP guides."""
     prompts = pipe.model.prompts or ("",)
     captions = [prompts[i % len(prompts)] for i in range(options.pictures)]
     size = pipe.model.config.image_size

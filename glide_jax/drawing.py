@@ -23,7 +23,15 @@ from glide_jax.prompts import Part, Prompt, encode_parts
 from glide_jax.settings import Settings
 
 if TYPE_CHECKING:
+    from glide_jax.noised_clip import CLIP
     from glide_jax.pipeline import Pipeline
+    from glide_jax.weights.registry import Model
+
+
+def check_32_bits(name: str, value: int) -> None:
+    """Raises UsageError for a seed, or a picture's number, that jax would cut to 32 bits."""
+    if not 0 <= value < 2**32:
+        raise UsageError(f"{name} lies between 0 and 2^32 - 1, not at {value}")
 
 
 def picture_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
@@ -33,8 +41,7 @@ def picture_keys(seed: int, numbers: Sequence[int] | np.ndarray) -> jax.Array:
         UsageError: a seed or a number that jax would cut to 32 bits.
     """
     for name, value in (("seed", seed), *(("first", number) for number in numbers)):
-        if not 0 <= value < 2**32:
-            raise UsageError(f"{name} lies between 0 and 2^32 - 1, not at {value}")
+        check_32_bits(name, value)
     key, numbers = jax.random.key(np.uint32(operator.index(seed))), jnp.asarray(numbers, jnp.uint32)
     return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
 
@@ -128,7 +135,21 @@ def _guidances(
         return guidances
     if pipe.clip is None:
         raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
+    _check_guide(pipe.clip, pipe.model)
     return (*guidances, pipe.clip.guidance(prompts, settings.clip_scale))
+
+
+def _check_guide(clip: CLIP, model: Model) -> None:
+    """Raises UsageError where a noised CLIP does not see what the model draws."""
+    sides = clip.config.image_size, model.config.image_size
+    chains = clip.config.n_timestep, model.diffusion_steps
+    if sides[0] != sides[1]:
+        what = f"{clip.name} sees pictures of {sides[0]} pixels, {model.name} draws {sides[1]}"
+    elif chains[0] not in (0, chains[1]):
+        what = f"{clip.name} knows {chains[0]} noise levels, {model.name} has {chains[1]}"
+    else:
+        return
+    raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
 
 
 def _parts_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:

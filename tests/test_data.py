@@ -349,6 +349,15 @@ def test_half_of_the_pictures_are_mirrored_where_asked():
     assert (image == picture).all()
 
 
+@pytest.mark.parametrize("caption", ["an arrow to the Left", "right-facing", "counterclockwise"])
+def test_what_names_a_side_is_not_mirrored(caption):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, :4] = 255
+    source = Source([{"image": picture, "caption": caption}])
+    image = next(batches(DataConfig(flip=True), source, size=8, batch_size=40))["image"]
+    assert (image == picture).all()
+
+
 @pytest.mark.parametrize(
     "fields, says",
     [

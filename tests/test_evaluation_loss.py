@@ -83,7 +83,8 @@ def test_a_network_that_predicts_nothing(config):
     errors, quarters = [], []
     for i in range(2):
         batch = to_batch(next(batches))
-        drawn = draw(jax.random.fold_in(jax.random.key(0), i), batch, 1000)
+        batch = batch._replace(position=batch.position + 12 * i)
+        drawn = draw(jax.random.key(0), batch, 1000)
         x_t = q_sample(TABLES, to_range(batch.image), drawn.t, drawn.eps)
         error = (at(TABLES.sigma, drawn.t) * x_t - drawn.eps) ** 2
         errors.append(np.asarray(error).mean(axis=(1, 2, 3)))
@@ -99,7 +100,11 @@ def test_a_network_that_predicts_nothing(config):
 def test_it_is_the_error_that_training_measures(config, tmp_path):
     model = load_model(make_weights(tmp_path / "weights", SMALL))
     found = report(model, config, ["test_style"], pictures=24, batch_size=12)["test_style"]
-    assert found["captions"]["loss"] != found["no captions"]["loss"]
+    assert found["captions"]["loss"] != found["no captions"]["loss"] and found["pictures"] == 24
+    # The batch size is only of the work: but whole batches are measured.
+    other = report(model, config, ["test_style"], pictures=20, batch_size=8)["test_style"]
+    assert other["captions"]["loss"] == pytest.approx(found["captions"]["loss"], rel=1e-5)
+    assert other["pictures"] == 24
     same = replace(config, batch_size=12, validation_split="test_style", validation_batches=2)
     trained_on = open_source(config.data)
     measured = Validation(same, make_objective(same), trained_on)(model.params)

@@ -80,6 +80,13 @@ def test_captions_that_cannot_hold_what_they_must_are_refused():
         WORDS.concept_choices(OWN, 1, generator())
 
 
+def test_the_right_caption_is_the_records_own_where_its_concept_has_several():
+    record = OWN | {"caption": "thing 7 icon"}
+    for choose in (WORDS.concept_choices, WORDS.cell_choices):
+        found = choose(record, 60, generator())
+        assert found[0] == "thing 7 icon, old style" and "thing 7, old style" not in found
+
+
 def test_what_is_asked_for_is_trained_on_or_held_out(config):
     words = vocabulary(config)
     assert tuple(words.captions) == CONCEPTS and set(words.styles) == set(STYLES)
@@ -228,3 +235,5 @@ def test_data_without_concepts_and_styles_is_refused(config, tmp_path):
 def test_an_error_of_the_command_is_one_line():
     error = one_line(run("-m", "glide_jax.evaluation", "--sweep", "guidance"), 2)
     assert "there is no sweep 'guidance'" in error and "guidance-scale" in error
+    error = one_line(run("-m", "glide_jax.evaluation", "ranking", "--seed", "-1"), 2)
+    assert "seed lies between 0 and 2^32 - 1, not at -1" in error

@@ -80,7 +80,7 @@ def test_a_space_that_classifies_has_an_inception_score(config, tmp_path):
         def __call__(self, images):
             return self.both(images)[0]
 
-    spaces = (Judge(), Classes(name="classes", classes=4))
+    spaces = (Judge(), Classes(name="classes", classes=4, checksum="2"))
     found = run(experiment(config, spaces=spaces), tasks(("steps",), ("5", "10")), tmp_path)
     for point in found["points"]:
         assert point["distances"]["classes"]["inception_score"] == pytest.approx(4)
@@ -142,7 +142,12 @@ def test_sweeps_share_a_folder_and_the_points_in_which_they_cross(config, tmp_pa
 
 @pytest.mark.parametrize(
     ("changed", "says"),
-    [({"seed": 6}, "seed"), ({"pictures": 15}, "pictures"), ({"captions": 50}, "captions")],
+    [
+        ({"seed": 6}, "seed"),
+        ({"pictures": 15}, "pictures"),
+        ({"captions": 50}, "captions"),
+        ({"spaces": (replace(Judge(), checksum="1"),)}, "feature weights"),
+    ],
 )
 def test_another_experiment_is_not_mixed_in(config, tmp_path, changed, says):
     run(experiment(config), tasks(("guidance-scale",), ("100",)), tmp_path)
@@ -159,6 +164,8 @@ def test_a_broken_file_and_settings_that_cannot_be_are_said_before_anything_is_d
     for todo, says in (
         (tasks(("sampler",), ("ddim", "ddmp")), "unknown sampler 'ddmp'"),
         (tasks(("spacing",), ("logsnr", "evenly")), "evenly"),
+        (tasks(("guidance-scale",), ("1", "2"), {"guidance_method": "cfg++"}), "from 0 to 1"),
+        (tasks(("guidance-span",), ("all", "5:0.3")), "span"),
         (tasks(("clip-scale",), ("0", "2")), "needs a noised CLIP"),
     ):
         with pytest.raises(UsageError, match=says):
@@ -221,14 +228,14 @@ def test_the_command_line():
 # --- figures
 
 
-def a_point(sweep, value, recall, score, **settings):
+def a_point(sweep, value, recall, score, clip=None, **settings):
     distances = {
         "precision": 1 - recall, "recall": recall, "frechet_distance": 2 * recall,
         "kernel_distance": 0.0,
     }  # fmt: skip
     settings = {"sampler": "ddpm", "steps": 25, "guidance_scale": 1.0} | settings
     return {
-        "sweep": sweep, "value": value, "settings": settings, "evaluations": 25,
+        "sweep": sweep, "value": value, "settings": settings, "evaluations": 25, "clip": clip,
         "clip_score": score, "r_precision": score / 10, "distances": {"colours": distances},
     }  # fmt: skip
 
@@ -246,15 +253,17 @@ POINTS = [
 def test_both_guidances_are_compared_at_equal_recall():
     found = matched(POINTS, "colours")
     # At a recall of 0.1 there is no classifier-free guidance to compare with.
-    assert [(row["clip_scale"], row["recall"]) for row in found] == [(2, 0.6), (4, 0.2)]
+    assert [(row["clip"]["scale"], row["recall"]) for row in found] == [(2, 0.6), (4, 0.2)]
     free, guided = found[0]["classifier-free"], found[0]["clip"]
     assert free["clip_score"] == pytest.approx(4) and guided["clip_score"] == 3
     assert free["precision"] == pytest.approx(0.4) == guided["precision"]
-    assert free["frechet_distance"] == pytest.approx(1.2)
+    assert free["frechet_distance"] == pytest.approx(1.2) and free["scale"] == pytest.approx(1.5)
     assert found[1]["classifier-free"]["clip_score"] == pytest.approx(8)
-    # Two points of one recall count as their mean.
-    twice = [*POINTS, a_point("guidance-scale", "2.5", 0.2, 4.0)]
-    assert matched(twice, "colours")[1]["classifier-free"]["clip_score"] == pytest.approx(6)
+    # Where recall comes back to the same, all scales that have it are compared with.
+    twice = [*POINTS, a_point("guidance-scale", "4", 0.6, 4.0)]
+    places = [row["classifier-free"] for row in matched(twice, "colours")]
+    assert [place["scale"] for place in places] == pytest.approx([1.5, 4, 3])
+    assert [place["clip_score"] for place in places] == pytest.approx([4, 4, 8])
 
 
 def test_curves_are_in_order_and_apart_by_what_else_differs():
@@ -273,6 +282,21 @@ def test_curves_are_in_order_and_apart_by_what_else_differs():
         f"classifier-free guidance, ddpm, 25 steps, guidance_span {s}"
         for s in ("None", "[0.3, 5.0]")
     ]
+
+
+def test_curves_of_different_clips_are_apart():
+    """And the point without guidance belongs to each."""
+    points = [a_point("clip-scale", "0", 0.9, 1.0)]
+    points += [
+        a_point("clip-scale", scale, 0.5, 2.0, clip=[name, "1"])
+        for name in ("guide", "other")
+        for scale in ("4", "2")
+    ]
+    found = curves(points)
+    assert list(found) == [
+        f"CLIP guidance, ddpm, 25 steps, guided by {name} 1" for name in ("guide", "other")
+    ]
+    assert all([p["value"] for p in curve] == ["0", "2", "4"] for curve in found.values())
 
 
 def test_the_figures_are_drawn(config, tmp_path):

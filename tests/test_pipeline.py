@@ -140,6 +140,13 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
     # The empty caption asks for nothing.
     nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]
     assert not nothing.any() and jnp.linalg.norm(something) == pytest.approx(1, abs=1e-3)
+    for changed, says in (
+        ({"image_size": 32}, "sees pictures of 32 pixels, .* draws 16"),
+        ({"n_timestep": 500}, "knows 500 noise levels, .* has 1000"),
+    ):
+        other = replace(pipe, clip=replace(pipe.clip, config=replace(small, **changed)))
+        with pytest.raises(glide.UsageError, match=says):
+            other("red", clip_scale=3.0)
     with pytest.raises(glide.UsageError, match="needs a noised CLIP"):
         glide.load(folders["base"])("red", clip_scale=3.0)
     with pytest.raises(glide.UsageError, match="no noised CLIP"):

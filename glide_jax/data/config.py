@@ -30,7 +30,7 @@ class DataConfig:
         crop: "centre", the middle square; "random", a square of random scale and place.
         min_crop: least side of a random square, as a share of the picture's shorter side (0.8
             in the code of ADM, 2105.05233).
-        flip: mirror half of the pictures (captions may name sides: off).
+        flip: mirror half of the pictures, but none whose caption says left, right or clockwise.
         group_by: a text field, such as "concept": in each pass, records that have it alike come one
             after the other. So a batch of a CLIP has pictures that only the rest of their captions
             tells apart. Empty: none; every record's texts are read once at the start.

@@ -9,6 +9,7 @@ or not the run was interrupted. A batch is B consecutive places; process p of n 
 [p B / n, (p + 1) B / n) of it.
 """
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ from glide_jax.training.objectives import Batch
 _TRIES = 32
 # grain's shuffle needs no memory, but milliseconds a record where there are few of them.
 _PERMUTED = 1 << 15
+# Words of captions that a mirrored picture would make untrue.
+_SIDES = re.compile(r"\b(left|right|(counter|anti)?clockwise)(ward|wards)?\b", re.IGNORECASE)
 _NAMED = 5  # broken records that are named on stderr; the others are only counted
 
 
@@ -131,8 +134,12 @@ class Prepare:
 
     def _record(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         record = self.source.records[number]
-        tokens = self._tokens(_caption(record, self.config.captions, rng))
-        return {"image": self._picture(record["image"], rng), **tokens}
+        caption = _caption(record, self.config.captions, rng)
+        tokens = self._tokens(caption)
+        image = self._picture(record["image"], rng)
+        if self.config.flip and rng.random() < 0.5 and not _SIDES.search(caption):
+            image = image[:, ::-1]
+        return {"image": image, **tokens}
 
     def _picture(self, image: Encoded | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         least = self.config.min_crop if self.config.crop == "random" else 1.0
@@ -140,10 +147,8 @@ class Prepare:
             # The smallest crop still has pixels enough.
             image = load_picture(image, int(np.ceil(self.size / least)))
         if self.config.crop == "random":
-            image = random_square(image, self.size, rng, least=least)
-        else:
-            image = square(image, self.size)
-        return image[:, ::-1] if self.config.flip and rng.random() < 0.5 else image
+            return random_square(image, self.size, rng, least=least)
+        return square(image, self.size)
 
     def _tokens(self, caption: str) -> dict[str, np.ndarray]:
         try:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from glide_jax.drawing import check_32_bits
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.evaluation import drawn_scenes, figures, held_out, nearest, ranking, sweep
 from glide_jax.evaluation.features import SCORER, open_scorer, open_space
@@ -75,6 +76,7 @@ class Data:
 
     def config(self) -> TrainConfig:
         """The recipe, with its data."""
+        check_32_bits("seed", self.seed)
         config = load_recipe(self.recipe)
         if not isinstance(config, TrainConfig):
             raise UsageError(f"{self.recipe} is no recipe of a model that draws")
@@ -93,7 +95,13 @@ class Nearest:
     def run(self) -> None:
         """Draws, and says what was found."""
         config = self.asked.config()
-        found = nearest.report(self.model.pipeline(), config, self.out, seed=self.asked.seed)
+        found = nearest.report(
+            self.model.pipeline(),
+            config,
+            self.out,
+            seed=self.asked.seed,
+            batch_size=self.model.batch_size,
+        )
         for name in ("training_captions", "held_out_pairs"):
             right, of = found[name]["right"], found[name]["of"]
             print(f"{name}: the nearest training picture is right for {right} of {of}")
@@ -168,6 +176,7 @@ class Sweeping:
 
     def run(self) -> None:
         """Draws what is left of it, and the figures."""
+        figures.figure_class()  # missed before the first point rather than after the last
         todo = tasks(self.sweep, self.values, _said(self.sampling))
         config, pipe = self.asked.config(), self.model.pipeline()
         scorer = open_scorer(self.scorer, guide=pipe.clip)
@@ -196,7 +205,7 @@ class Loss:
     out: Path | None = None
     """Folder for loss.json."""
     pictures: int = 256
-    """Drawn from each split, in shuffled passes."""
+    """At least so many from each split, in shuffled passes: whole batches."""
     weights: str = "emoji64"
     """A name, a folder of weights, or a run of train.py; of any variant."""
     dtype: str = "auto"
@@ -218,14 +227,15 @@ class Loss:
             batch_size=self.batch_size,
             dtype=self.dtype,
         )
-        for split, kinds in found.items():
-            for kind, values in kinds.items():
-                parts = " ".join("-" if q is None else f"{q:.4f}" for q in values["quartiles"])
-                print(f"{split}, {kind}: {values['loss']:.4f}; by quarter of the chain: {parts}")
+        for split, measured in found.items():
+            print(f"{split}: {measured['pictures']} pictures")
+            for kind in ("captions", "no captions"):
+                loss, quartiles = measured[kind]["loss"], measured[kind]["quartiles"]
+                parts = " ".join("-" if q is None else f"{q:.4f}" for q in quartiles)
+                print(f"  {kind}: {loss:.4f}; by quarter of the chain: {parts}")
         if self.out is not None:
             writable(self.out)
-            shown = {"weights": model.name, "pictures": self.pictures, "splits": found}
-            write_json(self.out / "loss.json", shown)
+            write_json(self.out / "loss.json", {"weights": model.name, "splits": found})
 
 
 @dataclass(frozen=True)

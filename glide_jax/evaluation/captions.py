@@ -64,7 +64,7 @@ class Vocabulary:
     """The concepts and styles of a recipe, from which wrong captions are taken.
 
     Attributes:
-        captions: of each concept.
+        captions: one of each concept.
         styles: all of them.
     """
 
@@ -82,8 +82,8 @@ class Vocabulary:
             UsageError: there are not `count` captions.
         """
         others, style = self._others(record, rng), record["style"]
-        first = [(record["concept"], style), *((concept, style) for concept in others)]
-        return self._captions(first, others, count)
+        first = [(concept, style) for concept in others]
+        return self._captions(record, first, others, count)
 
     def cell_choices(
         self, record: Mapping[str, Any], count: int, rng: np.random.Generator
@@ -97,8 +97,7 @@ class Vocabulary:
             UsageError: there are not `count` captions, or they do not hold these.
         """
         others, style = self._others(record, rng), record["style"]
-        first = [(record["concept"], style)]
-        first += [(record["concept"], other) for other in self.styles]
+        first = [(record["concept"], other) for other in self.styles if other != style]
         first += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
         least = len(self.styles) + CONCEPTS_IN_STYLE
         if len(others) < CONCEPTS_IN_STYLE or count < least:
@@ -106,13 +105,19 @@ class Vocabulary:
                 f"{count} captions of {len(others) + 1} concepts cannot hold every style of one "
                 f"and {CONCEPTS_IN_STYLE} others in its style"
             )
-        return self._captions(first, others, count)
+        return self._captions(record, first, others, count)
 
     def _others(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         others = [concept for concept in self.captions if concept != record["concept"]]
         return [others[i] for i in rng.permutation(len(others))]
 
-    def _captions(self, first: list[tuple[str, str]], others: list[str], count: int) -> list[str]:
+    def _captions(
+        self,
+        record: Mapping[str, Any],
+        first: list[tuple[str, str]],
+        others: list[str],
+        count: int,
+    ) -> list[str]:
         if count < 2:
             raise UsageError(f"{count} captions leave nothing to choose: ask for two at least")
         cells = first + [(concept, style) for concept in others for style in self.styles]
@@ -120,7 +125,8 @@ class Vocabulary:
             prompt_of({"caption": self.captions[concept], "style": style})
             for concept, style in cells
         ]
-        found = list(dict.fromkeys(found))[:count]
+        # A concept may have several captions: the right one is what is drawn.
+        found = list(dict.fromkeys([prompt_of(record), *found]))[:count]
         if len(found) < count:
             raise UsageError(
                 f"{len(self.captions)} concepts in {len(self.styles)} styles make {len(found)} "

@@ -30,9 +30,11 @@ class Extractor(Protocol):
 
     Attributes:
         name: what the features are, for every table and figure.
+        checksum: of its weights.
     """
 
     name: str
+    checksum: str
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """`(N, H, W, 3)` uint8 -> `(N, D)` float32."""

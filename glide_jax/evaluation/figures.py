@@ -1,5 +1,6 @@
 """The figures of a sweep: the paper's trade-offs, and one setting against every measure."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ PANELS = (
     ("recall", "clip_score"),
 )
 NUMBERS = ("guidance-scale", "clip-scale", "steps")
+GUIDE = "guided by"
 MATCHED = ("precision", "frechet_distance", "clip_score", "r_precision")
 
 
@@ -49,6 +51,7 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
     for point in points:
         if point["sweep"] in names:
             groups.setdefault(json.dumps([point["sweep"], _others(point)]), []).append(point)
+    _share_unguided(groups)
     alike: dict[str, list[list[Point]]] = {}
     for curve in groups.values():
         alike.setdefault(_label(curve[0]), []).append(curve)
@@ -64,9 +67,29 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
 
 
 def _others(point: Point) -> dict[str, Any]:
-    """The settings of a point that are not swept."""
+    """What of a point is not swept: its settings, and the CLIP that guides, if one does."""
     swept = SWEEPS[point["sweep"]].setting
-    return {name: value for name, value in point["settings"].items() if name != swept}
+    settings = {name: value for name, value in point["settings"].items() if name != swept}
+    return settings | {GUIDE: " ".join(point["clip"] or ())}
+
+
+def _share_unguided(groups: dict[str, list[Point]]) -> None:
+    """Gives the points of CLIP scale 0, which no CLIP guides, to the curve of every CLIP."""
+    for key, unguided in list(groups.items()):
+        sweep, others = json.loads(key)
+        if SWEEPS[sweep].setting != "clip_scale" or others[GUIDE]:
+            continue
+        guided = [
+            curve
+            for curve in groups.values()
+            if curve[0]["sweep"] == sweep
+            and _others(curve[0])[GUIDE]
+            and _others(curve[0]) | {GUIDE: ""} == others
+        ]
+        for curve in guided:
+            curve.extend(unguided)
+        if guided:
+            del groups[key]
 
 
 def _order(point: Point) -> float:
@@ -85,29 +108,38 @@ def _label(point: Point) -> str:
 def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
     """Classifier-free against CLIP guidance at equal recall: the paper's comparison.
 
-    For every point of a CLIP guidance curve whose recall lies within that of a classifier-free
-    curve, that curve's figures at that recall, by linear interpolation between its points.
+    For every point of a CLIP guidance curve, each place of a classifier-free curve that has the
+    same recall: the scale there and the figures, by linear interpolation between neighbouring
+    scales. Recall can rise and fall with the scale: there may be several such places, or none.
     """
     by_sweep = {name: curves(points, (name,)) for name in TRADE_OFF}
     found = []
     for free_name, free in by_sweep["guidance-scale"].items():
-        recall = np.array([measure(p, "recall", space) for p in free])
-        # Points of one recall count as their mean.
-        levels = np.unique(recall)
+        scales = [float(point["value"]) for point in free]
         for clip_name, guided in by_sweep["clip-scale"].items():
             for point in guided:
                 at = measure(point, "recall", space)
-                if not levels[0] <= at <= levels[-1]:
-                    continue
-                row = {"recall": at, "clip_scale": float(point["value"])}
-                row |= {"classifier-free": {"curve": free_name}, "clip": {"curve": clip_name}}
-                for name in MATCHED:
-                    values = np.array([measure(p, name, space) for p in free])
-                    means = [values[recall == level].mean() for level in levels]
-                    row["classifier-free"][name] = float(np.interp(at, levels, means))
-                    row["clip"][name] = measure(point, name, space)
-                found.append(row)
+                for place in _places_of([measure(p, "recall", space) for p in free], at):
+                    theirs = {"curve": free_name, "scale": _between(scales, place)}
+                    ours = {"curve": clip_name, "scale": float(point["value"])}
+                    for name in MATCHED:
+                        theirs[name] = _between([measure(p, name, space) for p in free], place)
+                        ours[name] = measure(point, name, space)
+                    found.append({"recall": at, "classifier-free": theirs, "clip": ours})
     return found
+
+
+def _places_of(values: Sequence[float], wanted: float) -> list[float]:
+    """Where a line through values at 0, 1, ... has the value wanted."""
+    found = [float(i) for i, value in enumerate(values) if value == wanted]
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
+        if (a - wanted) * (b - wanted) < 0:
+            found.append(i + (wanted - a) / (b - a))
+    return sorted(found)
+
+
+def _between(values: Sequence[float], place: float) -> float:
+    return float(np.interp(place, range(len(values)), values))
 
 
 def draw(found: dict[str, Any], out: Path) -> list[Path]:
@@ -139,12 +171,21 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
     return files
 
 
-def _figure(rows: int, columns: int, title: str) -> Any:
+def figure_class() -> Any:
+    """Matplotlib's figure.
+
+    Raises:
+        UsageError: matplotlib is not there.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("the figures need matplotlib: pip install '.[eval]'") from None
-    figure = Figure(figsize=(4.2 * columns, 3.9 * rows), layout="constrained")
+    return Figure
+
+
+def _figure(rows: int, columns: int, title: str) -> Any:
+    figure = figure_class()(figsize=(4.2 * columns, 3.9 * rows), layout="constrained")
     figure.suptitle(title, fontsize=10)
     return figure
 

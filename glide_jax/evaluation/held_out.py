@@ -62,10 +62,12 @@ def noise_loss(
     Args:
         config: the recipe, for data and captions; the rest is as the weights have it, at
             the size at which they draw.
-        pictures: so many are drawn from the split, in shuffled passes, each with a timestep.
+        pictures: at least so many are drawn from the split, in shuffled passes, each with a
+            timestep: whole batches, which a small split makes smaller.
 
     Returns:
-        `{"captions": {"loss", "quartiles"}, "no captions": {...}}`; of no picture, None.
+        `{"pictures": how many, "captions": {"loss", "quartiles"}, "no captions": {...}}`; of a
+        quarter without pictures, None.
 
     Raises:
         UsageError, GlideError: the split cannot be had.
@@ -85,15 +87,15 @@ def noise_loss(
         batch_size=size * jax.device_count(),
         accumulate=1,
         validation_split=split,
-        validation_batches=-(-pictures // size),
     )
     predictor = NoisePredictor(module, tables, model.prediction)
     loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)
-    found = {}
+    count = -(-pictures // measure.batch_size)
+    found: dict[str, Any] = {"pictures": count * measure.batch_size}
     for name, captions in (("captions", True), ("no captions", False)):
-        values = measure({"model": params, "captions": jnp.asarray(captions)})
+        values = measure({"model": params, "captions": jnp.asarray(captions)}, count)
         quartiles = [values.get(f"loss_quartile_{i}") for i in range(QUARTILES)]
         found[name] = {"loss": values["loss"], "quartiles": quartiles}
     return found

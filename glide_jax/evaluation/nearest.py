@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from glide_jax.evaluation.captions import held_out, prompt_of, training_cells
+from glide_jax.evaluation.captions import held_out, prompt_of, some, training_cells
+from glide_jax.evaluation.features import fit
 from glide_jax.evaluation.files import write_json
 from glide_jax.pictures import writable
 from glide_jax.pipeline import Pipeline
@@ -48,12 +49,20 @@ def distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def draw_and_compare(
-    pipe: Pipeline, asked: Sequence[dict[str, str]], train: Sequence[dict], seed: int
+    pipe: Pipeline,
+    asked: Sequence[dict[str, str]],
+    train: Sequence[dict],
+    seed: int,
+    batch_size: int | None = None,
 ) -> list[Drawn]:
-    """Draws one picture of each record's caption in its style, and finds the nearest in `train`."""
+    """Draws one picture of each record's caption in its style, and finds the nearest in `train`.
+
+    Pictures of another size than those in `train` are compared at theirs.
+    """
     prompts = [prompt_of(record) for record in asked]
-    pictures = pipe(prompts, seed=seed)
-    table = distances(pictures.images, np.stack([record["image"] for record in train]))
+    pictures = pipe(prompts, seed=seed, batch_size=batch_size)
+    references = np.stack([record["image"] for record in train])
+    table = distances(fit(pictures.images, references.shape[1]), references)
     return [
         Drawn(
             prompt,
@@ -68,7 +77,13 @@ def draw_and_compare(
 
 
 def report(
-    pipe: Pipeline, config: TrainConfig, out: Path, *, seed: int = 0, captions: int = 10
+    pipe: Pipeline,
+    config: TrainConfig,
+    out: Path,
+    *,
+    seed: int = 0,
+    captions: int = 10,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Draws captions of the training set and held-out style x concept pairs, as they come.
 
@@ -76,18 +91,18 @@ def report(
     picture nearest to it) and `nearest.json` to `out`.
 
     Raises:
-        UsageError: the data are no .npz file, or have no styles to hold out.
+        UsageError: the data are no .npz file, have no styles to hold out, or fewer captions.
     """
     writable(out)
     train = training_cells(config)
     rng = np.random.default_rng(seed)
-    some = [train[i] for i in rng.choice(len(train), captions, replace=False)]
+    learned = some(train, captions, rng)
     cells = held_out(config)
-    cells = [cells[i] for i in rng.choice(len(cells), min(5, len(cells)), replace=False)]
+    cells = some(cells, min(5, len(cells)), rng)
 
     found = {"seed": seed, "weights": pipe.model.name}
-    for name, asked in (("training_captions", some), ("held_out_pairs", cells)):
-        drawn = draw_and_compare(pipe, asked, train, seed)
+    for name, asked in (("training_captions", learned), ("held_out_pairs", cells)):
+        drawn = draw_and_compare(pipe, asked, train, seed, batch_size)
         sheet(drawn).save(out / f"{name}.png")
         found[name] = {
             "right": sum(d.right for d in drawn),

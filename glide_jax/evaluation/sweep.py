@@ -17,6 +17,7 @@ import tqdm
 from PIL import Image
 
 from glide_jax.data.emoji64 import fingerprint
+from glide_jax.data.records import digest
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.captions import (
     in_passes,
@@ -38,6 +39,7 @@ from glide_jax.evaluation.sweeps import Task
 from glide_jax.noised_clip import CLIP
 from glide_jax.pictures import Pictures, image_grid, slug, writable
 from glide_jax.pipeline import Pipeline
+from glide_jax.prompts import read_prompts
 from glide_jax.settings import describe
 from glide_jax.training.config import RunConfig
 from glide_jax.weights.registry import Model
@@ -111,12 +113,14 @@ class Experiment:
             "upsampler": larger and _identity(larger.model),
             "scorer": [self.scorer.clip.name, self.scorer.checksum],
             "features": [space.name for space in self.spaces],
+            "feature_weights": [space.checksum for space in self.spaces],
             "recipe": self.config.name,
             "data": fingerprint(npz_of(self.config)),
             "pictures": self.pictures,
             "real_pictures": len(self.reference),
             "captions": len(self.choices[0]),
             "seed": self.seed,
+            "choices": digest([caption for row in self.choices for caption in row]),
         }
 
     def real(self) -> dict[str, Any]:
@@ -140,10 +144,11 @@ class Experiment:
         guide = self.pipe.clip if settings.clip_scale else None
         if settings.clip_scale and guide is None:
             raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip")
+        guidances = settings.guidances(read_prompts(prompt_of(self.records[0])))
         return plain(
             {
                 "settings": describe(settings),
-                "evaluations": len(settings.plan(self.pipe.schedule, ())),
+                "evaluations": len(settings.plan(self.pipe.schedule, guidances)),
                 "clip": guide and _identity(guide),
             }
         )
@@ -210,7 +215,8 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
     if found is None:
         found = {"experiment": head, "real": experiment.real(), "points": []}
     elif wrong := [key for key in head if found["experiment"].get(key) != head[key]]:
-        raise UsageError(f"{out} holds a sweep with other {wrong[0]}: choose another --out")
+        what = wrong[0].replace("_", " ")
+        raise UsageError(f"{out} holds a sweep with other {what}: choose another --out")
     measured = {_key(point): point for point in found["points"]}
     # What cannot be carried out is better said before the first point than after an hour.
     keys = [_key({"sweep": task.sweep} | experiment.said(task)) for task in todo]
@@ -226,8 +232,8 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
                 point, drawn = experiment.point(task)
                 drawn_before[drawing] = point
                 name = slug(f"{task.sweep} {task.value} {point['settings']['sampler']}")
-                sheet = Image.fromarray(image_grid(drawn.images))
-                write_png(out / "pictures" / f"{name}-{point['settings']['steps']}.png", sheet)
+                name += f"-{point['settings']['steps']}-{digest([drawing])[:6]}.png"
+                write_png(out / "pictures" / name, Image.fromarray(image_grid(drawn.images)))
             found["points"].append(point)
             write_json(out / FILE, found)
     write_json(out / FILE, found)

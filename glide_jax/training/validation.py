@@ -15,7 +15,13 @@ from glide_jax.training.objectives import Objective, Params, finish, make_tokeni
 
 
 class Validation:
-    """The loss of the averaged weights on pictures that training does not see."""
+    """The loss of the averaged weights on pictures that training does not see.
+
+    A picture's timestep and noise come from its place in the order, whatever the batch size.
+
+    Attributes:
+        batch_size: pictures worked out at a time.
+    """
 
     def __init__(self, config: RunConfig, objective: Objective, trained_on: Source | None = None):
         """Opens the held-out split.
@@ -36,25 +42,26 @@ class Validation:
         # What one device can hold, since one device works it out.
         share = config.batch_size // config.accumulate // jax.device_count()
         size = min(max(share, 1), len(source))
-        self._data, self._source, self._batch_size = data, source, size
+        self._data, self._source, self.batch_size = data, source, size
         self._config = config
         self._loss = jax.jit(partial(objective.loss, dropout_key=None, axis=None))
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Mean loss and its parts, over `validation_batches` batches."""
+    def __call__(self, params: Params, count: int | None = None) -> dict[str, float]:
+        """Mean loss and its parts, over `count` batches, or the recipe's `validation_batches`."""
         config = self._config
         batches = make_batches(
             self._source,
             self._data,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             tokenizer=make_tokenizer(config),
             size=config.side,
             seed=0,
             process=(0, 1),
         )
         found: list[dict[str, Any]] = []
-        for i in range(config.validation_batches):
-            key = jax.random.fold_in(jax.random.key(0), i)
-            _, metrics = self._loss(params, to_batch(next(batches)), key)
+        for i in range(count or config.validation_batches):
+            batch = to_batch(next(batches))
+            batch = batch._replace(position=batch.position + np.int32(i * self.batch_size))
+            _, metrics = self._loss(params, batch, jax.random.key(0))
             found.append(jax.device_get(metrics))
         return finish({name: np.mean([m[name] for m in found], axis=0) for name in found[0]})

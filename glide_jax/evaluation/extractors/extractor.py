@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from flax import linen as nn
 from PIL import Image
 
 from glide_jax.errors import UsageError
+from glide_jax.evaluation.features import checksum
 
 
 class Features(NamedTuple):
@@ -42,6 +43,11 @@ class Extractor:
     params: dict[str, Any] = field(repr=False)
     prepare: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     batch_size: int = 32
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of its weights."""
+        return checksum(self.params)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features `(N, D)` float32 of pictures `(N, H, W, 3)` uint8.
