@@ -112,6 +112,7 @@ class Judge:
     name: str = "colours"
     checksum: str = "0"
     scale: float = 10.0
+    views: int = 1
     clip: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(name="judge"))
     blind: tuple[str, ...] = ()
 

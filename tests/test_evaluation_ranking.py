@@ -17,7 +17,7 @@ from glide_jax.evaluation.captions import (
     training_cells,
     vocabulary,
 )
-from glide_jax.evaluation.features import Scorer, fit, open_scorer, open_space
+from glide_jax.evaluation.features import Scorer, fit, open_scorer, open_space, ten_views
 from glide_jax.evaluation.ranking import asked, rank, report
 from glide_jax.evaluation.sheets import RIGHT, WRONG, Tile, contact_sheet
 from glide_jax.models.clip import NoisedCLIP, init_params
@@ -201,8 +201,27 @@ def clip(request):
     return glide.CLIP("tiny", config, first_weights(init_params, NoisedCLIP(config), 1))
 
 
+def test_ten_views():
+    image = np.arange(16 * 16, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    views = list(ten_views(image))
+    assert len(views) == 10 and {view.shape for view in views} == {(1, 14, 14, 3)}
+    # The first pixels of corners and middle, row by row of 16.
+    assert [int(view[0, 0, 0, 0]) for view in views[::2]] == [0, 2, 32, 34, 17]
+    assert all(
+        np.array_equal(a[:, :, ::-1], b) for a, b in zip(views[::2], views[1::2], strict=True)
+    )
+
+
+def test_the_scorer_averages_over_views(clip):
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    one, ten = Scorer(clip, views=1), Scorer(clip)
+    mean = np.mean([one(fit(view, 16)) for view in ten_views(images)], axis=0)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    assert ten.views == 10 and np.allclose(ten(images), mean, atol=1e-5)
+
+
 def test_the_scorer_encodes_clean_pictures(clip):
-    scorer = Scorer(clip)
+    scorer = Scorer(clip, views=1)
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     features, texts = scorer(images), scorer.texts(["a cat", "a dog"])
     assert features.shape == (5, 16) and texts.shape == (2, 16) and features.dtype == np.float32

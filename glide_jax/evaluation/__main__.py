@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
@@ -116,6 +116,8 @@ class Ranking:
     """Folder for ranking.json and both sheets."""
     scorer: str = "emoji_scorer64"
     """The independent CLIP: a name, a folder of weights, or a run of train.py."""
+    views: Literal[10, 1] = 10
+    """Of each picture that it is shown, to average: 10 (corners, middle, and mirrored) or 1."""
     pictures: int = 50
     """Of each kind."""
     captions: int = 100
@@ -129,7 +131,7 @@ class Ranking:
         config, pipe = self.asked.config(), self.model.pipeline()
         found = ranking.report(
             pipe,
-            open_scorer(self.scorer, guide=pipe.clip),
+            open_scorer(self.scorer, guide=pipe.clip, views=self.views),
             config,
             self.out,
             seed=self.asked.seed,
@@ -164,6 +166,8 @@ class Sweeping:
     """Folder for sweep.json, the figures and a sheet of the pictures of each point."""
     scorer: str = "emoji_scorer64"
     """The independent CLIP: a name, a folder of weights, or a run of train.py."""
+    views: Literal[10, 1] = 10
+    """Of each picture that it is shown, to average: 10 (corners, middle, and mirrored) or 1."""
     features: tuple[str, ...] = (SCORER,)
     """Feature spaces: scorer, or an extractor's weights from local files."""
     pictures: int = 64
@@ -179,7 +183,7 @@ class Sweeping:
         figures.figure_class()  # missed before the first point rather than after the last
         todo = tasks(self.sweep, self.values, _said(self.sampling))
         config, pipe = self.asked.config(), self.model.pipeline()
-        scorer = open_scorer(self.scorer, guide=pipe.clip)
+        scorer = open_scorer(self.scorer, guide=pipe.clip, views=self.views)
         experiment = sweep.Experiment(
             pipe,
             scorer,

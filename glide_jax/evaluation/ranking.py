@@ -113,6 +113,7 @@ def report(
     found: dict[str, Any] = {
         "weights": pipe.model.name,
         "scorer": scorer.clip.name,
+        "views": scorer.views,
         "recipe": config.name,
         "seed": seed,
         "captions": captions,

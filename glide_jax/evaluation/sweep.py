@@ -112,6 +112,7 @@ class Experiment:
             "weights": _identity(self.pipe.model),
             "upsampler": larger and _identity(larger.model),
             "scorer": [self.scorer.clip.name, self.scorer.checksum],
+            "views": self.scorer.views,
             "features": [space.name for space in self.spaces],
             "feature_weights": [space.checksum for space in self.spaces],
             "recipe": self.config.name,
