@@ -7,9 +7,10 @@ hundred of them in four styles, in small steps, on a CPU.
 Result:   64x64 emoji of a hundred things in 4 styles, the style chosen by the caption.
 Data:     324 pictures of emoji64 (docs/data.md says how to make it), 4,909 for "things"; for 69 of
           the hundred things one or two styles are held out.
-Hardware: "things": one GPU, 5 GB of its memory; "hundred": one CPU core, 2 GB.
-Time:     "things": nine minutes on one H200, reckoned from 11,400 pictures/s; "hundred": 70
-          minutes on a core of a 2 GHz AMD EPYC, at 3.3 pictures/s.
+Hardware: "things": one GPU, 5 GB of its memory; "hundred": two CPU cores, 2 GB.
+Time:     "things": nine minutes on one H200, reckoned from 11,400 pictures/s; "hundred":
+          two hours on two cores of a 2 GHz AMD EPYC as two devices (docs/training.md), reckoned
+          from 5.4 pictures/s.
 Command:  python train.py --config configs/emoji64.py:things --data.source emoji64.npz \\
               --data.workers 4
           python train.py --config configs/emoji64.py --data.source emoji64.npz
@@ -77,7 +78,7 @@ def get_config(size: str = "hundred") -> TrainConfig:
         data=replace(config.data, styles=STYLES),
         # A CPU has time for few pictures: better many small steps than few exact ones.
         optimiser=replace(config.optimiser, learning_rate=5e-4, warmup=100, decay="cosine"),
-        steps=1700,
+        steps=5000,
         batch_size=8,
         save_every=200,
         sample_every=0,
