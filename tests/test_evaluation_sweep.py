@@ -146,6 +146,7 @@ def test_sweeps_share_a_folder_and_the_points_in_which_they_cross(config, tmp_pa
         ({"seed": 6}, "seed"),
         ({"pictures": 15}, "pictures"),
         ({"captions": 50}, "captions"),
+        ({"neighbour": 1}, "neighbour"),
         ({"spaces": (replace(Judge(), checksum="1"),)}, "feature weights"),
     ],
 )
@@ -170,7 +171,7 @@ def test_a_broken_file_and_settings_that_cannot_be_are_said_before_anything_is_d
     ):
         with pytest.raises(UsageError, match=says):
             run(experiment(config, idle), todo, tmp_path / "a")
-    with pytest.raises(UsageError, match="at least 4 pictures"):
+    with pytest.raises(UsageError, match="neighbour 3: .* not 3"):
         run(experiment(config, pictures=3), tasks(("steps",)), tmp_path / "b")
     for text in ("{", "[]", '{"points": 3}'):
         (tmp_path / "sweep.json").write_text(text)

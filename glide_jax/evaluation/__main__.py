@@ -174,6 +174,8 @@ class Sweeping:
     """Of each point."""
     captions: int = 100
     """To choose from, of each picture."""
+    neighbour: int = 3
+    """Which one precision and recall look at: of few pictures the third is soon any other."""
     model: OmitArgPrefixes[Weights] = Weights()
     asked: OmitArgPrefixes[Data] = Data()
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
@@ -193,6 +195,7 @@ class Sweeping:
             captions=self.captions,
             seed=self.asked.seed,
             batch_size=self.model.batch_size,
+            neighbour=self.neighbour,
         )
         found = sweep.run(experiment, todo, self.out)
         for path in figures.draw(found, self.out):

@@ -45,8 +45,6 @@ from glide_jax.training.config import RunConfig
 from glide_jax.weights.registry import Model
 
 FILE = "sweep.json"
-# Precision and recall look at the third neighbour.
-LEAST = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Experiment:
         pictures: of each point.
         captions: among which the right one is ranked.
         seed: of the choice of captions, and of the pictures.
+        neighbour: which one precision and recall look at.
     """
 
     pipe: Pipeline
@@ -70,6 +69,7 @@ class Experiment:
     captions: int = 100
     seed: int = 0
     batch_size: int | None = None
+    neighbour: int = 3
 
     @cached_property
     def cells(self) -> list[dict[str, Any]]:
@@ -105,8 +105,11 @@ class Experiment:
         Raises:
             UsageError, GlideError: data or captions cannot be had.
         """
-        if self.pictures < LEAST:
-            raise UsageError(f"a point needs at least {LEAST} pictures, not {self.pictures}")
+        if not 1 <= self.neighbour < self.pictures:
+            raise UsageError(
+                f"precision and recall look at the neighbour {self.neighbour}: a point needs more "
+                f"pictures than that, not {self.pictures}, and it lies at 1 or above"
+            )
         larger = self.pipe.upsampler
         return {
             "weights": _identity(self.pipe.model),
@@ -121,6 +124,7 @@ class Experiment:
             "real_pictures": len(self.reference),
             "captions": len(self.choices[0]),
             "seed": self.seed,
+            "neighbour": self.neighbour,
             "choices": digest([caption for row in self.choices for caption in row]),
         }
 
@@ -186,7 +190,7 @@ class Experiment:
                 drawn, classes = space.both(images)
             else:
                 drawn = space(images)
-            precision, recall = precision_recall(real, drawn)
+            precision, recall = precision_recall(real, drawn, self.neighbour)
             found[space.name] = {
                 "frechet_distance": frechet_distance(real, drawn),
                 "kernel_distance": kernel_distance(real, drawn),
