@@ -182,8 +182,8 @@ class Sweeping:
 
     def run(self) -> None:
         """Draws what is left of it, and the figures."""
-        figures.figure_class()  # missed before the first point rather than after the last
         todo = tasks(self.sweep, self.values, _said(self.sampling))
+        figures.figure_class()  # missed before the first point rather than after the last
         config, pipe = self.asked.config(), self.model.pipeline()
         scorer = open_scorer(self.scorer, guide=pipe.clip, views=self.views)
         experiment = sweep.Experiment(
