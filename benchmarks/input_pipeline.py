@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import tyro
@@ -29,7 +29,7 @@ from glide_jax.errors import one_line_errors
 from glide_jax.tokenizers import GPT2Tokenizer
 
 NEED = {64: 620, 256: 115}  # pictures a second
-STORES = ("folder", "tar", "array_record", "tfrecord")
+Store = Literal["folder", "tar", "array_record", "tfrecord"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
     """
 
     sizes: tuple[int, ...] = (64, 256)
-    stores: tuple[Literal["folder", "tar", "array_record", "tfrecord"], ...] = STORES
+    stores: tuple[Store, ...] = get_args(Store)
     workers: tuple[int, ...] = ()
     crop: Literal["centre", "random"] = "random"
     pictures: int = 200
