@@ -72,6 +72,17 @@ def test_every_point_asks_for_the_same_captions(config, tmp_path):
     assert many.real()["r_precision"] == 1 and "distances_of_others" not in many.real()
 
 
+def test_the_neighbour_that_is_said_is_looked_at(config, tmp_path):
+    """Pictures are among others at fewer neighbours less often."""
+    shares = {}
+    for k in (1, 3):
+        todo = tasks(("guidance-scale",), ("0.1",))
+        found = run(experiment(config, neighbour=k), todo, tmp_path / str(k))
+        space = found["points"][0]["distances"]["colours"]
+        shares[k] = space["precision"] + space["recall"]
+    assert shares[1] < shares[3]
+
+
 def test_a_space_that_classifies_has_an_inception_score(config, tmp_path):
     class Classes(SimpleNamespace):
         def both(self, images):
