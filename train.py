@@ -1,16 +1,16 @@
 """Trains a GLIDE model or its noised CLIP: python train.py --config configs/emoji64.py
 
-A recipe (`configs/*.py`, `configs/cfg64.py:paper` for another of its sizes) says everything; each
-of its fields can be set here too, for example `--steps 1000 --data.source pictures
---optimiser.learning-rate 3e-4`. A run that was stopped goes on where its newest checkpoint was
-made; `--help` after a recipe lists its fields.
+A recipe (`configs/*.py`, or its name: `--config emoji64`; `cfg64:paper` for another of its sizes)
+says everything. Each of its fields can be set here too, for example `--steps 1000 --data.source
+images --optimiser.learning-rate 3e-4`; `--help` after a recipe lists them. A stopped run resumes
+from its newest checkpoint.
 
-`--dry-run v5e:4x4` compiles the step for a TPU slice instead, and says what it needs there.
+`--dry-run v5e:4x4` compiles the step for a TPU slice instead, and prints what it needs there.
 
 Several machines: the same command on each of them, with a folder that they share, and
 `--coordinator auto` where jax can ask the cluster (TPU slices, Slurm, Open MPI, Kubernetes), else
-`--coordinator HOST:PORT --processes N --process I`. SIGTERM or Ctrl-C saves, and ends with exit
-code 0.
+`--coordinator HOST:PORT --processes N --process I`. SIGTERM or Ctrl-C saves a checkpoint and ends
+with exit code 0.
 """
 
 import sys
@@ -18,26 +18,28 @@ from functools import partial
 
 import jax
 
-from glide_jax import parallel
-from glide_jax.data.pipeline import make_batches, to_batch
+from glide_jax.data.batches import make_batches
 from glide_jax.data.sources import open_source
-from glide_jax.dry_run import dry_run
+from glide_jax.devices import processes
+from glide_jax.devices.parallel import make_parallel
+from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import one_line_errors
-from glide_jax.runtime import enable_compilation_cache
+from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe, take_peers
-from glide_jax.training.config import RunConfig, begin_run, check_run
+from glide_jax.training.config import RunConfig, check_run, write_config
+from glide_jax.training.dry_run import dry_run
 from glide_jax.training.initial import abstract_state, begin_state
-from glide_jax.training.metrics import Logger
-from glide_jax.training.objectives import make_objective, make_tokenizer
-from glide_jax.training.posthoc import snapshot
+from glide_jax.training.logger import Logger
+from glide_jax.training.objectives import make_objective, make_tokenizer, to_batch
+from glide_jax.training.post_hoc_ema import snapshot
 from glide_jax.training.step import make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
 
 
 def train(config: RunConfig) -> None:
-    """Runs a recipe to its end, from its newest checkpoint if there is one."""
+    """Run a recipe to its end, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
     check_run(config)
     source = open_source(config.data)
@@ -51,11 +53,10 @@ def train(config: RunConfig) -> None:
         process=(jax.process_index(), jax.process_count()),
     )
 
-    # -- model, and one step spread over the devices --------------------------------------------
+    # -- model, and one step over all devices -------------------------------------------------
     objective = make_objective(config)
-    spread = parallel.spread(
-        config.spread, make_step(config, objective), config.batch_size // config.accumulate
-    )
+    parallel = make_parallel(config.parallelism, config.batch_size // config.accumulate)
+    train_step = parallel.compile(make_step(config, objective))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     held_out = Validation(config, objective, source) if config.validate_every else None
 
@@ -65,49 +66,49 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            first, state = 0, begin_state(config, objective, spread)
+            first, state = 0, begin_state(config, objective, parallel)
         else:
-            like = spread.layout(abstract_state(config, objective))
+            like = parallel.layout(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
-            state = spread.place_state(state)
+            state = parallel.place(state)
             batches.set_state(position)
-        parallel.on_first(partial(begin_run, config))
+        processes.on_first(partial(write_config, config))
 
         # -- the loop -------------------------------------------------------------------------
         step = first
-        with Logger(config, first, len(source)) as log:
+        with Logger(config, first, len(source), sample_grid) as log:
             for step in range(first + 1, config.steps + 1):
-                batch = spread.place_batch(to_batch(next(batches)))
-                state, metrics = spread.step(state, batch, key)
-                log.step(step, spread.one_copy(metrics), checkpoints.latest)
+                batch = parallel.place_batch(to_batch(next(batches)))
+                state, metrics = train_step(state, batch, key)
+                log.step(step, parallel.whole(metrics), checkpoints.latest)
                 stop = stopping(step)
                 if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
-                        step, spread.saved(state), batches.get_state(), source.fingerprint
+                        step, parallel.saved(state), batches.get_state(), source.fingerprint
                     )
-                snapshot(config, step, map(spread.whole, state.powers))
+                snapshot(config, step, map(parallel.whole, state.powers))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    log.held_out(step, held_out(spread.whole(state.ema)))
+                    log.held_out(step, held_out(parallel.whole(state.ema)))
                 if due(step, config.sample_every, config.steps):
-                    log.samples(step, spread.whole(state.ema))
+                    log.samples(step, parallel.whole(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether to do at this step what is done every so many (0: never), and at the last one."""
+    """Whether something is due at this step: every so many steps (0: never), and at the last."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 def main() -> None:
-    """The command line."""
-    with one_line_errors("stopped; the same command goes on from the newest checkpoint"):
+    """Run the command line."""
+    with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, peers = take_peers(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__)
         if peers:
-            parallel.join(peers)
+            processes.join(peers)
         enable_compilation_cache()
         if hardware is None:
             train(config)

@@ -1,4 +1,4 @@
-"""glide-jax: text-guided diffusion for making and editing pictures  (GLIDE, arXiv 2112.10741).
+"""glide-jax: text-guided diffusion for generating and editing images  (GLIDE, arXiv 2112.10741).
 
 import glide_jax as glide
 pipe = glide.load("emoji64")
@@ -18,27 +18,27 @@ from glide_jax.diffusion.guidance import (
     autoguidance,
     cfg_plus_plus,
     classifier_free,
-    clip,
+    clip_x0,
     compose,
     dynamic_threshold,
     gradient,
     guidance,
     image_loss,
     known_pixels,
-    negative,
     rescale,
 )
-from glide_jax.diffusion.restart import repaint, restart
 from glide_jax.diffusion.sampling import plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.diffusion.solvers import SOLVERS
+from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import CLIP_PRESETS, PRESETS, CLIPConfig, ModelConfig
 from glide_jax.models.unet import GLIDE
-from glide_jax.noised_clip import CLIP, load_clip
-from glide_jax.pictures import Pictures
-from glide_jax.pipeline import Denoiser, Pipeline, load
-from glide_jax.settings import Settings
+from glide_jax.pipeline.clip_guide import CLIP, load_clip
+from glide_jax.pipeline.images import Images
+from glide_jax.pipeline.loading import load
+from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.stage import Denoiser
 
 __all__ = [
     "CLIP",
@@ -51,9 +51,9 @@ __all__ = [
     "Denoiser",
     "GlideError",
     "Guidance",
+    "Images",
     "ModelConfig",
     "Network",
-    "Pictures",
     "Pipeline",
     "Point",
     "Prediction",
@@ -64,7 +64,7 @@ __all__ = [
     "autoguidance",
     "cfg_plus_plus",
     "classifier_free",
-    "clip",
+    "clip_x0",
     "compose",
     "dynamic_threshold",
     "gradient",
@@ -75,7 +75,6 @@ __all__ = [
     "load_clip",
     "make_grid",
     "make_schedule",
-    "negative",
     "plan",
     "repaint",
     "rescale",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from glide_jax.data import files
-from glide_jax.data.config import DataConfig
-from glide_jax.data.files import BrokenRecord
-from glide_jax.data.images import SUFFIXES, Encoded
+from glide_jax.data import storage
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.decoding import SUFFIXES, Encoded
 from glide_jax.data.records import (
     CAPTION_FIELDS,
     Source,
@@ -35,7 +35,7 @@ _HOW = (
 
 @dataclass(frozen=True, eq=False)
 class BesideRecords:
-    """Pictures, the caption of `cat.png` in `cat.txt`."""
+    """Images, the caption of `cat.png` in `cat.txt`."""
 
     folder: str
     names: tuple[str, ...]
@@ -44,17 +44,17 @@ class BesideRecords:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = files.join(self.folder, self.names[index])
+        path = storage.join(self.folder, self.names[index])
         beside = _beside(path)
         return {
-            "image": Encoded(files.read(path), path),
-            "caption": captions_of(files.read(beside), beside),
+            "image": Encoded(storage.read(path), path),
+            "caption": captions_of(storage.read(beside), beside),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class ListedRecords:
-    """Pictures and captions as a metadata file lists them.
+    """Images and captions as a metadata file lists them.
 
     rows: the picture's path, and its caption and other texts.
     """
@@ -67,8 +67,8 @@ class ListedRecords:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, fields = self.rows[index]
-        path = files.join(self.folder, name)
-        return {"image": Encoded(files.read(path), path), **fields}
+        path = storage.join(self.folder, name)
+        return {"image": Encoded(storage.read(path), path), **fields}
 
 
 def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source:
@@ -81,12 +81,12 @@ def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source
     if config.concepts or config.styles:
         raise UsageError(f"{folder} has no concepts or styles to select by")
     if config.metadata:
-        return _listed(folder, files.join(folder, config.metadata), config)
+        return _listed(folder, storage.join(folder, config.metadata), config)
     found = [name for name in METADATA if name in names]
     if len(found) > 1:
         raise UsageError(f"{folder} has {' and '.join(found)}: choose one with --data.metadata")
     if found:
-        return _listed(folder, files.join(folder, found[0]), config)
+        return _listed(folder, storage.join(folder, found[0]), config)
     return _captioned(folder, names)
 
 
@@ -139,7 +139,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line number and fields of each row, or what is wrong with it."""
     suffix = PurePosixPath(path).suffix.lower()
     # A byte that is not UTF-8 spoils its own line only: it is found when the text is checked.
-    content = files.read(path).decode("utf-8-sig", "surrogateescape")
+    content = storage.read(path).decode("utf-8-sig", "surrogateescape")
     if suffix in (".jsonl", ".ndjson"):
         yield from _json_lines(content)
     elif suffix in (".csv", ".tsv"):

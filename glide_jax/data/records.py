@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.data.files import BrokenRecord
-from glide_jax.data.images import Encoded, load_picture
+from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.decoding import Encoded, load_picture
 
 CAPTION_FIELDS = ("caption", "captions", "text", "captions/text")
 

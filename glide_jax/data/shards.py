@@ -12,10 +12,10 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from glide_jax.data import files
-from glide_jax.data.files import BrokenRecord
+from glide_jax.data import storage
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.records import digest
-from glide_jax.runtime import cache_folder
+from glide_jax.folders import cache_folder
 
 # A larger record is no picture with its caption, and would be read into memory whole.
 _LARGEST = 1 << 28
@@ -61,7 +61,7 @@ class Shards:
         start, end = (int(n) for n in self.bounds[file][i : i + 2])
         if end - start > _LARGEST:
             raise BrokenRecord(f"{self.name(index)} has {end - start:,} bytes")
-        data = files.read(self.paths[file], start, end)
+        data = storage.read(self.paths[file], start, end)
         if len(data) != end - start:
             raise BrokenRecord(f"{self.name(index)} ends early: the file has become shorter")
         return data
@@ -93,14 +93,14 @@ def index_shards(paths: Sequence[str], scan: Scan) -> Shards:
 
 
 def _bounds(path: str, scan: Scan) -> tuple[np.ndarray, str]:
-    stamp = files.stamp(path)
+    stamp = storage.stamp(path)
     kept = cache_folder() / "shards" / f"{digest([scan.__name__, path, stamp])}.npz"
     try:
         with np.load(kept, allow_pickle=False) as arrays:
             return arrays["bounds"], str(arrays["damage"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # never looked at, or the cache was harmed: look
-    bounds, damage = files.with_opened(path, scan)
+    bounds, damage = storage.with_opened(path, scan)
     _keep(kept, bounds, damage)
     return bounds, damage
 

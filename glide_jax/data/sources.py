@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from glide_jax.data import files
-from glide_jax.data.config import DataConfig
-from glide_jax.data.emoji64 import load_npz
+from glide_jax.data import storage
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.emoji.npz import load_npz
 from glide_jax.data.folder import open_folder
 from glide_jax.data.records import Source, digest
 from glide_jax.data.scenes import SPLITS, ScenesSource
@@ -32,34 +32,34 @@ def open_source(config: DataConfig) -> Source:
         )
     if config.source in SCENES:
         return _scenes(SCENES[config.source], config)
-    name = files.expand(config.source)
+    name = storage.expand(config.source)
     if name.endswith(".npz"):
         return _npz(name, config)
     if ".tar" in name.rpartition("/")[2] or name.endswith(".tgz"):
-        if paths := files.matching(name):
+        if paths := storage.matching(name):
             return open_webdataset(paths, config)
         raise UsageError(f"no file matches {name}")
     places = [name]
-    if not files.is_remote(name):
+    if not storage.is_remote(name):
         # `coco_captions:1.1.0` is how tensorflow-datasets writes a version.
-        places.append(files.join(files.expand(config.data_dir), name.replace(":", "/")))
+        places.append(storage.join(storage.expand(config.data_dir), name.replace(":", "/")))
     for folder in dict.fromkeys(places):
-        if files.is_folder(folder):
+        if storage.is_folder(folder):
             return _folder(folder, config)
     raise UsageError(_missing(config.source, places[-1]))
 
 
 def _folder(folder: str, config: DataConfig) -> Source:
-    split = files.join(folder, config.split)
-    own = files.is_folder(split)
-    names = files.find(split if own else folder)
+    split = storage.join(folder, config.split)
+    own = storage.is_folder(split)
+    names = storage.find(split if own else folder)
     if version := newest_version(folder, names):
         return open_tfds(version, config)
     # Every recipe asks for "train", which a folder without parts is.
     if not own and config.split != DataConfig.split:
         raise UsageError(f"{folder} has no split {config.split!r}: there is no folder {split}")
     folder = split if own else folder
-    if shards := [files.join(folder, name) for name in names if name.endswith(".tar")]:
+    if shards := [storage.join(folder, name) for name in names if name.endswith(".tar")]:
         source = open_webdataset(shards, config)
     else:
         source = open_folder(folder, names, config)
@@ -93,7 +93,7 @@ def _scenes(size: int, config: DataConfig) -> Source:
 
 def _missing(name: str, last: str) -> str:
     if name == "emoji64":
-        how = "`python -m glide_jax.data.emoji64 --help` says how to make it"
+        how = "`python -m glide_jax.data.emoji.npz --help` says how to make it"
     else:
         how = (
             "prepare it with tensorflow-datasets (file_format='array_record'), or name other data "

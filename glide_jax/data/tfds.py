@@ -8,10 +8,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from glide_jax.data import files
-from glide_jax.data.config import DataConfig
-from glide_jax.data.files import BrokenRecord
-from glide_jax.data.images import Encoded
+from glide_jax.data import storage
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.decoding import Encoded
 from glide_jax.data.records import (
     CAPTION_FIELDS,
     Source,
@@ -111,7 +111,7 @@ def newest_version(folder: str, names: Sequence[str]) -> str | None:
         several = ", ".join(map(str, found))
         raise UsageError(f"{folder} holds several data sets: name one of {several}")
     newest = max(found, key=_version, default=None)
-    return None if newest is None else files.join(folder, str(newest)).removesuffix("/.")
+    return None if newest is None else storage.join(folder, str(newest)).removesuffix("/.")
 
 
 def _version(path: PurePosixPath) -> tuple[int, ...]:
@@ -199,7 +199,7 @@ def _raw(builder: Any, folder: str, split: str, image: str) -> Sequence[dict[str
     for name in reversed(_names(builder.info.features, image)):
         decoders = {name: decoders}
     kind = builder.info.file_format.value
-    if files.is_remote(folder) and kind == "array_record":
+    if storage.is_remote(folder) and kind == "array_record":
         name = PurePosixPath(folder)
         raise GlideError(
             f"array_record files cannot be read in any order from {folder}: copy them "

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from glide_jax.data.config import DataConfig
-from glide_jax.data.files import BrokenRecord
-from glide_jax.data.images import SUFFIXES, Encoded
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.decoding import SUFFIXES, Encoded
 from glide_jax.data.records import (
     CAPTION_FIELDS,
     Source,

@@ -1,6 +1,10 @@
-"""One step, one `lax.scan`; a compiled and a streaming driver over the same step."""
+"""The sampling loop: one step, one `lax.scan`, and two drivers over it.
 
-from collections.abc import Iterator, Mapping, Sequence
+`plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample` runs it
+in one compiled call, `stream` a few rows at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,18 +12,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax import lax
 
-from glide_jax.diffusion.prediction import (
-    Guidance,
-    Network,
-    Point,
-    apply,
-    branches_of,
-    noise_predictor,
-)
+from glide_jax.diffusion.guidance.predictor import Network, Point, Predict, noise_predictor
+from glide_jax.diffusion.guidance.record import Guidance, apply, branches_of
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.diffusion.table import HISTORY, Solver, Table, levels
+from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
+
+ALWAYS = (0.0, float("inf"))
+
+ALWAYS = (0.0, float("inf"))
 
 
 @partial(
@@ -27,15 +31,16 @@ from glide_jax.errors import UsageError
     data_fields=["table", "guidance"],
     meta_fields=["programs"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All that a run of the sampler is, but for networks, conditioning and noise.
+    """Everything that a sampling run needs beside networks, conditioning and noise.
 
     Attributes:
-        table: one row a network evaluation, float32.
-        guidance: every guidance, without what would make a compiled program of its own: spans, and
+        table: one row per network evaluation, float32.
+        guidance: every guidance, without what would need another compiled program: intervals, and
             the prompts of branches.
-        programs: sets of them that act together, as indices; `table.program` chooses one a row.
+        programs: the sets of guidances that act together, as indices into `guidance`;
+            `table.program` selects one for each row.
     """
 
     table: Table
@@ -43,19 +48,19 @@ class Plan:
     programs: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
-        """Rows, that is network evaluations."""
+        """The number of rows, that is of network evaluations."""
         return len(self.table.t)
 
 
 class State(NamedTuple):
-    """What a run carries from row to row; images `(B, H, W, C)` float32.
+    """What a run carries from row to row; images are `(B, H, W, C)` float32.
 
     Attributes:
-        x: the noised picture; at the end, the picture.
-        y: anchor of solvers that take several evaluations a step.
-        history: `(4, B, H, W, C)`, newest first.
+        x: the noised image; after the last row, the image.
+        y: the anchor of solvers with several evaluations per step (x at the step's start).
+        history: `(4, B, H, W, C)`, earlier predictions, newest first.
         memory: what stateful guidance remembers, by name.
-        x_0: the last estimate of the clean picture.
+        x_0: the latest estimate of the clean image.
     """
 
     x: jax.Array
@@ -68,19 +73,18 @@ class State(NamedTuple):
 def plan(
     schedule: Schedule, grid: np.ndarray, solver: Solver, guidance: Sequence[Guidance] = ()
 ) -> Plan:
-    """Turns settings into a `Plan`, on the host.
+    """Build the `Plan` of a run, on the host.
 
-    Where the set of guidances that act changes from one step to the next, the
-    solver's history and what guidance remembers begin anew: a multistep solver that went on
-    over the jump would fall to first order.
+    Where the set of acting guidances changes from one step to the next, the solver's history and
+    the memory of guidance are reset: a multistep solver would fall to first order across the jump.
 
     Args:
         grid: `(N,)` timesteps, strictly falling.
         guidance: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
-        UsageError: the grid is empty, leaves the chain, or does not fall; the guidances contradict
-            each other, or do not go with the solver.
+        UsageError: the grid is empty, leaves the diffusion process, or does not fall; the guidances
+            contradict each other, or do not suit the solver.
     """
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 1 or not len(grid):
@@ -91,18 +95,18 @@ def plan(
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
 
     guidance = [part for g in guidance for part in g.parts()]
-    branches_of(guidance)  # Refuses one name for two prompts, while prompts are known.
+    branches_of(guidance)  # Refuses one name for two prompts while prompts are still known.
     alpha, sigma, _ = levels(schedule, grid)
     acting = [
         tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
         for level in sigma[:-1] / alpha[:-1]
     ]
-    # Sorted, so that the compiled program depends on the set of programs alone.
+    # Sorted: the compiled program then depends on the set of programs alone.
     programs = tuple(sorted(set(acting)))
     breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
 
     table = solver(schedule, grid, breaks)
-    _refuse_what_cannot_be(guidance, programs, table)
+    _check_programs(guidance, programs, table)
     program = np.array([programs.index(acting[step]) for step in table.step], np.int32)
     switched = np.append(False, program[1:] != program[:-1])
     table = table._replace(program=program, keep=np.where(switched, 0.0, table.keep))
@@ -113,7 +117,7 @@ def plan(
                 g,
                 args=_as_arrays(g.args),
                 needs=tuple(branch._replace(prompt=None) for branch in g.needs),
-                span=None,
+                interval=ALWAYS,
             )
             for g in guidance
         ),
@@ -121,20 +125,20 @@ def plan(
     )
 
 
-def _refuse_what_cannot_be(
+def _check_programs(
     guidance: Sequence[Guidance], programs: Sequence[Sequence[int]], table: Table
 ) -> None:
     for program in programs:
         names = [name for i in program for name in guidance[i].remembers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UsageError(f"two guidances remember {min(twice)!r}: let one act at a time")
-    # A row that goes on with the step of the row before, rather than being sent back to it.
-    goes_on = (np.diff(table.step) == 0) & (table.keep[1:] != 0)
+    # A row that continues the step of the row before it, rather than restarting it.
+    continues = (np.diff(table.step) == 0) & (table.keep[1:] != 0)
     noisier = table.next_sigma * table.alpha >= table.sigma * table.next_alpha
     for g in guidance:
-        if g.looks_ahead and (goes_on.any() or noisier.any()):
+        if g.looks_ahead and (continues.any() or noisier.any()):
             raise UsageError(
-                f"{g.name} needs a sampler of one evaluation a step, each to a cleaner level"
+                f"{g.name} needs a sampler with one evaluation per step, each to a cleaner level"
             )
 
 
@@ -143,8 +147,8 @@ def _to_device_dtype(column: np.ndarray) -> np.ndarray:
 
 
 def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
-    # Numbers as float32 arrays: a Python float, an int and an array would each compile anew.
-    # Networks keep their weights as they are.
+    # Numbers become float32 arrays: a Python float, an int and an array would each compile again.
+    # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
         kept = exact or isinstance(value, Network)
@@ -154,21 +158,23 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(plan: Plan, x: jax.Array) -> State:
-    """The state before the first row; `x (B, H, W, C)` is noise at the first level."""
+    """Return the state before the first row; `x (B, H, W, C)` is noise at the first level."""
     names = [name for g in plan.guidance for name in g.remembers]
     memory = {name: jnp.zeros_like(x) for name in names}
-    # Buffers of their own: the scan may reuse each of them.
+    # Separate buffers: the scan may reuse each of them.
     return State(x, jnp.zeros_like(x), jnp.zeros((HISTORY, *x.shape), x.dtype), memory, x)
 
 
 def noise_at(noise: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Row `index`'s noise `(B, H, W, C)`: drawn from keys `(B,)`, so that a picture can be
-    made again alone."""
+    """Sample the noise `(B, H, W, C)` of row `index` from one key per image.
+
+    An image's noise does not depend on the rest of its batch.
+    """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape[1:]))(noise)
 
 
 def is_keys(noise: jax.Array) -> bool:
-    """Whether noise is given as one key an image, rather than as a tape."""
+    """Whether noise is one key per image, rather than the noise of every row."""
     return jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
 
 
@@ -180,37 +186,39 @@ def run_rows(
     state: State,
     noise: jax.Array,
 ) -> State:
-    """Runs the rows of a plan from a state: the one compiled function of the sampler.
+    """Run the rows of a plan from a state: the one compiled function of the sampler.
+
+    Each row evaluates the guided prediction and applies the recursion that every solver shares
+    (`glide_jax.diffusion.solvers.table`).
 
     Args:
         networks: by name; "main" is the one that is guided.
         conds: conditioning of each branch by its name, arrays batch first.
-        noise: `(N, B, H, W, C)`, a row's noise each, or `(B,)` keys.
+        noise: `(N, B, H, W, C)`, the noise of each row, or `(B,)` keys.
     """
     active = [[plan.guidance[i] for i in program] for program in plan.programs]
-    predicts = [apply(noise_predictor(networks, conds, branches_of(a)), a) for a in active]
-
-    def solver_view(predict):
-        # What the solver reads; the same tree whatever branches were evaluated.
-        def view(x, point):
-            p = predict(x, point)
-            return p.x_0, p.frac, p.score, p.memory
-
-        return view
-
-    views = [solver_view(predict) for predict in predicts]
+    programs = [
+        solver_view(apply(noise_predictor(networks, conds, branches_of(guidances)), guidances))
+        for guidances in active
+    ]
 
     def step(state: State, inputs: tuple[Table, jax.Array | None]) -> tuple[State, None]:
         row, z = inputs
         x, y, history, memory, _ = state
         memory = jax.tree.map(lambda m: m * row.keep, memory)
         point = Point(row.t, row.alpha, row.sigma, row.next_alpha, row.next_sigma, memory)
-        x_0, frac, score, memory = (
-            views[0](x, point) if len(views) == 1 else jax.lax.switch(row.program, views, x, point)
+        if len(programs) == 1:
+            x_0, variance_fraction, score, memory = programs[0](x, point)
+        else:
+            x_0, variance_fraction, score, memory = lax.switch(row.program, programs, x, point)
+
+        # The learned variance, between beta_tilde and beta on a log scale.
+        variance = jnp.exp(
+            variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )
-        variance = jnp.exp(frac * row.log_beta + (1 - frac) * row.log_beta_tilde)
         if z is None:
             z = noise_at(noise, row.index, x.shape)
+
         entry = row.u * x + row.v * (x_0 + row.score_x_0 * score)
         history = weighted(row.S, jnp.concatenate([entry[None], history]))
         y = row.Py * y + row.Px * x + weighted(row.B, history)
@@ -224,12 +232,25 @@ def run_rows(
         return State(x, y, history, memory, x_0), None
 
     tape = None if is_keys(noise) else noise
-    return jax.lax.scan(step, state, (plan.table, tape))[0]
+    return lax.scan(step, state, (plan.table, tape))[0]
+
+
+def solver_view(predict: Predict) -> Callable[[jax.Array, Point], tuple[Any, ...]]:
+    """Reduce a prediction to what the solver reads: x_0, variance fraction, score, memory.
+
+    All programs then return the same tree, whatever branches they evaluate.
+    """
+
+    def view(x: jax.Array, point: Point) -> tuple[Any, ...]:
+        p = predict(x, point)
+        return p.x_0, p.variance_fraction, p.score, p.memory
+
+    return view
 
 
 def weighted(weights: jax.Array, images: jax.Array) -> jax.Array:
-    """`(..., K)` weights on `(K, B, H, W, C)` images, at full precision whatever the device."""
-    return jnp.tensordot(weights, images, axes=1, precision=jax.lax.Precision.HIGHEST)
+    """Sum `(K, B, H, W, C)` images by `(..., K)` weights, at full precision on every device."""
+    return jnp.tensordot(weights, images, axes=1, precision=lax.Precision.HIGHEST)
 
 
 def sample(
@@ -239,14 +260,14 @@ def sample(
     x: jax.Array,
     noise: jax.Array,
 ) -> State:
-    """The compiled driver: the whole run in one call.
+    """Run a plan in one compiled call.
 
     Args:
         x: `(B, H, W, C)` float32, noise at the first level.
         noise: `(N, B, H, W, C)` or `(B,)` keys; see `run_rows`.
 
     Returns:
-        The last state; its `x` is the picture, in [-1, 1] nominally.
+        The last state; its `x` is the image, nominally in [-1, 1].
     """
     return run_rows(networks, conds, plan, start(plan, x), noise)
 
@@ -259,9 +280,12 @@ def stream(
     noise: jax.Array,
     rows: int = 1,
 ) -> Iterator[tuple[int, State]]:
-    """The streaming driver: the same run, `rows` rows a call, for progress and previews.
+    """Run a plan a few rows at a time, for progress bars and previews.
 
-    One row a call also makes one compiled program serve every number of steps.
+    With one row per call, one compiled program serves every number of steps.
+
+    Args:
+        rows: rows per call.
 
     Yields:
         The number of rows done, and the state after them.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.data.emoji64 import load_npz, read_fields
+from glide_jax.data.emoji.npz import load_npz, read_fields
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
 

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from glide_jax.batches import batches
+from glide_jax.pipeline.batching import batches
 from glide_jax.errors import UsageError
 from glide_jax.models.clip import NoisedCLIP
-from glide_jax.noised_clip import CLIP, load_clip
-from glide_jax.pictures import from_uint8
+from glide_jax.pipeline.clip_guide import CLIP, load_clip
+from glide_jax.pipeline.images import from_uint8
 
-# Pictures or captions that are encoded at a time.
+# Images or captions that are encoded at a time.
 BATCH = 64
 SCORER = "scorer"
 
@@ -116,7 +116,7 @@ def ten_views(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def fit(images: np.ndarray, size: int) -> np.ndarray:
-    """Pictures of that side: reduced by averaging areas, enlarged bicubically."""
+    """Images of that side: reduced by averaging areas, enlarged bicubically."""
     side = images.shape[1]
     if side == size:
         return images

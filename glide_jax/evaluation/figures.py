@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.evaluation.files import write_json
-from glide_jax.evaluation.sweeps import SWEEPS, TRADE_OFF
+from glide_jax.evaluation.reports import write_json
+from glide_jax.evaluation.sweep_options import SWEEPS, TRADE_OFF
 
 Point = dict[str, Any]
 # What is plotted, by the name of its axis; of distances, those of a feature space.

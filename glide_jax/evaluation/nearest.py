@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 
 from glide_jax.evaluation.captions import held_out, prompt_of, some, training_cells
 from glide_jax.evaluation.features import fit
-from glide_jax.evaluation.files import write_json
-from glide_jax.pictures import writable
-from glide_jax.pipeline import Pipeline
+from glide_jax.evaluation.reports import write_json
+from glide_jax.pipeline.images import writable
+from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import TrainConfig
 
 
@@ -57,7 +57,7 @@ def draw_and_compare(
 ) -> list[Drawn]:
     """Draws one picture of each record's caption in its style, and finds the nearest in `train`.
 
-    Pictures of another size than those in `train` are compared at theirs.
+    Images of another size than those in `train` are compared at theirs.
     """
     prompts = [prompt_of(record) for record in asked]
     pictures = pipe(prompts, seed=seed, batch_size=batch_size)

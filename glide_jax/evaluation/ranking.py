@@ -22,11 +22,11 @@ from glide_jax.evaluation.captions import (
     vocabulary,
 )
 from glide_jax.evaluation.features import Scorer, similarity
-from glide_jax.evaluation.files import write_json, write_png
+from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.metrics import r_precision
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pictures import writable
-from glide_jax.pipeline import Pipeline
+from glide_jax.pipeline.images import writable
+from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import RunConfig
 
 PARTS = ("training_concepts", "held_out_cells")

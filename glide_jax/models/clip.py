@@ -177,7 +177,7 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> Features:
-        """Features of captions, as `glide_jax.tokenizers.CLIPTokenizer` gives them.
+        """Features of captions, as `glide_jax.models.tokenizers.CLIPTokenizer` gives them.
 
         Args:
             tokens: `(B, max_text_len)` integer. A token outside of the table: NaN.

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from glide_jax.errors import GlideError
-from glide_jax.parallel import on_first, shared_text
+from glide_jax.devices.processes import on_first, shared_text
 from glide_jax.training.state import TrainState
 
 STATE, RECORD = "state", "record"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from glide_jax.errors import UsageError
-from glide_jax.parallel import Peers
+from glide_jax.devices.processes import Peers
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
 

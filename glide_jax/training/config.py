@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 
-SPREADS = ("pmap", "fsdp")
+PARALLELISMS = ("pmap", "fsdp")
 ON_BAD_STEP = ("stop", "skip")
 
 
@@ -34,7 +34,7 @@ class OptimiserConfig:
         decay: "constant", or "cosine": from `learning_rate` to zero over the run.
         warmup: steps of linear warm-up.
         moments: dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
-        clip: largest global norm of the gradient; 0: no clipping.
+        grad_clip: largest global norm of the gradient; larger gradients are scaled down; 0: off.
         freeze: parts of the network that stay as they began, by the start of their path: "text"
             (the text transformer), "unet/down". They cost neither gradients nor optimiser state.
         ema: rate of the moving average that is sampled from; it starts lower, as
@@ -53,7 +53,7 @@ class OptimiserConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     moments: str = "float32"
-    clip: float = 1.0
+    grad_clip: float = 1.0
     freeze: tuple[str, ...] = ()
     ema: float = 0.9999
     ema_power: tuple[float, ...] = ()
@@ -82,7 +82,7 @@ class RunConfig:
         steps: updates, in all.
         batch_size: pictures a step, over all devices of all hosts.
         accumulate: parts that a batch is worked through in, one after the other, to save memory.
-        spread: over devices: "pmap" (parameters on every device) or "fsdp" (parameters, optimiser
+        parallelism: over devices: "pmap" (parameters on every device) or "fsdp" (parameters, optimiser
             and averages sharded: models that one device cannot hold).
         dtype: of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these.
@@ -111,7 +111,7 @@ class RunConfig:
     steps: int = 100_000
     batch_size: int = 64
     accumulate: int = 1
-    spread: str = "pmap"
+    parallelism: str = "pmap"
     seed: int = 0
     dtype: str = "auto"
     remat: bool = False
@@ -141,7 +141,7 @@ class RunConfig:
             raise UsageError(
                 f"a batch of {self.batch_size} does not divide into {self.accumulate} parts"
             )
-        for name, known in (("spread", SPREADS), ("on_bad_step", ON_BAD_STEP)):
+        for name, known in (("parallelism", PARALLELISMS), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
 
@@ -265,7 +265,7 @@ def check_run(config: RunConfig) -> None:
         raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
 
 
-def begin_run(config: RunConfig) -> None:
+def write_config(config: RunConfig) -> None:
     """Writes the recipe into the run's folder.
 
     Raises:

@@ -15,8 +15,9 @@ from glide_jax.training.checkpoint import newest, steps_in
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, read_config
 from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
+from glide_jax.training.runs import is_run, model_of, run_defaults
 from glide_jax.training.state import TrainState
-from glide_jax.weights.embedding import ROWS, TABLE, compact
+from glide_jax.weights.token_rows import ROWS, TABLE, compact
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT, Model
 from glide_jax.weights.store import flatten, load_weights, save_weights
 
@@ -30,16 +31,7 @@ def load_run(folder: Path) -> Model:
     config, state = restore_run(folder)
     if not isinstance(config, TrainConfig):
         raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
-    return Model(
-        name=str(folder),
-        config=config.model,
-        params=state.ema,
-        schedule=config.schedule,
-        diffusion_steps=config.diffusion_steps,
-        prediction=config.prediction,
-        defaults=run_defaults(config),
-        prompts=config.sample_prompts,
-    )
+    return model_of(config, state.ema, str(folder))
 
 
 def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
@@ -54,21 +46,6 @@ def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
             f"{folder} is a run of a {config.model.variant} model, not of a noised CLIP"
         )
     return config.model, state.ema
-
-
-def run_defaults(config: TrainConfig) -> dict[str, Any]:
-    """The sampling settings that a recipe recommends."""
-    found = {"steps": config.sample_steps, "guidance_scale": config.sample_guidance_scale}
-    if config.sample_clip_scale:
-        found["clip_scale"] = config.sample_clip_scale
-    if config.sample_strength is not None:
-        found["strength"] = config.sample_strength
-    return found
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's, rather than weights."""
-    return (folder / "checkpoints").is_dir()
 
 
 def restore_run(folder: Path) -> tuple[RunConfig, TrainState]:

@@ -11,10 +11,10 @@ from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Batch, make_objective, make_tokenizer
 
 # Enough for a batch's share of the text side and of the update to be right, few enough to be quick.
-PICTURES = 2
+IMAGES = 2
 
 
-def flops_per_picture(config: RunConfig) -> float:
+def flops_per_image(config: RunConfig) -> float:
     """Model FLOPs of loss and gradient, a picture: what the mathematics needs.
 
     Recomputed activations do not count (model FLOP utilisation, PaLM, 2204.02311, app. B).
@@ -25,13 +25,13 @@ def flops_per_picture(config: RunConfig) -> float:
     size, context = config.side, make_tokenizer(config).context
     shape = jax.ShapeDtypeStruct
     batch = Batch(
-        image=shape((PICTURES, size, size, 3), jnp.uint8),
-        tokens=shape((PICTURES, context), jnp.int32),
-        mask=shape((PICTURES, context), jnp.bool_),
-        position=shape((PICTURES,), jnp.int32),
+        image=shape((IMAGES, size, size, 3), jnp.uint8),
+        tokens=shape((IMAGES, context), jnp.int32),
+        mask=shape((IMAGES, context), jnp.bool_),
+        row=shape((IMAGES,), jnp.int32),
     )
     gradient = jax.jit(jax.grad(objective.loss, has_aux=True))
-    return count_flops(gradient, jax.eval_shape(objective.init, key), batch, key) / PICTURES
+    return count_flops(gradient, jax.eval_shape(objective.init, key), batch, key) / IMAGES
 
 
 def count_flops(function: Any, *arguments: Any) -> float:

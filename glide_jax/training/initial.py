@@ -9,12 +9,11 @@ import numpy as np
 
 from glide_jax.errors import GlideError
 from glide_jax.models.presets import VARIANTS, ModelConfig
-from glide_jax.noised_clip import load_clip
-from glide_jax.parallel import Spread, quickly
+from glide_jax.devices.parallel import Parallel, quickly
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
 from glide_jax.training.objectives import Objective
+from glide_jax.training.runs import open_clip, open_model
 from glide_jax.training.state import TrainState, init_state, make_optimiser
-from glide_jax.weights.registry import load_model
 from glide_jax.weights.released import differences
 from glide_jax.weights.store import flatten, unflatten
 
@@ -37,7 +36,7 @@ def abstract_state(config: RunConfig, objective: Objective) -> TrainState:
     )
 
 
-def begin_state(config: RunConfig, objective: Objective, spread: Spread) -> TrainState:
+def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
     """The state before the first step, on all devices: drawn, or from `config.init_from`.
 
     Raises:
@@ -46,9 +45,9 @@ def begin_state(config: RunConfig, objective: Objective, spread: Spread) -> Trai
     """
     key = jax.random.key(config.seed)
     if not config.init_from:
-        return spread.make_state(lambda key: new_state(config, objective, objective.init(key)), key)
+        return parallel.make(lambda key: new_state(config, objective, objective.init(key)), key)
     params = params_from(config, objective, key)
-    return spread.make_state(partial(new_state, config, objective), params)
+    return parallel.make(partial(new_state, config, objective), params)
 
 
 def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> Any:
@@ -64,9 +63,9 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> Any:
     """
     wanted = flatten(jax.eval_shape(objective.init, key))
     if isinstance(config, CLIPTrainConfig):
-        given = flatten(load_clip(config.init_from).params)
+        given = flatten(open_clip(config.init_from).params)
     else:
-        model = load_model(config.init_from)
+        model = open_model(config.init_from)
         given = flatten(model.params)
         if STEM in given:
             given[STEM] = extend_stem(given[STEM], model.config, config.model)

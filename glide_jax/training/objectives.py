@@ -4,7 +4,7 @@ All that is random about a record is drawn from the key and from its place in th
 that the number of devices, of hosts and of accumulated parts changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.unet import GLIDE
-from glide_jax.runtime import trunk_dtype
-from glide_jax.tokenizers import CLIPTokenizer, GPT2Tokenizer
+from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.masks import random_mask
 from glide_jax.training.state import labels
@@ -30,18 +30,23 @@ QUARTILES = 4
 
 
 class Batch(NamedTuple):
-    """Pictures and captions of one step.
+    """Images and captions of one step.
 
     Attributes:
         image: `(B, H, W, 3)` uint8.
         tokens, mask: `(B, L)` int32 and bool.
-        position: `(B,)` int32, place in the whole batch of the step.
+        row: `(B,)` int32, row in the whole batch of the step.
     """
 
     image: jax.Array | np.ndarray
     tokens: jax.Array | np.ndarray
     mask: jax.Array | np.ndarray
-    position: jax.Array | np.ndarray
+    row: jax.Array | np.ndarray
+
+
+def to_batch(arrays: Mapping[str, np.ndarray]) -> Batch:
+    """Return what the training step takes of a batch of the data."""
+    return Batch(arrays["image"], arrays["tokens"], arrays["mask"], arrays["row"])
 
 
 class Draw(NamedTuple):
@@ -109,12 +114,12 @@ def make_tokenizer(config: RunConfig) -> GPT2Tokenizer | CLIPTokenizer:
 def draw(key: jax.Array, batch: Batch, steps: int) -> Draw:
     """The random draws of a step, each record's from its place."""
 
-    def one(position: jax.Array) -> Draw:
-        t_key, eps_key, rest = jax.random.split(jax.random.fold_in(key, position), 3)
+    def one(row: jax.Array) -> Draw:
+        t_key, eps_key, rest = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
         return Draw(jax.random.randint(t_key, (), 0, steps), eps, rest)
 
-    return jax.vmap(one)(batch.position)
+    return jax.vmap(one)(batch.row)
 
 
 def to_range(image: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """Gradient clipping and AdamW; nothing for what is frozen."""
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta_1,

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.data.pipeline import make_batches, to_batch
-from glide_jax.data.sources import Source, open_source
+from glide_jax.data.batches import make_batches
+from glide_jax.training.objectives import to_batch
+from glide_jax.data.records import Source
+from glide_jax.data.sources import open_source
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Objective, Params, finish, make_tokenizer
@@ -61,7 +63,7 @@ class Validation:
         found: list[dict[str, Any]] = []
         for i in range(count or config.validation_batches):
             batch = to_batch(next(batches))
-            batch = batch._replace(position=batch.position + np.int32(i * self.batch_size))
+            batch = batch._replace(row=batch.row + np.int32(i * self.batch_size))
             _, metrics = self._loss(params, batch, jax.random.key(0))
             found.append(jax.device_get(metrics))
         return finish({name: np.mean([m[name] for m in found], axis=0) for name in found[0]})

@@ -9,16 +9,23 @@ import numpy as np
 
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
-from glide_jax.weights.embedding import expand
+from glide_jax.weights.token_rows import expand
 from glide_jax.weights.released import from_released, misfits, to_released
 from glide_jax.weights.released_files import (
     PRESET_OF,
-    defaults_of,
     fetch,
     recognise,
+    released_defaults,
     schedule_of,
 )
-from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
+from glide_jax.weights.store import (
+    CONFIG,
+    flatten,
+    load_weights,
+    read_config_json,
+    save_weights,
+    unflatten,
+)
 from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 
@@ -77,22 +84,17 @@ def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str 
 
 
 def load_model(name: str | Path) -> Model:
-    """A model by name ("emoji64"), or from a folder: exported weights, or a run of `train.py`.
+    """Load a model by name ("emoji64"), from a folder of exported weights, or from a `.pt` file.
 
     Raises:
-        UsageError: no such name or folder.
-        GlideError: the folder's files are missing, broken, or do not fit together.
+        UsageError: there is no such name, folder or file.
+        GlideError: the files are missing, broken, or do not fit together.
     """
     if str(name) in EMBEDDED:
         return _load_exported(str(name), ASSETS / str(name))
     if str(name) in PRESET_OF:
         return load_torch(fetch(str(name)), str(name), PRESETS[PRESET_OF[str(name)]]())
     folder = Path(name).expanduser()
-    if (folder / "checkpoints").is_dir():
-        # Orbax takes most of a second to import, and only runs need it.
-        from glide_jax.training.export import load_run
-
-        return load_run(folder)
     if folder.is_file():
         return load_torch(folder, str(name))
     if folder.is_dir():
@@ -100,6 +102,22 @@ def load_model(name: str | Path) -> Model:
     known = (*EMBEDDED, *PRESET_OF)
     hint = nearest(str(name), known) or f"; names are {', '.join(known)}"
     raise UsageError(f"there are no weights {str(name)!r}, by name or as a folder or file{hint}")
+
+
+def defaults_of(name: str | Path) -> dict[str, Any]:
+    """Return the sampling settings that weights bring, without reading their arrays.
+
+    Empty where there are none.
+
+    Raises:
+        GlideError: the folder's `config.json` cannot be read.
+    """
+    if str(name) in PRESET_OF:
+        return released_defaults(PRESETS[PRESET_OF[str(name)]]())
+    folder = ASSETS / str(name) if str(name) in EMBEDDED else Path(name).expanduser()
+    if not (folder / CONFIG).is_file():
+        return {}
+    return dict(read_config_json(folder / CONFIG).get("defaults", {}))
 
 
 def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Model:
@@ -114,7 +132,7 @@ def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Mode
     state_dict = read_torch_file(path)
     config = config or recognise(state_dict)
     params = from_released(config, state_dict)
-    return Model(name, config, params, schedule_of(config), defaults=defaults_of(config))
+    return Model(name, config, params, schedule_of(config), defaults=released_defaults(config))
 
 
 def save_torch(model: Model, path: Path) -> None:

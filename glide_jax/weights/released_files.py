@@ -15,7 +15,7 @@ import tqdm
 
 from glide_jax.errors import GlideError, nearest
 from glide_jax.models.presets import PRESETS, ModelConfig
-from glide_jax.runtime import cache_folder
+from glide_jax.folders import cache_folder
 from glide_jax.weights.store import whole_files
 
 SERVER = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
@@ -43,7 +43,7 @@ def schedule_of(config: ModelConfig) -> str:
     return "linear" if config.upsamples else "cosine"
 
 
-def defaults_of(config: ModelConfig) -> dict[str, Any]:
+def released_defaults(config: ModelConfig) -> dict[str, Any]:
     """How the release samples a model, in its notebooks `text2im` and `inpaint`."""
     if config.upsamples:
         sampler = "ddpm" if config.inpaints else "ddim"

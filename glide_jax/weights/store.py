@@ -227,12 +227,12 @@ def load_weights(
     for name in (CONFIG, MODEL):
         if not (folder / name).is_file():
             raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
-    config = _read_config(folder / CONFIG)
+    config = read_config_json(folder / CONFIG)
     params, metadata = map_arrays(folder / MODEL)
     return config, params, metadata
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

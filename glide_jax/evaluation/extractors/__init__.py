@@ -5,6 +5,6 @@ extractor(images)                   # (N, H, W, 3) uint8 -> (N, 2048) float32
 """
 
 from glide_jax.evaluation.extractors.extractor import Extractor
-from glide_jax.evaluation.extractors.files import open_extractor
+from glide_jax.evaluation.extractors.recognise import open_extractor
 
 __all__ = ["Extractor", "open_extractor"]

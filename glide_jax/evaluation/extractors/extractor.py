@@ -24,7 +24,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pictures -> features; make one with `open_extractor`.
+    """Images -> features; make one with `open_extractor`.
 
     Attributes:
         name: of the network, "Inception v3 (FID)".
@@ -99,7 +99,7 @@ def _apply(module: nn.Module, params: Any, images: jax.Array) -> Features:
 
 
 def resized(images: np.ndarray, *, side: int) -> np.ndarray:
-    """Pictures whose shorter side is `side`, bicubic as Pillow does it, cut to their middle.
+    """Images whose shorter side is `side`, bicubic as Pillow does it, cut to their middle.
 
     Args:
         images: `(N, H, W, 3)` uint8.

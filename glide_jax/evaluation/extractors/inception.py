@@ -191,7 +191,7 @@ BLOCKS = {
 
 
 class Inception(nn.Module):
-    """Pictures of any size -> features after the last average ("pool3"), and probabilities."""
+    """Images of any size -> features after the last average ("pool3"), and probabilities."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:

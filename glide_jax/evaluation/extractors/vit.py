@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pictures -> the class token after the last normalisation (and projection, in CLIP)."""
+    """Images -> the class token after the last normalisation (and projection, in CLIP)."""
 
     config: ViTConfig
 

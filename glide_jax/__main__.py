@@ -1,0 +1,84 @@
+"""The command `glide-jax` (also `python -m glide_jax`)."""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+
+from glide_jax.folders import STORIES
+
+USAGE = """usage: glide-jax COMMAND [OPTIONS]
+
+  sample     generate images: glide-jax sample "a red apple"
+  train      train a model: glide-jax train --config cfg64 --data.source FOLDER
+  evaluate   measure images: glide-jax evaluate ranking --data emoji64.npz
+  weights    convert, export and average weights: glide-jax weights convert base.pt base
+  data       make the emoji data set: glide-jax data fetch --to sources
+  env        versions, devices and folders, for bug reports
+
+glide-jax COMMAND --help describes the options of a command."""
+
+
+def story(name: str, arguments: Sequence[str]) -> None:
+    """Run `sample.py` or `train.py`, the same file as at the top of the repository."""
+    sys.argv = [f"glide-jax {name}", *arguments]
+    runpy.run_path(str(STORIES / f"{name}.py"), run_name="__main__")
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Run `glide-jax evaluate`."""
+    from glide_jax.commands.evaluate import main
+
+    main(arguments)
+
+
+def weights(arguments: Sequence[str]) -> None:
+    """Run `glide-jax weights`."""
+    from glide_jax.commands.convert import main
+
+    main(arguments)
+
+
+def data(arguments: Sequence[str]) -> None:
+    """Run `glide-jax data`."""
+    from glide_jax.commands.emoji_data import main
+
+    main(arguments)
+
+
+def environment(arguments: Sequence[str]) -> None:
+    """Run `glide-jax env`."""
+    from glide_jax.commands.environment import main
+
+    main()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "sample": lambda arguments: story("sample", arguments),
+    "train": lambda arguments: story("train", arguments),
+    "evaluate": evaluate,
+    "weights": weights,
+    "data": data,
+    "env": environment,
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    from glide_jax.errors import nearest
+
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+    elif name in COMMANDS:
+        COMMANDS[name](arguments)
+    else:
+        print(
+            f"error: there is no command {name!r}{nearest(name, COMMANDS)}: choose one of "
+            f"{', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

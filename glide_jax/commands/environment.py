@@ -1,0 +1,60 @@
+"""`glide-jax env`: what a bug report needs to know about this machine."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+
+import glide_jax
+from glide_jax.folders import cache_folder
+from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.pipeline.images import package_version
+from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
+VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR")
+
+
+def describe_environment() -> str:
+    """Return versions, devices, cache folder and variables, one per line."""
+    lines = {
+        "glide-jax": f"{package_version()}, in {os.path.dirname(glide_jax.__file__)}",
+        "Python": f"{platform.python_version()}, {platform.platform()}",
+    }
+    lines |= {name: _version(name) for name in PACKAGES}
+    try:
+        devices = jax.devices()
+        kinds = sorted({f"{d.platform}: {d.device_kind}" for d in devices})
+        lines["devices"] = f"{len(devices)} ({', '.join(kinds)})"
+        lines["trunk dtype"] = f"{jax.numpy.dtype(trunk_dtype()).name} (auto)"
+    except RuntimeError as error:
+        lines["devices"] = f"none: {str(error).splitlines()[0]}"
+    lines["cache"] = str(cache_folder())
+    lines["weights"] = ", ".join((*EMBEDDED, *EMBEDDED_CLIPS)) or "none are installed"
+    lines |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return "\n".join(f"{name:20} {value}" for name, value in lines.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Print the environment."""
+    print(describe_environment())

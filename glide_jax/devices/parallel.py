@@ -1,0 +1,280 @@
+"""One training step over many devices: replicated (`pmap`) or fully sharded (`fsdp`).
+
+Both run the same step `(state, batch, key) -> (state, metrics)` and give the same result. The
+devices may belong to several processes, on one machine or on many.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glide_jax.errors import UsageError
+
+AXIS = "batch"
+# Below this number of values an array is not worth a gather before each use.
+SMALLEST_SHARDED = 2**14
+
+Step = Callable[..., tuple[Any, Any]]
+
+
+class Parallel(Protocol):
+    """How the devices share a training step: where arrays lie, and the compiled step.
+
+    Attributes:
+        devices: all devices of all processes.
+    """
+
+    devices: list[jax.Device]
+
+    def compile(self, step: Step) -> Step:
+        """Return the compiled step `(state, batch, key)`; it reuses the old state's memory.
+
+        Args:
+            step: `(state, batch, key, *, axis)`; `axis` is the name of the mapped axis, or None
+                where the whole batch is seen at once.
+        """
+        ...
+
+    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(*arguments)`, a state, on all devices."""
+        ...
+
+    def place(self, state: Any) -> Any:
+        """Put a state of the host, or a restored one, on all devices."""
+        ...
+
+    def place_batch(self, batch: Any) -> Any:
+        """Put this process's rows of a batch on its devices."""
+        ...
+
+    def whole(self, tree: Any) -> Any:
+        """Return parameters or metrics as arrays that a process can use without the others.
+
+        All processes must call it.
+        """
+        ...
+
+    def saved(self, state: Any) -> Any:
+        """Return the arrays of a state that a checkpoint keeps."""
+        ...
+
+    def layout(self, abstract: Any) -> Any:
+        """Return the arrays, or abstract ones with their sharding, that a checkpoint is read into.
+
+        `place` takes it from there.
+        """
+        ...
+
+
+def make_parallel(kind: str, batch_size: int) -> Parallel:
+    """Return the parallelism over all devices of all processes.
+
+    Args:
+        kind: "pmap" or "fsdp".
+        batch_size: images that all devices process at the same time.
+
+    Raises:
+        UsageError: the batch does not divide over the devices.
+    """
+    count = jax.device_count()
+    if batch_size % count:
+        raise UsageError(f"a batch of {batch_size} does not divide over {count} devices")
+    return {"pmap": PMap, "fsdp": FSDP}[kind]()
+
+
+def quickly() -> dict[str, Any] | None:
+    """Return `compiler_options` for a program that runs once.
+
+    A CPU takes far longer to compile the sampling of some hundred arrays well than to sample them.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+# --- pmap
+
+
+class PMap:
+    """The whole state on every device, the batch split, gradients averaged: `jax.pmap`."""
+
+    def __init__(self) -> None:
+        self.devices = jax.devices()
+        self._local = jax.local_devices()
+
+    def compile(self, step: Step) -> Step:
+        return jax.pmap(
+            partial(step, axis=AXIS), axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=0
+        )
+
+    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        # Each device makes its own: copies for all the others would not fit beside the first.
+        def copies(*arguments: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (len(self._local), *jnp.shape(x))),
+                function(*arguments),
+            )
+
+        return jax.jit(copies, out_shardings=_rows(self._local), compiler_options=quickly())(
+            *arguments
+        )
+
+    def place(self, state: Any) -> Any:
+        return replicate(state, self._local)
+
+    def place_batch(self, batch: Any) -> Any:
+        return split_batch(batch, len(self._local))
+
+    def whole(self, tree: Any) -> Any:
+        return unreplicate(tree)
+
+    def saved(self, state: Any) -> Any:
+        # Not through `unreplicate`: a second copy of a state may not fit on the device.
+        return jax.tree.map(
+            lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), state
+        )
+
+    def layout(self, abstract: Any) -> Any:
+        # Untouched zeros cost no memory.
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+
+
+def _rows(devices: list[jax.Device]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
+def replicate(tree: Any, devices: list[jax.Device]) -> Any:
+    """Copy each array to each device: `(...) -> (devices, ...)`."""
+    where = _rows(devices)
+
+    def put(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        shape = (len(devices), *host.shape)
+        return jax.make_array_from_callback(shape, where, lambda _: host[None])
+
+    return jax.tree.map(put, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """Return the first device's copy, on that device."""
+    return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
+
+
+def split_batch(tree: Any, count: int) -> Any:
+    """Reshape each array `(B, ...) -> (count, B / count, ...)`."""
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
+
+
+# --- fsdp
+
+
+class FSDP:
+    """Parameters, optimiser and EMA sharded over a mesh  (ZeRO, 1910.02054): `jax.jit`."""
+
+    def __init__(self) -> None:
+        self._mesh = device_mesh(jax.devices())
+        self.devices = list(self._mesh.devices.flat)
+
+    def compile(self, step: Step) -> Step:
+        return fsdp_step(step, self._mesh)
+
+    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        arguments = jax.tree.map(
+            lambda x: shard(x, self._mesh) if isinstance(x, np.ndarray) else x, arguments
+        )
+        return fsdp_make(function, arguments, self._mesh)(*arguments)
+
+    def place(self, state: Any) -> Any:
+        return shard(state, self._mesh)
+
+    def place_batch(self, batch: Any) -> Any:
+        rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    def whole(self, tree: Any) -> Any:
+        if jax.process_count() == 1:
+            return tree
+        return jax.tree.map(_gathered, tree)
+
+    def saved(self, state: Any) -> Any:
+        return state
+
+    def layout(self, abstract: Any) -> Any:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            abstract,
+            state_sharding(abstract, self._mesh),
+        )
+
+
+def _gathered(x: jax.Array) -> Any:
+    # Metrics and small parameters are on every device already: no process waits for another.
+    if x.is_fully_replicated:
+        return x.addressable_data(0)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def device_mesh(devices: list[jax.Device]) -> Mesh:
+    """Return all devices as one axis, of the type that linen's convolutions accept."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def shard_spec(shape: tuple[int, ...], count: int) -> PartitionSpec:
+    """Split the largest axis that divides by `count`; small arrays stay whole on every device."""
+    axes = [axis for axis, size in enumerate(shape) if size % count == 0]
+    if not axes or int(np.prod(shape)) < SMALLEST_SHARDED:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(AXIS if axis == largest else None for axis in range(len(shape))))
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """Return the sharding of each array of a state, abstract or not, under `fsdp`."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, shard_spec(np.shape(x), mesh.size)), state)
+
+
+def fsdp_step(step: Step, mesh: Mesh) -> Step:
+    """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used."""
+    batch, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
+
+    def stays(x: Any) -> Any:
+        if np.ndim(x) > 1 and np.shape(x)[0] % mesh.size == 0:
+            return jax.lax.with_sharding_constraint(x, batch)
+        return x
+
+    def pinned(method: Callable[..., Any], args: Any, kwargs: Any, _: Any) -> Any:
+        # Otherwise XLA leaves some parameters sharded and gathers the whole batch instead.
+        return jax.tree.map(stays, method(*args, **kwargs))
+
+    def sharded(state: Any, rows: Any, key: jax.Array) -> tuple[Any, Any]:
+        rows = jax.lax.with_sharding_constraint(rows, batch)
+        with nn.intercept_methods(pinned):
+            state, metrics = step(state, rows, key, axis=None)
+        metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
+        layout = state_sharding(state, mesh)
+        return jax.lax.with_sharding_constraint(state, layout), metrics
+
+    return jax.jit(sharded, donate_argnums=0)
+
+
+def fsdp_make(make: Callable[..., Any], arguments: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Return the jitted maker of a state for `fsdp`: nothing large is ever whole on one device."""
+    layout = state_sharding(jax.eval_shape(make, *arguments), mesh)
+    return jax.jit(make, out_shardings=layout, compiler_options=quickly())
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """Shard a host's arrays; each process holds all of each array and keeps its own parts."""
+
+    def put(x: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == where:
+            return x
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(put, tree, state_sharding(tree, mesh))

@@ -1,0 +1,73 @@
+"""Guidance: functions from a noise prediction to a noise prediction.
+
+A guidance is a pure function `Predict -> Predict` inside a small host-side record, `Guidance`,
+that says which branches the network must evaluate, which parameters it takes, and at which noise
+levels it acts. Guidances are applied left to right, innermost first: `[a, b]` is `b(a(predict))`.
+List them in this order:
+
+1. linear in the branches (`linear.py`): `autoguidance`, and one of `classifier_free`, `all_of`,
+   `cfg_plus_plus` and `apg`; their differences add up, in any order;
+2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
+   `dynamic_threshold`, `known_pixels`, `clip_x0`;
+3. scores (`score.py`), which read the final `x_0` and act beside it: `gradient`, `image_loss`.
+
+Every parameter may be a scalar or have one value per image, `(B,)`.
+"""
+
+from glide_jax.diffusion.guidance.image import clip_x0, dynamic_threshold, known_pixels, rescale
+from glide_jax.diffusion.guidance.linear import (
+    all_of,
+    apg,
+    autoguidance,
+    cfg_plus_plus,
+    classifier_free,
+)
+from glide_jax.diffusion.guidance.predictor import (
+    CONDITIONAL,
+    NULL,
+    Branch,
+    Network,
+    Number,
+    Point,
+    Predict,
+    Prediction,
+    noise_predictor,
+)
+from glide_jax.diffusion.guidance.record import (
+    Guidance,
+    apply,
+    branches_of,
+    compose,
+    guidance,
+    per_image,
+)
+from glide_jax.diffusion.guidance.score import gradient, image_loss
+
+__all__ = [
+    "CONDITIONAL",
+    "NULL",
+    "Branch",
+    "Guidance",
+    "Network",
+    "Number",
+    "Point",
+    "Predict",
+    "Prediction",
+    "all_of",
+    "apg",
+    "apply",
+    "autoguidance",
+    "branches_of",
+    "cfg_plus_plus",
+    "classifier_free",
+    "clip_x0",
+    "compose",
+    "dynamic_threshold",
+    "gradient",
+    "guidance",
+    "image_loss",
+    "known_pixels",
+    "noise_predictor",
+    "per_image",
+    "rescale",
+]

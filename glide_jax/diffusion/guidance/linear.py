@@ -1,0 +1,126 @@
+"""Guidance that is linear in the branches: classifier-free guidance and its relatives.
+
+Each function adds a multiple of a difference of branches to the current eps. Written on top of
+eps, guidances of this kind add up, and scale 1 changes no bit:
+`eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.diffusion.guidance.predictor import (
+    CONDITIONAL,
+    NULL,
+    Branch,
+    Number,
+    Point,
+    Predict,
+    Prediction,
+)
+from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
+from glide_jax.errors import UsageError
+
+# Keeps an image of zeros, or of one colour, from being divided by zero.
+TINY = 1e-12
+
+
+@guidance(NULL)
+def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    """`eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, sec. 2.3); scale 1 is off."""
+    p = predict(x, point)
+    push = p.branches["cond"] - p.branches["null"]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+
+
+def all_of(
+    prompts: Sequence[str | None], weights: Sequence[Number], *, name: str = "prompt"
+) -> Guidance:
+    """`eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (composable diffusion, 2206.01714, sec. 4).
+
+    Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
+
+    Args:
+        prompts: one caption each; None is the image's own caption.
+        weights: one for each prompt.
+        name: prefix of the branches; two of these with different prompts need two names.
+
+    Raises:
+        UsageError: the numbers of weights and prompts differ.
+    """
+    if len(prompts) != len(weights):
+        raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
+    # On top of eps, which contains the caption once already.
+    names: dict[str | None, str] = {None: CONDITIONAL.name, "": NULL.name}
+    total: dict[str, Number] = {CONDITIONAL.name: np.float32(-1)}
+    for prompt, weight in zip(prompts, weights, strict=True):
+        branch = names.setdefault(prompt, f"{name} {len(names) - 2}")
+        total[branch] = total.get(branch, 0) + np.asarray(weight, np.float32)
+    needs = (Branch(branch, prompt=prompt) for prompt, branch in names.items() if prompt)
+    return Guidance(_all_of, {"weights": total}, (NULL, *needs))
+
+
+def _all_of(
+    predict: Predict, x: jax.Array, point: Point, *, weights: dict[str, Number]
+) -> Prediction:
+    p = predict(x, point)
+    null = p.branches["null"]
+    push = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
+    return p.with_eps(p.eps + push, x, point)
+
+
+@guidance(NULL, looks_ahead=True)
+def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    """`eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (CFG++, 2406.08070).
+
+    h is the log-SNR that the step gains. With DDIM this is the paper's update, which takes `x_0`
+    from `eps(null) + s (eps(c) - eps(null))` and adds noise again by `eps(null)`; s lies in [0, 1].
+    """
+    p = predict(x, point)
+    gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
+    push = p.branches["cond"] - p.branches["null"]
+    return p.with_eps(p.eps + (per_image(scale) / gain - 1) * push, x, point)
+
+
+@guidance(Branch("weak", network="weak"))
+def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
+    """`eps_0(c) + s (eps_1(c) - eps_0(c))`: away from a weak model eps_0  (2406.02507)."""
+    p = predict(x, point)
+    push = p.branches["cond"] - p.branches["weak"]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+
+
+# Eta 0 and a negative momentum are the paper's advice. The radius depends on the model and on the
+# image size: 2.5 keeps the colours of the embedded model at scale 8, where others stain.
+@guidance(NULL, remembers=("apg",), momentum=(-1, 1), radius=(0, float("inf")))
+def apg(
+    predict: Predict,
+    x: jax.Array,
+    point: Point,
+    *,
+    scale: Number,
+    eta: Number = 0.0,
+    momentum: Number = -0.5,
+    radius: Number = 2.5,
+) -> Prediction:
+    """`x_0 + (s - 1)(D_orth + eta D_par)`  (adaptive projected guidance, 2410.02416, alg. 1).
+
+    D is `x_0(c) - x_0(null)`, plus momentum times the D of the step before, shrunk to the length
+    `radius`; parallel means along `x_0(c)`. With eta 1, no momentum and radius inf it is
+    `classifier_free`.
+    """
+    p = predict(x, point)
+    cond = point.to_x_0(p.branches["cond"], x)
+    push = point.sigma / point.alpha * (p.branches["null"] - p.branches["cond"])
+    push = push + per_image(momentum) * p.memory["apg"]
+    p = p._replace(memory=p.memory | {"apg": push})
+    push = push * jnp.minimum(1, per_image(radius) / jnp.sqrt(jnp.maximum(_dot(push, push), TINY)))
+    parallel = _dot(push, cond) / jnp.maximum(_dot(cond, cond), TINY) * cond
+    push = push - parallel + per_image(eta) * parallel
+    return p.with_x_0(p.x_0 + (per_image(scale) - 1) * push, x, point)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b, axis=(1, 2, 3), keepdims=True)

@@ -1,0 +1,176 @@
+"""What is known about a noised image, and the innermost function that predicts it.
+
+`noise_predictor` evaluates the networks; every guidance wraps the function that it returns.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.diffusion.schedule import to_eps
+from glide_jax.errors import UsageError
+
+
+class Point(NamedTuple):
+    """The position of one sampling step; scalars are float32 and traced.
+
+    Attributes:
+        t: timestep of the diffusion process the model was trained on; it may be fractional.
+        alpha, sigma: `x_t = alpha x_0 + sigma eps`.
+        next_alpha, next_sigma: the noise level that the step goes to.
+        memory: what stateful guidance kept from the last step, by name.
+    """
+
+    t: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+    next_alpha: jax.Array
+    next_sigma: jax.Array
+    memory: dict[str, jax.Array]
+
+    def to_x_0(self, eps: jax.Array, x: jax.Array) -> jax.Array:
+        """`x_0 = (x_t - sigma eps) / alpha`  (DDPM, eq. 15)."""
+        return (x - self.sigma * eps) / self.alpha
+
+
+class Prediction(NamedTuple):
+    """What is known about a noised image; every array is `(B, H, W, C)` float32.
+
+    Attributes:
+        eps, x_0: noise and clean image, always in agreement.
+        variance_fraction: the learned variance of branch "cond", as a fraction between
+            `beta_tilde` (0) and `beta` (1) on a log scale.
+        score: gradient of a log-probability, added by gradient guidance; else zero.
+        branches: eps of each evaluated branch, by name.
+        memory: see `Point`.
+    """
+
+    eps: jax.Array
+    x_0: jax.Array
+    variance_fraction: jax.Array
+    score: jax.Array
+    branches: dict[str, jax.Array]
+    memory: dict[str, jax.Array]
+
+    def with_eps(self, eps: jax.Array, x: jax.Array, point: Point) -> "Prediction":
+        """Replace the noise, and the clean image that follows from it (`Point.to_x_0`)."""
+        return self._replace(eps=eps, x_0=point.to_x_0(eps, x))
+
+    def with_x_0(self, x_0: jax.Array, x: jax.Array, point: Point) -> "Prediction":
+        """Replace the clean image, and the noise: `eps = (x_t - alpha x_0) / sigma`."""
+        return self._replace(x_0=x_0, eps=(x - point.alpha * x_0) / point.sigma)
+
+
+Predict = Callable[[jax.Array, Point], Prediction]
+
+# A parameter of a guidance: a scalar, or one value per image.
+Number = float | Sequence[float] | np.ndarray | jax.Array
+
+
+class Branch(NamedTuple):
+    """One evaluation of a network.
+
+    Attributes:
+        name: key of its eps and of its conditioning; guidances that name the same branch share
+            one evaluation.
+        network: name of the network that evaluates it.
+        prompt: its caption; None: whatever the caller provides under `name` (for the pipeline,
+            the caption of the image).
+    """
+
+    name: str
+    network: str = "main"
+    prompt: str | None = None
+
+
+CONDITIONAL = Branch("cond")
+NULL = Branch("null", prompt="")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction"])
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network with its weights: an argument of the sampler, never closed over.
+
+    Attributes:
+        fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, where it is learned,
+            the variance output in [-1, 1]. Hashable, since it is part of the compiled program's
+            identity.
+        params: its weights.
+        prediction: meaning of the first C channels, "eps" or "v".
+    """
+
+    fn: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    params: Any
+    prediction: str = "eps"
+
+    def __call__(self, x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+        return self.fn(self.params, x, t, cond)
+
+
+def interleave(trees: Sequence[Any]) -> Any:
+    """Stack K trees of `(B, ...)` as one of `(B * K, ...)`, image by image.
+
+    Concatenating branch by branch would move a batch that is sharded over devices;
+    this moves nothing.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *trees
+    )
+
+
+def noise_predictor(
+    networks: Mapping[str, Network], conds: Mapping[str, Any], branches: Sequence[Branch]
+) -> Predict:
+    """Return the innermost `Predict`: one batched forward pass per network, for all its branches.
+
+    Args:
+        networks: by name.
+        conds: conditioning of each branch by its name, arrays batch first.
+        branches: what to evaluate; "cond" is one of them.
+
+    Raises:
+        UsageError: a branch lacks its network or its conditioning.
+    """
+    for branch in branches:
+        if branch.network not in networks:
+            raise UsageError(f"branch {branch.name!r} needs a network {branch.network!r}: give one")
+        if branch.name not in conds:
+            raise UsageError(f"branch {branch.name!r} has no conditioning: give some in conds")
+
+    def predict(x: jax.Array, point: Point) -> Prediction:
+        batch, channels = x.shape[0], x.shape[-1]
+        outputs: dict[str, jax.Array] = {}
+        for name in dict.fromkeys(b.network for b in branches):
+            mine = [b.name for b in branches if b.network == name]
+            output = networks[name](
+                interleave([x] * len(mine)),
+                jnp.full((batch * len(mine),), point.t),
+                interleave([conds[branch] for branch in mine]),
+            )
+            output = output.reshape(batch, len(mine), *output.shape[1:])
+            outputs |= {branch: output[:, i] for i, branch in enumerate(mine)}
+        eps = {
+            b.name: to_eps(
+                networks[b.network].prediction,
+                outputs[b.name][..., :channels],
+                x,
+                point.alpha,
+                point.sigma,
+            )
+            for b in branches
+        }
+        # The network's variance output lies in [-1, 1]  (Improved DDPM, eq. 15).
+        variance = outputs[CONDITIONAL.name][..., channels:]
+        fraction = (variance + 1) / 2 if variance.shape[-1] else jnp.zeros_like(x)
+        p = Prediction(x, x, fraction, jnp.zeros_like(x), eps, point.memory)
+        return p.with_eps(eps[CONDITIONAL.name], x, point)
+
+    return predict

@@ -1,0 +1,203 @@
+"""Guidance as a value: a function from one prediction to another, with what it needs.
+
+`@guidance` turns a function into a constructor of `Guidance`; `compose` joins several.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce, update_wrapper
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.diffusion.guidance.predictor import (
+    CONDITIONAL,
+    NULL,
+    Branch,
+    Number,
+    Point,
+    Predict,
+    Prediction,
+)
+from glide_jax.errors import UsageError
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["args"],
+    meta_fields=["fn", "needs", "remembers", "looks_ahead", "interval"],
+)
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """A function `(predict, x, point, **args) -> Prediction`, and what it needs.
+
+    Attributes:
+        fn: the function.
+        args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
+        needs: branches that it reads beside "cond".
+        remembers: names of the images that it carries from step to step.
+        looks_ahead: it reads `point.next_*`, which needs a sampler with one network evaluation
+            per step, each towards less noise.
+        interval: `(low, high)`; it acts where `low < sigma / alpha <= high`.
+    """
+
+    fn: Callable[..., Prediction]
+    args: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[Branch, ...] = ()
+    remembers: tuple[str, ...] = ()
+    looks_ahead: bool = False
+    interval: tuple[float, float] = (0.0, float("inf"))
+
+    @property
+    def name(self) -> str:
+        """The name used in messages."""
+        return self.fn.__name__.strip("_")
+
+    def within(self, low: float, high: float) -> "Guidance":
+        """Restrict it to noise levels `low < sigma / alpha <= high`  (2404.07724).
+
+        Raises:
+            UsageError: not `0 <= low < high`.
+        """
+        if not 0 <= low < high:
+            raise UsageError(f"an interval needs 0 <= low < high, not ({low}, {high})")
+        return replace(self, interval=(float(low), float(high)))
+
+    def against(self, prompt: str) -> "Guidance":
+        """Guide away from this prompt in place of the empty one: a negative prompt.
+
+        Costs nothing: branch "null" is evaluated with this caption.
+
+        Raises:
+            UsageError: it does not use the empty prompt.
+        """
+        if NULL not in self.needs:
+            raise UsageError(f"{self.name} has no empty prompt that {prompt!r} could replace")
+        negative = NULL._replace(prompt=prompt)
+        needs = tuple(negative if branch == NULL else branch for branch in self.needs)
+        return replace(self, needs=needs)
+
+    def acts_at(self, level: float) -> bool:
+        """Whether it acts at this noise level `sigma / alpha`."""
+        low, high = self.interval
+        return low < level <= high
+
+    def parts(self) -> tuple["Guidance", ...]:
+        """The guidances that it is composed of, each within its own interval and this one's."""
+        if self.fn is not _compose:
+            return (self,)
+        low, high = self.interval
+        parts = [part for member in self.args["members"] for part in member.parts()]
+        return tuple(
+            replace(part, interval=(max(low, part.interval[0]), min(high, part.interval[1])))
+            for part in parts
+        )
+
+    def __call__(self, predict: Predict) -> Predict:
+        return partial(self.fn, predict, **self.args)
+
+
+def guidance(
+    *needs: Branch,
+    remembers: tuple[str, ...] = (),
+    looks_ahead: bool = False,
+    **ranges: tuple[float, float],
+) -> Callable[[Callable[..., Prediction]], Callable[..., Guidance]]:
+    """Turn `fn(predict, x, point, *, parameters)` into a constructor `fn(parameters) -> Guidance`.
+
+    The constructor takes the parameters by position or by name.
+
+    Args:
+        needs, remembers, looks_ahead: see `Guidance`.
+        ranges: `(low, high)` that a parameter must lie in, by its name.
+    """
+
+    def decorate(fn: Callable[..., Prediction]) -> Callable[..., Guidance]:
+        signature = inspect.signature(fn)
+        parameters = [
+            p.replace(kind=p.POSITIONAL_OR_KEYWORD)
+            for p in signature.parameters.values()
+            if p.kind == p.KEYWORD_ONLY
+        ]
+        names = [p.name for p in parameters]
+
+        def construct(*values: Any, **named: Any) -> Guidance:
+            made = Guidance(
+                fn,
+                {p.name: p.default for p in parameters if p.default is not p.empty}
+                | dict(zip(names, values, strict=False))
+                | named,
+                needs,
+                remembers,
+                looks_ahead,
+            )
+            if len(values) > len(names):
+                raise UsageError(f"{made.name} takes {', '.join(names) or 'nothing'}, no more")
+            if unknown := sorted(set(named) - set(names)):
+                raise UsageError(f"{made.name} takes {', '.join(names)}, not {unknown[0]}")
+            if twice := sorted(set(names[: len(values)]) & set(named)):
+                raise UsageError(f"{made.name} got {twice[0]} twice, by position and by name")
+            if missing := [name for name in names if name not in made.args]:
+                raise UsageError(f"{made.name} needs a value for {missing[0]}")
+            for name, (low, high) in ranges.items():
+                value = np.asarray(made.args[name])
+                if not ((low <= value) & (value <= high)).all():
+                    raise UsageError(f"{made.name} needs {low} <= {name} <= {high}, not {value}")
+            return made
+
+        update_wrapper(construct, fn)
+        construct.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=Guidance
+        )
+        return construct
+
+    return decorate
+
+
+def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
+    """Return "cond" and every branch that the guidances need, each once.
+
+    Raises:
+        UsageError: two guidances use one name for different branches.
+    """
+    found = {CONDITIONAL.name: CONDITIONAL}
+    for branch in (b for g in guidances for b in g.needs):
+        if found.setdefault(branch.name, branch) != branch:
+            raise UsageError(
+                f"two different branches are both called {branch.name!r}: keep one, or rename one"
+            )
+    return list(found.values())
+
+
+def apply(predict: Predict, guidances: Sequence[Guidance]) -> Predict:
+    """Return `guidances[-1](... guidances[0](predict))`, whatever their intervals."""
+    return reduce(lambda inner, g: g(inner), guidances, predict)
+
+
+def _compose(
+    predict: Predict, x: jax.Array, point: Point, *, members: Sequence[Guidance]
+) -> Prediction:
+    return apply(predict, members)(x, point)
+
+
+def compose(*guidances: Guidance) -> Guidance:
+    """Join guidances into one: `g_n(... g_1(predict))`, the first innermost.
+
+    Each keeps its interval; `compose(...).within(low, high)` narrows all of them.
+
+    Raises:
+        UsageError: two of them use one name for different branches.
+    """
+    needs = tuple(b for b in branches_of(guidances) if b != CONDITIONAL)
+    remembers = tuple(name for g in guidances for name in g.remembers)
+    looks_ahead = any(g.looks_ahead for g in guidances)
+    return Guidance(_compose, {"members": guidances}, needs, remembers, looks_ahead)
+
+
+def per_image(value: Number) -> jax.Array:
+    """A scalar as it is, `(B,)` as `(B, 1, 1, 1)`: one value per image."""
+    value = jnp.asarray(value)
+    return value if value.ndim == 0 else value[:, None, None, None]

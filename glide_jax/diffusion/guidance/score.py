@@ -1,0 +1,71 @@
+"""Guidance by gradients of a log-probability of x_t: classifiers, noised CLIP, image losses.
+
+The sampler's table says what a score moves: the mean of ancestral steps (ADM, algorithm 1), or
+x_0 of the others (ADM, algorithm 2).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
+from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
+
+
+@guidance()
+def gradient(
+    predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond: Any, scale: Number
+) -> Prediction:
+    """`score + s grad log p(y | x_t)`: classifier guidance  (ADM, 2105.05233, algs. 1 and 2).
+
+    For any noised classifier, and for the noised CLIP (`glide_jax.load_clip`), where
+    `log p = 100 f(x_t, t) . g(c)`  (GLIDE, sec. 2.4).
+
+    Args:
+        log_prob: a network with output `(B,)`: the log-probability up to a constant.
+        cond: its conditioning (y), arrays batch first.
+        scale: s; larger follows the classifier more closely.
+    """
+    p = predict(x, point)
+    slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
+    return p._replace(score=p.score + per_image(scale) * slope)
+
+
+def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
+    """`score - s grad loss(x_0(x_t))`, a loss on clean images  (DPS, 2209.14687; 2302.07121).
+
+    Args:
+        loss: `fn(params, x_0, t, cond) -> (B,)`, on the `x_0` that the guidances before this one
+            leave; no gradient flows where they clip it.
+        cond: what the loss compares with, arrays batch first.
+        scale: s; larger follows the loss more closely.
+        through: differentiate through the network, at the cost and with the memory of a backward
+            pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.
+    """
+    args = {"loss": loss, "cond": cond, "scale": scale}
+    return Guidance(_image_loss_through if through else _image_loss, args)
+
+
+def _image_loss_through(
+    predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
+) -> Prediction:
+    def value(x: jax.Array) -> tuple[jax.Array, Prediction]:
+        p = predict(x, point)
+        return _total(loss, p.x_0, point, cond), p
+
+    slope, p = jax.grad(value, has_aux=True)(x)
+    return p._replace(score=p.score - per_image(scale) * slope)
+
+
+def _image_loss(
+    predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
+) -> Prediction:
+    p = predict(x, point)
+    slope = jax.grad(lambda x_0: _total(loss, x_0, point, cond))(p.x_0) / point.alpha
+    return p._replace(score=p.score - per_image(scale) * slope)
+
+
+def _total(network: Network, x: jax.Array, point: Point, cond: Any) -> jax.Array:
+    """The sum over the batch; its gradient is each image's own."""
+    return network(x, jnp.full(len(x), point.t), cond).sum()

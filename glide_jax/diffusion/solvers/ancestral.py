@@ -1,0 +1,96 @@
+"""Ancestral sampling (DDPM) and DDIM, forwards and backwards.
+
+`x_0` is the guided prediction; `eps` follows from it, `(x_t - alpha x_0) / sigma`.
+"""
+
+import numpy as np
+
+from glide_jax.diffusion.schedule import Schedule, posterior
+from glide_jax.diffusion.solvers.table import (
+    Table,
+    levels,
+    on_history,
+    one_row_per_step,
+    step_betas,
+)
+from glide_jax.errors import UsageError, nearest
+
+VARIANCES = ("learned", "small", "large")
+
+
+def ddpm(
+    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, variance: str = "learned"
+) -> Table:
+    """Ancestral sampling: `x ~ N(mean(x_0, x_t), variance)`  (DDPM, algorithm 2).
+
+    The learned variance enters through `s_learned`: the sampler multiplies the noise by the
+    standard deviation that the network predicts.
+
+    Args:
+        variance: "learned" (Improved DDPM, eq. 15), or fixed: "small" (beta_tilde), "large" (beta).
+
+    Raises:
+        UsageError: an unknown variance.
+    """
+    if variance not in VARIANCES:
+        raise UsageError(
+            f"unknown variance {variance!r}{nearest(variance, VARIANCES)}: "
+            f"choose one of {', '.join(VARIANCES)}"
+        )
+    table = one_row_per_step(schedule, grid)
+    q = posterior(step_betas(schedule, grid))
+    noisy = (np.arange(len(grid)) < len(grid) - 1).astype(float)
+    if variance != "learned":
+        # Equal ends of the learned range: a score is scaled by the fixed variance too.
+        fixed = table.log_beta_tilde if variance == "small" else table.log_beta
+        table = table._replace(log_beta=fixed, log_beta_tilde=fixed, s=np.exp(fixed / 2) * noisy)
+    return table._replace(
+        E=on_history(q.mean_x_0[::-1]),
+        Qx=q.mean_x_t[::-1],
+        s_learned=noisy * (variance == "learned"),
+        score_x_0=np.zeros(len(grid)),
+        score_mean=np.ones(len(grid)),
+    )
+
+
+def ddim(
+    schedule: Schedule,
+    grid: np.ndarray,
+    breaks: np.ndarray,
+    *,
+    eta: float = 0.0,
+    released: bool = False,
+) -> Table:
+    """`x = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`  (DDIM, 2010.02502, eq. 12).
+
+    Args:
+        eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.
+        released: round alpha-bar to float32, as OpenAI's code does.
+    """
+    table = one_row_per_step(schedule, grid)
+    alpha, sigma, _ = levels(schedule, grid, released)
+    ratio = np.minimum(alpha[:-1] ** 2 / alpha[1:] ** 2, 1.0)
+    s = eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - ratio)
+    # At eta = 1 rounding can take the radicand below zero, where the original code makes NaNs.
+    direction = np.sqrt(np.maximum(sigma[1:] ** 2 - s**2, 0.0))
+    towards = direction / table.sigma
+    return table._replace(Qx=towards, E=on_history(alpha[1:] - towards * table.alpha), s=s)
+
+
+def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+    """DDIM inversion: from an image to the noise that generates it  (DDIM, sec. 4.3; GLIDE, A.2).
+
+    Visits the grid from its cleanest level, and ends in pure noise.
+    """
+    forward = one_row_per_step(schedule, grid)
+    flipped = forward.rows(slice(None, None, -1))
+    noisier = np.append(flipped.alpha[1:], 0.0)
+    next_sigma = np.append(flipped.sigma[1:], 1.0)
+    away = next_sigma / flipped.sigma
+    return flipped._replace(
+        next_alpha=noisier,
+        next_sigma=next_sigma,
+        Qx=away,
+        E=on_history(noisier - away * flipped.alpha),
+        index=forward.index,
+    )

@@ -1,0 +1,206 @@
+"""Samplers with several network evaluations per step: Heun, DPM-Solver++(2S), PLMS and PRK."""
+
+from typing import Any
+
+import numpy as np
+
+from glide_jax.diffusion.schedule import Schedule
+from glide_jax.diffusion.solvers.table import (
+    HISTORY,
+    Table,
+    levels,
+    on_history,
+    one_row_per_step,
+    predicting_noise,
+)
+from glide_jax.errors import UsageError
+
+
+def two_rows_per_step(
+    schedule: Schedule, grid: np.ndarray, second: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[Table, np.ndarray]:
+    """Return a table with two rows per step (one for the last), and which rows are second ones.
+
+    The first row of a step keeps x as the anchor.
+
+    Args:
+        second: `t`, `alpha`, `sigma` of each step's second evaluation, each `(N - 1,)`.
+    """
+    row = np.arange(2 * len(grid) - 1)
+    again = row % 2 == 1
+    table = one_row_per_step(schedule, grid).rows(row // 2)
+    for name, values in zip(("t", "alpha", "sigma"), second, strict=True):
+        column = getattr(table, name).copy()
+        column[again] = values
+        table = table._replace(**{name: column})
+    score_x_0 = table.sigma**2 / table.alpha
+    table = table._replace(Px=1.0 - again, Py=1.0 * again, score_x_0=score_x_0, index=row)
+    return table, again
+
+
+def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+    """`x'/alpha' = x/alpha + (rho' - rho) (eps + eps')/2`, `rho = sigma/alpha`  (Heun's method).
+
+    `eps'` is the prediction at the end of a first-order step  (EDM, 2206.00364, algorithm 1).
+    N steps take 2 N - 1 evaluations.
+    """
+    alpha, sigma, _ = levels(schedule, grid)
+    table, again = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
+    a, next_a = alpha[table.step], table.next_alpha
+    slope = table.next_sigma - next_a * sigma[table.step] / a
+    return predicting_noise(table)._replace(
+        Qx=np.where(again, 0.0, next_a / a),
+        Qy=np.where(again, next_a / a, 0.0),
+        E=on_history(np.where(again, slope / 2, slope), np.where(again, slope / 2, 0.0)),
+    )
+
+
+def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+    """`x' = (sigma'/sigma) x + alpha' (1 - e^-h) x_0(middle)`  (DPM-Solver++(2S), 2211.01095).
+
+    A first-order step leads to the middle of the step in log-SNR, where the second evaluation
+    is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
+    """
+    alpha, sigma, log_snr = levels(schedule, grid)
+    middle = (log_snr[1:-1] + log_snr[:-2]) / 2
+    a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
+    table, again = two_rows_per_step(schedule, grid, (schedule.at_log_snr(middle), a, s))
+    # The level that each row leads to: the middle, then the end.
+    to_a, to_s = table.next_alpha.copy(), table.next_sigma.copy()
+    to_a[:-1:2], to_s[:-1:2] = a, s
+    ratio = to_s / sigma[table.step]
+    return table._replace(
+        Qx=np.where(again, 0.0, ratio),
+        Qy=np.where(again, ratio, 0.0),
+        E=on_history(to_a - ratio * alpha[table.step]),
+    )
+
+
+# --- PLMS and PRK
+
+# The matrices S, `history = S [entry, *history]`. A multistep row shifts the history of slopes.
+SHIFT = np.eye(HISTORY, HISTORY + 1)
+# Within a Runge-Kutta step the history is (slope, sum of slopes so far, two slopes of steps before):
+# the sum k_1 + 2 k_2 + 2 k_3 + k_4 grows row by row, and a sixth of it becomes the step's slope.
+FIRST_STAGE = np.array(
+    [
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+    ],
+    np.float64,
+)
+INNER_STAGE = np.array(
+    [
+        [1, 0, 0, 0, 0],
+        [2, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ],
+    np.float64,
+)
+LAST_STAGE = np.array(
+    [
+        [1 / 6, 0, 1 / 6, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0],
+    ],
+    np.float64,
+)
+ADAMS_BASHFORTH_4 = np.array([55, -59, 37, -9]) / 24
+
+# One evaluation: `(t, alpha, sigma)`.
+Level = tuple[float, float, float]
+
+
+def _row(
+    step: int,
+    start: Level,
+    point: Level,
+    to: Level,
+    end: Level,
+    S: np.ndarray,
+    slopes: np.ndarray,
+    multistep: bool,
+) -> dict[str, Any]:
+    """Return a row that evaluates eps at `point` and leads from a step's `start` to level `to`.
+
+    `x_to = (alpha_to / alpha) x_start + (sigma_to - alpha_to sigma / alpha) sum slopes_i eps_i`.
+    """
+    (_, alpha, sigma), (_, to_alpha, to_sigma) = start, to
+    change = to_sigma - to_alpha * sigma / alpha
+    return {
+        "step": step,
+        **dict(zip(("t", "alpha", "sigma"), point, strict=True)),
+        "next_alpha": end[1],
+        "next_sigma": end[2],
+        "S": S,
+        "E": change * np.pad(slopes, (0, HISTORY - len(slopes))),
+        "Qx" if multistep else "Qy": to_alpha / alpha,
+    }
+
+
+def _multistep_rows(step: int, start: Level, end: Level) -> list[dict[str, Any]]:
+    return [_row(step, start, start, end, end, SHIFT, ADAMS_BASHFORTH_4, multistep=True)]
+
+
+def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> list[dict[str, Any]]:
+    # The anchor y keeps x at the start of the step.
+    newest = np.ones(1)
+    return [
+        _row(step, start, start, middle, end, FIRST_STAGE, newest, multistep=False) | {"Px": 1.0},
+        _row(step, start, middle, middle, end, INNER_STAGE, newest, multistep=False) | {"Py": 1.0},
+        _row(step, start, middle, end, end, INNER_STAGE, newest, multistep=False) | {"Py": 1.0},
+        _row(step, start, end, end, end, LAST_STAGE, newest, multistep=False) | {"Py": 1.0},
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """Return a table of rows whose history holds noise; columns that a row leaves out are zero."""
+    empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
+    whole = {"keep": 1.0, "index": 0, "step": 0, "program": 0}
+    columns = {
+        name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
+        for name in Table._fields
+    }
+    table = Table(**columns)
+    return predicting_noise(table)._replace(
+        score_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
+    )
+
+
+def plms(
+    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, runge_kutta: bool = False
+) -> Table:
+    """Pseudo linear multistep on the noise, warmed up by Runge-Kutta  (PNDM, 2202.09778).
+
+    As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, and the
+    first and the last level of the grid are left out. So N levels make N - 2 steps, and the image
+    keeps the noise of the cleanest level. The first three steps take four evaluations each.
+
+    Args:
+        runge_kutta: every step by Runge-Kutta (PRK), with four evaluations each.
+
+    Raises:
+        UsageError: fewer than three levels.
+    """
+    if len(grid) < 3:
+        raise UsageError(f"plms needs at least three levels, not {len(grid)}")
+    alpha_bar = schedule.alpha_bar_at(grid)
+
+    def between(i: int, j: int) -> Level:
+        level = (alpha_bar[i] + alpha_bar[j]) / 2
+        return (grid[i] + grid[j]) / 2, np.sqrt(level), np.sqrt(1 - level)
+
+    rows, since = [], 0
+    for i in range(1, len(grid) - 1):
+        since = 0 if breaks[i] else since
+        start, middle, end = between(i, i), between(i, i + 1), between(i + 1, i + 1)
+        if since >= 3 and not runge_kutta:
+            rows += _multistep_rows(i, start, end)
+        else:
+            rows += _runge_kutta_rows(i, start, middle, end)
+        since += 1
+    return _table(rows)

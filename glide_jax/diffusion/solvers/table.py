@@ -1,0 +1,149 @@
+"""The table of a sampler: its coefficients, one row per network evaluation.
+
+One linear recursion runs every sampler (`glide_jax.diffusion.sampling.run_rows`). With the guided
+prediction x_0, the history H of earlier predictions (newest first), the anchor y (x at the start
+of a step), a score g and fresh noise z, each row does:
+
+    H <- S [u x + v (x_0 + score_x_0 g), *H]          store x_0 or eps, shift the history
+    y <- Py y + Px x + B H                            keep or correct the anchor
+    x <- Qy y + Qx x + E H + score_mean variance g    the solver's step
+         + (s + s_learned sqrt(variance)) z           noise, fixed or learned
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from glide_jax.diffusion.schedule import Schedule, posterior
+
+HISTORY = 4
+
+
+class Table(NamedTuple):
+    """The coefficients of a run: one row per network evaluation, `(N,)` float64 unless stated.
+
+    Attributes:
+        t, alpha, sigma, next_alpha, next_sigma: see `glide_jax.diffusion.guidance.Point`.
+        u, v: the history's new entry `u x + v x_0`: (0, 1) is x_0, (1/sigma, -alpha/sigma) is eps.
+        S: `(N, 4, 5)`, the new history from entry and old history: a shift, or a combination.
+        Py, Px, B (N, 4): the anchor's update. Qy, Qx, E (N, 4): the update of x.
+        log_beta, log_beta_tilde: the two ends of a learned variance.
+        s, s_learned: noise, fixed or in units of the learned standard deviation.
+        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (ODE rows), or
+            `score_mean variance score` to x (ancestral rows, ADM algorithm 1).
+        keep: 0 where the memory of guidance is reset, else 1.
+        index, step, program: int; the row's number, the step it belongs to, and the set of
+            guidances that acts in it.
+    """
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    next_alpha: np.ndarray
+    next_sigma: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    S: np.ndarray
+    Py: np.ndarray
+    Px: np.ndarray
+    B: np.ndarray
+    Qy: np.ndarray
+    Qx: np.ndarray
+    E: np.ndarray
+    log_beta: np.ndarray
+    log_beta_tilde: np.ndarray
+    s: np.ndarray
+    s_learned: np.ndarray
+    score_x_0: np.ndarray
+    score_mean: np.ndarray
+    keep: np.ndarray
+    index: np.ndarray
+    step: np.ndarray
+    program: np.ndarray
+
+    def rows(self, some: np.ndarray | slice) -> "Table":
+        """Select rows."""
+        return Table(*(column[some] for column in self))
+
+
+# `(schedule, grid, breaks) -> Table`; breaks `(N,)` bool marks steps where the history is reset.
+Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table]
+
+
+class Levels(NamedTuple):
+    """Noise levels of a grid of N evaluations: `(N + 1,)` float64, the last one clean."""
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+    log_snr: np.ndarray
+
+
+def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Levels:
+    """Return the levels of a grid; `released` rounds alpha-bar to float32, as OpenAI's code does."""
+    alpha_bar = np.append(schedule.alpha_bar_at(grid), 1.0)
+    if released:
+        alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
+    return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+
+
+def ages(breaks: np.ndarray) -> np.ndarray:
+    """Return how many steps the history reaches back, `(N,)` int: 0 first and after a break."""
+    steps = np.arange(len(breaks))
+    return steps - np.maximum.accumulate(np.where(breaks, steps, 0))
+
+
+def step_betas(schedule: Schedule, grid: np.ndarray) -> np.ndarray:
+    """Return the betas of the process respaced to a grid, cleanest first  (Improved DDPM, eq. 19)."""
+    alpha_bar = schedule.alpha_bar_at(grid[::-1])
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+def on_history(first: np.ndarray, *older: np.ndarray) -> np.ndarray:
+    """Stack weights on the history, newest first, as `(N, 4)`."""
+    columns = [first, *older]
+    columns += [np.zeros_like(first)] * (HISTORY - len(columns))
+    return np.stack(columns, axis=-1)
+
+
+def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table:
+    """Return a table that shifts a history of x_0; its update of x is still zero."""
+    n = len(grid)
+    alpha, sigma, _ = levels(schedule, grid)
+    zero, one = np.zeros(n), np.ones(n)
+    shift = np.eye(HISTORY, HISTORY + 1)
+    rows = np.arange(n)
+    q = posterior(step_betas(schedule, grid))
+    return Table(
+        t=np.asarray(grid, np.float64),
+        alpha=alpha[:-1],
+        sigma=sigma[:-1],
+        next_alpha=alpha[1:],
+        next_sigma=sigma[1:],
+        u=zero,
+        v=one,
+        S=np.broadcast_to(shift, (n, *shift.shape)),
+        Py=zero,
+        Px=zero,
+        B=np.zeros((n, HISTORY)),
+        Qy=zero,
+        Qx=zero,
+        E=np.zeros((n, HISTORY)),
+        log_beta=q.log_beta[::-1],
+        log_beta_tilde=q.log_beta_tilde[::-1],
+        s=zero,
+        s_learned=zero,
+        score_x_0=sigma[:-1] ** 2 / alpha[:-1],
+        score_mean=zero,
+        keep=one,
+        index=rows,
+        step=rows,
+        program=np.zeros(n, int),
+    )
+
+
+def predicting_noise(table: Table) -> Table:
+    """Return the table with `eps = (x - alpha x_0) / sigma` as the entry of its history."""
+    return table._replace(u=1 / table.sigma, v=-table.alpha / table.sigma)

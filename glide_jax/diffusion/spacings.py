@@ -1,0 +1,111 @@
+"""Spacings of noise levels: functions from a number of steps to a grid of timesteps.
+
+A grid is `(N,)` float64 timesteps of the diffusion process the model was trained on, strictly
+falling; every solver ends it at the clean image (`alpha = 1`, `sigma = 0`).
+"""
+
+import numpy as np
+
+from glide_jax.diffusion.schedule import Schedule
+from glide_jax.errors import UsageError
+
+
+def respaced_steps(length: int, spec: str) -> np.ndarray:
+    """Return the timesteps that a respacing string of OpenAI's code keeps, rising.
+
+    "" keeps all. "100" or "10,10,3,2,2" cuts the process into equal sections and keeps that many
+    evenly spaced timesteps of each, both ends included. "ddim50" takes the smallest integer stride
+    that gives 50. "fast27" is "10,10,3,2,2" with the last timestep two earlier  (GLIDE, B.2).
+
+    Args:
+        length: number of timesteps of the process.
+
+    Returns:
+        `(N,)` int64.
+
+    Raises:
+        UsageError: the string is not a respacing, or the process is too short for it.
+    """
+    if spec == "":
+        return np.arange(length)
+    if spec == "fast27":
+        steps = respaced_steps(length, "10,10,3,2,2")
+        steps[steps == length - 1] = length - 3
+        return steps
+    try:
+        if spec.startswith("ddim"):
+            return _strided(length, int(spec.removeprefix("ddim")))
+        counts = [int(part) for part in spec.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"unknown spacing {spec!r}: write a number (100), one for each section "
+            "(10,10,3,2,2), ddim50 or fast27"
+        ) from None
+    sections = np.array_split(np.arange(length), len(counts))
+    return np.concatenate([_spread(s, k, spec) for s, k in zip(sections, counts, strict=True)])
+
+
+def _strided(length: int, count: int) -> np.ndarray:
+    for stride in range(1, length):
+        if len(range(0, length, stride)) == count:
+            return np.arange(0, length, stride)
+    raise UsageError(f"no integer stride takes {count} of {length} timesteps: try {count}")
+
+
+def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:
+    if not 1 <= count <= len(section):
+        raise UsageError(
+            f"spacing {spec!r} asks for {count} of {len(section)} timesteps: take between 1 and all"
+        )
+    # A running sum and round-half-to-even, since the released grids are made of exactly these.
+    stride = 1 if count == 1 else (len(section) - 1) / (count - 1)
+    position, kept = 0.0, []
+    for _ in range(count):
+        kept.append(section[round(position)])
+        position += stride
+    return np.array(kept)
+
+
+def respaced(schedule: Schedule, spec: str) -> np.ndarray:
+    """Return the grid of a respacing string: see `respaced_steps`."""
+    return respaced_steps(len(schedule), spec)[::-1].astype(np.float64)
+
+
+# The cosine schedule is capped at its noisy end: there the error of x_0 is 20,291 times that of
+# eps at t = 999, 71 times at t = 990.
+NOISIEST_LOG_SNR = -5.1
+# Below sigma / alpha ~ 0.006 nothing is left to remove from an 8-bit image.
+CLEANEST_LOG_SNR = 5.05
+
+
+def end_levels(schedule: Schedule) -> tuple[float, float]:
+    """Return the log-SNR of the noisiest and of the cleanest level of the spacings in log-SNR."""
+    low = max(schedule.log_snr(len(schedule) - 1), NOISIEST_LOG_SNR)
+    high = min(schedule.log_snr(0), CLEANEST_LOG_SNR)
+    return float(low), float(high)
+
+
+def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
+    return schedule.at_log_snr(np.linspace(*end_levels(schedule), steps))
+
+
+def uniform(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in time, over the whole process, as in OpenAI's code."""
+    return respaced(schedule, str(steps))
+
+
+def rho(schedule: Schedule, steps: int) -> np.ndarray:
+    """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
+    roots = np.exp(-np.array(end_levels(schedule)) / 7)
+    return schedule.at_log_snr(-7 * np.log(np.linspace(*roots, steps)))
+
+
+def trailing(schedule: Schedule, steps: int) -> np.ndarray:
+    """`round(T - k T / N) - 1`, from the last timestep down  (2305.08891, table 2).
+
+    Halves are rounded up: no two levels coincide.
+    """
+    length = len(schedule)
+    left = np.arange(steps, 0, -1)
+    return ((2 * length * left + steps) // (2 * steps) - 1).astype(np.float64)

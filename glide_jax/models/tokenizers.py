@@ -1,0 +1,279 @@
+"""Text to token ids: the byte-pair encoders of GLIDE's text encoder and of its noised CLIP.
+
+GLIDE (arXiv 2112.10741) reads text with GPT-2's encoder (Radford et al. 2019), and its noised
+CLIP (arXiv 2103.00020) with CLIP's own. Both work on the bytes of UTF-8, so no text is out of
+vocabulary, and a vocabulary follows from its list of merges: only the merges are shipped.
+
+Text is lower-cased, and for CLIP cleaned, in Python: the normalizers of the Rust library differ
+from `str.lower` at a Greek final sigma and know nothing of ftfy. Ids, padding and truncation are
+those of the released models.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+from glide_jax.errors import GlideError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Tokens(NamedTuple):
+    """What the text encoder of the U-Net reads: `ids` int32 (B, L), `mask` bool (B, L)."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+class CLIPTokens(NamedTuple):
+    """What CLIP reads: `ids` int32 (B, L) and `lengths` int32 (B,), start and end included."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class _BytePair:
+    """What the two encoders share; each adds `backend` and `clean`.
+
+    The Rust object is cached outside of the instance, so that a tokenizer stays a small value
+    that compares, pickles and travels to data workers.
+    """
+
+    vocab_size: ClassVar[int]
+    pad_id: ClassVar[int]
+    _extra: ClassVar[int]  # ids that every sequence carries besides its text
+    context: int
+
+    def __post_init__(self):
+        if not isinstance(self.context, int) or self.context <= self._extra:
+            raise UsageError(f"context must be an integer > {self._extra}, not {self.context!r}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the whole text: neither truncated nor padded, no start or end added.
+
+        Raises UsageError if `text` is not a string, or has no UTF-8 form (a lone surrogate).
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"a prompt must be a string, not {type(text).__name__}: {text!r:.60}")
+        text = self.clean(text)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the prompt is not valid Unicode text: {error}") from None
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of one sequence of ids (L,), padding included; stray bytes show as U+FFFD.
+
+        Raises UsageError if `ids` is not a flat sequence of integers in [0, vocab_size).
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise UsageError(f"expected a flat sequence of ids, got {array.dtype} {array.shape}")
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            raise UsageError(f"ids must lie in [0, {self.vocab_size})")
+        return self.backend.decode(array.tolist(), skip_special_tokens=False)
+
+    def overflow(self, text: str) -> int:
+        """How many ids at the end of `text` a call drops because they exceed the context."""
+        return max(0, len(self.encode(text)) + self._extra - self.context)
+
+    def _encode_batch(self, texts: str | Iterable[str]) -> list[list[int]]:
+        texts = [texts] if isinstance(texts, str) else texts
+        if isinstance(texts, (bytes, bytearray, dict)) or not isinstance(texts, Iterable):
+            raise UsageError(f"prompts must be a string or strings, not {type(texts).__name__}")
+        # One by one, not Rust's encode_batch: its threads do not survive the fork of a data worker.
+        return [self.encode(text) for text in texts]
+
+    def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full((len(rows), self.context), self.pad_id, np.int32)
+        for out, row in zip(ids, rows, strict=True):
+            out[: len(row)] = row
+        return ids, np.array([len(row) for row in rows], np.int32)
+
+    def _wrap(self, **options: str | bool) -> PreTrainedTokenizerFast:
+        from transformers import PreTrainedTokenizerFast as Wrapper  # copies what it is given
+
+        options |= {"model_max_length": self.context, "clean_up_tokenization_spaces": False}
+        return Wrapper(tokenizer_object=self.backend, **options)
+
+
+@dataclass(frozen=True)
+class GPT2Tokenizer(_BytePair):
+    """GLIDE's text input: lower-cased GPT-2 byte-pair encoding, 50,257 ids (arXiv 2112.10741).
+
+    `tok(texts) -> Tokens(ids int32 (B, context), mask bool (B, context))`. Long text loses its
+    tail and gets no end token; short text is padded with 50256, where the mask is False. The
+    empty prompt is all padding: the unconditional branch of classifier-free guidance. A literal
+    "<|endoftext|>" is ordinary text.
+    """
+
+    vocab_size: ClassVar[int] = 50257
+    pad_id: ClassVar[int] = 50256
+    _extra: ClassVar[int] = 0
+    context: int = 128
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer` that all instances share: not to be changed."""
+        return _gpt2()
+
+    def clean(self, text: str) -> str:
+        """Lower case, nothing else."""
+        return text.lower()
+
+    def __call__(self, texts: str | Iterable[str]) -> Tokens:
+        """A string, or B of them -> `Tokens`. Raises UsageError as `encode` does."""
+        ids, lengths = self._pad([row[: self.context] for row in self._encode_batch(texts)])
+        return Tokens(ids, np.arange(self.context) < lengths[:, None])
+
+    def ids_and_mask(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """One caption -> ids (L,) int32 and mask (L,) bool. Raises UsageError as `encode` does."""
+        tokens = self(text)
+        return tokens.ids[0], tokens.mask[0]
+
+    def to_transformers(self) -> PreTrainedTokenizerFast:
+        """The same encoder behind the transformers interface; `attention_mask` is our mask.
+
+        It does not lower-case: call it as `hf(tok.clean(text))`.
+        """
+        return self._wrap(pad_token=_END, eos_token=_END, split_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class CLIPTokenizer(_BytePair):
+    """CLIP's text input: cleaned, lower-cased byte-pair encoding, 49,408 ids (arXiv 2103.00020).
+
+    `tok(texts) -> CLIPTokens(ids int32 (B, context), lengths int32 (B,))`: start (49406), the
+    first context - 2 ids of the text, end (49407), then zeros. A literal "<|startoftext|>" or
+    "<|endoftext|>" in the text is that special token, unless punctuation runs into it.
+    """
+
+    vocab_size: ClassVar[int] = 49408
+    pad_id: ClassVar[int] = 0
+    start_id: ClassVar[int] = 49406
+    end_id: ClassVar[int] = 49407
+    _extra: ClassVar[int] = 2
+    context: int = 77
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer` that all instances share: not to be changed."""
+        return _clip()
+
+    def clean(self, text: str) -> str:
+        """Mend mojibake and quotes (ftfy), undo HTML escapes twice, single spaces, lower case."""
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        # CLIP's word pattern happens to match no combining iota: it parts words, like a space.
+        text = text.replace("\u0345", " ")
+        return _hide_specials(" ".join(text.split()).lower())
+
+    def __call__(self, texts: str | Iterable[str]) -> CLIPTokens:
+        """A string, or B of them -> `CLIPTokens`. Raises UsageError as `encode` does."""
+        rows = (row[: self.context - 2] for row in self._encode_batch(texts))
+        return CLIPTokens(*self._pad([[self.start_id, *row, self.end_id] for row in rows]))
+
+    def ids_and_mask(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """One caption -> ids (L,) int32 and mask (L,) bool, True up to the end token.
+
+        Raises UsageError as `encode` does.
+        """
+        tokens = self(text)
+        return tokens.ids[0], np.arange(self.context) < tokens.lengths[0]
+
+    def to_transformers(self) -> PreTrainedTokenizerFast:
+        """The same encoder behind the transformers interface; it adds start and end itself.
+
+        It does not clean: call it as `hf(tok.clean(text))`. It pads with the end token, as CLIP
+        checkpoints in transformers do, because declaring id 0 ("!") a special token would change
+        how exclamation marks are read; CLIP's attention is causal and never looks at padding.
+        """
+        return self._wrap(bos_token=_START, eos_token=_END, pad_token=_END)
+
+
+def _hide_specials(text: str) -> str:
+    """Break, with a space, the special strings that CLIP's left-to-right scan does not reach.
+
+    CLIP reads a run of punctuation as one word, so in "!<|endoftext|>" the word is "!<|" and the
+    special string is never met; the Rust library would cut it out first. CLIP ignores spaces
+    between words, hence "!<| endoftext|>" has the ids of the original.
+    """
+    pieces, done, reached = [], 0, 0
+    for match in re.finditer(r"<\|(?:start|end)oftext\|>", text):
+        start = match.start()
+        if start == reached or unicodedata.category(text[start - 1])[0] in "LNZ":
+            reached = match.end()
+        else:
+            pieces += text[done : start + 2], " "
+            done = start + 2
+    return "".join(pieces) + text[done:]
+
+
+def _read_merges(name: str, sha256: str) -> list[tuple[str, ...]]:
+    path = _ASSETS / name
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise GlideError(f"cannot read the vocabulary {path} ({error}); reinstall it") from None
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise GlideError(f"the vocabulary {path} is not the one that was shipped; reinstall it")
+    return [tuple(line.split(" ")) for line in raw.decode("utf-8").split("\n")[1:-1]]
+
+
+@cache
+def _gpt2() -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    merges = _read_merges("gpt2_merges.txt.gz", sha256)
+    # Printable bytes stand for themselves and come first; the rest are characters from 256 on.
+    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate([*byte, *map("".join, merges), _END])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@cache
+def _clip() -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    sha256 = "685491abbdad36159d094ecdc23bebc0dd53f8d1df35c4d74ef6036db2ba7572"
+    merges = _read_merges("clip_merges.txt.gz", sha256)
+    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = "</w>"  # marks the symbol that ends a word
+    symbols = [*byte, *(b + last for b in byte), *map("".join, merges), _START, _END]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=last))
+    tokenizer.add_special_tokens([_START, _END])
+    # CLIP's pattern ignores case, so a long s counts as the s of "'s".
+    words = Regex(r"'(?:[sſtmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    ends = [(name, vocab[name]) for name in (_START, _END)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_START} $A {_END}", special_tokens=ends
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(last, " ")])
+    return tokenizer

@@ -1,0 +1,99 @@
+"""CLIP guidance: a noised CLIP with its tokenizer, ready to guide."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glide_jax.devices.placement import Placement
+from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.diffusion.guidance import Guidance, Network, gradient
+from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.presets import CLIPConfig
+from glide_jax.models.tokenizers import CLIPTokenizer
+from glide_jax.pipeline.prompts import Prompt, encode_parts, read_prompt
+from glide_jax.training.runs import open_clip
+from glide_jax.weights.clip_registry import RELEASED
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """`Network.fn` of a noised CLIP: `scale f(x_t, t) . g(c)`, conditioned on `g(c)`."""
+
+    model: NoisedCLIP
+
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
+        return self.model.apply({"params": params}, x, t, cond, method=NoisedCLIP.similarity)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_text(model: NoisedCLIP, params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
+
+
+@dataclass(frozen=True, eq=False)
+class CLIP:
+    """A noised CLIP with its weights, on its devices.
+
+    Attributes:
+        name: the name, folder or file that it was loaded from.
+        config: its sizes.
+        params: nested dictionaries of float32 arrays.
+        dtype, devices: dtype of its trunks, and where it runs; see `Pipeline`.
+    """
+
+    name: str
+    config: CLIPConfig
+    params: dict[str, Any]
+    dtype: str = "auto"
+    devices: int | str = 1
+
+    @cached_property
+    def network(self) -> Network:
+        """The similarity as a network of the sampler."""
+        model = NoisedCLIP(self.config, trunk_dtype(self.dtype))
+        return Network(Similarity(model), Placement(self.devices).replicate(self.params))
+
+    def encode_text(self, captions: Sequence[str]) -> jax.Array:
+        """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1."""
+        tokens = CLIPTokenizer(self.config.max_text_len)(list(captions))
+        return _encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.lengths)
+
+    def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
+        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each image to its own prompt.
+
+        For a prompt of several parts, g is their sum by weight, which adds up their gradients. The
+        empty caption has g = 0: it guides nowhere.
+        """
+
+        def encode(texts: list[str]) -> jax.Array:
+            filled = np.array([bool(text) for text in texts], np.float32)
+            return filled[:, None] * self.encode_text(texts)
+
+        parsed = [read_prompt(prompt) for prompt in prompts]
+        count = max(len(prompt.parts) for prompt in parsed)
+        cond = 0.0
+        for parts in zip(*(prompt.padded(count).parts for prompt in parsed), strict=True):
+            weights = np.array([part.weight for part in parts], np.float32)
+            cond = cond + weights[:, None] * encode_parts(encode, parts)
+        return gradient(log_prob=self.network, cond=cond, scale=scale)
+
+
+def load_clip(
+    weights: str | Path = RELEASED, *, dtype: str = "auto", devices: int | str = 1
+) -> CLIP:
+    """Load a noised CLIP: "openai/clip", which is downloaded, "emoji_clip64", a folder, or a run.
+
+    Args:
+        dtype, devices: see `glide_jax.load`.
+
+    Raises:
+        UsageError: there is no such name or folder.
+        GlideError: the weights are broken, or cannot be downloaded.
+    """
+    model = open_clip(weights)
+    return CLIP(model.name, model.config, model.params, dtype, devices)

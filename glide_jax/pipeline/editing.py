@@ -1,0 +1,86 @@
+"""Editing through the noise that generates an image: inversion and interpolation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.errors import UsageError
+from glide_jax.pipeline.clip_guide import CLIP
+from glide_jax.pipeline.conditioning import Conditioning
+from glide_jax.pipeline.prompts import Prompt
+from glide_jax.pipeline.runner import image_keys, run
+from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.stage import Stage
+
+# Guidance cannot be inverted: an image's noise is that of the prompt alone.
+UNGUIDED = {"guidance_scale": 1.0, "clip_scale": 0.0}
+
+
+def unguided(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that leave out the weights' own guidance, unless guidance is set in them."""
+    return settings if settings.get("guidance") is not None else UNGUIDED | settings
+
+
+def invert_images(
+    stage: Stage,
+    images: np.ndarray,
+    prompts: list[Prompt],
+    settings: Settings,
+    *,
+    clip: CLIP | None = None,
+    weak_model: Stage | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Return the noise that generates images, `(N, H, W, 3)` float32; see `Pipeline.invert`.
+
+    Args:
+        images: `(N, H, W, 3)` uint8 of the model's size.
+
+    Raises:
+        UsageError: the model is an upsampler, or a setting cannot be inverted.
+    """
+    if stage.model.config.upsamples:
+        raise UsageError(f"{stage.model.name} is an upsampler: inversion needs a base model")
+    for name in ("restart", "strength", "repaint"):
+        if getattr(settings, name) is not None:
+            raise UsageError(f"inversion takes no {name}")
+    noise = np.empty(images.shape, np.float32)
+    for progressed in run(
+        stage,
+        prompts,
+        image_keys(0, np.arange(len(images))),
+        Conditioning(image=images),
+        settings,
+        clip=clip,
+        weak_model=weak_model,
+        batch_size=batch_size,
+        progress=progress,
+        reverse=True,
+    ):
+        noise[progressed.index] = progressed.state.x
+    return noise
+
+
+def slerp(a: jax.Array, b: jax.Array, share: np.ndarray | float) -> jax.Array:
+    """`(sin((1 - s) w) a + sin(s w) b) / sin w`, w the angle between them  (DDIM, app. D.5).
+
+    Between two noises, this stays as far from the origin as they are.
+
+    Args:
+        a, b: `(B, H, W, C)`; share: s from 0 to 1, one number or one per image.
+    """
+    share = jnp.reshape(jnp.asarray(share, jnp.float32), (-1, 1, 1, 1))
+
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(x * y, axis=(1, 2, 3), keepdims=True)
+
+    angle = jnp.arccos(jnp.clip(dot(a, b) / jnp.sqrt(dot(a, a) * dot(b, b)), -1, 1))
+    # Equal and opposite noises have no arc between them.
+    straight = jnp.sin(angle) < 1e-4
+    arc = jnp.where(straight, 1.0, angle)
+    first = jnp.where(straight, 1 - share, jnp.sin((1 - share) * arc) / jnp.sin(arc))
+    second = jnp.where(straight, share, jnp.sin(share * arc) / jnp.sin(arc))
+    return first * a + second * b

@@ -1,0 +1,353 @@
+"""The object that a notebook holds: prompts in, images out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
+
+import numpy as np
+
+from glide_jax.errors import UsageError
+from glide_jax.pipeline.clip_guide import CLIP
+from glide_jax.pipeline.conditioning import read_conditioning, source_name
+from glide_jax.pipeline.editing import invert_images, slerp, unguided
+from glide_jax.pipeline.image_files import ImageLike, MaskLike, read_images
+from glide_jax.pipeline.images import Images, to_uint8
+from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
+from glide_jax.pipeline.runner import image_keys, run, start_noise
+from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
+from glide_jax.pipeline.stage import Stage
+
+Preview = Callable[[Images], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline(Stage):
+    """A model ready to generate images; make one with `glide_jax.load`.
+
+    Attributes:
+        model, dtype, devices: see `Stage`.
+        settings: the defaults of a call.
+        upsampler: enlarges each image, if there is one.
+        clip: the noised CLIP that guides by `clip_scale`, if there is one.
+        weak_model: the weak model of `autoguidance_scale`, if there is one.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    upsampler: "Pipeline | None" = None
+    clip: CLIP | None = None
+    weak_model: Stage | None = None
+
+    @lists_settings
+    def __call__(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
+        *,
+        num: int = 1,
+        seed: int = 0,
+        first_index: int | Sequence[int] = 0,
+        image: ImageLike | None = None,
+        mask: MaskLike | None = None,
+        low_res: ImageLike | None = None,
+        noise: np.ndarray | None = None,
+        upsampler: SettingsArguments | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        preview: Preview | None = None,
+        every: int = 5,
+        **settings: Unpack[SettingsArguments],
+    ) -> Images:
+        """Generate `num` images of each prompt: `pipe("a red apple", num=4, seed=0, steps=20)`.
+
+        Args:
+            progress: show a progress bar.
+            preview: called every few evaluations with the current estimates of the images.
+            every: evaluations between two previews.
+            **settings: any field of `Settings`. For the other arguments see `stream`.
+
+        Raises:
+            UsageError, GlideError: see `stream`.
+        """
+        images = None
+        for images in self.stream(
+            prompts,
+            num=num,
+            seed=seed,
+            first_index=first_index,
+            image=image,
+            mask=mask,
+            low_res=low_res,
+            noise=noise,
+            upsampler=upsampler,
+            batch_size=batch_size,
+            every=None if preview is None else every,
+            progress=progress,
+            **settings,
+        ):
+            if preview is not None:
+                preview(images)
+        assert images is not None
+        return images
+
+    @lists_settings
+    def stream(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
+        *,
+        num: int = 1,
+        seed: int = 0,
+        first_index: int | Sequence[int] = 0,
+        image: ImageLike | None = None,
+        mask: MaskLike | None = None,
+        low_res: ImageLike | None = None,
+        noise: np.ndarray | None = None,
+        upsampler: SettingsArguments | None = None,
+        batch_size: int | None = None,
+        every: int | None = None,
+        progress: bool = False,
+        **settings: Unpack[SettingsArguments],
+    ) -> Iterator[Images]:
+        """Generate images, and yield them as they become clear; the last ones are the result.
+
+        Image i of a run is generated from `fold_in(key(seed), i)` alone: `first_index=i, num=1`
+        reproduces it, whatever the batch and the number of devices.
+
+        Args:
+            prompts: one or several; "" is unconditional. "a red apple AND a leaf :0.5 NOT a worm"
+                joins several captions with weights: see `glide_jax.pipeline.prompts`.
+            num: images per prompt.
+            seed: of the run, from 0 to 2^32 - 1.
+            first_index: index of the first image, or of each.
+            image: the image to edit: a file, a `PIL.Image`, or an array `(H, W, 3)` or
+                `(N, H, W, 3)` of uint8, scaled to the model's size. It needs a mask (inpainting),
+                a `strength` (img2img), or both.
+            mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)` of bool or
+                uint8; white (not zero) is regenerated, black is kept to the byte.
+            low_res: small images to enlarge (upsamplers): `Images`, or like `image`.
+            noise: the starting noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
+            upsampler: settings of the upsampler.
+            batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
+            every: yield every so many evaluations, rather than after each batch.
+            progress: show a progress bar.
+            **settings: any field of `Settings`.
+
+        Raises:
+            UsageError: a setting is unknown or cannot be used, there is no prompt, or the model
+                does not take, or lacks, an input.
+            GlideError: a file cannot be read.
+        """
+        chosen = self.settings.changed(**settings)
+        parsed = read_prompts(prompts, num)
+        if np.ndim(first_index) == 0:
+            indices = np.arange(len(parsed)) + first_index
+        else:
+            indices = np.asarray(first_index)
+        if indices.shape != (len(parsed),):
+            raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
+        if upsampler and self.upsampler is None:
+            raise UsageError("settings of an upsampler, but there is none: load one")
+        config, sources = self.model.config, {"image": image, "mask": mask, "noise": noise}
+        sources = {name: source_name(source) for name, source in sources.items() if source is not None}
+        conditioning = read_conditioning(
+            self.model, chosen, len(parsed), image=image, mask=mask, low_res=low_res, noise=noise
+        )
+        if mask is not None and not (config.inpaints or config.upsamples):
+            chosen = chosen.with_repaint(self.schedule)
+
+        side = config.image_size
+        if low_res is None:
+            pixels = np.full((len(parsed), side, side, 3), 127, np.uint8)
+        else:
+            pixels = read_images(low_res, side, len(parsed)).copy()
+        images = Images(
+            images=pixels,
+            prompts=tuple(prompt.text for prompt in parsed),
+            seed=seed,
+            indices=tuple(indices.tolist()),
+            weights=self.model.name,
+            settings=describe(chosen) | sources,
+        )
+        for index, state, done, evaluations in run(
+            self,
+            parsed,
+            image_keys(seed, indices),
+            conditioning,
+            chosen,
+            clip=self.clip,
+            weak_model=self.weak_model,
+            batch_size=batch_size,
+            every=every,
+            progress=progress,
+        ):
+            pixels[index] = to_uint8(state.x if done else state.x_0)
+            images = replace(
+                images,
+                images=conditioning.restore_known(pixels.copy()),
+                settings=images.settings | {"evaluations": evaluations},
+            )
+            yield images
+        if self.upsampler is None:
+            return
+        for larger in self.upsampler.stream(
+            [prompt.joined() for prompt in parsed],
+            seed=seed,
+            first_index=indices,
+            low_res=images,
+            image=None if mask is None else image,
+            mask=mask,
+            batch_size=batch_size,
+            every=every,
+            progress=progress,
+            **(upsampler or {}),
+        ):
+            enlarged = {"weights": larger.weights} | larger.settings
+            yield replace(
+                images, images=larger.images, settings=images.settings | {"upsampler": enlarged}
+            )
+
+    @lists_settings
+    def invert(
+        self,
+        image: ImageLike,
+        prompt: str | Prompt = "",
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        **settings: Unpack[SettingsArguments],
+    ) -> np.ndarray:
+        """Return the noise that generates an image: DDIM inversion  (2010.02502, sec. 4.3).
+
+        `pipe(prompt, noise=..., guidance_scale=1, clip_scale=0)` reproduces the image approximately
+        with a deterministic sampler; dpm++2m comes closer than ddim.
+
+        Args:
+            image: one or several; see `stream`.
+            prompt: the caption of the image.
+            **settings: fields of `Settings`; more steps are more exact. Guidance is off unless it
+                is set here; the sampler is DDIM run backwards.
+
+        Returns:
+            `(N, H, W, 3)` float32.
+
+        Raises:
+            UsageError, GlideError: see `stream`.
+        """
+        images = read_images(image, self.model.config.image_size, None)
+        return invert_images(
+            self,
+            images,
+            read_prompts(prompt, len(images)),
+            self.settings.changed(**unguided(dict(settings))),
+            clip=self.clip,
+            weak_model=self.weak_model,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    @lists_settings
+    def variations(
+        self,
+        image: ImageLike,
+        prompt: str = "",
+        *,
+        amount: float = 0.3,
+        caption: str | None = None,
+        num: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+        upsampler: SettingsArguments | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        preview: Preview | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> Images:
+        """Generate variations of an image: its noise (`invert`), rotated towards fresh noise.
+
+        Args:
+            image: one image; see `stream`.
+            prompt: the prompt of the variations.
+            amount: variation strength: 0 = DDIM reconstruction, 1 = unrelated.
+            caption: caption of the input image, for inversion, if it differs from the prompt.
+            **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
+                here. For the other arguments see `stream`.
+
+        Raises:
+            UsageError, GlideError: see `stream`.
+        """
+        if not 0 <= amount <= 1:
+            raise UsageError(f"the amount of a variation must lie between 0 and 1, not at {amount}")
+        given = {name: value for name, value in settings.items() if value is not None}
+        side = self.model.config.image_size
+        old = self.invert(
+            read_images(image, side, 1),
+            prompt if caption is None else caption,
+            batch_size=batch_size,
+            progress=progress,
+            **{name: given[name] for name in ("steps", "spacing") if name in given},
+        )
+        new = start_noise(image_keys(seed, first_index + np.arange(num))[:, 0], side)
+        images = self(
+            prompt,
+            num=num,
+            seed=seed,
+            first_index=first_index,
+            noise=slerp(old, new, amount),
+            upsampler=upsampler,
+            batch_size=batch_size,
+            progress=progress,
+            preview=preview,
+            **{"sampler": "dpm++2m"} | unguided(given),
+        )
+        made = {"variation": amount, "image": source_name(image), "caption": caption}
+        return replace(images, settings=images.settings | made)
+
+    @lists_settings
+    def between(
+        self,
+        start: str | Prompt,
+        end: str | Prompt | None = None,
+        *,
+        num: int = 8,
+        seed: int = 0,
+        to_seed: int | None = None,
+        first_index: int = 0,
+        upsampler: SettingsArguments | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        preview: Preview | None = None,
+        **settings: Unpack[SettingsArguments],
+    ) -> Images:
+        """Interpolate: `num` images from one prompt and seed to another, both ends included.
+
+        Text features are interpolated linearly, starting noises along the arc between them
+        (`slerp`). The noise of the steps, in samplers that add some, is the same for all images.
+
+        Args:
+            end: the other prompt; None: `start`.
+            to_seed: the other seed; None: `seed`.
+            first_index: index of the image at both ends.
+            **settings: fields of `Settings`. For the other arguments see `stream`.
+
+        Raises:
+            UsageError, GlideError: see `stream`.
+        """
+        if num < 2:
+            raise UsageError(f"an interpolation has at least 2 images, not {num}")
+        to_seed = seed if to_seed is None else to_seed
+        first, last = read_prompts([start, start if end is None else end])
+        shares = np.linspace(0, 1, num)
+        side = self.model.config.image_size
+        ends = (start_noise(image_keys(s, [first_index])[:, 0], side) for s in (seed, to_seed))
+        images = self(
+            [interpolated(first, last, share) for share in shares],
+            seed=seed,
+            first_index=[first_index] * num,
+            noise=slerp(*ends, shares),
+            upsampler=upsampler,
+            batch_size=batch_size,
+            progress=progress,
+            preview=preview,
+            **settings,
+        )
+        path = {"prompts": [first.text, last.text], "seeds": [seed, to_seed]}
+        details = tuple({"between": path | {"share": share}} for share in shares.tolist())
+        return replace(images, details=details)

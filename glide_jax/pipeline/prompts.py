@@ -1,0 +1,140 @@
+"""Prompts: one caption, or several joined by AND and NOT.
+
+    a red apple AND a leaf :0.5 NOT a worm
+
+Only these two words, in capitals and between spaces, have a meaning; the networks read lower case,
+so a caption can always write them in lower case. A weight after a space and a colon belongs to the
+caption before it: the guidance towards it, or away from it (1 if not given). A prompt without the
+two words is one caption.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from glide_jax.errors import UsageError
+
+_JOINTS = re.compile(r"(?:^|\s+)((?:AND\s+)?NOT|AND)(?=\s|$)")
+_WEIGHT = re.compile(r"\s:(\d+\.?\d*|\.\d+)$")
+
+
+class Part(NamedTuple):
+    """A caption of a prompt.
+
+    Attributes:
+        text: the caption.
+        weight: of its guidance, in units of the guidance scale; negative: away from it.
+        end, share: interpolation: its features are `(1 - share) f(text) + share f(end)`; without
+            an end, those of `text`.
+    """
+
+    text: str
+    weight: float = 1.0
+    end: str | None = None
+    share: float = 0.0
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """`text` and `end`."""
+        return self.text, self.text if self.end is None else self.end
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A parsed prompt; make one with `read_prompt`.
+
+    Attributes:
+        text: the prompt as written.
+        parts: its captions; the first conditions branch "cond".
+    """
+
+    text: str
+    parts: tuple[Part, ...]
+
+    def padded(self, count: int) -> "Prompt":
+        """Return the prompt with `count` parts; added parts have weight 0."""
+        return replace(self, parts=self.parts + (Part("", 0.0),) * (count - len(self.parts)))
+
+    def joined(self) -> "Prompt":
+        """Join all captions of positive weight into one, "a red apple and a leaf".
+
+        For an upsampler: its image exists already, and each part would cost an evaluation.
+        """
+        wanted = [part for part in self.parts if part.weight > 0]
+        text, end = (
+            " and ".join(part.ends[i] for part in wanted if part.ends[i]) for i in range(2)
+        )
+        return replace(self, parts=(Part(text, 1.0, end, self.parts[0].share),))
+
+
+def read_prompt(prompt: str | Prompt) -> Prompt:
+    """Parse a prompt.
+
+    Raises:
+        UsageError: it is not a string, or AND or NOT lacks a caption on one side.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.60}")
+    first, *rest = _JOINTS.split(prompt)
+    if not rest:
+        return Prompt(prompt, (Part(prompt),))
+    parts = []
+    for joint, caption in zip(["AND", *rest[::2]], [first, *rest[1::2]], strict=True):
+        caption = caption.strip()
+        weight = 1.0
+        if found := _WEIGHT.search(f" {caption}"):
+            weight, caption = float(found[1]), f" {caption}"[: found.start()].strip()
+        if not caption:
+            raise UsageError(f"AND and NOT stand between two captions: {prompt!r} lacks one")
+        parts.append(Part(caption, weight if joint == "AND" else -weight))
+    return Prompt(prompt, tuple(parts))
+
+
+def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -> list[Prompt]:
+    """Parse prompts; return each of them `num` times, all padded to the same number of parts.
+
+    Raises:
+        UsageError: there is no prompt; or see `read_prompt`.
+    """
+    prompts = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+    if not prompts or num < 1:
+        raise UsageError("give at least one prompt, and a num of at least 1")
+    found = [read_prompt(prompt) for prompt in prompts]
+    count = max(len(prompt.parts) for prompt in found)
+    return [prompt.padded(count) for prompt in found for _ in range(num)]
+
+
+def interpolated(start: Prompt, end: Prompt, share: float) -> Prompt:
+    """Interpolate between two prompts with as many parts; share is 0 at the start, 1 at the end."""
+    parts = (
+        Part(a.text, (1 - share) * a.weight + share * b.weight, b.text, share)
+        for a, b in zip(start.parts, end.parts, strict=True)
+    )
+    text = start.text if start == end else f"{start.text} -> {end.text}"
+    return Prompt(text, tuple(parts))
+
+
+def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> Any:
+    """Return the features of captions, `(1 - share) f(text) + share f(end)`, leaves `(B, ...)`.
+
+    Args:
+        encode: texts -> a tree of their features; called once, with the distinct texts.
+    """
+    distinct = list(dict.fromkeys(text for part in parts for text in part.ends))
+    features = encode(distinct)
+    text, end = (np.array([distinct.index(part.ends[i]) for part in parts]) for i in range(2))
+    share = np.array([part.share for part in parts], np.float32)
+    if (text == end).all():
+        return jax.tree.map(lambda leaf: leaf[text], features)
+
+    def mix(leaf: jax.Array) -> jax.Array:
+        weight = share.reshape(-1, *[1] * (leaf.ndim - 1))
+        return ((1 - weight) * leaf[text] + weight * leaf[end]).astype(leaf.dtype)
+
+    return jax.tree.map(mix, features)

@@ -1,0 +1,216 @@
+"""Runs the sampler for one stage, one batch of images after another."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from glide_jax.devices.placement import Placement
+from glide_jax.diffusion.guidance import Branch, Guidance, Network, branches_of
+from glide_jax.diffusion.sampling import State, stream
+from glide_jax.diffusion.solvers import ddim_reverse
+from glide_jax.errors import UsageError
+from glide_jax.pipeline.batching import batches, select_images, usual_batch
+from glide_jax.pipeline.clip_guide import CLIP
+from glide_jax.pipeline.conditioning import Conditioning
+from glide_jax.pipeline.images import from_uint8
+from glide_jax.pipeline.prompts import Part, Prompt, encode_parts
+from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.stage import Stage
+from glide_jax.weights.registry import Model
+
+
+class Progress(NamedTuple):
+    """The state of one batch while it is sampled.
+
+    Attributes:
+        index: which images of the run the batch holds.
+        state: state of the sampler.
+        done: whether it is the last state of this batch.
+        evaluations: network evaluations of the whole run of one image.
+    """
+
+    index: np.ndarray
+    state: State
+    done: bool
+    evaluations: int
+
+
+def check_32_bits(name: str, value: int) -> None:
+    """Check a seed or an image's index.
+
+    Raises:
+        UsageError: jax would cut it to 32 bits.
+    """
+    if not 0 <= value < 2**32:
+        raise UsageError(f"{name} must lie between 0 and 2^32 - 1, not at {value}")
+
+
+def image_keys(seed: int, indices: Sequence[int] | np.ndarray) -> jax.Array:
+    """Return `(B, 2)` keys of images: for the starting noise, and for the noise of the steps.
+
+    Raises:
+        UsageError: jax would cut the seed or an index to 32 bits.
+    """
+    for name, value in (("seed", seed), *(("first_index", index) for index in indices)):
+        check_32_bits(name, value)
+    key = jax.random.key(np.uint32(operator.index(seed)))
+    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(
+        jnp.asarray(indices, jnp.uint32)
+    )
+
+
+def start_noise(keys: jax.Array, size: int) -> jax.Array:
+    """Sample `(B, size, size, 3)` standard normal noise, one image from each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(keys)
+
+
+def run(
+    stage: Stage,
+    prompts: Sequence[Prompt],
+    keys: jax.Array,
+    conditioning: Conditioning,
+    settings: Settings,
+    *,
+    clip: CLIP | None = None,
+    weak_model: Stage | None = None,
+    batch_size: int | None = None,
+    every: int | None = None,
+    progress: bool = False,
+    reverse: bool = False,
+) -> Iterator[Progress]:
+    """Sample the images, batch by batch.
+
+    Args:
+        prompts: one per image, all with as many parts.
+        keys: of `image_keys`.
+        clip: guides where the settings have a `clip_scale`.
+        weak_model: the weak model of autoguidance.
+        every: yield after each `every` evaluations too, not only at the end of a batch.
+        reverse: DDIM inversion, from the image to its noise.
+    """
+    count, placement = len(prompts), Placement(stage.devices)
+    if batch_size is None:
+        batch_size = usual_batch(stage.model.config.image_size) * placement.mesh.size
+    todo = batches(count, batch_size, placement.mesh.size)
+    with tqdm.tqdm(unit="evaluation", desc=f"{count} images", disable=not progress) as bar:
+        for index in todo:
+            batch = _Batch(
+                stage,
+                [prompts[i] for i in index],
+                keys[index],
+                conditioning.select(index),
+                _settings_of(settings, index, count),
+                clip=clip,
+                weak_model=weak_model,
+            )
+            arguments = batch.arguments(reverse)
+            length = len(arguments[2])
+            bar.total = len(todo) * length
+            # One compiled program of one row serves every number of steps, and previews.
+            for done, state in stream(*arguments, rows=1 if progress or every else length):
+                jax.block_until_ready(state.x)
+                bar.update(done - bar.n % length)
+                if done == length or (every and done % every == 0):
+                    yield Progress(index, state, done == length, length)
+
+
+def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
+    """The settings of some of `count` images."""
+    if settings.guidance is None:
+        return settings
+    return replace(settings, guidance=select_images(settings.guidance, index, count))
+
+
+class _Batch(NamedTuple):
+    """What one batch is sampled from."""
+
+    stage: Stage
+    prompts: Sequence[Prompt]
+    keys: jax.Array
+    conditioning: Conditioning
+    settings: Settings
+    clip: CLIP | None
+    weak_model: Stage | None
+
+    def arguments(self, reverse: bool) -> tuple[Any, ...]:
+        """The arguments of the sampler, on the devices: networks, conds, plan, x, noise."""
+        stage, config = self.stage, self.stage.model.config
+        guidances = self.guidances()
+        plan = self.settings.plan(stage.schedule, guidances, ddim_reverse if reverse else None)
+        if reverse:
+            assert self.conditioning.image is not None
+            x = from_uint8(self.conditioning.image)
+        else:
+            noise = start_noise(self.keys[:, 0], config.image_size)
+            x = self.conditioning.start(plan, self.settings, noise)
+
+        networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
+        for name, model in {"main": stage, "weak": self.weak_model}.items():
+            branches = [b for b in branches_of(guidances) if b.network == name]
+            if model is None or not branches:
+                continue
+            networks[name] = model.network
+            parts = [part for branch in branches for part in captions_of(branch, self.prompts)]
+            features = encode_parts(model.text_features, parts)
+            for i, branch in enumerate(branches):
+                rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
+                text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)
+                conds[branch.name] = {"text": text} | inputs
+
+        placement = Placement(stage.devices)
+        plan = replace(
+            plan,
+            table=placement.replicate(plan.table),
+            guidance=placement.split(plan.guidance, whole=is_network),
+        )
+        return networks, placement.split(conds), plan, *placement.split((x, self.keys[:, 1]))
+
+    def guidances(self) -> tuple[Guidance, ...]:
+        """What acts on the prediction: the score of the CLIP last, after all maps of x_0."""
+        settings = self.settings
+        if settings.autoguidance_scale != 1 and self.weak_model is None:
+            raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
+        guidances = settings.guidances(self.prompts, *self.conditioning.maps())
+        if not settings.clip_scale:
+            return guidances
+        if self.clip is None:
+            raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
+        check_clip(self.clip, self.stage.model)
+        return (*guidances, self.clip.guidance(self.prompts, settings.clip_scale))
+
+
+def is_network(node: Any) -> bool:
+    """Whether a node of a tree is a network, whose weights are not batched."""
+    return isinstance(node, Network)
+
+
+def check_clip(clip: CLIP, model: Model) -> None:
+    """Check that a noised CLIP sees the images and noise levels of a model.
+
+    Raises:
+        UsageError: image sizes or numbers of timesteps differ.
+    """
+    sides = clip.config.image_size, model.config.image_size
+    timesteps = clip.config.n_timestep, model.diffusion_steps
+    if sides[0] != sides[1]:
+        what = f"{clip.name} sees images of {sides[0]} pixels, {model.name} generates {sides[1]}"
+    elif timesteps[0] not in (0, timesteps[1]):
+        what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
+    else:
+        return
+    raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
+
+
+def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
+    """Return the caption of a branch for each image."""
+    if branch.prompt is None:
+        return [prompt.parts[0] for prompt in prompts]
+    if isinstance(branch.prompt, str):
+        return [Part(branch.prompt)] * len(prompts)
+    return branch.prompt

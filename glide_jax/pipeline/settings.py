@@ -1,0 +1,316 @@
+"""How images are sampled: one object for notebooks, command lines and metadata."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+import jax
+import numpy as np
+
+from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.guidance import (
+    Guidance,
+    Network,
+    all_of,
+    apg,
+    autoguidance,
+    cfg_plus_plus,
+    classifier_free,
+    clip_x0,
+    compose,
+    dynamic_threshold,
+    rescale,
+)
+from glide_jax.diffusion.sampling import Plan, plan
+from glide_jax.diffusion.schedule import Schedule
+from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
+from glide_jax.errors import UsageError, nearest
+from glide_jax.pipeline.prompts import Prompt
+
+# Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on the
+# embedded model: across the edge of the mask pixels change by 23 levels without it, 16 with it, and
+# 15 in real images.
+REPAINT = (5, 4)
+METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
+WITH_ETA = tuple(
+    name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
+)
+# What `guidance=[...]` replaces.
+GUIDING = (
+    "guidance_scale",
+    "guidance_method",
+    "guidance_interval",
+    "guidance_rescale",
+    "negative_prompt",
+    "autoguidance_scale",
+    "threshold",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are sampled. With prompt, seed and index, it reproduces an image.
+
+    Weights bring defaults of their own for some of these; those here apply otherwise.
+
+    Attributes:
+        steps: number of steps, each from one noise level to the next (from 1 to 1000; more is
+            slower and closer to the limit), or a respacing of OpenAI's code: "ddim50", "fast27",
+            "10,10,3,2,2". Samplers evaluate the network once per step, except heun and dpm++2s
+            (twice), prk (four times) and plms (four times in the first three steps).
+        sampler: the solver. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis,
+            lms, ipndm, plms, prk, ddim. With added noise: ddpm (the paper's ancestral sampling,
+            learned variance), ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa.
+        spacing: where the noise levels lie: logsnr (even in log SNR), uniform (even in time, as in
+            OpenAI's code), rho (EDM), trailing, or optimised (for the sampler and step count).
+        eta: added noise of ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse SDE).
+        temperature: factor on the starting noise; below 1 gives smoother, less varied images.
+        restart: Restart sampling: sigma_min, sigma_max, repeats; noise is added from the low level
+            back to the high one that many times.
+        guidance_scale: classifier-free guidance scale; 1 is off, larger follows the prompt more
+            closely with less variety. From 0 to 1 for the method cfg++.
+        guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high scales.
+        guidance_interval: low, high: guide only at noise levels sigma/alpha between them.
+        guidance_rescale: CFG rescale factor from 0 (off) to 1; larger takes back more of the
+            contrast that guidance added.
+        negative_prompt: guide away from this prompt, rather than from the empty one.
+        autoguidance_scale: autoguidance away from the weak model; 1 is off, larger is stronger.
+        clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance;
+            0 is off, larger follows the prompt more closely. The paper's CLIP guidance is 3 with
+            guidance_scale 1 and sampler ddpm.
+        threshold: quantile of dynamic thresholding, such as 0.995; otherwise x_0 is clipped to
+            [-1, 1].
+        strength: img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger
+            changes the image more. With 25 steps, strength 0.6 runs the last 15. An upsampler
+            starts from the small image, enlarged.
+        repaint: RePaint: jump length, resamplings. On by default for inpainting with a model that
+            was not trained to inpaint.
+        guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
+            autoguidance, thresholds and clipping, and the CLIP guidance that weights bring.
+    """
+
+    steps: int | str = 25
+    sampler: str = "dpm++2m"
+    spacing: str = "logsnr"
+    eta: float | None = None
+    temperature: float = 1.0
+    restart: tuple[float, float, int] | None = None
+    guidance_scale: float = 3.0
+    guidance_method: str = "cfg"
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
+    autoguidance_scale: float = 1.0
+    clip_scale: float = 0.0
+    threshold: float | None = None
+    strength: float | None = None
+    repaint: tuple[int, int] | None = None
+    guidance: Sequence[Guidance] | None = None
+
+    def changed(self, **values: Any) -> "Settings":
+        """Return these settings with some replaced; None leaves a value as it is.
+
+        Raises:
+            UsageError: an unknown setting, or one that `guidance` replaces is given beside it.
+        """
+        names = [f.name for f in fields(self)]
+        for name in values:
+            if name not in names:
+                raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
+        values = {name: value for name, value in values.items() if value is not None}
+        if "guidance" in values:
+            if beside := set(GUIDING) & set(values):
+                raise UsageError(f"guidance=[...] replaces {min(beside)}: give one of them")
+            if self.clip_scale and "clip_scale" not in values:
+                warnings.warn(
+                    f"guidance=[...] replaces the CLIP guidance of these weights: give "
+                    f"clip_scale={self.clip_scale:g} to keep it, or 0",
+                    stacklevel=3,
+                )
+            values = {"clip_scale": 0.0} | values
+        return replace(self, **values)
+
+    def solver(self) -> Solver:
+        """Return the solver of `sampler`.
+
+        Raises:
+            UsageError: there is no such sampler, or it takes no eta.
+        """
+        if self.sampler not in SOLVERS:
+            raise UsageError(
+                f"unknown sampler {self.sampler!r}{nearest(self.sampler, SOLVERS)}: "
+                f"choose one of {', '.join(SOLVERS)}"
+            )
+        solver = SOLVERS[self.sampler]
+        if self.eta is None:
+            return solver
+        if self.sampler not in WITH_ETA:
+            raise UsageError(f"eta is for {', '.join(WITH_ETA)}, not for {self.sampler}")
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"eta must lie between 0 and 1, not at {self.eta}")
+        return partial(solver, eta=self.eta)
+
+    def grid(self, schedule: Schedule) -> np.ndarray:
+        """Return the noise levels to visit; with a strength, the last share of them.
+
+        Raises:
+            UsageError: see `make_grid`; or the strength is out of its range.
+        """
+        grid = make_grid(schedule, self.steps, self.spacing, solver=self.solver())
+        if self.strength is None:
+            return grid
+        if not 0 < self.strength <= 1:
+            raise UsageError(f"strength must lie above 0 and up to 1, not at {self.strength}")
+        return grid[-max(1, round(self.strength * len(grid))) :]
+
+    def with_repaint(self, schedule: Schedule) -> "Settings":
+        """Return the settings with RePaint of at most all steps, unless it or `restart` is set."""
+        jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
+        if not jump or self.repaint or self.restart:
+            return self
+        return replace(self, repaint=(jump, REPAINT[1]))
+
+    def guidances(self, prompts: Sequence[Prompt], *maps: Guidance) -> tuple[Guidance, ...]:
+        """Return what acts on the prediction, innermost first.
+
+        Args:
+            prompts: one per image, all with as many parts.
+            maps: maps of x_0 that act before it is clipped (known pixels).
+
+        Raises:
+            UsageError: the settings contradict each other, or a number is out of its range.
+        """
+        if self.guidance is not None:
+            if len(prompts[0].parts) > 1:
+                raise UsageError("AND and NOT are guidance: with guidance=[...], give all_of there")
+            return (*self.guidance, *maps)
+        linear = self._linear(prompts)
+        if self.guidance_rescale:
+            linear.append(rescale(self.guidance_rescale))
+        if self.guidance_interval is not None:
+            linear = [compose(*linear).within(*self.guidance_interval)]
+        if self.threshold is not None:
+            return (*linear, dynamic_threshold(self.threshold), *maps)
+        return (*linear, *maps, clip_x0())
+
+    def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
+        """The guidance that is linear in the branches."""
+        found = self._towards_prompts(prompts)
+        if self.negative_prompt:
+            if not found:
+                raise UsageError("a negative_prompt needs a guidance_scale other than 1")
+            found = [g.against(self.negative_prompt) for g in found]
+        if self.autoguidance_scale != 1:
+            found.append(autoguidance(self.autoguidance_scale))
+        return found
+
+    def _towards_prompts(self, prompts: Sequence[Prompt]) -> list[Guidance]:
+        scale, method = self.guidance_scale, self.guidance_method
+        if method not in METHODS:
+            raise UsageError(f"unknown guidance_method {method!r}: choose {', '.join(METHODS)}")
+        if method == "cfg++" and not 0 <= scale <= 1:
+            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {scale:g}")
+        columns = list(zip(*(prompt.parts for prompt in prompts), strict=True))
+        if len(columns) > 1:
+            if method != "cfg":
+                raise UsageError(f"AND and NOT need the guidance_method cfg, not {method}")
+            weights = [scale * np.array([part.weight for part in c], np.float32) for c in columns]
+            return [all_of([None, *columns[1:]], weights)]
+        if scale == 1 and method != "cfg++":
+            return []
+        return [METHODS[method](scale)]
+
+    def plan(
+        self, schedule: Schedule, guidances: Sequence[Guidance], solver: Solver | None = None
+    ) -> Plan:
+        """Return the plan of these settings on a noise schedule.
+
+        Args:
+            solver: used in place of `sampler`.
+
+        Raises:
+            UsageError: the settings contradict each other; or see `plan`.
+        """
+        solver = solver or self.solver()
+        if self.restart and self.repaint:
+            raise UsageError("restart and repaint both go back to higher noise: choose one")
+        if self.restart:
+            solver = restart(solver, [self.restart])
+        if self.repaint:
+            solver = repaint(solver, *self.repaint)
+        return plan(schedule, self.grid(schedule), solver, guidances)
+
+
+class SettingsArguments(TypedDict, total=False):
+    """The fields of `Settings` as keyword arguments; None leaves the value of the weights."""
+
+    steps: int | str | None
+    sampler: str | None
+    spacing: str | None
+    eta: float | None
+    temperature: float | None
+    restart: tuple[float, float, int] | None
+    guidance_scale: float | None
+    guidance_method: str | None
+    guidance_interval: tuple[float, float] | None
+    guidance_rescale: float | None
+    negative_prompt: str | None
+    autoguidance_scale: float | None
+    clip_scale: float | None
+    threshold: float | None
+    strength: float | None
+    repaint: tuple[int, int] | None
+    guidance: Sequence[Guidance] | None
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def lists_settings(method: F) -> F:
+    """Show each setting in a method's signature, for `help()` and for completion in notebooks.
+
+    Type checkers read the same from `**settings: Unpack[SettingsArguments]`; at run time Python
+    shows only `**settings`.
+    """
+    signature = inspect.signature(method)
+    named = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in get_type_hints(SettingsArguments).items()
+    ]
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*named, *settings]
+    )
+    return method
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Return settings as plain values, for an image's metadata."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    guidance = values.pop("guidance")
+    if guidance is not None:
+        values = {name: value for name, value in values.items() if name not in GUIDING}
+        values["guidance"] = [
+            {"name": part.name, "interval": [_plain(level) for level in part.interval]}
+            | {name: _plain(value) for name, value in part.args.items()}
+            for g in guidance
+            for part in g.parts()
+        ]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON writes them; for anything larger, its type and shape."""
+
+    def plain(leaf: Any) -> Any:
+        if isinstance(leaf, Network):
+            return str(leaf.fn)
+        if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
+            return f"{type(leaf).__name__} {np.shape(leaf)}"
+        # JSON has no infinity.
+        return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
+
+    return jax.tree.map(plain, value, is_leaf=lambda leaf: isinstance(leaf, Network))

@@ -1,0 +1,70 @@
+"""One model of the cascade, ready to run: the network on its devices, its tokenizer, its schedule."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+
+from glide_jax.devices.placement import Placement
+from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.diffusion.guidance import Network
+from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.models.text import TextFeatures
+from glide_jax.models.tokenizers import GPT2Tokenizer
+from glide_jax.models.unet import GLIDE
+from glide_jax.weights.registry import Model
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """`Network.fn` of a GLIDE model: the conditioning is a dictionary of its keyword arguments."""
+
+    model: GLIDE
+
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
+        return self.model.apply({"params": params}, x, t, **cond)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_text(model: GLIDE, params: Any, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
+    """Return the text features of captions: `tokens (B, L)` int32, `mask (B, L)` bool."""
+    return model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A model with everything that a run of the sampler needs of it.
+
+    Attributes:
+        model: sizes and weights.
+        dtype: dtype of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
+        devices: number of this process's devices that share a batch, or "all".
+    """
+
+    model: Model
+    dtype: str = "auto"
+    devices: int | str = 1
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The noise schedule that the model was trained with."""
+        return make_schedule(self.model.schedule, self.model.diffusion_steps)
+
+    @cached_property
+    def network(self) -> Network:
+        """The network and its weights, on the devices."""
+        module = GLIDE(self.model.config, trunk_dtype(self.dtype))
+        params = Placement(self.devices).replicate(self.model.params)
+        return Network(Denoiser(module), params, self.model.prediction)
+
+    @cached_property
+    def tokenizer(self) -> GPT2Tokenizer:
+        """The tokenizer of captions."""
+        return GPT2Tokenizer(self.model.config.text_ctx)
+
+    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+        """Return the text features of captions; those of "" are unconditional."""
+        tokens = self.tokenizer(list(captions))
+        return encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.mask)

@@ -1,0 +1,211 @@
+"""What a run tells: a progress bar, curves, grids of samples, a trace for the profiler."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import jax
+import numpy as np
+import tqdm
+
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.devices.hardware import peak_flops
+from glide_jax.training.config import RunConfig, TrainConfig
+from glide_jax.training.runs import model_of
+from glide_jax.training.flops import flops_per_image
+from glide_jax.training.objectives import Metrics, Params, finish
+from glide_jax.training.state import learning_rate
+from glide_jax.training.writers import open_writer
+
+
+# `(model, prompts, *, seed, dtype) -> PIL image`; the pipeline has one.
+SampleGrid = Callable[..., Any]
+
+
+class Logger:
+    """Progress of one run; metrics stay on the device until a window of steps is full.
+
+    A context manager.
+    """
+
+    def __init__(
+        self, config: RunConfig, first: int, records: int, sample_grid: SampleGrid | None = None
+    ):
+        """Open the logs of a run.
+
+        Args:
+            first: number of steps done before.
+            records: size of the data.
+            sample_grid: makes a grid of samples, for recipes that ask for some.
+        """
+        self._config, self._sample_grid = config, sample_grid
+        self._main = jax.process_index() == 0
+        self._writer = open_writer(config, first_process=self._main)
+        self._profile = profiled_steps(config.profile)
+        self._window: list[Metrics] = []
+        self._due: tuple[int, list[Metrics]] | None = None
+        self._since, self._from, self._first = time.monotonic(), first, first
+        self._rate = learning_rate(config.optimiser, config.steps)
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        # What the devices could do a second, where that is known.
+        self._peak = count * (peak_flops(kind) or math.nan)
+        self._flops = math.nan if math.isnan(self._peak) else flops_per_image(config)
+        if self._main:
+            print(
+                f"{config.name}: {records:,} pictures, {config.batch_size} a step on {count} "
+                f"{kind}; step {first:,} of {config.steps:,} -> {config.folder}"
+            )
+        self._bar = tqdm.tqdm(
+            total=config.steps,
+            initial=first,
+            unit="step",
+            smoothing=0.05,
+            disable=not self._main,
+        )
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def step(self, step: int, metrics: Metrics, saved: int | None = None) -> None:
+        """Takes the metrics of a step, scalars on the device; `saved` is the newest saved step.
+
+        Raises:
+            GlideError: a step of the last window was bad and the recipe says to stop.
+        """
+        self._bar.update()
+        # A window is read when the step after it is on its way: nothing waits for the device.
+        self._read(saved)
+        self._window.append(metrics)
+        if step % self._config.log_every == 0 or step in (self._first + 1, self._config.steps):
+            self._due, self._window = (step, self._window), []
+        if step == self._config.steps:
+            self._read(saved)
+        self._trace(step, metrics)
+
+    def _read(self, saved: int | None) -> None:
+        if self._due is None:
+            return
+        step, window = self._due
+        self._due = None
+        window = jax.device_get(window)
+        raise_if_bad(self._config, step, window, saved)
+        values = finish(mean_metrics(window))
+        now = time.monotonic()
+        rate = (step - self._from) * self._config.batch_size / max(now - self._since, 1e-9)
+        self._since, self._from = now, step
+        values |= {
+            "images_per_second": rate,
+            "learning_rate": float(self._rate(step - 1)),
+            "model_flop_utilisation": rate * self._flops / self._peak,
+        }
+        values |= device_memory()
+        curves = {f"train/{k}": v for k, v in values.items() if math.isfinite(v)}
+        self._writer.scalars(curves, step)
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
+
+    def _trace(self, step: int, metrics: Metrics) -> None:
+        """Starts and ends the trace for TensorBoard's profiler."""
+        if self._profile is None:
+            return
+        begin, end = self._profile
+        if step == begin - 1:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._config.folder / "logs"))
+        elif step == end:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+    def held_out(self, step: int, values: dict[str, float]) -> None:
+        """Takes the held-out loss and its parts."""
+        self._writer.scalars({f"held_out/{name}": value for name, value in values.items()}, step)
+        self._pause(step)
+
+    def samples(self, step: int, ema: Params) -> None:
+        """Sample the recipe's prompts with the EMA weights: `samples/step_000500.png`.
+
+        For models that generate from text alone.
+        """
+        config = self._config
+        if self._sample_grid is None or not self._main or not generates_from_text(config):
+            return
+        model = model_of(config, ema)
+        grid = self._sample_grid(
+            model, config.sample_prompts, seed=config.seed, dtype=config.dtype
+        )
+        folder = config.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step_{step:06}.png")
+        self._writer.image("samples", np.asarray(grid), step)
+        self._pause(step)
+
+    def _pause(self, step: int) -> None:
+        # Drawing and validating are no part of the training speed.
+        self._since, self._from = time.monotonic(), step
+
+
+def generates_from_text(config: RunConfig) -> TypeGuard[TrainConfig]:
+    """Whether a recipe's model can generate its `sample_prompts`."""
+    return (
+        isinstance(config, TrainConfig)
+        and bool(config.sample_prompts)
+        and not config.model.upsamples
+    )
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """The first and last step of "10:20"; None of "".
+
+    Raises:
+        UsageError: it is no such range, or begins before step 2.
+    """
+    if not text:
+        return None
+    try:
+        first, last = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise UsageError(f"profile takes steps as first:last, not {text!r}") from None
+    if not 2 <= first <= last:
+        raise UsageError(f"profile {text}: begin at step 2 or later, and end after that")
+    return first, last
+
+
+def device_memory() -> dict[str, float]:
+    """Gigabytes in use and at the peak on the first local device, where it says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "memory_gb", "peak_bytes_in_use": "memory_peak_gb"}
+    return {ours: stats[theirs] / 1e9 for theirs, ours in names.items() if theirs in stats}
+
+
+def mean_metrics(window: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Means over steps; those of updates that were not made count in `bad` alone."""
+    good = [m for m in window if not m["bad"]] or window
+    means = {name: np.mean([m[name] for m in good], axis=0) for name in window[0]}
+    return means | {"bad": np.mean([m["bad"] for m in window])}
+
+
+def raise_if_bad(
+    config: RunConfig, step: int, window: list[dict[str, np.ndarray]], saved: int | None
+) -> None:
+    """Raises GlideError where an update could not be made and the recipe says to stop.
+
+    Args:
+        step: of the last of the window.
+        saved: the newest saved step; it holds no bad update, since none was made.
+    """
+    if config.on_bad_step == "skip":
+        return
+    for i, metrics in enumerate(window):
+        if metrics["bad"]:
+            at = step - len(window) + 1 + i
+            newest = "nothing is saved yet" if saved is None else f"step {saved} is saved"
+            raise GlideError(
+                f"step {at}: loss {float(metrics['loss']):.3g}, gradient norm "
+                f"{float(metrics['grad_norm']):.3g}; this update was not made, step {at - 1} was "
+                f"the last good one, and {newest}. Go on with a lower "
+                "--optimiser.learning-rate, or with --on-bad-step skip"
+            )
