@@ -49,7 +49,7 @@ def environment(arguments: Sequence[str]) -> None:
     """Run `glide-jax env`."""
     from glide_jax.commands.environment import main
 
-    main()
+    main(arguments)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -2,7 +2,7 @@
 
 import os
 
-from tests.quick import QUICK
+from tests.support.quick import QUICK
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -55,6 +57,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main() -> None:
-    """Print the environment."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print the environment; it takes no options."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"error: glide-jax env takes no options, not {arguments[0]}", file=sys.stderr)
+        sys.exit(2)
     print(describe_environment())

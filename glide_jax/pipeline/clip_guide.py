@@ -27,12 +27,14 @@ class Similarity:
     model: NoisedCLIP
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, x, t, cond, method=NoisedCLIP.similarity)
+        found: Any = self.model.apply({"params": params}, x, t, cond, method=NoisedCLIP.similarity)
+        return found
 
 
 @partial(jax.jit, static_argnums=0)
 def _encode_text(model: NoisedCLIP, params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
+    found: Any = model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ class CLIP:
     def encode_text(self, captions: Sequence[str]) -> jax.Array:
         """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1."""
         tokens = CLIPTokenizer(self.config.max_text_len)(list(captions))
-        return _encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.lengths)
+        network = self.network
+        return _encode_text(network.fn.model, network.params, tokens.ids, tokens.lengths)
 
     def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
         """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each image to its own prompt.
@@ -72,7 +75,7 @@ class CLIP:
 
         def encode(texts: list[str]) -> jax.Array:
             filled = np.array([bool(text) for text in texts], np.float32)
-            return filled[:, None] * self.encode_text(texts)
+            return self.encode_text(texts) * filled[:, None]
 
         parsed = [read_prompt(prompt) for prompt in prompts]
         count = max(len(prompt.parts) for prompt in parsed)

@@ -88,7 +88,10 @@ class Conditioning:
 
         The samples have them up to rounding, and up to what gradients move and PLMS leaves.
         """
-        return images if self.known is None else np.where(self.known > 0, self.image, images)
+        if self.known is None:
+            return images
+        assert self.image is not None
+        return np.where(self.known > 0, self.image, images)
 
 
 def read_conditioning(

@@ -1,26 +1,25 @@
 """Editing through the noise that generates an image: inversion and interpolation."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.prompts import Prompt
 from glide_jax.pipeline.runner import image_keys, run
-from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
 # Guidance cannot be inverted: an image's noise is that of the prompt alone.
-UNGUIDED = {"guidance_scale": 1.0, "clip_scale": 0.0}
+UNGUIDED: SettingsArguments = {"guidance_scale": 1.0, "clip_scale": 0.0}
 
 
-def unguided(settings: dict[str, Any]) -> dict[str, Any]:
+def unguided(settings: SettingsArguments) -> SettingsArguments:
     """Return settings that leave out the weights' own guidance, unless guidance is set in them."""
-    return settings if settings.get("guidance") is not None else UNGUIDED | settings
+    return settings if settings.get("guidance") is not None else {**UNGUIDED, **settings}
 
 
 def invert_images(
@@ -64,7 +63,7 @@ def invert_images(
     return noise
 
 
-def slerp(a: jax.Array, b: jax.Array, share: np.ndarray | float) -> jax.Array:
+def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> jax.Array:
     """`(sin((1 - s) w) a + sin(s w) b) / sin w`, w the angle between them  (DDIM, app. D.5).
 
     Between two noises, this stays as far from the origin as they are.
@@ -72,7 +71,8 @@ def slerp(a: jax.Array, b: jax.Array, share: np.ndarray | float) -> jax.Array:
     Args:
         a, b: `(B, H, W, C)`; share: s from 0 to 1, one number or one per image.
     """
-    share = jnp.reshape(jnp.asarray(share, jnp.float32), (-1, 1, 1, 1))
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    s = jnp.reshape(jnp.asarray(share, jnp.float32), (-1, 1, 1, 1))
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum(x * y, axis=(1, 2, 3), keepdims=True)
@@ -81,6 +81,6 @@ def slerp(a: jax.Array, b: jax.Array, share: np.ndarray | float) -> jax.Array:
     # Equal and opposite noises have no arc between them.
     straight = jnp.sin(angle) < 1e-4
     arc = jnp.where(straight, 1.0, angle)
-    first = jnp.where(straight, 1 - share, jnp.sin((1 - share) * arc) / jnp.sin(arc))
-    second = jnp.where(straight, share, jnp.sin(share * arc) / jnp.sin(arc))
+    first = jnp.where(straight, 1 - s, jnp.sin((1 - s) * arc) / jnp.sin(arc))
+    second = jnp.where(straight, s, jnp.sin(s * arc) / jnp.sin(arc))
     return first * a + second * b

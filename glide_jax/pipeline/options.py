@@ -28,100 +28,121 @@ def _default(name: str) -> Any:
     return arg(help_behavior_hint=hint)
 
 
+# For options whose help says what happens without them.
+HIDDEN = arg(help_behavior_hint="")
+
+
 @dataclass(frozen=True)
 class WeightsOptions:
-    """What generates, and on which devices."""
+    """What generates, and on which devices.
 
-    weights: str | None = None
-    """A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of train.py.
-    Default: emoji64; with --mask emoji_inpaint64."""
-    upsampler: str | None = None
-    """Weights of an upsampler, which enlarges each image, or none. Default: the one that belongs
-    to the weights (emoji_upsample256)."""
-    upsampler_steps: str | None = None
-    """Steps of the upsampler. With a strength below 1 only that share of them is run, the last
-    ones: emoji_upsample256 has strength 0.5."""
-    upsampler_sampler: str | None = None
-    """Sampler of the upsampler; see --sampler."""
-    clip: str | None = None
-    """Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none. Default: the
-    one that belongs to the weights (emoji_clip64)."""
-    weak_model: str | None = None
-    """Weights of a weaker model of the same kind, for --autoguidance-scale."""
+    Attributes:
+        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run
+            of train.py. Default: emoji64; with --mask emoji_inpaint64.
+        upsampler: Weights of an upsampler, which enlarges each image, or none. Default: the one
+            that belongs to the weights (emoji_upsample256).
+        upsampler_steps: Steps of the upsampler. With a strength below 1 only that share of them
+            is run, the last ones: emoji_upsample256 has strength 0.5.
+        upsampler_sampler: Sampler of the upsampler; see --sampler.
+        clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
+            Default: the one that belongs to the weights (emoji_clip64).
+        weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
+        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
+            recent GPUs, float16 on older GPUs, float32 on CPUs.
+        devices: Number of devices that share each batch, or all. It changes no image.
+        batch_size: Images generated at a time; more needs more memory. It changes no image.
+            Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that at 256x256.
+    """
+
+    weights: Annotated[str | None, HIDDEN] = None
+    upsampler: Annotated[str | None, HIDDEN] = None
+    upsampler_steps: Annotated[str | None, HIDDEN] = None
+    upsampler_sampler: Annotated[str | None, HIDDEN] = None
+    clip: Annotated[str | None, HIDDEN] = None
+    weak_model: Annotated[str | None, HIDDEN] = None
     dtype: str = "auto"
-    """Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and recent GPUs,
-    float16 on older GPUs, float32 on CPUs."""
     devices: str = "1"
-    """Number of devices that share each batch, or all. It changes no image."""
-    batch_size: int | None = None
-    """Images generated at a time; more needs more memory. It changes no image. Default for 64x64:
-    16 on a CPU, 64 on other devices; a quarter of that at 256x256."""
+    batch_size: Annotated[int | None, HIDDEN] = None
 
 
 @dataclass(frozen=True)
 class EditingOptions:
-    """Editing images."""
+    """Editing images.
 
-    init_image: Path | None = None
-    """The image to edit: with --mask (inpainting), --strength (img2img) or --variation."""
-    mask: Path | None = None
-    """An image of the region to fill: white is regenerated, black is kept to the byte."""
-    variation: float | None = None
-    """Generate variations of --init-image. Variation strength: 0 = DDIM reconstruction, 1 =
-    unrelated."""
-    init_caption: str | None = None
-    """Caption of the input image, for inversion, if it differs from the prompt (--variation)."""
-    between: bool = False
-    """Interpolate: generate --num images from one prompt to another, or from --seed to
-    --to-seed."""
-    to_seed: int | None = None
-    """The seed at the end of --between."""
+    Attributes:
+        init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
+            or --variation.
+        mask: An image of the region to fill: white is regenerated, black is kept to the byte.
+        variation: Generate variations of --init-image. Variation strength: 0 = DDIM
+            reconstruction, 1 = unrelated.
+        init_caption: Caption of the input image, for the inversion of --variation, if it differs
+            from the prompt.
+        between: Interpolate: generate --num images from one prompt to another, or from --seed
+            to --to-seed.
+        to_seed: The seed at the end of --between.
+    """
+
+    init_image: Annotated[Path | None, HIDDEN] = None
+    mask: Annotated[Path | None, HIDDEN] = None
+    variation: Annotated[float | None, HIDDEN] = None
+    init_caption: Annotated[str | None, HIDDEN] = None
+    between: Annotated[bool, HIDDEN] = False
+    to_seed: Annotated[int | None, HIDDEN] = None
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are sampled. The defaults shown are those of the chosen weights."""
+    """How images are sampled. The defaults shown are those of the chosen weights.
+
+    Attributes:
+        steps: Number of steps, from 1 to 1000; more is slower and closer to the limit. Or a
+            respacing of OpenAI's code: ddim50, fast27, 10,10,3,2,2. One network evaluation per
+            step; heun and dpm++2s take two, prk four, plms four in its first three steps.
+        sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk,
+            ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa.
+        spacing: Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code),
+            rho, trailing, or optimised (for the sampler and step count).
+        eta: Added noise of ddim (default 0), dpm++2m-sde and sa (default 1), from 0 to 1.
+        temperature: Factor on the starting noise; below 1 gives smoother, less varied images.
+        restart: Restart sampling: sigma_min, sigma_max, repeats, for example 0.3 2 3.
+        guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
+            closely with less variety. From 0 to 1 for the method cfg++.
+        guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high
+            scales.
+        guidance_interval: Low, high: guide only at noise levels sigma/alpha between them.
+            Default: everywhere.
+        guidance_rescale: CFG rescale factor in [0, 1]; larger takes back more of the contrast
+            that guidance added.
+        negative_prompt: Guide away from this prompt, rather than from the empty one.
+        autoguidance_scale: Autoguidance scale (weak model from --weak-model); 1 = off, larger
+            is stronger.
+        clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
+            follows the prompt more closely. The paper's CLIP guidance is 3, with
+            guidance scale 1 and the sampler ddpm.
+        threshold: Quantile of dynamic thresholding, for example 0.995; otherwise x_0 is clipped
+            to [-1, 1].
+        strength: img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger
+            changes the image more.
+        repaint: RePaint: jump length, resamplings. On by default (5 4) for inpainting with
+            models not trained to inpaint.
+    """
 
     steps: Annotated[int | str | None, _default("steps")] = None
-    """Number of steps, from 1 to 1000; more is slower and closer to the limit. Or a respacing of
-    OpenAI's code: ddim50, fast27, 10,10,3,2,2. One network evaluation per step; heun and dpm++2s
-    take two, prk four, plms four in its first three steps."""
     sampler: Annotated[str | None, _default("sampler")] = None
-    """dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim; with
-    added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa."""
     spacing: Annotated[str | None, _default("spacing")] = None
-    """Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code), rho, trailing,
-    or optimised (for the sampler and step count)."""
     eta: Annotated[float | None, _default("eta")] = None
-    """Added noise of ddim (default 0), dpm++2m-sde and sa (default 1), from 0 to 1."""
     temperature: Annotated[float | None, _default("temperature")] = None
-    """Factor on the starting noise; below 1 gives smoother, less varied images."""
     restart: Annotated[tuple[float, float, int] | None, _default("restart")] = None
-    """Restart sampling: sigma_min, sigma_max, repeats, for example 0.3 2 3."""
     guidance_scale: Annotated[float | None, _default("guidance_scale")] = None
-    """Classifier-free guidance scale; 1 = off, larger follows the prompt more closely with less
-    variety. From 0 to 1 for the method cfg++."""
     guidance_method: Annotated[str | None, _default("guidance_method")] = None
-    """cfg (classifier-free), cfg++, or apg, which saturates less at high scales."""
     guidance_interval: Annotated[tuple[float, float] | None, _default("guidance_interval")] = None
-    """Low, high: guide only at noise levels sigma/alpha between them. Default: everywhere."""
     guidance_rescale: Annotated[float | None, _default("guidance_rescale")] = None
-    """CFG rescale factor in [0, 1]; larger takes back more of the contrast that guidance added."""
     negative_prompt: Annotated[str | None, _default("negative_prompt")] = None
-    """Guide away from this prompt, rather than from the empty one."""
     autoguidance_scale: Annotated[float | None, _default("autoguidance_scale")] = None
-    """Autoguidance scale (weak model from --weak-model); 1 = off, larger is stronger."""
     clip_scale: Annotated[float | None, _default("clip_scale")] = None
-    """Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger follows the prompt
-    more closely. The paper's CLIP guidance: 3 with --guidance-scale 1 and --sampler ddpm."""
     threshold: Annotated[float | None, _default("threshold")] = None
-    """Quantile of dynamic thresholding, for example 0.995; otherwise x_0 is clipped to [-1, 1]."""
     strength: Annotated[float | None, _default("strength")] = None
-    """img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger changes the
-    image more."""
     repaint: Annotated[tuple[int, int] | None, _default("repaint")] = None
-    """RePaint: jump length, resamplings. On by default (5 4) for inpainting with models not
-    trained to inpaint."""
 
     def chosen(self) -> dict[str, Any]:
         """Return the settings that are not left to the weights."""
@@ -130,22 +151,25 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """What to generate."""
+    """What to generate.
 
-    prompts: Positional[tuple[str, ...]] = ()
-    """Prompts, for example "a red apple" "a rocket, Twitter flat style"."""
-    prompts_file: Path | None = None
-    """A text file with one prompt per line."""
+    Attributes:
+        prompts: Prompts, for example "a red apple" "a rocket, Twitter flat style".
+        prompts_file: A text file with one prompt per line.
+        num: Images per prompt.
+        seed: Seed from 0 to 2^32 - 1; the same seed and settings give the same images.
+        first_index: Index of the first image; seed + index reproduce it.
+        out: Folder for the images; no file in it is overwritten.
+        preview: Write intermediate x_0 estimates to preview.png in that folder.
+    """
+
+    prompts: Annotated[Positional[tuple[str, ...]], HIDDEN] = ()
+    prompts_file: Annotated[Path | None, HIDDEN] = None
     num: Annotated[int, arg(aliases=["-n"])] = 1
-    """Images per prompt."""
     seed: int = 0
-    """Seed from 0 to 2^32 - 1; the same seed and settings give the same images."""
     first_index: int = 0
-    """Index of the first image; seed + index reproduce it."""
     out: Annotated[Path, arg(aliases=["-o"])] = Path("samples")
-    """Folder for the images; no file in it is overwritten."""
-    preview: bool = False
-    """Write intermediate x_0 estimates to preview.png in that folder."""
+    preview: Annotated[bool, HIDDEN] = False
     editing: OmitArgPrefixes[EditingOptions] = field(default_factory=EditingOptions)
     model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)

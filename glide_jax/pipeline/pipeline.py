@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Unpack, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Pipeline(Stage):
         *,
         num: int = 1,
         seed: int = 0,
-        first_index: int | Sequence[int] = 0,
+        first_index: int | Sequence[int] | np.ndarray = 0,
         image: ImageLike | None = None,
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
@@ -95,7 +95,7 @@ class Pipeline(Stage):
         *,
         num: int = 1,
         seed: int = 0,
-        first_index: int | Sequence[int] = 0,
+        first_index: int | Sequence[int] | np.ndarray = 0,
         image: ImageLike | None = None,
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
@@ -236,7 +236,7 @@ class Pipeline(Stage):
             self,
             images,
             read_prompts(prompt, len(images)),
-            self.settings.changed(**unguided(dict(settings))),
+            self.settings.changed(**unguided(settings)),
             clip=self.clip,
             weak_model=self.weak_model,
             batch_size=batch_size,
@@ -275,14 +275,17 @@ class Pipeline(Stage):
         """
         if not 0 <= amount <= 1:
             raise UsageError(f"the amount of a variation must lie between 0 and 1, not at {amount}")
-        given = {name: value for name, value in settings.items() if value is not None}
+        chosen = cast(
+            SettingsArguments, {name: v for name, v in settings.items() if v is not None}
+        )
         side = self.model.config.image_size
         old = self.invert(
             read_images(image, side, 1),
             prompt if caption is None else caption,
             batch_size=batch_size,
             progress=progress,
-            **{name: given[name] for name in ("steps", "spacing") if name in given},
+            steps=chosen.get("steps"),
+            spacing=chosen.get("spacing"),
         )
         new = start_noise(image_keys(seed, first_index + np.arange(num))[:, 0], side)
         images = self(
@@ -290,12 +293,12 @@ class Pipeline(Stage):
             num=num,
             seed=seed,
             first_index=first_index,
-            noise=slerp(old, new, amount),
+            noise=np.asarray(slerp(old, new, amount)),
             upsampler=upsampler,
             batch_size=batch_size,
             progress=progress,
             preview=preview,
-            **{"sampler": "dpm++2m"} | unguided(given),
+            **{"sampler": "dpm++2m", **unguided(chosen)},
         )
         made = {"variation": amount, "image": source_name(image), "caption": caption}
         return replace(images, settings=images.settings | made)
@@ -336,12 +339,12 @@ class Pipeline(Stage):
         first, last = read_prompts([start, start if end is None else end])
         shares = np.linspace(0, 1, num)
         side = self.model.config.image_size
-        ends = (start_noise(image_keys(s, [first_index])[:, 0], side) for s in (seed, to_seed))
+        a, b = (start_noise(image_keys(s, [first_index])[:, 0], side) for s in (seed, to_seed))
         images = self(
             [interpolated(first, last, share) for share in shares],
             seed=seed,
             first_index=[first_index] * num,
-            noise=slerp(*ends, shares),
+            noise=np.asarray(slerp(a, b, shares)),
             upsampler=upsampler,
             batch_size=batch_size,
             progress=progress,

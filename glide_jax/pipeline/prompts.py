@@ -133,7 +133,7 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
     if (text == end).all():
         return jax.tree.map(lambda leaf: leaf[text], features)
 
-    def mix(leaf: jax.Array) -> jax.Array:
+    def mix(leaf: Any) -> Any:
         weight = share.reshape(-1, *[1] * (leaf.ndim - 1))
         return ((1 - weight) * leaf[text] + weight * leaf[end]).astype(leaf.dtype)
 

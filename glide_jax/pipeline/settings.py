@@ -151,7 +151,8 @@ class Settings:
             raise UsageError(f"eta is for {', '.join(WITH_ETA)}, not for {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise UsageError(f"eta must lie between 0 and 1, not at {self.eta}")
-        return partial(solver, eta=self.eta)
+        noisy: Any = solver
+        return partial(noisy, eta=self.eta)
 
     def grid(self, schedule: Schedule) -> np.ndarray:
         """Return the noise levels to visit; with a strength, the last share of them.

@@ -24,13 +24,15 @@ class Denoiser:
     model: GLIDE
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
-        return self.model.apply({"params": params}, x, t, **cond)
+        output: Any = self.model.apply({"params": params}, x, t, **cond)
+        return output
 
 
 @partial(jax.jit, static_argnums=0)
 def encode_text(model: GLIDE, params: Any, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
     """Return the text features of captions: `tokens (B, L)` int32, `mask (B, L)` bool."""
-    return model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+    features: Any = model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+    return features
 
 
 @dataclass(frozen=True, eq=False)

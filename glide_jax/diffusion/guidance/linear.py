@@ -6,6 +6,7 @@ eps, guidances of this kind add up, and scale 1 changes no bit:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,18 @@ def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Numb
 
 
 def all_of(
-    prompts: Sequence[str | None], weights: Sequence[Number], *, name: str = "prompt"
+    prompts: Sequence[str | Sequence[Any] | None],
+    weights: Sequence[Number],
+    *,
+    name: str = "prompt",
 ) -> Guidance:
     """`eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (composable diffusion, 2206.01714, sec. 4).
 
     Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
 
     Args:
-        prompts: one caption each; None is the image's own caption.
+        prompts: one caption each (or one per image, as the pipeline parses them); None is the
+            image's own caption.
         weights: one for each prompt.
         name: prefix of the branches; two of these with different prompts need two names.
 
@@ -53,8 +58,8 @@ def all_of(
     if len(prompts) != len(weights):
         raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
     # On top of eps, which contains the caption once already.
-    names: dict[str | None, str] = {None: CONDITIONAL.name, "": NULL.name}
-    total: dict[str, Number] = {CONDITIONAL.name: np.float32(-1)}
+    names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
+    total: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):
         branch = names.setdefault(prompt, f"{name} {len(names) - 2}")
         total[branch] = total.get(branch, 0) + np.asarray(weight, np.float32)

@@ -79,13 +79,13 @@ class Branch(NamedTuple):
         name: key of its eps and of its conditioning; guidances that name the same branch share
             one evaluation.
         network: name of the network that evaluates it.
-        prompt: its caption; None: whatever the caller provides under `name` (for the pipeline,
-            the caption of the image).
+        prompt: its caption, or one per image as the pipeline parses them; None: whatever the
+            caller provides under `name` (for the pipeline, the caption of the image).
     """
 
     name: str
     network: str = "main"
-    prompt: str | None = None
+    prompt: str | Sequence[Any] | None = None
 
 
 CONDITIONAL = Branch("cond")

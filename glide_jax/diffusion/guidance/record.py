@@ -78,7 +78,11 @@ class Guidance:
             raise UsageError(f"{self.name} has no empty prompt that {prompt!r} could replace")
         negative = NULL._replace(prompt=prompt)
         needs = tuple(negative if branch == NULL else branch for branch in self.needs)
-        return replace(self, needs=needs)
+        args = self.args
+        if self.fn is _compose:
+            members = (g.against(prompt) if NULL in g.needs else g for g in args["members"])
+            args = {"members": tuple(members)}
+        return replace(self, args=args, needs=needs)
 
     def acts_at(self, level: float) -> bool:
         """Whether it acts at this noise level `sigma / alpha`."""
@@ -97,6 +101,7 @@ class Guidance:
         )
 
     def __call__(self, predict: Predict) -> Predict:
+        """Return the guided `Predict`, whatever the interval."""
         return partial(self.fn, predict, **self.args)
 
 
@@ -134,12 +139,13 @@ def guidance(
                 remembers,
                 looks_ahead,
             )
+            takes = f"{made.name} takes {', '.join(names) or 'no parameters'}"
             if len(values) > len(names):
-                raise UsageError(f"{made.name} takes {', '.join(names) or 'nothing'}, no more")
+                raise UsageError(f"too many values: {takes}")
             if unknown := sorted(set(named) - set(names)):
-                raise UsageError(f"{made.name} takes {', '.join(names)}, not {unknown[0]}")
+                raise UsageError(f"{takes}, not {unknown[0]}")
             if twice := sorted(set(names[: len(values)]) & set(named)):
-                raise UsageError(f"{made.name} got {twice[0]} twice, by position and by name")
+                raise UsageError(f"{made.name} got {twice[0]} twice: by position and by name")
             if missing := [name for name in names if name not in made.args]:
                 raise UsageError(f"{made.name} needs a value for {missing[0]}")
             for name, (low, high) in ranges.items():

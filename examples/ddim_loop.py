@@ -1,0 +1,59 @@
+"""DDIM with classifier-free guidance as a plain loop, equal to the library's sampler.
+
+python examples/ddim_loop.py "a red apple"
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import glide_jax as glide
+
+
+def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
+    """Return the image `(1, H, W, 3)` in [-1, 1] that the noise becomes."""
+    network, evaluate = pipe.network, jax.jit(glide.Network.__call__)
+    grid = glide.make_grid(pipe.schedule, steps, "uniform")
+    alpha_bar = np.append(pipe.schedule.alpha_bar_at(grid), 1.0)
+    text = pipe.text_features([prompt, ""])
+    x = noise
+    for t, now, then in zip(grid, alpha_bar[:-1], alpha_bar[1:], strict=True):
+        alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
+        output = evaluate(network, jnp.concatenate([x, x]), jnp.full(2, t), {"text": text})[..., :3]
+        both = output if network.prediction == "eps" else alpha * output + sigma * x
+        eps = both[1:] + scale * (both[:1] - both[1:])  # eps(null) + s (eps(c) - eps(null))
+        x_0 = jnp.clip((x - sigma * eps) / alpha, -1, 1)
+        eps = (x - alpha * x_0) / sigma
+        x = np.sqrt(then) * x_0 + np.sqrt(1 - then) * eps
+    return x
+
+
+def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
+    """Return the same image by `glide.plan` and `glide.sample`."""
+    plan = glide.plan(
+        pipe.schedule,
+        glide.make_grid(pipe.schedule, steps, "uniform"),
+        glide.SOLVERS["ddim"],
+        [glide.classifier_free(scale), glide.clip_x0()],
+    )
+    conds = {n: {"text": pipe.text_features([p])} for n, p in (("cond", prompt), ("null", ""))}
+    return glide.sample({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x
+
+
+def main(prompt: str = "a red apple", weights: str = "emoji64", steps: int = 10, scale: float = 3):
+    """Return the largest difference of both images, in [-1, 1] and in 8 bits."""
+    pipe = glide.load(weights, upsampler="none", clip="none", dtype="float32")
+    side = pipe.model.config.image_size
+    noise = jnp.float32(np.random.default_rng(0).standard_normal((1, side, side, 3)))
+    a, b = (sampler(pipe, prompt, noise, steps, scale) for sampler in (ddim, library))
+    options = {"sampler": "ddim", "spacing": "uniform", "steps": steps, "guidance_scale": scale}
+    images = pipe(prompt, noise=noise, progress=False, **options)
+    found = np.abs(a - b).max(), np.abs(np.round((a + 1) * 127.5) - images.images).max()
+    print(f"largest difference: {found[0]:.1e}, in 8 bits: {found[1]:.0f}")
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,367 @@
+"""Batches: what place k of a run holds, whoever makes it, and that iteration can be resumed."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.decoding import Encoded
+from glide_jax.data.batches import groups_of, make_batches, shuffled, shuffled_groups, with_article
+from glide_jax.training.objectives import to_batch
+from glide_jax.data.records import Source
+from glide_jax.data.sources import open_source
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
+from tests.support.commands import ROOT, run
+from tests.support.shards import encode
+
+MINI = str(ROOT / "tests" / "fixtures" / "emoji_mini.npz")
+
+
+def batches(config, source=None, **kwargs):
+    arguments = {"batch_size": 4, "tokenizer": GPT2Tokenizer(16), "size": 64, "seed": 0} | kwargs
+    return make_batches(source or open_source(config), config, **arguments)
+
+
+def first(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def same(a, b):
+    return all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def captions(arrays):
+    tokenizer = GPT2Tokenizer(16)
+    rows = zip(arrays["tokens"], arrays["mask"], strict=True)
+    return [tokenizer.decode(ids[mask]) for ids, mask in rows]
+
+
+def partly_broken(count=40, *, broken=(), captions=None):
+    """A source of plain pictures; those in `broken` are cut off."""
+    data = encode(np.full((8, 8, 3), 99, np.uint8), "PNG")
+    return Source(
+        [
+            {
+                "image": Encoded(data[:30] if i in broken else data, f"{i}.png"),
+                "caption": captions or f"{i}",
+            }
+            for i in range(count)
+        ]
+    )
+
+
+# -- the order -----------------------------------------------------------------------------------
+
+
+def test_every_record_once_a_pass_and_another_order_each_time():
+    config = DataConfig(source=MINI, styles=("Google Noto style",))
+    n = len(open_source(config))
+    arrays = batches(config, batch_size=n)
+    one, two = next(arrays)["image"], next(arrays)["image"]
+    assert not np.array_equal(one, two)
+    assert np.array_equal(np.sort(one.sum((1, 2, 3))), np.sort(two.sum((1, 2, 3))))
+
+
+@pytest.mark.parametrize("count", [7, 1 << 15])
+def test_a_pass_is_a_permutation_of_few_records_and_of_many(count):
+    one = [shuffled(i, count, 5) for i in range(count)]
+    assert sorted(one) == list(range(count)) != one
+    few = range(min(count, 99))
+    assert [shuffled(count + i, count, 5) for i in few] != one[: len(few)]
+    assert [shuffled(i, count, 6) for i in few] != one[: len(few)]
+
+
+def test_groups_stay_together_and_every_pass_is_another_order():
+    names = ["cat", "dog", "cat", "owl", "dog", "cat", "hen"]
+    source = Source([{"image": np.zeros((8, 8, 3), np.uint8), "caption": n} for n in names])
+    groups = groups_of(source, "caption")
+    passes = [[shuffled_groups(7 * p + i, groups, 5) for i in range(7)] for p in range(20)]
+    for order in passes:
+        assert sorted(order) == list(range(7))
+        runs = [name for name, _ in itertools.groupby(order, key=names.__getitem__)]
+        assert sorted(runs) == ["cat", "dog", "hen", "owl"]
+    # Of the groups, and of the records of one.
+    assert len({tuple(names[i] for i in order) for order in passes}) > 5
+    assert len({tuple(i for i in order if names[i] == "cat") for order in passes}) > 3
+    assert passes[0] != [shuffled_groups(i, groups, 6) for i in range(7)]
+
+
+def test_batches_hold_groups_whole_and_resume():
+    config = DataConfig(source=MINI, captions=("{concept}",), group_by="concept")
+    one, two = batches(config, batch_size=12), batches(config, batch_size=12)
+    made = first(one, 3)
+    found = [caption for arrays in made for caption in captions(arrays)]
+    runs = [name for name, _ in itertools.groupby(found)]
+    assert len(runs) == len(set(found)) < len(found) / 2
+    two.set_state({"place": 12})
+    assert same(made[1:], first(two, 2))
+
+
+def test_a_field_to_group_by_that_is_not_there_is_said():
+    with pytest.raises(UsageError, match="record 0 of .* has no text field 'colour'"):
+        batches(DataConfig(source=MINI, group_by="colour"))
+
+
+def test_another_seed_is_another_order_and_a_negative_one_is_a_seed_too():
+    config = DataConfig(source=MINI)
+    one, two = (first(batches(config, seed=seed), 2) for seed in (0, -1))
+    assert not same(one, two)
+    assert same(one, first(batches(config, seed=0), 2))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_out_the_very_batch_that_one_makes(count):
+    config = DataConfig(
+        source=MINI, captions=("{caption}", "{a_caption}"), crop="random", flip=True
+    )
+    whole = first(batches(config), 3)
+    parts = [first(batches(config, process=(i, count)), 3) for i in range(count)]
+    for step, expected in enumerate(whole):
+        for key in ("image", "tokens", "mask", "position"):
+            got = np.concatenate([part[step][key] for part in parts])
+            assert np.array_equal(got, expected[key]), key
+    assert whole[0]["position"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("process", [(0, 3), (2, 2), (-1, 2)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(process):
+    with pytest.raises(UsageError, match="no even share of a batch of 4"):
+        batches(DataConfig(source=MINI), process=process)
+
+
+def test_threads_change_nothing():
+    config = DataConfig(source=MINI, crop="random")
+    assert same(first(batches(config), 5), first(batches(replace(config, threads=3)), 5))
+
+
+# -- resuming ------------------------------------------------------------------------------------
+
+
+def test_iteration_resumes_where_it_was_saved():
+    config = DataConfig(source=MINI, captions=("{caption}", "{a_caption}", "{style}"))
+    one, two = batches(config), batches(config)
+    first(one, 3)
+    state = json.loads(json.dumps(one.get_state()))
+    ahead = first(one, 3)
+    next(two)  # also where batches are already being made
+    two.set_state(state)
+    assert same(ahead, first(two, 3))
+
+
+def test_the_position_travels_in_a_checkpoint(tmp_path):
+    one, two = (batches(DataConfig(source=MINI)) for _ in range(2))
+    first(one, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(one)))
+        manager.wait_until_finished()
+        restored = grain.checkpoint.CheckpointRestore(two)
+        manager.restore(3, args=ocp.args.Composite(data=restored))
+    assert same(first(one, 2), first(two, 2))
+
+
+def test_iteration_resumes_past_broken_records():
+    source = partly_broken(broken=range(0, 40, 3))
+    one, two = batches(DataConfig(), source, size=8), batches(DataConfig(), source, size=8)
+    first(one, 2)
+    two.set_state(one.get_state())
+    assert same(first(one, 5), first(two, 5))
+
+
+def test_the_state_outlives_a_change_of_processes_and_of_batch_size():
+    config = DataConfig(source=MINI)
+    one = batches(config)
+    rest = first(one, 4)[2:]
+    again = batches(config, batch_size=2, process=(1, 2))
+    half = batches(config, process=(0, 2))
+    first(half, 2)
+    again.set_state(half.get_state())
+    got = np.stack([arrays["image"][0] for arrays in first(again, 4)])
+    assert np.array_equal(got, np.concatenate([arrays["image"] for arrays in rest])[1::2])
+
+
+def test_worker_processes_change_nothing_and_can_be_resumed(tmp_path):
+    for i in range(6):
+        encoded = encode(np.full((24, 32, 3), 40 * i, np.uint8))
+        (tmp_path / f"{i}.jpg").write_bytes(encoded[: None if i % 3 else 50])
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    config = DataConfig(source=str(tmp_path), crop="random")
+    expected = first(batches(config, size=8), 9)
+    iterator = batches(replace(config, workers=2), size=8)
+    iterator.set_state({"place": 3 * 4})
+    try:
+        assert same(first(iterator, 6), expected[3:])
+    finally:
+        iterator.close()
+    assert iterator.get_state() == {"place": 9 * 4}
+    assert iterator.skipped == sum(arrays["skipped"] for arrays in expected[3:]) > 0
+
+
+def test_a_closed_iterator_says_so():
+    iterator = batches(DataConfig(source=MINI))
+    next(iterator)
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+# -- broken records ------------------------------------------------------------------------------
+
+
+def test_broken_records_are_replaced_counted_and_named(capsys):
+    broken = (3, 11, 12)
+    iterator = batches(DataConfig(), partly_broken(broken=broken), size=8, batch_size=40)
+    arrays = next(iterator)
+    assert arrays["skipped"] == iterator.skipped >= 3
+    assert not {"3", "11", "12"} & set(captions(arrays))
+    assert len(captions(arrays)) == 40
+    said = capsys.readouterr().err
+    assert all(f"cannot read the picture {i}.png" in said for i in broken)
+    assert said.count("skipped a record") == 3  # each is named once, however often it comes
+
+
+def test_processes_replace_broken_records_alike():
+    source = partly_broken(broken=range(20))
+    config = DataConfig(crop="random")
+    whole = first(batches(config, source, size=8, batch_size=8), 5)
+    parts = [
+        first(batches(config, source, size=8, batch_size=8, process=(i, 2)), 5) for i in (0, 1)
+    ]
+    for expected, one, two in zip(whole, *parts, strict=True):
+        assert captions(expected) == captions(one) + captions(two)
+        assert expected["skipped"] == one["skipped"] + two["skipped"]
+    assert sum(arrays["skipped"] for arrays in whole) > 10
+
+
+def test_only_the_first_few_broken_records_are_named(capsys):
+    iterator = batches(DataConfig(), partly_broken(broken=range(20)), size=8, batch_size=40)
+    first(iterator, 2)
+    said = capsys.readouterr().err
+    assert said.count("skipped a record") == 5 and "further ones are only counted" in said
+
+
+def test_a_source_where_everything_is_broken_stops_with_examples():
+    iterator = batches(DataConfig(), partly_broken(broken=range(40)), size=8)
+    with pytest.raises(GlideError, match=r"32 records in a row are broken.*\d\.png"):
+        next(iterator)
+
+
+def test_a_caption_that_is_no_text_counts_as_broken():
+    source = partly_broken(20, captions="\ud800")
+    good = partly_broken(20)
+    mixed = Source([*source.records, *good.records])
+    iterator = batches(DataConfig(), mixed, size=8, batch_size=20)
+    assert set(captions(next(iterator))) <= {str(i) for i in range(20)}
+    assert iterator.skipped > 0
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+def test_captions_are_drawn_from_the_templates():
+    config = DataConfig(
+        source=MINI,
+        concepts=("octopus",),
+        styles=("Google Noto style",),
+        captions=("{caption}", "{a_caption}, {style}"),
+    )
+    seen = set()
+    for arrays in first(batches(config), 8):
+        seen.update(captions(arrays))
+    assert seen == {"octopus", "an octopus, google noto style"}
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [("{colour}", "colour"), ("{", "cannot be filled"), ("{}", "cannot be filled")],
+)
+def test_a_template_that_cannot_be_filled_is_refused_before_training(template, says):
+    with pytest.raises(UsageError, match=says):
+        batches(DataConfig(source=MINI, captions=("{caption}", template)))
+
+
+def test_a_template_that_only_some_records_can_fill_skips_the_others():
+    plain = partly_broken(10)
+    styled = Source([*plain.records, *({**r, "style": "flat"} for r in plain.records)])
+    iterator = batches(DataConfig(captions=("{style}",)), styled, size=8, batch_size=20)
+    assert captions(next(iterator)) == ["flat"] * 20 and iterator.skipped > 0
+
+
+def test_one_of_several_captions_is_drawn_each_time():
+    source = partly_broken(1, captions=("one", "two", "three", ""))
+    arrays = next(batches(DataConfig(), source, size=8, batch_size=400))
+    counts = [captions(arrays).count(c) for c in ("one", "two", "three", "")]
+    assert sum(counts) == 400
+    assert all(abs(count - 100) < 45 for count in counts)  # 5 standard deviations
+
+
+def test_clip_tokens_come_with_a_mask():
+    arrays = next(batches(DataConfig(), partly_broken(), size=8, tokenizer=CLIPTokenizer(12)))
+    tokens = CLIPTokenizer(12)(["7"])
+    assert arrays["tokens"].shape == arrays["mask"].shape == (4, 12)
+    assert arrays["tokens"].dtype == np.int32 and arrays["mask"].dtype == bool
+    assert (arrays["mask"].sum(1) >= tokens.lengths[0]).all()
+    assert np.array_equal(arrays["tokens"] > 0, arrays["mask"])
+
+
+def test_data_workers_leave_the_accelerator_alone():
+    code = (
+        "import glide_jax.data.batches; from jax._src import xla_bridge as b; print(b._backends)"
+    )
+    assert run("-c", code).stdout.strip() == "{}"
+
+
+def test_articles():
+    assert with_article("apple") == "an apple" and with_article("rocket") == "a rocket"
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+def test_a_batch_knows_each_records_place():
+    batch = to_batch(next(batches(DataConfig(source=MINI))))
+    assert batch.image.shape == (4, 64, 64, 3) and batch.image.dtype == np.uint8
+    assert batch.position.tolist() == [0, 1, 2, 3]
+
+
+def test_batches_have_the_size_of_the_model():
+    assert next(batches(DataConfig(source=MINI), size=32))["image"].shape == (4, 32, 32, 3)
+
+
+def test_half_of_the_pictures_are_mirrored_where_asked():
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, :4] = 255
+    source = Source([{"image": picture, "caption": ""}])
+    image = next(batches(DataConfig(flip=True), source, size=8, batch_size=400))["image"]
+    assert abs((image[:, 0, 0, 0] == 255).mean() - 0.5) < 0.125  # 5 standard deviations
+    image = next(batches(DataConfig(), source, size=8))["image"]
+    assert (image == picture).all()
+
+
+@pytest.mark.parametrize("caption", ["an arrow to the Left", "right-facing", "counterclockwise"])
+def test_what_names_a_side_is_not_mirrored(caption):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, :4] = 255
+    source = Source([{"image": picture, "caption": caption}])
+    image = next(batches(DataConfig(flip=True), source, size=8, batch_size=40))["image"]
+    assert (image == picture).all()
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"crop": "center"}, "did you mean 'centre'"),
+        ({"min_crop": 0.0}, "min_crop"),
+        ({"captions": ()}, "captions"),
+        ({"workers": -1}, "workers"),
+        ({"prefetch": 0}, "prefetch"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, says):
+    with pytest.raises(UsageError, match=says):
+        DataConfig(**fields)

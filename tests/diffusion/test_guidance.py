@@ -1,0 +1,329 @@
+"""Guidance and the two drivers on a toy network: what runs, what compiles, what is equal."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.guidance import Branch, Network, guidance
+from glide_jax.diffusion.guidance.linear import classifier_free, clip
+from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start, stream
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers import dpm_solver_2m
+from glide_jax.errors import UsageError
+from tests.support.golden import assert_close, rows
+
+SCHEDULE = make_schedule("cosine")
+SHAPE = (4, 2, 3, 1)
+X = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+CONDS = {
+    "cond": np.linspace(-1, 1, 4, dtype=np.float32),
+    "null": np.zeros(4, np.float32),
+}
+EACH_SOLVER = pytest.mark.parametrize(
+    "solver", [ddpm, partial(ddim, eta=0.7), dpm_solver_2m], ids=["ddpm", "ddim", "2m"]
+)
+SPAN = (0.3, 5.0)
+
+
+def toy(params, x, t, cond):
+    """Noise and variance, of every argument."""
+    cond, t = (column[:, None, None, None] for column in (cond, t))
+    return jnp.concatenate([jnp.tanh(params * x + cond + t / 1000), jnp.cos(x)], axis=-1)
+
+
+TOY = {"main": Network(toy, np.float32(0.9))}
+
+
+def keys(seed=0, some=slice(None)):
+    """One key a picture."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(4)[some])
+
+
+def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
+    return plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+
+
+# --- the drivers
+
+
+@EACH_SOLVER
+@pytest.mark.parametrize("at_a_time", [1, 4])
+def test_streaming_and_compiled_driver_agree(solver, at_a_time):
+    run = run_of(solver, [classifier_free(scale=3.0).within(*SPAN), clip()])
+    whole = sample(TOY, CONDS, run, X, keys())
+    done = list(stream(TOY, CONDS, run, X, keys(), rows=at_a_time))
+    assert [n for n, _ in done] == ([1, 2, 3, 4, 5, 6] if at_a_time == 1 else [4, 6])
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(done[-1][1]), strict=True):
+        assert_close(b, a, 2e-6)
+
+
+@EACH_SOLVER
+def test_a_tape_of_noise_is_what_the_keys_draw(solver):
+    run = run_of(solver)
+    tape = np.stack([noise_at(keys(), i, SHAPE) for i in range(len(run))])
+    assert len(np.unique(tape)) == tape.size == 6 * np.prod(SHAPE)
+    assert abs(tape.mean()) < 0.3 and abs(tape.std() - 1) < 0.2
+    drawn = sample(TOY, CONDS, run, X, keys())
+    assert_close(sample(TOY, CONDS, run, X, tape).x, drawn.x, 1e-6)
+    stochastic = solver is not dpm_solver_2m
+    assert stochastic == bool((sample(TOY, CONDS, run, X, keys(1)).x != drawn.x).any())
+
+
+@EACH_SOLVER
+def test_a_picture_can_be_made_again_alone(solver):
+    run = run_of(solver, [classifier_free(scale=3.0).within(*SPAN), clip()])
+    batch = sample(TOY, CONDS, run, X, keys()).x
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = sample(
+            TOY, {name: c[one] for name, c in CONDS.items()}, run, X[one], keys(some=one)
+        )
+        np.testing.assert_array_equal(alone.x[0], batch[i])
+
+
+# --- classifier-free guidance
+
+
+@EACH_SOLVER
+def test_scale_one_changes_no_bit(solver):
+    plain = sample(TOY, CONDS, run_of(solver), X, keys()).x
+    guided = sample(TOY, CONDS, run_of(solver, [classifier_free(scale=1.0)]), X, keys()).x
+    np.testing.assert_array_equal(plain, guided)
+
+
+def test_scale_zero_is_the_empty_caption():
+    """But for a learned variance, which is that of the caption: so does the release."""
+    empty = sample(TOY, {"cond": CONDS["null"]}, run_of(guidances=[clip()]), X, keys()).x
+    run = run_of(guidances=[classifier_free(scale=0.0), clip()])
+    assert_close(sample(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
+
+
+def test_a_scale_for_each_picture():
+    scales = [0.0, 1.0, 2.5, 7.0]
+    run = run_of(ddpm, [classifier_free(scale=scales), clip()])
+    together = sample(TOY, CONDS, run, X, keys()).x
+    for i, scale in enumerate(scales):
+        run = run_of(ddpm, [classifier_free(scale=scale), clip()])
+        assert_close(together[i], sample(TOY, CONDS, run, X, keys()).x[i], 1e-5)
+
+
+def test_a_network_that_predicts_v():
+    """`eps = alpha v + sigma x_t`, of every branch  (2202.00512)."""
+
+    def echo(params, x, t, cond):
+        return cond
+
+    run = rows(run_of(guidances=[classifier_free(scale=3.0)]), slice(2, 3))
+    eps = {name: jnp.sin(X + i) for i, name in enumerate(CONDS)}
+    v = jax.tree.map(lambda e: (e - run.table.sigma[0] * X) / run.table.alpha[0], eps)
+    wanted = sample({"main": Network(echo, None)}, eps, run, X, keys())
+    found = sample({"main": Network(echo, None, "v")}, v, run, X, keys())
+    assert_close(found.x, wanted.x, 1e-5)
+    assert_close(found.x_0, wanted.x_0, 1e-5)
+
+
+def test_clipping_is_of_the_prediction():
+    """And the noise is made to agree with it, for the step and for whatever guidance follows."""
+
+    @guidance()
+    def eps_seen(predict, x, point):
+        p = predict(x, point)
+        return p._replace(x_0=p.eps)
+
+    low, high = -0.25, np.float32([0.1, 0.2, 0.3, 0.4])
+    _, plain = next(stream(TOY, CONDS, run_of(), X, keys()))
+    clipping = clip(low=low, high=high)
+    run = run_of(guidances=[clipping])
+    _, clipped = next(stream(TOY, CONDS, run, X, keys()))
+    wanted = np.clip(plain.x_0, low, high[:, None, None, None])
+    assert_close(clipped.x_0, wanted, 1e-7)
+    row = run.table
+    eps = (X - row.alpha[0] * wanted) / row.sigma[0]
+    assert_close(clipped.x, row.next_alpha[0] * wanted + row.next_sigma[0] * eps, 1e-6)
+    _, seen = next(stream(TOY, CONDS, run_of(guidances=[clipping, eps_seen()]), X, keys()))
+    assert_close(seen.x_0, eps, 1e-6)
+
+
+# --- what runs
+
+
+def test_an_unguided_row_does_not_evaluate_the_null_branch():
+    batches = []
+
+    def counting(params, x, t, cond):
+        jax.debug.callback(lambda t: batches.append((t[0].item(), len(t))), t)
+        return toy(params, x, t, cond)
+
+    networks = {"main": Network(counting, np.float32(0.9))}
+    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN)], steps=8)
+    assert run.programs == ((), (0,))
+    jax.block_until_ready(sample(networks, CONDS, run, X, keys()))
+    jax.effects_barrier()
+    noise_level = np.exp(-SCHEDULE.log_snr(run.table.t))
+    wanted = np.where((noise_level > SPAN[0]) & (noise_level <= SPAN[1]), 8, 4)
+    assert {4, 8} == set(wanted.tolist())
+    assert sorted(batches, reverse=True) == list(zip(run.table.t.tolist(), wanted, strict=True))
+
+
+@pytest.mark.parametrize(("span", "conditionals"), [(SPAN, 1), ((0, np.inf), 0)])
+def test_one_conditional_in_the_program(span, conditionals):
+    run = run_of(guidances=[classifier_free(scale=3.0).within(*span), clip()])
+    compiled = run_rows.lower(TOY, CONDS, run, start(run, X), keys()).compile()
+    assert compiled.as_text().count(" conditional(") == conditionals
+
+
+def test_a_change_of_guidance_makes_the_solver_begin_anew():
+    """Both ways; and what guidance remembers is forgotten there."""
+    run = run_of(dpm_solver_2m, [classifier_free(scale=3.0).within(*SPAN)], steps=12)
+    program = run.table.program
+    switched = np.append(False, program[1:] != program[:-1])
+    assert switched.sum() == 2
+    looks_back = run.table.E[:, 1] != 0
+    last = np.arange(12) == 11
+    np.testing.assert_array_equal(looks_back, ~(switched | last | (np.arange(12) == 0)))
+    np.testing.assert_array_equal(run.table.keep, 1 - switched)
+
+
+@guidance(remembers=("rows",))
+def counts(predict, x, point):
+    """Remembers how often it has acted since it began anew."""
+    p = predict(x, point)
+    return p._replace(memory={**p.memory, "rows": p.memory["rows"] + 1})
+
+
+def test_what_guidance_remembers():
+    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN), counts()], steps=12)
+    found = [state.memory["rows"].max().item() for _, state in stream(TOY, CONDS, run, X, keys())]
+    wanted, since = [], 0
+    for i, program in enumerate(run.table.program):
+        since = 1 if i and program != run.table.program[i - 1] else since + 1
+        wanted.append(since)
+    assert found == wanted and wanted.count(1) == 3
+
+
+def test_guidance_adds_up_in_any_order():
+    """Here with a branch that another network evaluates."""
+
+    @guidance(Branch("weak", network="weak"))
+    def away_from_weak(predict, x, point, *, scale):
+        p = predict(x, point)
+        push = p.branches["cond"] - p.branches["weak"]
+        return p.with_eps(p.eps + scale * push, x, point)
+
+    def both(params, x, t, cond):
+        return (
+            toy(0.9, x, t, cond) * 3.5 - toy(0.9, x, t, 0 * cond) * 2 - toy(0.5, x, t, cond) * 0.5
+        )
+
+    wanted = sample({"main": Network(both, None)}, CONDS, run_of(guidances=[clip()]), X, keys()).x
+    networks = TOY | {"weak": Network(toy, np.float32(0.5))}
+    conds = CONDS | {"weak": CONDS["cond"]}
+    guidances = [classifier_free(scale=3.0), away_from_weak(scale=0.5)]
+    for order in (guidances, guidances[::-1]):
+        run = run_of(guidances=[*order, clip()])
+        assert_close(sample(networks, conds, run, X, keys()).x, wanted, 1e-5)
+
+
+# --- what compiles
+
+
+def test_what_does_not_compile_again():
+    """Numbers, tables and which rows are guided are arguments of the compiled function."""
+
+    def run(solver=ddim, scale=3.0, span=SPAN, spacing="logsnr", conds=CONDS, seed=0, clipped=1.0):
+        guidances = [classifier_free(scale=scale).within(*span), clip(high=clipped)]
+        made = run_of(solver, guidances, steps=12, spacing=spacing)
+        assert made.programs == ((0, 1), (1,))
+        sample(TOY, conds, made, X, keys(seed))
+        return run_rows._cache_size()
+
+    first = run()
+    changes = (
+        {"scale": 7},
+        {"scale": np.float64(2.5)},
+        {"clipped": 2.0},
+        {"seed": 5},
+        {"conds": {name: cond + 1 for name, cond in CONDS.items()}},
+        {"span": (0.1, 2.0)},
+        {"span": (0.0, 1.0)},
+        {"spacing": "uniform"},
+        {"solver": partial(ddim, eta=0.3)},
+        {"solver": partial(ddim, released=True)},
+        {"solver": dpm_solver_2m},
+        {"solver": ddpm},
+        {"solver": partial(ddpm, variance="large")},
+    )
+    assert [run(**change) for change in changes] == [first] * len(changes)
+
+
+def test_streaming_compiles_one_program_for_every_number_of_steps():
+    list(stream(TOY, CONDS, run_of(steps=3), X, keys()))
+    first = run_rows._cache_size()
+    for steps in (1, 5, 9):
+        list(stream(TOY, CONDS, run_of(steps=steps), X, keys()))
+    assert run_rows._cache_size() == first
+    # Else the test would say nothing.
+    list(stream(TOY, CONDS, run_of(steps=4), X, keys(), rows=2))
+    assert run_rows._cache_size() == first + 1
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([], "at least one"),
+        ([[5.0, 4.0]], "at least one"),
+        ([1000, 5], "between 0 and 999"),
+        ([10, -1], "between 0 and 999"),
+        ([10, 10, 5], "fall strictly"),
+        ([5, 10], "fall strictly"),
+        ([10, np.nan], "between 0 and 999"),
+    ],
+)
+def test_grids_that_cannot_be_sampled(grid, message):
+    with pytest.raises(UsageError, match=message):
+        plan(SCHEDULE, grid, ddim)
+
+
+@pytest.mark.parametrize("span", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])
+def test_spans_that_are_none(span):
+    with pytest.raises(UsageError, match="a span needs"):
+        classifier_free(scale=3.0).within(*span)
+
+
+def test_a_span_holds_its_upper_end():
+    guided = classifier_free(scale=3.0).within(1.0, 2.0)
+    assert [guided.acts_at(level) for level in (1.0, 1.5, 2.0, 2.5)] == [False, True, True, False]
+    assert classifier_free(scale=3.0).acts_at(1e6)
+
+
+def test_numbers_that_a_guidance_does_not_take():
+    with pytest.raises(UsageError, match="classifier_free takes scale, not strength"):
+        classifier_free(strength=3.0)
+    with pytest.raises(UsageError, match="classifier_free needs a value for scale"):
+        classifier_free()
+
+
+def test_one_name_cannot_mean_two_branches():
+    @guidance(Branch("null", prompt="ugly"))
+    def negative(predict, x, point):
+        return predict(x, point)
+
+    with pytest.raises(UsageError, match="both called 'null'"):
+        run_of(guidances=[classifier_free(scale=3.0), negative()])
+
+
+def test_spans_and_prompts_are_spent_by_the_plan():
+    """So that they are no part of what is compiled."""
+    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN)])
+    assert run.guidance[0].span is None
+    assert run.guidance[0].needs == (Branch("null"),)
+    assert replace(run.guidance[0], span=SPAN).acts_at(1.0)

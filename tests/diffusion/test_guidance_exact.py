@@ -1,0 +1,195 @@
+"""Guidance where the guided distribution is known exactly: no trained network, float64.
+
+Of pictures of one pixel that are distributed as a mixture of Gaussians, the denoiser, the
+probability of a class and the posterior of an observation are known at every noise level.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtri
+
+from glide_jax.diffusion import sampling
+from glide_jax.diffusion.guidance import Network, gradient, image_loss
+from glide_jax.diffusion.guidance.linear import all_of, autoguidance, classifier_free
+from glide_jax.diffusion.sampling import plan, sample
+from glide_jax.diffusion.solvers.ancestral import ddpm
+from glide_jax.diffusion.solvers import dpm_solver_2m
+from tests.support.golden import assert_close, rows
+from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_grid
+
+LOG_SNR = SCHEDULE.log_snr(np.arange(len(SCHEDULE)))
+# Of the standard normal distribution, evenly; their mean is zero.
+QUANTILES = ndtri((np.arange(40) + 0.5) / 40)
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch):
+    """The shipped sampler in float64: tables are no longer rounded on their way to the device."""
+    monkeypatch.setattr(sampling, "_to_device_dtype", lambda column: column)
+    with jax.enable_x64(True):
+        yield
+
+
+def alpha_sigma(log_snr):
+    return (1 + jnp.exp(-2 * log_snr)) ** -0.5, (1 + jnp.exp(2 * log_snr)) ** -0.5
+
+
+def levels_of(log_snr, t):
+    """`alpha, sigma` of each picture, `(B, 1, 1, 1)`."""
+    return alpha_sigma(jnp.interp(t, jnp.arange(len(log_snr)), log_snr)[:, None, None, None])
+
+
+def log_densities(x, alpha, sigma):
+    """Of each component with its weight, at a noise level: `(B, 1, 1, 3)`."""
+    variance = alpha**2 * STDS**2 + sigma**2
+    return jnp.log(WEIGHTS) - jnp.log(variance) / 2 - (x - alpha * MEANS) ** 2 / variance / 2
+
+
+def noise_of_mixture(log_snr, x, t, cond):
+    """`-sigma grad log p(x_t)`: of all components, or of the one that cond names from 1 on."""
+    alpha, sigma = levels_of(log_snr, t)
+    logs = log_densities(x, alpha, sigma)
+    chosen = cond[:, None, None, None] == jnp.arange(1, 4)
+    logs = jnp.where((cond == 0)[:, None, None, None] | chosen, logs, -jnp.inf)
+    shares = jax.nn.softmax(logs, axis=-1)
+    variance = alpha**2 * STDS**2 + sigma**2
+    return sigma * jnp.sum(shares * (x - alpha * MEANS) / variance, axis=-1, keepdims=True)
+
+
+def log_class(log_snr, x, t, cond):
+    """`log p(y | x_t)`, exact."""
+    logs = jax.nn.log_softmax(log_densities(x, *levels_of(log_snr, t)), axis=-1)
+    return jnp.take_along_axis(logs[:, 0, 0], cond[:, None] - 1, axis=1)[:, 0]
+
+
+MIXTURE = {"main": Network(noise_of_mixture, LOG_SNR)}
+CLASSIFIER = Network(log_class, LOG_SNR)
+
+
+def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
+    """`x (B,)` from one log-SNR to another, along the flow of the guided prediction."""
+    grid = log_snr_grid(low, high, steps)
+    run = rows(plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
+    x = jnp.asarray(x)[:, None, None, None]
+    tape = jnp.zeros((len(run), *x.shape))
+    return np.asarray(sample(networks, conds, run, x, tape).x).ravel()
+
+
+def gaussian(log_snr, mean, std):
+    """Quantiles of a Gaussian that is noised to a level."""
+    alpha, sigma = map(float, alpha_sigma(log_snr))
+    return alpha * mean + np.sqrt(alpha**2 * std**2 + sigma**2) * QUANTILES
+
+
+def everywhere(value, dtype=int):
+    return np.full(len(QUANTILES), value, dtype)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_classifier_guidance_draws_from_the_posterior(chosen):
+    """Of the class: its mean, its width, and each quantile; by the unconditional flow, which alone
+    draws from the mixture."""
+    mean, std = MEANS[chosen - 1], STDS[chosen - 1]
+    x = gaussian(-4.0, mean, std)
+    guided = gradient(log_prob=CLASSIFIER, cond=everywhere(chosen), scale=1.0)
+    found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)})
+    assert_close(found.mean(), gaussian(5.0, mean, std).mean(), 2e-4)
+    assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 2e-3)
+
+
+def test_classifier_guidance_is_the_conditional_network():
+    """By Bayes, at any scale: the same as classifier-free guidance of exact networks."""
+    chosen = everywhere(2)
+    x = gaussian(-4.0, 0.0, 0.7)
+    guided = gradient(log_prob=CLASSIFIER, cond=chosen, scale=2.5)
+    found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)}, steps=20)
+    free = classifier_free(scale=2.5)
+    wanted = solve(MIXTURE, x, [free], {"cond": chosen, "null": everywhere(0)}, steps=20)
+    assert_close(found, wanted, 1e-9)
+
+
+def test_classifier_guidance_of_ancestral_sampling():
+    """The mean of the posterior of an observation `y = x_0 + n`, with the steps' first order."""
+    mean, std, blur, y = 0.3, 0.5, 0.4, 1.1
+    gain = std**2 / (std**2 + blur**2)
+    posterior = mean + gain * (y - mean)
+
+    def noise(log_snr, x, t, cond):
+        alpha, sigma = levels_of(log_snr, t)
+        return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+    def log_likelihood(log_snr, x, t, cond):
+        alpha, sigma = levels_of(log_snr, t)
+        variance = alpha**2 * std**2 + sigma**2
+        clean = mean + alpha * std**2 / variance * (x - alpha * mean)
+        spread = blur**2 + std**2 * sigma**2 / variance
+        return -(((cond[:, None, None, None] - clean) ** 2) / spread / 2)[:, 0, 0, 0]
+
+    networks = {"main": Network(noise, LOG_SNR)}
+    observed = gradient(log_prob=Network(log_likelihood, LOG_SNR), cond=np.array([y]), scale=1.0)
+
+    def error(steps):
+        # Without noise the linear recursion carries the mean.
+        start, end = (float(alpha_sigma(level)[0]) * posterior for level in (-4.0, 5.0))
+        conds = {"cond": np.zeros(1)}
+        found = solve(networks, [start], [observed], conds, steps=steps, solver=ddpm)
+        return found[0] - end
+
+    coarse, fine = error(100), error(200)
+    assert abs(fine) < 0.03 and abs(2 * fine - coarse) < 1e-4
+    unguided = solve(networks, [0.0], [], {"cond": np.zeros(1)}, steps=200, solver=ddpm)
+    assert abs(unguided[0] - posterior) > 0.3
+
+
+def shifted(params, x, t, cond):
+    """The exact noise of a Gaussian whose mean is the condition."""
+    log_snr, std = params
+    alpha, sigma = levels_of(log_snr, t)
+    mean = cond[:, None, None, None]
+    return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+
+@pytest.mark.parametrize(
+    ("guidances", "mean"),
+    [
+        ([classifier_free(scale=3.0)], 0.2 + 3 * 0.5),
+        ([all_of(prompts=[None, "a"], weights=[2.0, -1.0])], 0.2 + 2 * 0.5 - 1 * 0.9),
+        ([classifier_free(scale=3.0), autoguidance(scale=1.5)], 0.2 + 3 * 0.5 + 0.5 * 0.8),
+    ],
+    ids=["classifier-free", "and not", "with a worse network"],
+)
+def test_linear_guidance_of_gaussians(guidances, mean):
+    """Of Gaussians of one width: a Gaussian whose mean is the weighted one."""
+    std = 0.4
+    networks = {name: Network(shifted, (LOG_SNR, std)) for name in ("main", "guide")}
+    means = {"cond": 0.7, "null": 0.2, "prompt 0": 1.1, "guide": -0.1}
+    conds = {name: everywhere(value, float) for name, value in means.items()}
+    x = gaussian(-4.0, mean, std)
+    found = solve(networks, x, guidances, conds)
+    assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 3e-4)
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_a_loss_of_the_clean_picture_of_gaussians(through):
+    """`x_0` is linear in `x_t`: its slope is known, and what is taken for it is `1 / alpha`."""
+    mean, std, y, scale = 0.25, 0.5, 1.125, 0.75
+
+    def half_square(params, x_0, t, cond):
+        return ((x_0[:, 0, 0, 0] - cond) ** 2) / 2
+
+    loss = image_loss(
+        loss=Network(half_square, None), cond=everywhere(y, float), scale=scale, through=through
+    )
+    networks = {"main": Network(shifted, (LOG_SNR, std))}
+    x = QUANTILES + 0.2
+    found = solve(
+        networks, x, [loss], {"cond": everywhere(mean, float)}, low=-1.0, high=1.0, steps=1
+    )
+    (a, s), (next_a, next_s) = (map(float, alpha_sigma(level)) for level in (-1.0, 1.0))
+    slope = a * std**2 / (a**2 * std**2 + s**2)
+    clean = mean + slope * (x - a * mean)
+    score = -scale * (clean - y) * (slope if through else 1 / a)
+    moved = clean + s**2 / a * score
+    assert_close(found, next_s / s * x + (next_a - next_s / s * a) * moved, 1e-9)

@@ -1,0 +1,197 @@
+"""Noise schedules and grids against the original tables, in float64."""
+
+import numpy as np
+import pytest
+
+from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.spacings import respaced, respaced_steps
+from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
+from glide_jax.diffusion.solvers.table import levels, step_betas
+from glide_jax.diffusion.solvers.table import one_row_per_step
+from glide_jax.errors import UsageError
+from tests.support.golden import SCHEDULES, load
+
+SPACINGS = ["none", "100", "27", "fast27", "ddim50", "ddim25", "250", "10,10,3,2,2", "150"]
+each_schedule = pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+each_spacing = pytest.mark.parametrize("spacing", SPACINGS)
+
+
+def tables(*key) -> dict:
+    prefix = "|".join(map(str, key)) + "|"
+    return {k.removeprefix(prefix): v for k, v in load("tables").items() if k.startswith(prefix)}
+
+
+def same(found, wanted, atol=0.0):
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=atol)
+
+
+def string(spacing: str) -> str:
+    return "" if spacing == "none" else spacing
+
+
+# --- tables
+
+
+@each_schedule
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_betas(name, steps):
+    same(make_schedule(SCHEDULES[name], steps).betas, tables(name, steps, "none")["betas"])
+
+
+def test_our_cosine_is_that_of_improved_ddpm():
+    same(make_schedule("cosine").betas[::10], load("tables")["guided_cosine|1000"])
+
+
+@each_spacing
+@each_schedule
+def test_respaced_chain(name, spacing):
+    wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
+    grid = respaced(schedule, string(spacing))
+    np.testing.assert_array_equal(grid[::-1], wanted["timestep_map"])
+    # The original multiplies the betas of the shorter chain again, and rounds again.
+    same(schedule.alpha_bar_at(grid[::-1]), wanted["alphas_cumprod"], atol=1e-17)
+    betas = step_betas(schedule, grid)
+    same(betas, wanted["betas"])
+    same(posterior(betas).log_beta_tilde, wanted["posterior_log_variance_clipped"])
+
+
+@pytest.mark.parametrize("spacing", ["none", "fast27"])
+@each_schedule
+def test_what_the_solvers_read_of_a_chain(name, spacing):
+    wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
+    grid = respaced(schedule, string(spacing))
+    alpha, sigma, log_snr = (column[-2::-1] for column in levels(schedule, grid))
+    same(alpha, wanted["sqrt_alphas_cumprod"])
+    same(sigma, wanted["sqrt_one_minus_alphas_cumprod"])
+    same(2 * np.log(sigma), wanted["log_one_minus_alphas_cumprod"], atol=1e-15)
+    same(1 / alpha, wanted["sqrt_recip_alphas_cumprod"])
+    same(sigma / alpha, wanted["sqrt_recipm1_alphas_cumprod"])
+    np.testing.assert_allclose(np.exp(-log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10)
+    q = posterior(step_betas(schedule, grid))
+    same(q.log_beta, np.log(wanted["betas"]))
+    same(q.beta_tilde, wanted["posterior_variance"])
+    same(q.mean_x_0, wanted["posterior_mean_coef1"])
+    same(q.mean_x_t, wanted["posterior_mean_coef2"])
+
+    table = one_row_per_step(schedule, grid)
+    same(table.t[::-1], grid[::-1])
+    same(table.log_beta_tilde[::-1], wanted["posterior_log_variance_clipped"])
+    if spacing != "none":
+        same(table.next_alpha[::-1] ** 2, wanted["alphas_cumprod_prev"])
+        # The original's table of the level before goes to pure noise at the noisy end.
+        same(table.alpha[-2::-1] ** 2, wanted["alphas_cumprod_next"][:-1])
+
+
+def test_released_levels_are_rounded_to_float32():
+    schedule = make_schedule("cosine")
+    grid = respaced(schedule, "27")
+    alpha, sigma, _ = levels(schedule, grid, released=True)
+    rounded = np.float32(schedule.alpha_bar_at(grid)).astype(np.float64)
+    np.testing.assert_array_equal(alpha, np.sqrt(np.append(rounded, 1)))
+    np.testing.assert_array_equal(sigma, np.sqrt(1 - np.append(rounded, 1)))
+
+
+def test_posterior_of_a_chain_of_one():
+    """Where the original has no answer (an IndexError)."""
+    q = posterior(np.array([0.7]))
+    assert q.log_beta_tilde == q.log_beta == np.log(0.7)
+    assert (q.mean_x_0, q.mean_x_t, q.beta_tilde) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "message"),
+    [("sigmoid", 1000, "unknown noise schedule 'sigmoid'"), ("cosine", 0, "at least one step")],
+)
+def test_schedules_that_there_are_not(name, steps, message):
+    with pytest.raises(UsageError, match=message):
+        make_schedule(name, steps)
+
+
+@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.1], [[0.1]], [0.1, np.nan]])
+def test_betas_that_are_none(betas):
+    with pytest.raises(UsageError, match="betas must be"):
+        Schedule(np.array(betas))
+
+
+# --- log-SNR
+
+
+@each_schedule
+def test_log_snr_and_its_inverse(name):
+    schedule = make_schedule(SCHEDULES[name])
+    t = np.append(np.random.default_rng(0).uniform(0, 999, 200), [0, 1, 500, 998, 999])
+    np.testing.assert_allclose(schedule.at_log_snr(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-9)
+    alpha_bar = schedule.alpha_bar_at(t)
+    log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+    np.testing.assert_allclose(schedule.log_snr(t), log_snr, rtol=1e-9, atol=1e-9)
+    same(schedule.alpha_bar_at(np.arange(1000)), schedule.alpha_bar)
+
+
+# --- grids
+
+
+@pytest.mark.parametrize("key", [k for k in load("tables") if k.startswith("space|")])
+def test_steps_that_the_release_keeps(key):
+    _, length, spec = key.split("|")
+    np.testing.assert_array_equal(respaced_steps(int(length), spec), load("tables")[key])
+
+
+def test_halves_are_rounded_to_even_steps():
+    np.testing.assert_array_equal(respaced_steps(6, "3"), [0, 2, 5])
+
+
+@each_schedule
+@pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
+def test_grids_fall_strictly_and_stay_in_the_chain(name, spacing, steps):
+    grid = make_grid(make_schedule(SCHEDULES[name]), steps, spacing)
+    assert grid.shape == (steps,) and grid.dtype == np.float64
+    assert (np.diff(grid) < 0).all()
+    assert grid.max() <= 999 and grid.min() >= 0
+
+
+@each_schedule
+def test_log_snr_grid(name):
+    """Even steps in log-SNR, from what float32 can bear (t = 997 of cosine is -5.77)."""
+    schedule = make_schedule(SCHEDULES[name])
+    log_snr = schedule.log_snr(make_grid(schedule, 12))
+    np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-9)
+    assert log_snr[0] == pytest.approx(max(-5.1, schedule.log_snr(999)), abs=1e-9)
+    assert log_snr[-1] == pytest.approx(min(5.05, schedule.log_snr(0)), abs=1e-9)
+
+
+def test_a_number_in_a_string_is_a_number():
+    schedule = make_schedule("cosine")
+    np.testing.assert_array_equal(make_grid(schedule, "25"), make_grid(schedule, 25))
+    np.testing.assert_array_equal(
+        make_grid(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
+    )
+    # Strings of the release need no spacing.
+    np.testing.assert_array_equal(make_grid(schedule, "fast27"), respaced(schedule, "fast27"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "message"),
+    [
+        (0, "logsnr", "at least one step, not 0"),
+        (-3, "uniform", "at least one step, not -3"),
+        ("0", "uniform", "at least one step"),
+        (1001, "logsnr", "at most 1000"),
+        (1001, "uniform", "1001 of 1000"),
+        (10, "karras", "unknown spacing 'karras'"),
+        ("quick", "logsnr", "unknown spacing 'quick'"),
+        ("10,", "logsnr", "unknown spacing '10,'"),
+        ("10;10", "logsnr", "unknown spacing"),
+        ("²", "logsnr", "unknown spacing"),
+        ("10,0", "logsnr", "0 of 500 steps"),
+        ("10,-1", "logsnr", "-1 of 500 steps"),
+        ("600,10", "logsnr", "600 of 500 steps"),
+        ("ddim", "logsnr", "unknown spacing 'ddim'"),
+        ("ddim0", "logsnr", "no whole stride takes 0"),
+        ("ddim400", "logsnr", "no whole stride takes 400"),
+    ],
+)
+def test_grids_that_cannot_be(steps, spacing, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_grid(make_schedule("cosine"), steps, spacing)
+    assert str(caught.value).isprintable()

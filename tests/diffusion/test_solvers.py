@@ -1,0 +1,249 @@
+"""Every solver in the shipped sampler, and what their tables hold.
+
+What the solvers solve, and how fast, is in test_solver_orders.py and test_solver_stochastic.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.diffusion import sampling
+from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.spacings import respaced
+from glide_jax.diffusion.guidance import Network
+from glide_jax.diffusion.guidance.linear import classifier_free
+from glide_jax.diffusion.solvers.restart import repaint, restart
+from glide_jax.diffusion.sampling import plan, run_rows, stream
+from glide_jax.diffusion.solvers import SOLVERS, unipc
+from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.table import HISTORY, Table
+from glide_jax.errors import UsageError
+from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
+
+EVERY = SOLVERS | {
+    "restart": restart(SOLVERS["unipc3"], [(0.05, 20.0, 2)]),
+    "repaint": repaint(SOLVERS["ddpm"], jump=3, times=2),
+    "released": partial(ddim, eta=1.0, released=True),
+}
+
+# --- the compiled sampler
+
+PUSH = {"cond": 0.3, "null": -0.2}
+SCALE, SPAN = 3.0, (0.3, 4.0)
+
+
+def output(xp, x, t, push):
+    """Of a toy network: a noise, and a learned variance fraction on its scale of [-1, 1]."""
+    return xp.tanh(0.8 * x + t / 2000 + push), xp.sin(2 * x)
+
+
+def toy(params, x, t, cond):
+    eps, frac = output(jnp, x, t[:, None, None, None], cond)
+    return jnp.concatenate([eps, frac], axis=-1)
+
+
+TOY = {"main": Network(toy, None)}
+X = np.linspace(-2, 2, 5)[:, None, None, None]
+
+
+def conds():
+    return {name: jnp.full((5, 1, 1, 1), push) for name, push in PUSH.items()}
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """The shipped sampler in float64: tables are no longer rounded on their way to the device."""
+    monkeypatch.setattr(sampling, "_to_device_dtype", lambda column: column)
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_compiled_sampler_does_what_the_table_says(name, double):
+    """With guidance in a span, which belongs to whole steps, a learned variance, and noise."""
+    grid = make_grid(SCHEDULE, 8)
+    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(scale=SCALE).within(*SPAN)])
+    noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
+    level = np.exp(-SCHEDULE.log_snr(grid))
+
+    def denoise(x, row):
+        eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
+        acts = SPAN[0] < level[row.step] <= SPAN[1]
+        guided = eps["null"] + (SCALE if acts else 1) * (eps["cond"] - eps["null"])
+        return (x - row.sigma * guided) / row.alpha
+
+    def frac(x, row):
+        return (output(np, x, row.t, PUSH["cond"])[1] + 1) / 2
+
+    # The plan's own table: it has asked the solver to begin anew at both ends of the span.
+    wanted = interpret(run.table, denoise, X, noise, frac=frac)
+    states = [state for _, state in stream(TOY, conds(), run, jnp.asarray(X), jnp.asarray(noise))]
+    for field in ("x", "y", "history"):
+        found = np.stack([getattr(state, field) for state in states])
+        np.testing.assert_allclose(found, getattr(wanted, field)[1:], rtol=1e-9, atol=1e-9)
+
+
+def test_no_sampler_compiles_anew():
+    """Their tables are of one shape and type: a program serves all that have as many rows."""
+    x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
+
+    def draw(name):
+        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(scale=SCALE)])
+        return list(stream(TOY, conds(), run, x, keys))[-1][1]
+
+    draw("dpm++2m")
+    compiled = run_rows._cache_size()
+    for name in EVERY:
+        assert np.isfinite(draw(name).x).all()
+    assert run_rows._cache_size() == compiled
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("steps", [3, 4, 25])
+def test_tables_are_finite_float64_and_of_one_shape(name, steps):
+    if name == "repaint":
+        steps += 1
+    table = table_of(EVERY[name], make_grid(SCHEDULE, steps))
+    assert isinstance(table, Table)
+    n = len(table.t)
+    for field, column in table._asdict().items():
+        shape = {"S": (HISTORY, HISTORY + 1), "B": (HISTORY,), "E": (HISTORY,)}.get(field, ())
+        assert column.shape == (n, *shape) and np.isfinite(column).all(), field
+        whole = field in ("index", "step", "program")
+        assert column.dtype == (int if whole else np.float64), field
+    np.testing.assert_array_equal(table.index, np.arange(n))
+    # A score enters x_0 at the row's own level, or the mean of ancestral sampling.
+    ancestral = name.startswith("ddpm") or name == "repaint"
+    wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
+    np.testing.assert_allclose(table.score_x_0, wanted, rtol=1e-12)
+    assert (table.score_mean > 0).all() if ancestral else not table.score_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [("dpm++2m", 9), ("unipc3", 9), ("sa", 9), ("heun", 17), ("dpm++2s", 17), ("plms", 16),
+     ("prk", 28), ("restart", 17), ("repaint", 15)],
+)  # fmt: skip
+def test_evaluations_of_nine_levels(name, evaluations):
+    assert len(table_of(EVERY[name], make_grid(SCHEDULE, 9)).t) == evaluations
+
+
+def test_both_evaluations_of_a_step_are_told_where_it_goes():
+    for name in ("heun", "dpm++2s", "prk"):
+        table = table_of(SOLVERS[name], make_grid(SCHEDULE, 5))
+        for step in set(table.step):
+            assert len(set(table.next_alpha[table.step == step])) == 1
+
+
+def test_2m_is_the_published_midpoint_form():
+    """`D = (1 + 1/2r) D_i - 1/2r D_{i-1}`, `r = h_{i-1} / h_i` (2211.01095, algorithm 2): with r
+    upside down its errors would cancel from step to step, and the order stay 2."""
+    log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
+    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_log_snr(log_snr))
+    alpha, sigma = alpha_sigma(log_snr)
+    for i in range(1, 5):
+        h, before = log_snr[i + 1] - log_snr[i], log_snr[i] - log_snr[i - 1]
+        half = 1 / (2 * before / h)
+        weight = alpha[i + 1] * (1 - np.exp(-h))
+        wanted = [weight * (1 + half), -weight * half, 0, 0]
+        np.testing.assert_allclose(table.E[i], wanted, rtol=1e-9)
+        assert table.Qx[i] == pytest.approx(sigma[i + 1] / sigma[i], rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_unipc_is_the_published_form(p):
+    """bh2 of 2302.04867: `x - alpha B(h) sum_m rho_m (D_m - D_0) / r_m`, the rho from the system of
+    its equation for h in terms of phi functions, predictor of order 2 and first corrector 1/2."""
+    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
+    table = table_of(partial(unipc, order=p), SCHEDULE.at_log_snr(log_snr))
+    alpha, _ = alpha_sigma(log_snr)
+
+    def rho(r, h):
+        """For data prediction, where h enters with its sign turned."""
+        phi, factorial, b = np.expm1(-h) / -h - 1, 1, []
+        for k in range(1, len(r) + 1):
+            b.append(phi * factorial / np.expm1(-h))
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        return np.linalg.solve(np.vander(r, increasing=True).T, b) if len(r) > 1 else [0.5]
+
+    def weights(r, h, to):
+        """On D_0 and on each D_m: of the whole of `x' - (sigma' / sigma) x`."""
+        B = np.expm1(-h)
+        each = -alpha[to] * B * np.array(rho(r, h)) / r
+        return np.append(-alpha[to] * B - each.sum(), each)
+
+    for i in range(p - 1, 4):
+        h = log_snr[i + 1] - log_snr[i]
+        r = (log_snr[i - np.arange(1, p)] - log_snr[i]) / h
+        step = weights(r, h, i + 1)
+        np.testing.assert_allclose(table.E[i, :p], step, rtol=1e-8)
+        again = np.roll(weights(np.append(r, 1.0), h, i + 1), 1)  # D' first.
+        found = table.B[i + 1] + np.append(0, table.E[i, :3])
+        np.testing.assert_allclose(found[: p + 1], again, rtol=1e-8)
+
+
+def test_3m_is_the_parabola_through_three_predictions():
+    """In phi functions, with the factor 2 that the published formula lacks."""
+    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
+    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_log_snr(log_snr))
+    alpha, _ = alpha_sigma(log_snr)
+    h0, h1, h = np.diff(log_snr)[:3]
+    fall = 1 - np.exp(-h)
+    phi = 1 - fall / h
+    r0, r1 = h1 / h, h0 / h
+    for place, D in enumerate(np.eye(3)):
+        a1, a2 = (D[0] - D[1]) / r0, (D[1] - D[2]) / r1
+        c2 = (a1 - a2) / (r0 + r1)
+        wanted = alpha[3] * (fall * D[0] + phi * (a1 + r0 * c2) + (1 - 2 * phi / h) * c2)
+        assert table.E[2, place] == pytest.approx(wanted, rel=1e-8)
+
+
+@pytest.mark.parametrize("spacing", ["1", "6", "8", "27", "100", "ddim50"])
+def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
+    """(2010.02502, sec. 4.1); and no rounding makes it NaN, as the original's does."""
+    grid = respaced(SCHEDULE, spacing)
+    one = table_of(partial(ddim, eta=1.0), grid)
+    other = table_of(SOLVERS["ddpm-small"], grid)
+    for name in ("Qx", "E", "s"):
+        found, wanted = getattr(one, name), getattr(other, name)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
+    rounded = table_of(partial(ddim, eta=1.0, released=True), grid)
+    assert all(np.isfinite(column).all() for column in rounded)
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: table_of(partial(ddpm, variance="smal"), [5.0]), "did you mean 'small'"),
+        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "at least three levels, not 2"),
+        (lambda: table_of(partial(unipc, order=4), [5.0, 1.0]), "1 to 3 predictions .* 4 and 5"),
+        (lambda: table_of(partial(SOLVERS["sa"], predictor=0), [5.0]), "not 0 and 4"),
+        (lambda: table_of(partial(SOLVERS["lms"], order=5), [5.0]), "1 to 4 noises, not 5"),
+        (lambda: restart(ddim, [(2.0, 1.0, 1)]), "0 < low < high"),
+        (lambda: restart(ddim, [(0.0, 1.0, 1)]), "0 < low < high"),
+        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "at least one time"),
+        (lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]), "no step there"),
+        (lambda: repaint(ddim, jump=0), "jump and times of at least 1"),
+        (lambda: repaint(ddim, times=0), "jump and times of at least 1"),
+        (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more than 3"),
+        (
+            lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
+            "no step between two levels",
+        ),
+        (lambda: plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
+    ],
+)
+def test_samplers_that_cannot_be(make, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert str(caught.value).isprintable()

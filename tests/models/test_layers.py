@@ -1,0 +1,188 @@
+"""The operations and blocks of the networks, each against the original code's outputs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.models.layers import (
+    AttentionBlock,
+    GroupNorm,
+    ResBlock,
+    attend,
+    conv3x3,
+    downsample,
+    split_heads,
+    timestep_embedding,
+    upsample,
+)
+from glide_jax.models.text import TextBlock
+from glide_jax.models.unet import GLIDE
+from glide_jax.weights import released
+from glide_jax.weights.store import flatten, unflatten
+from tests import golden
+from tests.support.golden import assert_close, load, nhwc
+
+FLOAT = jnp.float32
+
+
+def weights_of(prefix: str) -> dict:
+    units = load("units")
+    return {k.removeprefix(prefix): v for k, v in units.items() if k.startswith(prefix)}
+
+
+def block_variables(shapes: dict, names: dict[str, str], weights: dict) -> dict:
+    """Variables of a block from torch arrays called `<name>.<weight|bias>[.<shape>]`.
+
+    Args:
+        shapes: the block's variables as `jax.eval_shape` gives them; where a name stands for
+            several shapes, that which fits is taken.
+        names: ours -> theirs.
+    """
+    wanted = flatten(shapes["params"])
+    found = {}
+    for path, leaf in wanted.items():
+        ours, kind = path.rsplit("/", 1)
+        name = f"{names[ours]}.{released._LEAVES[kind]}"
+        for key, array in weights.items():
+            array = released._to_ours(np.asarray(array, np.float32), kind == "kernel")
+            if (key == name or key.startswith(f"{name}.")) and array.shape == leaf.shape:
+                found[path] = array
+    assert set(found) == set(wanted)
+    return {"params": unflatten(found)}
+
+
+@pytest.mark.parametrize("dim", [8, 31, 32, 192])
+def test_timestep_embedding(dim):
+    units = load("units")
+    assert_close(timestep_embedding(units["temb.t"], dim), units[f"temb.out{dim}"], 1e-4)
+
+
+def test_timestep_embedding_of_fractions():
+    units = load("units")
+    assert_close(timestep_embedding(units["temb.tf"], 32), units["temb.outf32"], 1e-4)
+
+
+@pytest.mark.parametrize(("swish", "name"), [(0, "plain"), (1, "swish"), (1.702, "swish1702")])
+def test_group_norm(swish, name):
+    units = load("units")
+    variables = {"params": {"norm": {"scale": units["gn.w"], "bias": units["gn.b"]}}}
+    found = GroupNorm(swish=swish).apply(variables, nhwc(units["gn.x"]))
+    assert_close(found, nhwc(units[f"gn.out_{name}"]), 4e-6)
+
+
+def test_norms_have_the_epsilon_of_the_released_weights():
+    """Almost constant input tells 1e-5 from flax's 1e-6, which the references above do not."""
+    x = np.float32(1e-3) * np.arange(64, dtype=np.float32).reshape(1, 1, 1, 64)
+    pairs = x.reshape(32, 2)
+    wanted = (pairs - pairs.mean(1, keepdims=True)) / np.sqrt(pairs.var(1, keepdims=True) + 1e-5)
+    norm = GroupNorm()
+    found = norm.apply(norm.init(jax.random.key(0), x), x)
+    assert_close(found, wanted.reshape(x.shape), 1e-4)
+
+
+def test_parameter_free_resampling():
+    units = load("units")
+    x = nhwc(units["resize.x"])
+    assert_close(upsample(x), nhwc(units["resize.nearest2x"]), 0)
+    assert_close(downsample(x), nhwc(units["resize.avgpool2"]), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "before"), [("downconv", 2, lambda x: x), ("upconv", 1, upsample)]
+)
+def test_convolutional_resampling(name, stride, before):
+    units = load("units")
+    kernel = units[f"resize.{name}.w"].transpose(2, 3, 1, 0)
+    variables = {"params": {"kernel": kernel, "bias": units[f"resize.{name}.b"]}}
+    conv = conv3x3(5, FLOAT, None, stride=stride)
+    found = conv.apply(variables, before(nhwc(units["resize.x"])))
+    assert_close(found, nhwc(units[f"resize.{name}.out"]), 8e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("bilinear4x", (32, 32)), ("bilinear_8_to_20x12", (20, 12))]
+)
+def test_the_low_resolution_picture_is_enlarged_bilinearly(name, shape):
+    """Seen where the UNet would see it, behind the noised picture."""
+    units = load("units")
+    seen = []
+
+    class Spy(GLIDE):
+        def setup(self):
+            self.unet = lambda x, *_: seen.append(x)
+
+    x = np.ones((2, *shape, 3), np.float32)
+    spy = Spy(replace(golden.config("superres"), xf_width=0))
+    spy.apply({}, x, np.zeros(2), low_res=nhwc(units["resize.x"]))
+    assert_close(seen[0][..., :3], x, 0)
+    assert_close(seen[0][..., 3:], nhwc(units[f"resize.{name}"]), 1e-5)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_attention(with_text):
+    units = load("units")
+    heads = int(units["att.heads"])
+    query, key, value = split_heads(nhwc(units["att.qkv"]), heads, parts=3)
+    if with_text:
+        text_key, text_value = split_heads(nhwc(units["att.ekv"]), heads, parts=2)
+        key, value = jnp.append(text_key, key, axis=1), jnp.append(text_value, value, axis=1)
+    wanted = nhwc(units["att.out_cross" if with_text else "att.out_self"])
+    assert_close(attend(query, key, value), wanted, 5e-6)
+
+
+def test_a_masked_position_is_not_attended_to():
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8), np.float32)
+    mask = np.arange(5) < 3
+    found = attend(query, key, value, mask[None, None, None])
+    assert_close(found, attend(query, key[:, :3], value[:, :3]), 1e-6)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_attention_block(with_text):
+    units = load("units")
+    x = nhwc(units["ab.x"])
+    text = nhwc(units["ab.enc"]) if with_text else None
+    block = AttentionBlock(heads=x.shape[-1] // 16, dtype=FLOAT)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x, text)
+    variables = block_variables(shapes, released._ATTN, weights_of("ab.sd."))
+    wanted = units["ab.out" if with_text else "ab.out_noenc"]
+    assert_close(block.apply(variables, x, text), nhwc(wanted), 1e-5)
+
+
+@pytest.mark.parametrize("film", [True, False])
+@pytest.mark.parametrize("kind", ["same", "widen", "widen3", "up", "down"])
+def test_residual_block(kind, film):
+    units = load("units")
+    x, emb = nhwc(units["rb.x"]), units["rb.emb"]
+    block = ResBlock(
+        features=64 if kind.startswith("widen") else 32,
+        dropout=0.1,
+        dtype=FLOAT,
+        film=film,
+        resample={"up": upsample, "down": downsample}.get(kind),
+        skip_3x3=kind == "widen3",
+    )
+    shapes = jax.eval_shape(lambda key: block.init(key, x, emb, train=False), jax.random.key(0))
+    variables = block_variables(shapes, released._RES, weights_of("rb.sd."))
+    found = block.apply(variables, x, emb, train=False)
+    assert_close(found, nhwc(units[f"rb.{kind}_{'film' if film else 'add'}.out"]), 1e-5)
+
+
+def test_text_block():
+    units = load("units")
+    x = units["tb.x"]
+    block = TextBlock(int(units["tb.heads"]), FLOAT)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x)
+    variables = block_variables(shapes, released._TEXT, weights_of("tb.sd."))
+    assert_close(block.apply(variables, x), units["tb.out"], 1e-5)
+
+    def linear(name, x):
+        layer = variables["params"][name]
+        return x @ layer["kernel"] + layer["bias"]
+
+    # The reference's attention alone was fed x itself, not its norm.
+    attention = attend(*split_heads(linear("qkv", x), block.heads, parts=3))
+    assert_close(linear("proj", attention), units["tb.attn"], 4e-6)

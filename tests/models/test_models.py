@@ -1,0 +1,290 @@
+"""Whole networks against the original code's outputs, and their weights under released names."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.errors import GlideError
+from glide_jax.models.presets import PRESETS, ModelConfig, model_config
+from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.weights import abstract_params, count_params, from_released, to_released
+from glide_jax.weights.store import flatten
+from tests import golden
+from tests.support.commands import first_weights, quick_key
+from tests.support.golden import assert_close, encode, error, forward, load, nhwc
+
+# Several times what was measured over all of them.
+TOLERANCE = 2e-5
+VARIANTS = ("base", "superres", "inpaint", "superres_inpaint")
+
+
+def text_of(name: str, some=slice(None)):
+    reference = load(f"unet_{name}")
+    return encode(name, reference["tokens"][some], reference["mask"][some])
+
+
+def images_of(name: str) -> dict:
+    """What a variant sees beside the noised picture, channels first."""
+    reference = load(f"unet_{name}")
+    return {k: reference[k] for k in ("low_res", "inpaint_image", "inpaint_mask") if k in reference}
+
+
+# --- outputs
+
+
+def test_every_stage_of_the_base_network():
+    reference, trace = load("unet_base"), load("trace_base")
+    row = slice(1, 2)
+
+    @jax.jit
+    def run(params, tokens, mask, x, t):
+        apply = partial(golden.model("base").apply, {"params": params}, capture_intermediates=True)
+        text, text_seen = apply(tokens, mask, method=GLIDE.encode_text)
+        out, seen = apply(x, t, text)
+        return out, seen, text_seen
+
+    out, seen, text_seen = run(
+        golden.weights("base"),
+        np.asarray(reference["tokens"][row], np.int32),
+        reference["mask"][row],
+        nhwc(reference["x"][row]),
+        reference["t"][row],
+    )
+    stages = {**seen["intermediates"]["unet"], **text_seen["intermediates"]["text"]}
+
+    def stage(*names):
+        """The last of these modules that the network has."""
+        return [stages[name]["__call__"][0] for name in names if name in stages][-1]
+
+    assert_close(stage("time_2"), trace["time_embed"], TOLERANCE)
+    assert_close(stage("block_0"), trace["transformer.resblocks.0"], TOLERANCE)
+    assert_close(stage("block_1"), trace["transformer.resblocks.1"], TOLERANCE)
+    assert_close(stage("final_norm"), trace["final_ln"], TOLERANCE)
+    assert_close(stage("pooled"), trace["transformer_proj"], TOLERANCE)
+    for i in range(4):
+        found = stage(f"down_{i}", f"down_{i}_res", f"down_{i}_attn")
+        assert_close(found, nhwc(trace[f"input_blocks.{i}"]), TOLERANCE)
+    assert_close(stage("mid_res_2"), nhwc(trace["middle_block"]), TOLERANCE)
+    for i in range(4):
+        found = stage(f"up_{i}_res", f"up_{i}_attn", f"up_{i}_up")
+        assert_close(found, nhwc(trace[f"output_blocks.{i}"]), TOLERANCE)
+    assert_close(out, nhwc(trace["out"]), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whole_network(name):
+    """Six kinds of caption mask for the base: full, prefix, empty, one token, scattered, ..."""
+    reference = load(f"unet_{name}")
+    text = text_of(name)
+    assert_close(text.pooled, reference["xf_proj"], TOLERANCE)
+    assert_close(text.sequence, nhwc(reference["xf_out"]), TOLERANCE)
+    found = forward(name, reference["x"], reference["t"], text, **images_of(name))
+    assert found.dtype == np.float32
+    assert_close(found, nhwc(reference["out"]), TOLERANCE)
+    assert_close(found, nhwc(reference["out_f64"]), TOLERANCE)
+
+
+def test_fractional_timesteps():
+    reference = load("unet_base")
+    found = forward("base", reference["x"], reference["tf"], text_of("base"))
+    assert_close(found, nhwc(reference["out_tf"]), TOLERANCE)
+
+
+def test_a_picture_that_is_not_square():
+    reference = load("unet_base")
+    some = slice(0, 2)
+    found = forward("base", reference["x_rect"], reference["t"][some], text_of("base", some))
+    assert_close(found, nhwc(reference["out_rect"]), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["inpaint", "superres_inpaint"])
+def test_without_known_pixels_all_is_to_be_made(name):
+    reference = load(f"unet_{name}")
+    images = {k: v for k, v in images_of(name).items() if k == "low_res"}
+    found = forward(name, reference["x"], reference["t"], text_of(name), **images)
+    assert_close(found, nhwc(reference["out_no_inpaint"]), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["alt_add", "alt_notext"])
+def test_switches_that_no_released_model_uses(name):
+    """Added time embedding, convolutions to resample, fixed head counts, no padding embedding."""
+    reference = load(f"unet_{name}")
+    text = text_of(name) if name == "alt_add" else None
+    found = forward(name, reference["x"], reference["t"], text)
+    assert_close(found, nhwc(reference["out"]), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "worst", "rms"), [("float16", 8e-3, 2e-3), ("bfloat16", 8e-2, 1.5e-2)]
+)
+def test_a_sixteen_bit_trunk(dtype, worst, rms):
+    """At most twice the error of the original code in that dtype; what comes out is float32."""
+    reference = load("unet_base")
+    model = GLIDE(golden.config("base"), jnp.dtype(dtype))
+
+    @jax.jit
+    def run(params, tokens, mask, x, t):
+        text = model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+        return text, model.apply({"params": params}, x, t, text)
+
+    tokens = np.asarray(reference["tokens"], np.int32)
+    text, found = run(
+        golden.weights("base"), tokens, reference["mask"], nhwc(reference["x"]), reference["t"]
+    )
+    assert found.dtype == text.pooled.dtype == np.float32
+    assert text.sequence.dtype == dtype
+    assert error(found, nhwc(reference["out"])) < worst
+    off = np.sqrt(((found - nhwc(reference["out"])) ** 2).mean())
+    assert rms / 10 < off < rms
+
+
+# --- properties
+
+
+def test_the_tokens_of_padded_positions_do_not_matter():
+    reference = load("unet_base")
+    tokens, mask = reference["tokens"], reference["mask"]
+    text = encode("base", tokens, mask)
+    other = encode("base", np.where(mask, tokens, 7), mask)
+    assert error(other.sequence, text.sequence) == error(other.pooled, text.pooled) == 0
+
+
+def test_a_fresh_network_gives_zero():
+    """So that training begins at the mean; every residual branch begins at zero too."""
+    reference = load("unet_base")
+    params = first_weights(init_params, golden.model("base"))
+    for path, leaf in flatten(params).items():
+        begins_at_zero = path.endswith("/bias") or path.endswith(
+            ("conv_2/kernel", "attn/proj/kernel", "unet/head/kernel")
+        )
+        assert begins_at_zero == (not np.asarray(leaf).any()), path
+    text = text_of("base")
+    assert not forward("base", reference["x"], reference["t"], text, params=params).any()
+
+
+def test_dropout_acts_in_training_alone():
+    reference = load("unet_base")
+    text = text_of("base")
+
+    @jax.jit
+    def run(key):
+        return golden.model("base").apply(
+            {"params": golden.weights("base")},
+            nhwc(reference["x"]),
+            reference["t"],
+            text,
+            train=True,
+            rngs={"dropout": key},
+        )
+
+    one, two = run(quick_key(0)), run(quick_key(1))
+    assert error(one, two) > 0.01
+    assert error(one, nhwc(reference["out"])) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "text", "message"),
+    [
+        ("superres", {}, True, "needs low_res"),
+        ("base", {"low_res": (4, 4, 3)}, True, "takes no low_res"),
+        ("base", {"inpaint_image": (16, 16, 3)}, True, "takes no inpaint_image"),
+        ("superres", {"low_res": (4, 4, 3), "inpaint_mask": (16, 16, 1)}, True, "inpaint_mask"),
+        ("base", {}, False, "text features"),
+        ("alt_notext", {}, True, "text features"),
+    ],
+)
+def test_inputs_that_a_variant_does_not_take(name, images, text, message):
+    features = text_of("base", slice(0, 1)) if text else None
+    images = {k: np.zeros((1, *shape), np.float32) for k, shape in images.items()}
+    with pytest.raises(ValueError, match=message):
+        golden.model(name).apply(
+            {"params": golden.weights(name)},
+            np.zeros((1, 16, 16, 3)),
+            np.zeros(1),
+            features,
+            **images,
+        )
+
+
+def test_sizes_that_do_not_fit():
+    text = text_of("base", slice(0, 1))
+    with pytest.raises(ValueError, match="multiples of 2"):
+        forward("base", np.zeros((1, 3, 16, 15), np.float32), np.zeros(1), text)
+    with pytest.raises(ValueError, match="tokens must be"):
+        encode("base", np.zeros((1, 15)), np.zeros((1, 15), bool))
+    with pytest.raises(ValueError, match="none of base"):
+        ModelConfig(variant="upscale")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        ModelConfig(model_channels=48)
+    with pytest.raises(ValueError, match="unknown field chanel_mult"):
+        model_config({"chanel_mult": [1, 2]})
+
+
+# --- weights
+
+
+def test_parameter_counts_of_the_released_models():
+    counts = {
+        "base64": 385_030_726,
+        "upsample256": 398_361_286,
+        "inpaint64": 385_037_638,
+        "inpaint256": 398_368_198,
+    }
+    assert {name: count_params(PRESETS[name]()) for name in counts} == counts
+
+
+def test_parameter_counts_of_the_paper():
+    """3.5 billion: "2.3 billion" for the picture, "1.2 billion" for the text transformer (4.1)."""
+    flat = flatten(abstract_params(PRESETS["base64-paper"]()))
+
+    def count(prefix):
+        return sum(leaf.size for path, leaf in flat.items() if path.startswith(prefix))
+
+    assert count("") == 3_554_414_086
+    assert count("unet/") == 2_238_164_486
+    assert count("text/block_") == 1_208_598_528
+    assert count_params(PRESETS["upsample256-paper"]()) == 1_540_932_998
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "alt_add", "alt_notext"])
+def test_released_names_there_and_back(name):
+    given = golden.state_dict(name)
+    back = to_released(golden.weights(name))
+    assert set(back) == set(given)
+    for key, array in back.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, given[key], key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("out.2.bias"), r"1 missing \(out\.2\.bias\)"),
+        (lambda w: w.update(extra=np.zeros(3)), r"1 unexpected \(extra\)"),
+        (
+            lambda w: w.update({"out.2.bias": np.zeros(5)}),
+            r"1 of the wrong shape \(out\.2\.bias \(5,\), not \(6,\)\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(change, message):
+    weights = dict(golden.state_dict("base"))
+    change(weights)
+    with pytest.raises(GlideError, match=message) as caught:
+        from_released(golden.config("base"), weights)
+    assert str(caught.value).isprintable()
+
+
+def test_weights_of_another_variant():
+    """All complaints at once, each with the first of its names."""
+    with pytest.raises(GlideError, match=r"wrong shape \(input_blocks\.0\.0\.weight"):
+        from_released(golden.config("inpaint"), golden.state_dict("base"))
+    with pytest.raises(GlideError, match=r"2 missing \(.*\); 99 of the wrong shape .*, \.\.\.\)"):
+        from_released(golden.config("base"), golden.state_dict("superres"))
+    bigger = replace(golden.config("base"), xf_layers=3)
+    with pytest.raises(GlideError, match=r"12 missing \(transformer\.resblocks\.2\.attn"):
+        from_released(bigger, golden.state_dict("base"))

@@ -1,0 +1,117 @@
+"""Prompts: what AND, NOT and weights mean, and what is left alone."""
+
+import numpy as np
+import pytest
+
+import glide_jax as glide
+from glide_jax.pipeline.prompts import Part, encode_parts, interpolated, read_prompt, read_prompts
+from tests.support.exact_model import SPREAD, colour, exact_pipeline, pixels
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a red apple AND a leaf :0.5", [("a red apple", 1), ("a leaf", 0.5)]),
+        ("a cat NOT black", [("a cat", 1), ("black", -1)]),
+        ("a :2 AND b :.25 NOT c :1.5", [("a", 2), ("b", 0.25), ("c", -1.5)]),
+        ("a  AND\tb AND NOT c", [("a", 1), ("b", 1), ("c", -1)]),
+    ],
+)
+def test_captions_with_weights(prompt, parts):
+    found = read_prompt(prompt)
+    assert [part[:2] for part in found.parts] == parts and found.text == prompt
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "salt and pepper, not blue",
+        "a cat :3",
+        "a clock at 10:30",
+        "BRAND NEW, NOTHING ELSE",
+        "  spaces  ",
+    ],
+)
+def test_a_prompt_without_and_or_not_is_one_caption_unchanged(prompt):
+    assert read_prompt(prompt).parts == (Part(prompt),)
+
+
+@pytest.mark.parametrize("prompt", ["AND a cat", "NOT a cat", "a cat AND", "a AND :2 NOT b", "AND"])
+def test_and_or_not_without_a_caption_on_each_side_is_refused(prompt):
+    with pytest.raises(glide.UsageError, match="lacks one"):
+        read_prompt(prompt)
+
+
+def test_prompts_of_a_run_have_as_many_parts():
+    found = read_prompts(["a AND b", "c"], num=2)
+    assert [prompt.text for prompt in found] == ["a AND b", "a AND b", "c", "c"]
+    assert found[2].parts == (Part("c"), Part("", 0.0))
+    for wrong in ([], ["a", 3]):
+        with pytest.raises(glide.UsageError):
+            read_prompts(wrong)
+    with pytest.raises(glide.UsageError, match="at least 1"):
+        read_prompts("a", 0)
+
+
+def test_an_upsampler_reads_the_wanted_captions_as_one():
+    joined = read_prompt("a red apple AND a leaf :0.5 NOT a worm").joined()
+    assert [part.ends for part in joined.parts] == [("a red apple and a leaf",) * 2]
+    start, end = read_prompts(["a AND b", "c"])
+    half = interpolated(start, end, 0.5).joined()
+    assert half.parts == (Part("a and b", 1.0, "c", 0.5),)
+
+
+def test_texts_are_encoded_once_and_interpolated():
+    calls = []
+
+    def encode(texts):
+        calls.append(texts)
+        return {"length": np.array([[len(text)] for text in texts], np.float32)}
+
+    parts = [Part("ab"), Part("ab", 1.0, "abcd", 0.25), Part("abcd"), Part("", 1.0, "ab", 1.0)]
+    assert encode_parts(encode, parts)["length"].ravel().tolist() == [2, 2.5, 4, 2]
+    assert calls == [["ab", "abcd", ""]]
+
+
+# For images of equal variance, guidance moves the mean as it moves the noise, and nothing else.
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("red", {"red": 2.0}),
+        ("red AND blue :0.5", {"red": 2.0, "blue": 1.0}),
+        ("red :0.5 AND green :0.5 NOT blue :0.25", {"red": 1.0, "green": 1.0, "blue": -0.5}),
+    ],
+)
+def test_captions_with_weights_move_the_mean(prompt, wanted):
+    pipe = exact_pipeline(settings={"guidance_scale": 2.0, "steps": 30, "sampler": "unipc3"})
+    found = pipe([prompt, "red"], num=16)
+    mean = sum(weight * colour(caption) for caption, weight in wanted.items())
+    generated = pixels(found.images)
+    for images, wanted in ((generated[:16], mean), (generated[16:], 2.0 * colour("red"))):
+        assert np.abs(images.mean(axis=(0, 1, 2)) - wanted).max() < 5 * SPREAD / 32
+        assert abs(images.std(axis=(0, 1, 2)).mean() / SPREAD - 1) < 0.05
+
+
+def test_guidance_leads_away_from_a_negative_prompt():
+    pipe = exact_pipeline(settings={"guidance_scale": 2.0, "steps": 30, "sampler": "unipc3"})
+    found = pixels(pipe("red", num=16, negative_prompt="green").images)
+    wanted = 2 * colour("red") - colour("green")
+    assert np.abs(found.mean(axis=(0, 1, 2)) - wanted).max() < 5 * SPREAD / 32
+    plain, empty = (pipe("red", negative_prompt=text).images for text in (None, ""))
+    assert np.array_equal(plain, empty)
+
+
+def test_the_upsampler_reads_one_caption_alone():
+    seen = []
+
+    class Listening(type(exact_pipeline())):
+        def text_features(self, captions):
+            seen.append(captions)
+            return np.zeros((len(captions), 3), np.float32)
+
+    up = exact_pipeline("superres", size=16)
+    up = Listening(**{name: getattr(up, name) for name in up.__dataclass_fields__})
+    pipe = exact_pipeline(upsampler=up, settings={"guidance_scale": 2.0})
+    assert pipe("red AND blue NOT green").images.shape == (1, 16, 16, 3)
+    assert seen == [["red and blue"]]

@@ -1,0 +1,249 @@
+"""Settings: samplers, grids and guidance by name, metadata, and what is refused."""
+
+import inspect
+import json
+import re
+import warnings
+from dataclasses import fields
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+
+import glide_jax as glide
+from glide_jax.diffusion.grids import SPACINGS
+from glide_jax.diffusion.guidance import branches_of
+from glide_jax.pipeline.options import SamplingOptions, read_options
+from glide_jax.pipeline.prompts import read_prompts
+from glide_jax.pipeline.settings import (
+    METHODS,
+    WITH_ETA,
+    Settings,
+    SettingsArguments,
+    describe,
+)
+
+SCHEDULE = glide.make_schedule("cosine")
+PLAIN = read_prompts("red")
+SEVERAL = read_prompts(["red AND blue :0.5 NOT green", "red"])
+
+
+def names(settings, prompts=PLAIN, *maps):
+    return [part.name for g in settings.guidances(prompts, *maps) for part in g.parts()]
+
+
+def prompts_of(settings, prompts=PLAIN):
+    return {b.name: b.prompt for b in branches_of(settings.guidances(prompts))}
+
+
+# --- samplers and grids
+
+
+@pytest.mark.parametrize("sampler", glide.SOLVERS)
+def test_every_sampler_by_its_name(sampler):
+    settings = Settings(steps=12, sampler=sampler)
+    assert len(settings.plan(SCHEDULE, settings.guidances(PLAIN))) >= 10
+    if sampler in WITH_ETA:
+        noisy, still = (
+            settings.changed(eta=eta).plan(SCHEDULE, ()).table.s.max() for eta in (1.0, 0.0)
+        )
+        assert noisy > 0 == still
+    else:
+        message = f"eta is for .*, not for {re.escape(sampler)}"
+        with pytest.raises(glide.UsageError, match=message):
+            settings.changed(eta=0.5).solver()
+
+
+def test_the_samplers_with_noise_of_their_own():
+    assert set(WITH_ETA) == {"ddim", "dpm++2m-sde", "sa"}
+
+
+@pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])
+def test_strength_keeps_the_last_levels_of_any_grid(spacing):
+    settings = Settings(steps=10, spacing=spacing)
+    whole = settings.grid(SCHEDULE)
+    for strength, left in ((1.0, 10), (0.5, 5), (0.26, 3), (0.01, 1)):
+        assert np.array_equal(settings.changed(strength=strength).grid(SCHEDULE), whole[-left:])
+
+
+def test_samplers_that_go_back():
+    settings = Settings(steps=10)
+    rows = len(settings.plan(SCHEDULE, ()))
+    again = settings.changed(repaint=(3, 4)).plan(SCHEDULE, ())
+    # Three jumps fit into nine steps, each repeated three times.
+    assert rows == 10 and len(again) == 10 + 3 * 3 * 3
+    assert 10 < len(settings.changed(restart=(0.3, 3.0, 2)).plan(SCHEDULE, ())) < 40
+
+
+# --- guidance
+
+
+def test_what_acts_and_in_which_order():
+    assert names(Settings()) == ["classifier_free", "clip_x0"]
+    assert names(Settings(guidance_scale=1.0)) == ["clip_x0"]
+    known = glide.known_pixels(image=np.zeros((1, 8, 8, 3)), known=np.zeros((1, 8, 8, 1)))
+    full = Settings(autoguidance_scale=2.0, guidance_rescale=0.7, guidance_method="apg")
+    assert names(full, PLAIN, known) == ["apg", "autoguidance", "rescale", "known_pixels", "clip_x0"]
+    assert names(full.changed(threshold=0.99), PLAIN, known)[3:] == [
+        "dynamic_threshold",
+        "known_pixels",
+    ]
+    assert names(Settings(), SEVERAL) == ["all_of", "clip_x0"]
+    assert names(Settings(guidance_scale=1.0), SEVERAL) == ["all_of", "clip_x0"]
+    assert names(Settings(guidance=[glide.clip_x0()]), PLAIN, known) == ["clip_x0", "known_pixels"]
+
+
+def test_an_interval_applies_to_linear_guidance_alone():
+    settings = Settings(guidance_interval=(0.3, 5.0), guidance_rescale=0.5)
+    intervals = [part.interval for g in settings.guidances(PLAIN) for part in g.parts()]
+    assert intervals == [(0.3, 5.0), (0.3, 5.0), (0.0, float("inf"))]
+    assert names(settings.changed(guidance_scale=1.0)) == ["rescale", "clip_x0"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_negative_prompt_replaces_the_empty_one(method):
+    settings = Settings(guidance_method=method, guidance_scale=0.5, negative_prompt="green")
+    assert prompts_of(settings) == {"cond": None, "null": "green"}
+    assert prompts_of(settings.changed(negative_prompt=""))["null"] == ""
+
+
+def test_captions_joined_by_and_and_not_have_weights_per_image():
+    settings = Settings(guidance_scale=4.0, negative_prompt="dark")
+    found = settings.guidances(SEVERAL)[0]
+    weights = [np.asarray(w).tolist() for w in found.args["weights"].values()]
+    # The prediction contains the image's own caption once already.
+    assert weights == [[3.0, 3.0], [2.0, 0.0], [-4.0, 0.0]]
+    branches = prompts_of(settings, SEVERAL)
+    assert branches.pop("cond") is None and branches.pop("null") == "dark"
+    assert [[part.text for part in column] for column in branches.values()] == [
+        ["blue", ""],
+        ["green", ""],
+    ]
+
+
+# --- metadata
+
+
+def test_metadata_are_json_and_reproduce_the_settings():
+    settings = Settings(
+        steps="fast27", eta=0.5, sampler="ddim", restart=(0.3, 3.0, 2), guidance_interval=(0.3, 5.0)
+    )
+    made = json.loads(json.dumps(describe(settings), allow_nan=False))
+    again = Settings().changed(**made)
+    assert describe(again) == describe(settings) | {
+        "restart": [0.3, 3.0, 2],
+        "guidance_interval": [0.3, 5.0],
+    }
+    wanted, found = (s.plan(SCHEDULE, s.guidances(PLAIN)).table for s in (settings, again))
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_guidances_are_described_by_their_parameters():
+    def bowl(params, x, t, cond):
+        return x.sum(axis=(1, 2, 3))
+
+    guidance = [
+        glide.compose(glide.classifier_free(scale=[1.0, 2.0]), glide.clip_x0()).within(0.3, 5.0),
+        glide.image_loss(loss=glide.Network(bowl, np.ones(9)), cond=np.ones((2, 3)), scale=0.1),
+    ]
+    made = json.loads(json.dumps(describe(Settings(guidance=guidance)), allow_nan=False))
+    scale, clip, loss = made["guidance"]
+    assert scale == {"name": "classifier_free", "interval": [0.3, 5.0], "scale": [1.0, 2.0]}
+    assert clip["interval"] == [0.3, 5.0] and "bowl" in loss["loss"]
+    assert loss["cond"] == "ndarray (2, 3)" and loss["interval"] == [0.0, "inf"]
+    assert "guidance_scale" not in made
+
+
+def test_the_command_line_has_every_setting():
+    names = {f.name for f in fields(SamplingOptions)}
+    assert names == {f.name for f in fields(Settings)} - {"guidance"}
+    assert all(f.default is None for f in fields(SamplingOptions))
+
+
+def test_the_help_names_every_sampler_and_spacing_and_the_defaults_of_the_weights(capsys):
+    for weights, scales in (("emoji64", ("1.5", "4.0")), ("openai/base", ("3.0", "0.0"))):
+        with pytest.raises(SystemExit):
+            read_options("", ["--weights", weights, "--help"])
+        shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        named = [n for n in (*glide.SOLVERS, *SPACINGS) if re.search(rf"\W{re.escape(n)}\b", shown)]
+        assert named == [*glide.SOLVERS, *SPACINGS]
+        for option, scale in zip(("guidance", "clip"), scales, strict=True):
+            text = shown.split(f" --{option}-scale FLOAT ")[1]
+            assert text.split("(default: ")[1].startswith(f"{scale})")
+
+
+def test_arguments_and_settings_have_the_same_names_and_types():
+    wanted, found = get_type_hints(Settings), get_type_hints(SettingsArguments)
+    assert list(found) == list(wanted)
+    for name, kind in wanted.items():
+        assert found[name] == kind | None, name
+
+
+@pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "between"])
+def test_the_signature_of_the_pipeline_lists_every_setting(method):
+    parameters = inspect.signature(getattr(glide.Pipeline, method)).parameters
+    assert {f.name for f in fields(Settings)} < set(parameters)
+    assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so():
+    weights = Settings(clip_scale=4.0)
+    with pytest.warns(UserWarning, match="give clip_scale=4 to keep it"):
+        assert weights.changed(guidance=[glide.clip_x0()]).clip_scale == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weights.changed(guidance=[glide.clip_x0()], clip_scale=2.0).clip_scale == 2
+        assert Settings().changed(guidance=[glide.clip_x0()]).clip_scale == 0
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"guidance_method": "cfgg"}, "choose cfg, cfg\\+\\+, apg"),
+        ({"guidance_method": "cfg++"}, "guidance_scale from 0 to 1, not 3"),
+        ({"guidance_scale": 1.0, "negative_prompt": "green"}, "needs a guidance_scale"),
+        ({"guidance_interval": (5.0, 0.3)}, "an interval needs"),
+        ({"guidance_rescale": 1.5}, "amount"),
+        ({"threshold": 2.0}, "quantile"),
+        ({"sampler": "ddim", "eta": 1.5}, "between 0 and 1"),
+        ({"strength": -0.5}, "strength must lie above 0"),
+        ({"restart": (0.3, 3.0, 1), "repaint": (2, 2)}, "choose one"),
+        ({"restart": (3.0, 0.3, 1)}, "a restart needs"),
+        ({"repaint": (50, 2)}, "take more than 25"),
+        ({"guidance_method": "cfg++", "guidance_scale": 0.5, "sampler": "heun"}, "cfg_plus_plus"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    settings = Settings(**settings)
+    with pytest.raises(glide.UsageError, match=message):
+        settings.plan(SCHEDULE, settings.guidances(PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scal": 3.0}, "did you mean 'guidance_scale'"),
+        ({"guidance": [], "threshold": 0.9}, "replaces threshold"),
+    ],
+)
+def test_impossible_changes_are_refused(changes, message):
+    with pytest.raises(glide.UsageError, match=message):
+        Settings().changed(**changes)
+
+
+def test_and_and_not_need_plain_classifier_free_guidance():
+    for settings, message in (
+        (Settings(guidance_method="apg"), "need the guidance_method cfg, not apg"),
+        (Settings(guidance=[glide.clip_x0()]), "give all_of there"),
+    ):
+        with pytest.raises(glide.UsageError, match=message):
+            settings.guidances(SEVERAL)
+
+
+def test_none_keeps_a_setting():
+    settings = Settings(steps=7, eta=0.5)
+    assert settings.changed(steps=None, eta=None, sampler="ddim") == Settings(7, "ddim", eta=0.5)

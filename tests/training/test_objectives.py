@@ -1,0 +1,337 @@
+"""What training minimises: what each kind of model is given, how losses are weighted and spread."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.diffusion.losses import at, hybrid_loss, make_tables, min_snr_weight, q_sample
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.errors import UsageError
+from glide_jax.models.presets import CLIPConfig
+from glide_jax.training import objectives
+from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, TrainConfig
+from glide_jax.training.objectives import (
+    Batch,
+    denoising_loss,
+    draw,
+    finish,
+    make_objective,
+    noise_low_res,
+    shrink,
+    to_range,
+)
+from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.step import train_step
+from tests.support.commands import TINY
+
+TABLES = make_tables(make_schedule("cosine"))
+KEY = jax.random.key(3)
+
+
+def make_batch(count=8, size=16, length=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+        rng.integers(0, 100, (count, length), dtype=np.int32),
+        np.arange(length) < rng.integers(1, length + 1, (count, 1)),
+        np.arange(count, dtype=np.int32),
+    )
+
+
+# --- weights of noise levels
+
+
+@pytest.mark.parametrize(
+    ("snr", "eps", "v"), [(0.25, 1, 0.2), (1, 1, 0.5), (5, 1, 5 / 6), (20, 0.25, 5 / 21)]
+)
+def test_min_snr_weighs_as_the_paper_says(snr, eps, v):
+    """Of eps: min(SNR, 5) / SNR; of v: min(SNR, 5) / (SNR + 1)."""
+    alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
+    assert float(min_snr_weight(alpha, sigma, "eps")) == pytest.approx(eps)
+    assert float(min_snr_weight(alpha, sigma, "v")) == pytest.approx(v)
+
+
+def test_min_snr_weighs_the_error_and_not_the_bound():
+    x_0, eps, t = jnp.zeros((4, 2, 2, 3)), jnp.ones((4, 2, 2, 3)), jnp.array([0, 300, 600, 999])
+    output = jnp.full((4, 2, 2, 6), 0.5)
+    plain, weighted = (
+        hybrid_loss(TABLES, x_0, at(TABLES.sigma, t) * eps, t, eps, output, weighting=weighting)
+        for weighting in ("none", "min-snr")
+    )
+    snr = (TABLES.alpha[t] / TABLES.sigma[t]) ** 2
+    np.testing.assert_array_equal(weighted.vlb, plain.vlb)
+    np.testing.assert_allclose(weighted.mse, 0.25)
+    np.testing.assert_allclose(
+        weighted.loss - weighted.vlb, 0.25 * np.minimum(snr, 5) / snr, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_same_error_of_x_0_weighs_alike_whatever_is_predicted():
+    """An error d of x_0 is one of alpha / sigma d in eps, and of d / sigma in v."""
+    for t in (100, 500, 900):
+        alpha, sigma = TABLES.alpha[t], TABLES.sigma[t]
+        of_eps = min_snr_weight(alpha, sigma, "eps") * (alpha / sigma) ** 2
+        of_v = min_snr_weight(alpha, sigma, "v") / sigma**2
+        assert float(of_v) == pytest.approx(float(of_eps), rel=1e-4)
+
+
+# --- what a model is given
+
+
+class Recorder:
+    """A network that predicts zero and remembers what it was given."""
+
+    def apply(self, variables, *inputs, method=None, train=False, rngs=None, **given):
+        if method is not None:
+            self.seen = {"mask": inputs[1]}
+            return None
+        x_t, t, _ = inputs
+        self.seen |= {"x_t": x_t, "t": t} | given
+        return jnp.zeros((*x_t.shape[:3], 6))
+
+
+def recorded(batch, variant="base", low_res_level=False, **options):
+    """What the network is given of a batch, and the metrics."""
+    model = replace(TINY, variant=variant, low_res_level=low_res_level)
+    config = TrainConfig(name="x", model=model, **options)
+
+    @jax.jit
+    def run(batch):
+        recorder = Recorder()
+        _, metrics = denoising_loss({}, batch, KEY, model=recorder, tables=TABLES, config=config)
+        return recorder.seen, metrics
+
+    return jax.device_get(run(batch))
+
+
+def test_pictures_are_noised_as_drawn():
+    batch = make_batch()
+    drawn, (found, _) = jax.jit(draw, static_argnums=2)(KEY, batch, 1000), recorded(batch)
+    alpha, sigma = (x[drawn.t][:, None, None, None] for x in (TABLES.alpha, TABLES.sigma))
+    np.testing.assert_array_equal(found["t"], drawn.t)
+    x_t = alpha * to_range(batch.image) + sigma * drawn.eps
+    np.testing.assert_allclose(found["x_t"], x_t, atol=1e-5)
+    assert set(found) == {"x_t", "t", "mask"}
+
+
+def test_a_record_is_drawn_by_its_place_alone():
+    batch = make_batch()
+    half = jax.tree.map(lambda x: x[4:], batch)
+    whole, part = (jax.jit(draw, static_argnums=2)(KEY, rows, 1000) for rows in (batch, half))
+    np.testing.assert_array_equal(whole.t[4:], part.t)
+    np.testing.assert_array_equal(whole.eps[4:], part.eps)
+
+
+def test_every_timestep_is_drawn():
+    batch = make_batch(1)._replace(position=np.arange(20_000, dtype=np.int32))
+    t = np.asarray(draw(KEY, batch._replace(image=np.zeros((1, 1, 1, 1))), 1000).t)
+    assert t.min() == 0 and t.max() == 999
+    assert np.bincount(t // 100, minlength=10) / 2000 == pytest.approx(1, abs=0.1)
+
+
+def test_captions_are_emptied_at_the_share_that_is_asked_for():
+    batch = make_batch(count=2000, size=2)
+    np.testing.assert_array_equal(recorded(batch)[0]["mask"], batch.mask)
+    emptied = recorded(batch, caption_dropout=0.2)[0]["mask"]
+    gone = ~emptied.any(axis=1)
+    assert gone.mean() == pytest.approx(0.2, abs=0.03)
+    np.testing.assert_array_equal(emptied[~gone], batch.mask[~gone])
+    assert not recorded(batch, caption_dropout=1.0)[0]["mask"].any()
+
+
+def test_an_upsampler_is_given_means_of_four_by_four_pixels():
+    batch = make_batch()
+    low = np.asarray(shrink(jnp.asarray(batch.image)))
+    assert low.shape == (8, 4, 4, 3) and (low == np.round(low)).all()
+    np.testing.assert_array_equal(low[2, 1, 3], np.round(batch.image[2, 4:8, 12:].mean((0, 1))))
+    found, _ = recorded(batch, "superres")
+    assert set(found) == {"x_t", "t", "mask", "low_res"}
+    np.testing.assert_allclose(found["low_res"], low / 127.5 - 1, atol=1e-6)
+
+
+def test_a_noised_small_picture_comes_with_its_level():
+    batch = make_batch(count=500, size=4)
+    found = recorded(batch, "superres", low_res_level=True, low_res_noise=0.3)[0]
+    level = found["low_res_level"]
+    assert level.min() < 15 and 285 < level.max() < 300
+    noise = found["low_res"] - at(TABLES.alpha, level) * to_range(shrink(jnp.asarray(batch.image)))
+    noise = np.asarray(noise / at(TABLES.sigma, level))
+    assert noise.mean() == pytest.approx(0, abs=0.1)
+    assert noise.std() == pytest.approx(1, abs=0.1)
+    # Apart from the noise of the large picture.
+    own = np.asarray(draw(KEY, batch, 1000).eps).reshape(500, -1)[:, :3]
+    assert abs(np.corrcoef(own.ravel(), noise.ravel())[0, 1]) < 0.1
+
+
+def test_the_least_share_of_low_res_noise_is_one_level():
+    _, t = noise_low_res(TABLES, jnp.zeros((50, 1, 1, 3)), jax.random.split(KEY, 50), 1e-6)
+    assert (np.asarray(t) == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["inpaint", "superres_inpaint"])
+def test_an_inpainting_model_is_given_what_the_mask_leaves(variant):
+    batch = make_batch(count=64)
+    found = recorded(batch, variant, mask_all=0.25)[0]
+    mask = found["inpaint_mask"]
+    assert mask.shape == (64, 16, 16, 1) and ((mask == 0) | (mask == 1)).all()
+    known = to_range(batch.image) * mask
+    np.testing.assert_allclose(found["inpaint_image"], known, atol=1e-6)
+    nothing = (mask == 0).all(axis=(1, 2, 3)).mean()
+    assert nothing == pytest.approx(0.25, abs=0.15)
+    assert len(np.unique(mask, axis=0)) > 40
+    # The small picture is whole even there (GLIDE, sec. 4.3).
+    if variant == "superres_inpaint":
+        low = to_range(shrink(jnp.asarray(batch.image)))
+        np.testing.assert_allclose(found["low_res"], low, atol=1e-6)
+
+
+def test_low_res_noise_and_the_layers_that_are_told_of_it_go_together():
+    model = replace(TINY, variant="superres")
+    with pytest.raises(UsageError, match="go together"):
+        TrainConfig(name="x", model=model, low_res_noise=0.5)
+    with pytest.raises(UsageError, match="go together"):
+        TrainConfig(name="x", model=replace(model, low_res_level=True))
+
+
+def test_quartiles_of_the_chain_are_told_apart():
+    batch = make_batch(count=64, size=4)
+    values = finish(recorded(batch)[1])
+    quarter = np.asarray(draw(KEY, batch, 1000).t) // 250
+    shares = [(quarter == i).mean() for i in range(4)]
+    total = sum(share * values[f"loss_quartile_{i}"] for i, share in enumerate(shares))
+    assert total == pytest.approx(values["loss"], rel=1e-5)
+    empty = {"loss": np.float32(1), "quartile_sum": np.zeros(4), "quartile_share": np.eye(4)[1]}
+    assert set(finish(empty)) == {"loss", "loss_quartile_1"}
+
+
+# --- frozen parts
+
+
+class Sum:
+    """A network of two numbers: its prediction is theirs and the picture's sum."""
+
+    encode_text = "encode_text"
+
+    def __init__(self, *_):
+        self.dtype = jnp.float32
+
+    def apply(self, variables, *inputs, method=None, **_):
+        params = variables["params"]
+        if method is not None:
+            return params["text"]["w"]
+        x_t, _, text = inputs
+        return x_t + params["unet"]["w"] + text
+
+
+def test_what_is_frozen_has_no_gradient_and_does_not_move(monkeypatch):
+    monkeypatch.setattr(objectives, "GLIDE", Sum)
+    params = {"text": {"w": jnp.float32(1)}, "unet": {"w": jnp.float32(2)}}
+    results = []
+    for freeze in ((), ("text",)):
+        optimiser = OptimiserConfig(freeze=freeze)
+        objective = make_objective(TrainConfig(name="x", model=TINY, optimiser=optimiser))
+        adamw = make_optimiser(optimiser, 10)
+        step = partial(train_step, loss=objective.loss, optimiser=adamw, averages=optimiser)
+        first = init_state(params, adamw, optimiser)
+        results.append(jax.jit(step)(first, make_batch(), KEY))
+    (free, free_metrics), (held, held_metrics) = results
+    assert free.params["text"]["w"] != 1
+    assert held.params["text"]["w"] == 1 and held.params["unet"]["w"] != 2
+    # Both have the same gradient, of which half is left.
+    ratio = float(free_metrics["grad_norm"] / held_metrics["grad_norm"])
+    assert ratio == pytest.approx(np.sqrt(2), rel=1e-5)
+
+
+# --- noised CLIP
+
+CLIP = CLIPConfig(
+    image_size=8, image_width=32, image_layers=1, text_width=32, text_layers=1, head_size=32,
+    n_vocab=100, max_text_len=8, embed_width=16, learn_logit_scale=True, logit_scale=5.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip():
+    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP))
+    return objective, jax.jit(objective.init)(jax.random.key(0))
+
+
+def test_the_contrastive_loss_is_the_cross_entropy_both_ways(clip):
+    objective, params = clip
+    batch = make_batch(size=8)
+
+    @jax.jit
+    def both(params):
+        drawn = draw(KEY, batch, 1000)
+        x_t = q_sample(TABLES, to_range(batch.image), drawn.t, drawn.eps)
+        lengths = batch.mask.sum(axis=1)
+        logits = objective.model.apply({"params": params}, x_t, drawn.t, batch.tokens, lengths)
+        return objective.loss(params, batch, KEY), logits
+
+    (loss, metrics), logits = both(params)
+    own = [-np.diag(jax.nn.log_softmax(logits, axis=axis)).mean() for axis in (0, 1)]
+    assert float(loss) == pytest.approx(np.mean(own), rel=1e-5)
+    right = np.asarray(logits).argmax(axis=1) == np.arange(8)
+    assert float(metrics["accuracy"]) == pytest.approx(right.mean())
+    assert float(metrics["scale"]) == pytest.approx(5)
+
+
+def test_equal_captions_are_all_right(clip):
+    objective, params = clip
+    batch = make_batch(size=8)
+    batch = batch._replace(
+        tokens=np.repeat(batch.tokens[:1], 8, 0), mask=np.repeat(batch.mask[:1], 8, 0)
+    )
+    _, metrics = objective.loss(params, batch, KEY)
+    assert float(metrics["accuracy"]) == 1
+
+
+def test_captions_of_all_devices_are_compared(clip):
+    """Four devices with two pairs each: the loss and the gradient of the whole batch of eight."""
+    objective, params = clip
+    batch = make_batch(size=8)
+    split = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
+    gradient = jax.grad(objective.loss, has_aux=True)
+    alone, metrics = jax.jit(gradient)(params, batch, KEY)
+    each, each_metrics = jax.jit(
+        jax.vmap(partial(gradient, axis="batch"), (None, 0, None), axis_name="batch")
+    )(params, split, KEY)
+    for name in ("loss", "accuracy"):
+        assert float(each_metrics[name].mean()) == pytest.approx(float(metrics[name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a.mean(axis=0), b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_clip_cannot_be_accumulated():
+    with pytest.raises(UsageError, match="compares the whole batch"):
+        CLIPTrainConfig(name="x", model=CLIP, accumulate=2)
+
+
+def test_a_clip_may_learn_at_low_noise_alone(clip):
+    """One level of it: the pictures are as good as clean."""
+    _, params = clip
+    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, noise=1e-3))
+    batch = make_batch(size=8)
+
+    @jax.jit
+    def both(params):
+        x_t = q_sample(TABLES, to_range(batch.image), jnp.zeros(8, int), draw(KEY, batch, 1).eps)
+        lengths = batch.mask.sum(axis=1)
+        given = x_t, jnp.zeros(8, int), batch.tokens, lengths
+        return objective.loss(params, batch, KEY)[0], objective.model.apply(
+            {"params": params}, *given
+        )
+
+    loss, logits = both(params)
+    own = [-np.diag(jax.nn.log_softmax(logits, axis=axis)).mean() for axis in (0, 1)]
+    assert float(loss) == pytest.approx(np.mean(own), rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0, 1.5])
+def test_a_share_of_noise_levels_is_a_share(noise):
+    with pytest.raises(UsageError, match="noise is a share"):
+        CLIPTrainConfig(name="x", model=CLIP, noise=noise)

@@ -1,0 +1,177 @@
+"""train.py from the command line: training, killing, resuming, bad input."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from glide_jax.training.export import export, load_run, restore_run
+from glide_jax.weights import count_params
+from glide_jax.weights.registry import load_model
+from tests.support.commands import RECIPE, ROOT, environment, make_images, one_line, run
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("pictures") / "data")
+
+
+def arguments(pictures, out, steps, *more):
+    return [
+        "train.py", "--config", RECIPE, "--data.source", pictures, "--out", out,
+        "--steps", steps, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(pictures, tmp_path_factory):
+    """60 steps without interruption."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    # A CLIP is for those who load one with the weights: the samples do without.
+    more = ("--save-every", 10, "--sample-every", 30, "--log-every", 10, "--sample-clip-scale", 4)
+    result = run(*arguments(pictures, out, 60, *more))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def states_equal(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_a_run_leaves_checkpoints_logs_samples_and_its_recipe(whole_run):
+    config, state = restore_run(whole_run)
+    assert int(state.step) == 60
+    assert config.name == "tiny" and config.steps == 60
+    kept = sorted(int(p.name) for p in (whole_run / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [40, 50, 60]
+    assert sorted(p.name for p in (whole_run / "samples").iterdir()) == [
+        "step_000030.png",
+        "step_000060.png",
+    ]
+    assert any((whole_run / "logs").iterdir())
+
+
+def test_training_lowers_the_loss_and_moves_the_average(whole_run):
+    _, state = restore_run(whole_run)
+    head = state.params["unet"]["head"]["kernel"]
+    assert np.abs(head).max() > 0
+    assert not np.array_equal(head, state.ema["unet"]["head"]["kernel"])
+
+
+def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(whole_run, pictures, tmp_path):
+    out = tmp_path / "killed"
+    command = arguments(pictures, out, 60, "--save-every", 10, "--sample-every", 0)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoints" / "20").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, state = restore_run(out)
+    assert 20 <= int(state.step) < 60
+
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert f"step {int(state.step)} of 60" in result.stdout
+    assert states_equal(restore_run(out)[1], restore_run(whole_run)[1])
+
+
+def test_two_devices_make_the_same_first_steps_as_one(pictures, tmp_path):
+    """Dropout off: its draw belongs to a device, all others to a record."""
+    states = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        more = ("--model.dropout", 0, "--sample-every", 0)
+        result = run(*arguments(pictures, out, 5, *more), devices=devices)
+        assert result.returncode == 0, result.stderr
+        states.append(restore_run(out)[1])
+    for a, b in zip(*(jax.tree.leaves(s.ema) for s in states), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert not states_equal(states[0].ema, states[0].opt_state[1][0].mu)
+
+
+def test_a_run_is_exported_with_the_token_rows_that_it_saw(whole_run, tmp_path):
+    count = export(whole_run, tmp_path / "weights")
+    exported, run_model = load_model(tmp_path / "weights"), load_run(whole_run)
+    assert exported.defaults == run_model.defaults and exported.defaults["clip_scale"] == 4
+    table = exported.params["text"]["token_embedding"]
+    assert table.shape == (50257, 8)
+    # "red", "green", "blue", and one row for all others (padding has an embedding of its own).
+    assert len(np.unique(table, axis=0)) == 4
+    # Four rows of 50,257, and the ids of three of them.
+    assert count == count_params(run_model.config) - (50257 - 4) * 8 + 3
+    ours = run_model.params["unet"]["head"]["kernel"]
+    np.testing.assert_allclose(exported.params["unet"]["head"]["kernel"], ours, rtol=1e-2)
+
+
+def test_sample_draws_from_a_run(whole_run, tmp_path):
+    result = run("sample.py", "red", "--weights", whole_run, "--out", tmp_path, "--steps", 2)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in tmp_path.glob("*.png")] == ["00000_red.png"]
+
+
+def test_a_run_is_not_resumed_with_another_model(whole_run, pictures):
+    error = one_line(run(*arguments(pictures, whole_run, 61, "--model.xf-width", 16)), 2)
+    assert "a run of another model" in error and "--out" in error
+
+
+def test_the_paper_recipe_without_its_data_says_how_to_get_or_name_one(tmp_path):
+    error = one_line(run("train.py", "--config", "configs/cfg64.py", "--out", tmp_path / "run"), 2)
+    assert "coco_captions" in error and "--data.source" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_names_those_that_exist():
+    error = one_line(run("train.py", "--config", "configs/cfg46.py"), 2)
+    assert "cfg64.py" in error and "emoji64.py" in error
+    assert "name a recipe" in one_line(run("train.py"), 2)
+
+
+def test_an_unknown_field_names_the_nearest():
+    result = run("train.py", "--config", RECIPE, "--optimiser.learning-rte", "1")
+    assert result.returncode == 2
+    assert "--optimiser.learning-rate" in result.stderr
+    assert run("train.py", "--config", RECIPE, "--steps", "many").returncode == 2
+
+
+def test_an_unreadable_picture_is_skipped_and_named(pictures, tmp_path):
+    data = make_images(tmp_path / "data")
+    broken = data / "03.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    result = run(*arguments(data, tmp_path / "run", 5, "--sample-every", 0))
+    assert result.returncode == 0, result.stderr
+    assert "skipped a record" in result.stderr and "03.png" in result.stderr
+
+
+def test_a_run_can_begin_from_other_weights(whole_run, pictures, tmp_path):
+    out = tmp_path / "run"
+    more = ("--init-from", whole_run, "--sample-every", 0, "--model.image-size", 8)
+    result = run(*arguments(pictures, out, 1, *more, "--optimiser.learning-rate", 0))
+    assert result.returncode == 0, result.stderr
+    assert states_equal(restore_run(out)[1].params, restore_run(whole_run)[1].ema)
+    error = one_line(run(*arguments(pictures, tmp_path / "b", 1, "--init-from", "emoji64")), 1)
+    assert "cannot begin this model" in error
+
+
+def test_an_unwritable_folder_is_one_line(pictures, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    error = one_line(run(*arguments(pictures, tmp_path / "file" / "run", 5)), 1)
+    assert "file" in error
+
+
+def test_a_batch_that_does_not_divide_is_refused(pictures, tmp_path):
+    result = run(*arguments(pictures, tmp_path / "run", 5, "--batch-size", 7), devices=2)
+    assert "7 does not divide over 2 devices" in one_line(result, 2)
