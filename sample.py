@@ -1,4 +1,6 @@
-"""Generates images from text: python sample.py "a red apple"
+"""Generate images from text: python sample.py "a red apple"
+
+After `pip install`, `glide-jax sample "a red apple"` is the same command in any folder.
 
 Without a prompt it generates a few that show the model well. Several prompts give several images;
 within one prompt, AND and NOT join captions, each with an optional weight:

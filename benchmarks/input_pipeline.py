@@ -1,12 +1,13 @@
-"""How fast pictures are read, decoded, cropped and tokenised, against what one GPU takes.
+"""Measure how fast images are read, decoded, cropped and tokenised.
 
-    python benchmarks/input_pipeline.py                        # pictures a core makes in a second
-    python benchmarks/input_pipeline.py --workers 1 2 4 8      # and so many worker processes
+    python benchmarks/input_pipeline.py                        # images per second of one core
+    python benchmarks/input_pipeline.py --workers 1 2 4 8      # also with this many workers
 
-Makes its own data: 640x480 JPEGs with the spectrum of photographs (amplitude ~ 1/f), about as large
-as COCO's (its 82,783 training pictures of 2014 take 13 GB: 160 kB each), stored in each of the ways
-that can be read. The need is the speed of training aimed at on one H200: 620 pictures a second for
-the 385M base at 64x64, 115 for the upsampler at 256x256.
+The script makes its own data: 640x480 JPEGs with the spectrum of photographs (amplitude ~ 1/f).
+They are about as large as those of COCO (its 82,783 training images of 2014 take 13 GB: 160 kB
+each), and are stored in every format that can be read. The result is compared with the target speed
+of training on one H200: 620 images/s for the 385M base at 64x64, 115 images/s for the upsampler at
+256x256.
 """
 
 import io
@@ -22,13 +23,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from glide_jax.data.config import DataConfig
-from glide_jax.data.pipeline import Prepare, make_batches
+from glide_jax.data.batches import Prepare, make_batches
+from glide_jax.data.data_config import DataConfig
 from glide_jax.data.sources import open_source
 from glide_jax.errors import one_line_errors
-from glide_jax.tokenizers import GPT2Tokenizer
+from glide_jax.models.tokenizers import GPT2Tokenizer
 
-NEED = {64: 620, 256: 115}  # pictures a second
+NEED = {64: 620, 256: 115}  # images/s
 Store = Literal["folder", "tar", "array_record", "tfrecord"]
 
 
@@ -37,20 +38,22 @@ class Options:
     """What to measure.
 
     Attributes:
-        sizes: of the pictures that are made.
-        stores: how they are kept.
-        workers: also measure whole batches with so many worker processes.
-        crop: as in training.
-        pictures: different ones in the data.
-        seconds: that each measurement takes.
-        keep: make the data in this folder and leave it there.
+        sizes: heights and widths of the images that the pipeline makes.
+        stores: formats of the data.
+        workers: also measure batches with these numbers of worker processes.
+        crop: crop of the images, as in training.
+        images: number of different images in the data.
+        seconds: length of each measurement.
+        batch_size: images per batch.
+        keep: folder for the data, which are not deleted then. Empty: a temporary folder.
+        caption: caption of every image.
     """
 
     sizes: tuple[int, ...] = (64, 256)
     stores: tuple[Store, ...] = get_args(Store)
     workers: tuple[int, ...] = ()
     crop: Literal["centre", "random"] = "random"
-    pictures: int = 200
+    images: int = 200
     seconds: float = 10.0
     batch_size: int = 64
     keep: str = ""
@@ -58,7 +61,7 @@ class Options:
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> bytes:
-    """A JPEG of noise whose amplitude falls as 1/f, mostly grey, as in photographs."""
+    """Return a JPEG of mostly grey noise with an amplitude of 1/f, like a photograph."""
     fy, fx = np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width
     f = np.hypot(fy[:, None], fx)
     f[0, 0] = 1
@@ -75,45 +78,45 @@ def photo(rng: np.random.Generator, height: int, width: int) -> bytes:
 
 
 def make_data(folder: Path, options: Options) -> dict[str, str]:
-    """Writes the pictures in every way asked for; the source of each."""
+    """Write the images in every wanted format, and return the source of each."""
     rng = np.random.default_rng(0)
     shapes = [(480, 640), (480, 640), (640, 480)]
-    pictures = [photo(rng, *shapes[i % 3]) for i in range(options.pictures)]
-    print(f"{len(pictures)} JPEGs of {np.mean([len(p) for p in pictures]) / 1e3:.0f} kB")
+    images = [photo(rng, *shapes[i % 3]) for i in range(options.images)]
+    print(f"{len(images)} JPEGs of {np.mean([len(data) for data in images]) / 1e3:.0f} kB")
     sources = {}
     for store in options.stores:
-        place = folder / store
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        sources[store] = str(WRITERS[store](place, pictures, options.caption))
+        subfolder = folder / store
+        shutil.rmtree(subfolder, ignore_errors=True)
+        subfolder.mkdir(parents=True)
+        sources[store] = str(WRITERS[store](subfolder, images, options.caption))
     return sources
 
 
-def write_folder(folder: Path, pictures: list[bytes], caption: str) -> Path:
-    """`0000.jpg` and `0000.txt`."""
-    for i, picture in enumerate(pictures):
-        (folder / f"{i:04}.jpg").write_bytes(picture)
+def write_folder(folder: Path, images: list[bytes], caption: str) -> Path:
+    """Write `0000.jpg`, `0000.txt` and so on."""
+    for i, image in enumerate(images):
+        (folder / f"{i:04}.jpg").write_bytes(image)
         (folder / f"{i:04}.txt").write_text(caption)
     return folder
 
 
-def write_tar(folder: Path, pictures: list[bytes], caption: str) -> Path:
-    """One shard."""
+def write_tar(folder: Path, images: list[bytes], caption: str) -> Path:
+    """Write one tar shard."""
     with tarfile.open(folder / "0.tar", "w") as tar:
-        for i, picture in enumerate(pictures):
-            for name, data in ((f"{i:04}.jpg", picture), (f"{i:04}.txt", caption.encode())):
+        for i, image in enumerate(images):
+            for name, data in ((f"{i:04}.jpg", image), (f"{i:04}.txt", caption.encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return folder
 
 
-def write_array_record(folder: Path, pictures: list[bytes], caption: str) -> Path:
-    """A data set of tensorflow-datasets."""
+def write_array_record(folder: Path, images: list[bytes], caption: str) -> Path:
+    """Write a data set of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
     class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Pictures with captions."""
+        """Images with captions."""
 
         VERSION = tfds.core.Version("1.0.0")
         code_path = None
@@ -127,19 +130,19 @@ def write_array_record(folder: Path, pictures: list[bytes], caption: str) -> Pat
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            for i, picture in enumerate(pictures):
-                yield i, {"image": picture, "caption": caption}
+            for i, image in enumerate(images):
+                yield i, {"image": image, "caption": caption}
 
     tfds.disable_progress_bar()
     Photos(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return folder
 
 
-def write_tfrecord(folder: Path, pictures: list[bytes], caption: str) -> Path:
-    """The same as TensorFlow would write it, checksums aside."""
+def write_tfrecord(folder: Path, images: list[bytes], caption: str) -> Path:
+    """Write the same data set in TensorFlow's format, but without checksums."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    write_array_record(folder, pictures, caption)
+    write_array_record(folder, images, caption)
     for path in [*folder.rglob("*.array_record-*")]:
         records = ArrayRecordReader(str(path)).read_all()
         pieces = (len(r).to_bytes(8, "little") + bytes(4) + r + bytes(4) for r in records)
@@ -159,10 +162,10 @@ WRITERS = {
 
 
 def per_core(config: DataConfig, size: int, options: Options) -> tuple[float, float]:
-    """Pictures a second of processor time: made ready, and only read."""
+    """Return images per second of processor time: prepared, and only read."""
     source = open_source(config)
     prepare = Prepare(source, config, GPT2Tokenizer(128), size, 0)
-    read = [source.records[i] for i in range(len(source))]  # into the page cache, too
+    read = [source.records[i] for i in range(len(source))]  # also fills the page cache
     start = time.process_time()
     for i in range(len(read)):
         source.records[i]
@@ -175,7 +178,7 @@ def per_core(config: DataConfig, size: int, options: Options) -> tuple[float, fl
 
 
 def with_workers(config: DataConfig, size: int, options: Options) -> float:
-    """Pictures a second of whole batches, once the workers are running."""
+    """Return images per second in batches, when the workers are running."""
     batches = make_batches(
         open_source(config),
         config,
@@ -185,7 +188,7 @@ def with_workers(config: DataConfig, size: int, options: Options) -> float:
         seed=0,
     )
     try:
-        for _ in range(3 * max(1, config.workers)):  # what was made while the others started
+        for _ in range(3 * max(1, config.workers)):  # batches made while other workers started
             next(batches)
         start, done = time.monotonic(), 0
         while time.monotonic() < start + options.seconds:
@@ -197,7 +200,7 @@ def with_workers(config: DataConfig, size: int, options: Options) -> float:
 
 
 def main(options: Options) -> None:
-    """Prints a line for each size and store."""
+    """Print a line for each size and format."""
     folder = Path(options.keep or tempfile.mkdtemp(prefix="input_pipeline_"))
     try:
         sources = make_data(folder, options)
@@ -206,14 +209,14 @@ def main(options: Options) -> None:
             for store, source in sources.items():
                 config = DataConfig(source=source, crop=options.crop)
                 made, reading = per_core(config, size, options)
-                line = f"{size:4} {store:13} {made:6.0f} pictures/s a core"
+                line = f"{size:4} {store:13} {made:6.0f} images/s per core"
                 line += f" (only reading {reading:,.0f})"
                 if need:
                     line += f"; {need} need {need / made:.1f} cores"
                 print(line, flush=True)
                 for workers in options.workers:
                     speed = with_workers(replace(config, workers=workers), size, options)
-                    print(f"{'':18} {speed:6.0f} pictures/s with {workers} workers", flush=True)
+                    print(f"{'':18} {speed:6.0f} images/s with {workers} workers", flush=True)
     finally:
         if not options.keep:
             shutil.rmtree(folder)

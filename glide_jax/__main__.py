@@ -1,6 +1,6 @@
 """The command `glide-jax` (also `python -m glide_jax`)."""
 
-import runpy
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,7 +21,11 @@ glide-jax COMMAND --help describes the options of a command."""
 def story(name: str, arguments: Sequence[str]) -> None:
     """Run `sample.py` or `train.py`, the same file as at the top of the repository."""
     sys.argv = [f"glide-jax {name}", *arguments]
-    runpy.run_path(str(STORIES / f"{name}.py"), run_name="__main__")
+    spec = importlib.util.spec_from_file_location(f"glide_jax_{name}", STORIES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
 
 
 def evaluate(arguments: Sequence[str]) -> None:

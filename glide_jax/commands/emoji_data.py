@@ -1,4 +1,4 @@
-"""`glide-jax data`: makes the emoji data set from its pinned sources."""
+"""`glide-jax data`: make the emoji data set from its pinned sources."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from glide_jax.errors import one_line_errors
 def fetch(to: Path, vendors: tuple[str, ...] = ()) -> None:
     """Download the source packages (58 MB), each at its pinned version, and verify them.
 
-    npm and apt-get do the downloading. Where one of them is missing, put the archive into
-    the folder by hand: it is verified and not downloaded again.
+    npm and apt-get download them. If one of these is missing, put the archive into the folder
+    yourself: it is verified and not downloaded again.
 
     Args:
         to: Folder for the archives; created if needed.
-        vendors: Only these sets of drawings, such as noto; by default all eleven.
+        vendors: Only these sets of artwork, such as noto. Empty: all eleven.
     """
     from glide_jax.data.emoji.packages import fetch_sources
 
@@ -32,14 +32,14 @@ def rasterise(
     workers: int = 2,
     vendors: tuple[str, ...] = (),
 ) -> None:
-    """Render the drawings (pip install 'glide-jax[data]') and write the .npz file.
+    """Render the artwork (needs pip install 'glide-jax[data]') and write the .npz file.
 
     Args:
-        sources: The folder that `fetch` filled.
-        out: The file to write.
-        size: Height and width of the images. Record i is the same drawing at both sizes.
-        workers: Processes that render.
-        vendors: Only these sets of drawings, such as noto; by default all eleven.
+        sources: Folder that `fetch` filled.
+        out: File to write; its name must end in .npz.
+        size: Height and width of the images. Record i is the same artwork at both sizes.
+        workers: Processes that render, at least 1.
+        vendors: Only these sets of artwork, such as noto. Empty: all eleven.
     """
     from glide_jax.data.emoji.rasteriser import rasterise
 
@@ -47,11 +47,11 @@ def rasterise(
 
 
 def prepare(npz: Path, data_dir: Path) -> None:
-    """Write the images as a tensorflow-datasets data set (array_record, no TensorFlow).
+    """Write the images as a tensorflow-datasets data set (array_record, without TensorFlow).
 
     Args:
-        npz: The file that `rasterise` wrote.
-        data_dir: Folder of data sets; the images go to emoji64/1.0.0 in it.
+        npz: File that `rasterise` wrote.
+        data_dir: Folder of data sets. The images go to emoji64/1.0.0 in it, or emoji256/1.0.0.
     """
     from glide_jax.data.emoji.builder import prepare
 
@@ -59,7 +59,7 @@ def prepare(npz: Path, data_dir: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; one line and exit code 1 or 2 where something is wrong."""
+    """Run the command; on an error print one line and exit with code 1 or 2."""
     with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             {"fetch": fetch, "rasterise": rasterise, "prepare": prepare},

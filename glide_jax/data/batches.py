@@ -1,12 +1,11 @@
-"""From records to batches, through grain: shuffled, resumable, the same on every machine.
+"""Batches of records, through grain: shuffled, resumable and the same on every machine.
 
-A run's *order* is an endless list of record numbers, one shuffled pass after the other (with
-`group_by`, the groups are shuffled, and the records within each). The record
-at position k of it is drawn with a random generator of its own, made of the run's seed and k: which
-caption, which crop, and, where the record is broken, which other record instead. So position k holds
-the same picture and tokens whatever the number of processes, workers and threads is, and whether
-or not the run was interrupted. A batch is B consecutive places; process p of n makes the rows
-[p B / n, (p + 1) B / n) of it.
+A run has an endless *order* of records: one shuffled pass over the source after another. With
+`group_by`, a pass shuffles the groups, and the records within each group. Every position k of the
+order has its own random generator, made from the seed of the run and k. It chooses the caption, the
+crop, and the replacement if the record is broken. So position k gives the same image and tokens
+for any number of processes, workers and threads, and after a run was resumed. A batch is B
+consecutive positions; process p of n makes its rows [p B / n, (p + 1) B / n).
 """
 
 import re
@@ -24,28 +23,31 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
-from glide_jax.data.decoding import Encoded, load_picture, random_square, square
+from glide_jax.data.decoding import Encoded, load_image, random_square, square
 from glide_jax.data.records import Source
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 
-# So many records in a row that are all broken: one position in 10^10 where half of a source is broken,
-# three of a hundred where nine tenths are, every position where everything is.
+# This many broken records in a row stop a run. If half of the records are broken, that happens at
+# one position in 10^10; if nine tenths are, at three positions in a hundred.
 _TRIES = 32
-# grain's shuffle needs no memory, but milliseconds a record where there are few of them.
+# grain's shuffle needs no memory, but takes milliseconds per record of a small source.
 _PERMUTED = 1 << 15
-# Words of captions that a mirrored picture would make untrue.
+# Words in a caption that become wrong if the image is mirrored.
 _SIDES = re.compile(r"\b(left|right|(counter|anti)?clockwise)(ward|wards)?\b", re.IGNORECASE)
-_NAMED = 5  # broken records that are named on stderr; the others are only counted
+_NAMED = 5  # broken records that stderr names; further ones are only counted
 
 
 def with_article(caption: str) -> str:
-    """`"an apple"` of `"apple"`."""
+    """Return the caption with "a" or "an": `"an apple"` for `"apple"`."""
     return f"{'an' if caption[:1].lower() in 'aeiou' else 'a'} {caption}"
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """The record at a position of the run's order: each once a pass, every pass in another order."""
+    """Return the index of the record at a position of the run's order.
+
+    Each pass contains every record once, in an order of its own.
+    """
     number, i = divmod(position, count)
     if count < _PERMUTED:
         return int(_permutation(count, seed, number)[i])
@@ -59,7 +61,10 @@ def _permutation(count: int, seed: int, number: int) -> np.ndarray:
 
 
 def shuffled_groups(position: int, groups: bytes, seed: int) -> int:
-    """The same where the records of a group stay together; `groups` as `groups_of` makes them."""
+    """Return the same as `shuffled`, with the records of a group next to each other.
+
+    `groups` comes from `groups_of`.
+    """
     number, i = divmod(position, len(groups) // 4)
     return int(_group_permutation(groups, seed, number)[i])
 
@@ -68,13 +73,15 @@ def shuffled_groups(position: int, groups: bytes, seed: int) -> int:
 def _group_permutation(groups: bytes, seed: int, number: int) -> np.ndarray:
     ids = np.frombuffer(groups, np.int32)
     rng = np.random.default_rng((seed % 2**32, number, 2))
-    # By the random number of the group, then by one of the record.
+    # The last key is the primary one: a random number per group, then one per record.
     return np.lexsort((rng.random(len(ids)), rng.permutation(ids.max() + 1)[ids]))
 
 
 def groups_of(source: Source, field: str) -> bytes:
-    """The number of each record's group, those whose field is alike: N int32, as bytes, which a
-    cache can know by their hash.
+    """Return each record's group number; records with the same text in a field form a group.
+
+    Returns:
+        N int32 values, as bytes because a cache needs a hash.
 
     Raises:
         UsageError: a record has no such field.
@@ -84,7 +91,7 @@ def groups_of(source: Source, field: str) -> bytes:
         try:
             value = source.records[number].get(field)
         except BrokenRecord:
-            value = ""  # replaced when its turn comes
+            value = ""  # replaced at its position
         if not isinstance(value, str):
             raise UsageError(f"group_by: record {number} of {source} has no text field {field!r}")
         values.append(value)
@@ -92,7 +99,7 @@ def groups_of(source: Source, field: str) -> bytes:
 
 
 class Tokenizer(Protocol):
-    """What turns a caption into the input of a text encoder of context L."""
+    """A tokenizer of captions, for a text encoder of context L."""
 
     def ids_and_mask(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return `(L,)` int32 ids and `(L,)` bool, True where an id belongs to the caption.
@@ -103,14 +110,14 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepare:
-    """Makes a record ready: `prepare(k)` is what stands at position k of the run's order.
+    """A function from positions to images and tokens: `prepare(k)` is position k of the order.
 
     Attributes:
         tokenizer: captions -> ids and mask.
-        size: of the picture's side.
-        groups: of `groups_of`; empty: no groups.
+        size: height and width of the images.
+        groups: from `groups_of`; empty for no groups.
     """
 
     source: Source
@@ -121,8 +128,10 @@ class Prepare:
     groups: bytes = b""
 
     def __call__(self, position: int) -> tuple[dict[str, np.ndarray], list[str]]:
-        """image `(size, size, 3)` uint8, tokens `(L,)` int32 and mask `(L,)` bool; and what was
-        wrong with the records that were drawn in vain.
+        """Return one prepared record, and one message per broken record that it replaces.
+
+        Returns:
+            image `(size, size, 3)` uint8, tokens `(L,)` int32, mask `(L,)` bool; and the messages.
 
         Raises:
             GlideError: too many records in a row are broken.
@@ -140,25 +149,26 @@ class Prepare:
                 broken.append(str(error))
             number = int(rng.integers(len(self.source)))
         examples = "; ".join(list(dict.fromkeys(broken))[:3])
-        raise GlideError(f"{_TRIES} records in a row are broken: mend the data ({examples})")
+        raise GlideError(f"{_TRIES} records in a row are broken: repair the data ({examples})")
 
     def _record(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         record = self.source.records[number]
         caption = _caption(record, self.config.captions, rng)
         tokens = self._tokens(caption)
-        image = self._picture(record["image"], rng)
+        image = self._image(record["image"], rng)
         if self.config.flip and rng.random() < 0.5 and not _SIDES.search(caption):
             image = image[:, ::-1]
         return {"image": image, **tokens}
 
-    def _picture(self, image: Encoded | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        least = self.config.min_crop if self.config.crop == "random" else 1.0
-        if isinstance(image, Encoded):
-            # The smallest crop still has pixels enough.
-            image = load_picture(image, int(np.ceil(self.size / least)))
-        if self.config.crop == "random":
-            return random_square(image, self.size, rng, least=least)
-        return square(image, self.size)
+    def _image(self, image: Encoded | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        random = self.config.crop == "random"
+        min_share = self.config.min_crop if random else 1.0
+        # Large enough for the smallest crop.
+        side = int(np.ceil(self.size / min_share))
+        decoded = load_image(image, side) if isinstance(image, Encoded) else image
+        if random:
+            return random_square(decoded, self.size, rng, min_share=min_share)
+        return square(decoded, self.size)
 
     def _tokens(self, caption: str) -> dict[str, np.ndarray]:
         try:
@@ -180,39 +190,40 @@ def _caption(
         return template.format_map(fields)
     except KeyError as error:
         known = ", ".join(k for k, v in fields.items() if isinstance(v, str))
-        why = f"asks for {error}, a record has {known}"
+        why = f"asks for {error}, but a record has {known}"
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         why = f"cannot be filled: {error}"
     raise BrokenRecord(f"the caption template {template!r} {why}")
 
 
 def _check_templates(source: Source, templates: tuple[str, ...]) -> None:
-    """Raises `UsageError` for a template that none of the first records can fill."""
-    waiting = dict.fromkeys(templates, "")
+    """Raise `UsageError` for a template that none of the first records can fill."""
+    unfilled = dict.fromkeys(templates, "")
     for number in range(min(_TRIES, len(source))):
         try:
             record = source.records[number]
         except BrokenRecord:
-            continue  # counted when its turn comes
-        for template in list(waiting):
+            continue  # counted at its position
+        for template in list(unfilled):
             try:
                 _caption(record, (template,), np.random.default_rng(0))
-                del waiting[template]
+                del unfilled[template]
             except BrokenRecord as error:
-                waiting[template] = str(error)
-        if not waiting:
+                unfilled[template] = str(error)
+        if not unfilled:
             return
-    if wrong := [reason for reason in waiting.values() if reason]:
-        raise UsageError(wrong[0])
+    if reasons := [reason for reason in unfilled.values() if reason]:
+        raise UsageError(reasons[0])
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Random access to one process's rows of batches: `steps[i]` begins at position `first` + i B.
+@dataclass(frozen=True, eq=False)
+class IndexedBatches:
+    """Random access to one process's rows of batches: `[i]` starts at position `first` + i B.
 
     Attributes:
+        first: position at which batch 0 starts.
         batch_size: B, over all processes.
-        process: index and count of the processes.
+        process: index and number of the processes.
     """
 
     prepare: Prepare
@@ -221,13 +232,13 @@ class Steps:
     process: tuple[int, int]
 
     def __len__(self) -> int:
-        return 1 << 40  # no end, for grain
+        return 1 << 40  # grain asks for a length; the order is endless
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        index, count = self.process
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        process, count = self.process
         rows = self.batch_size // count
-        row = np.arange(index * rows, (index + 1) * rows, dtype=np.int32)
-        start = self.first + i * self.batch_size
+        row = np.arange(process * rows, (process + 1) * rows, dtype=np.int32)
+        start = self.first + index * self.batch_size
         made, broken = zip(*(self.prepare(start + int(p)) for p in row), strict=True)
         return {
             **{key: np.stack([record[key] for record in made]) for key in made[0]},
@@ -237,13 +248,13 @@ class Steps:
 
 
 class Batches(grain.DatasetIterator):
-    """An endless iterator of batches; its state is one number, the position in the run's order.
+    """An endless iterator of batches. Its state is one number, the position in the run's order.
 
-    The state does not depend on the number of processes, workers or threads, nor on the batch
-    size: restored with others of these, it goes on at the same record.
+    The state does not depend on the batch size, nor on the number of processes, workers or
+    threads: an iterator that differs in these resumes at the same record.
 
     Attributes:
-        skipped: broken records met by this process since the iterator was made.
+        skipped: number of broken records that this process has met since the iterator was made.
     """
 
     def __init__(
@@ -254,8 +265,8 @@ class Batches(grain.DatasetIterator):
         self._batch_size, self._process = batch_size, process
         self._position = 0
         self._running: list[grain.DatasetIterator] = []  # one, once batches are being made
-        # Workers that are still at it when Python ends would fill the screen with tracebacks.
-        weakref.finalize(self, _end, self._running)
+        # Workers that still run when Python ends would print tracebacks.
+        weakref.finalize(self, self._end, self._running)
         self._named: set[str] = set()
         self.skipped = 0
 
@@ -263,53 +274,54 @@ class Batches(grain.DatasetIterator):
         self.start_prefetch()
         arrays = next(self._running[0])
         if self._config.workers:
-            # Out of the memory shared with the worker, which lasts no longer than grain's arrays.
+            # Copied: the memory shared with the worker lasts only as long as grain's arrays.
             arrays = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
         self._position += self._batch_size
         broken = arrays.pop("broken")
         self.skipped += len(broken)
-        for what in broken:
-            if what not in self._named and len(self._named) < _NAMED:
-                self._named.add(what)
+        for reason in broken:
+            if reason not in self._named and len(self._named) < _NAMED:
+                self._named.add(reason)
                 last = "; further ones are only counted" if len(self._named) == _NAMED else ""
-                print(f"skipped a record: {what}{last}", file=sys.stderr)
+                print(f"skipped a record: {reason}{last}", file=sys.stderr)
         return arrays | {"skipped": len(broken)}
 
     def start_prefetch(self) -> None:
-        """Begins to make batches in the background."""
+        """Start to make batches in the background."""
         self._assert_not_closed()
         if self._running:
             return
         config = self._config
-        steps = Steps(self._prepare, self._position, self._batch_size, self._process)
+        indexed = IndexedBatches(self._prepare, self._position, self._batch_size, self._process)
         ready = max(config.prefetch, config.threads)
         options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ready)
-        batches = grain.MapDataset.source(steps).to_iter_dataset(options)
+        batches = grain.MapDataset.source(indexed).to_iter_dataset(options)
         if config.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain reads its own, and refuses before that
+                flags.FLAGS.mark_as_parsed()  # grain reads its own flags and fails before that
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
         self._running.append(iter(batches))
         self._running[0].start_prefetch()
 
     def get_state(self) -> dict[str, int]:
-        """The position at which the next batch begins."""
+        """Return the position at which the next batch starts."""
         return {"position": self._position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from a state that `get_state` returned."""
-        _end(self._running)
+        """Resume from a state that `get_state` returned."""
+        self._end(self._running)
         self._position = int(state["position"])
 
     def close(self) -> None:
-        """Ends the worker processes; the iterator cannot be used afterwards."""
-        _end(self._running)
+        """End the worker processes. The iterator cannot be used afterwards."""
+        self._end(self._running)
         super().close()
 
-
-def _end(running: list[grain.DatasetIterator]) -> None:
-    while running:
-        running.pop().close()
+    # A method, because grain may close an iterator after the module's functions are gone.
+    @staticmethod
+    def _end(running: list[grain.DatasetIterator]) -> None:
+        while running:
+            running.pop().close()
 
 
 def make_batches(
@@ -322,31 +334,37 @@ def make_batches(
     seed: int,
     process: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """An endless iterator of batches; its position can be saved and restored.
+    """Return an endless iterator of batches, whose position can be saved and restored.
 
-    Each pass over the source has an order of its own, drawn from `seed`. A broken record is
-    replaced by another one; close the iterator when workers are not needed any more.
+    Every pass over the source has its own random order, fixed by `seed`. A broken record is
+    replaced by another one. Close the iterator when the workers are no longer needed.
 
     Args:
+        source: from `open_source`.
+        config: captions, crop, flip, and how many workers and threads.
         batch_size: B, over all processes.
         tokenizer: `GPT2Tokenizer(context)` or `CLIPTokenizer(context)`.
-        size: of the picture's side.
-        process: index p and count n of the processes that share each batch.
+        size: height and width of the images.
+        seed: seed of the run.
+        process: index p and number n of the processes that share each batch.
 
     Returns:
-        An iterator of dictionaries of this process's b = B / n rows: image `(b, size, size, 3)`
+        An iterator of dictionaries with this process's b = B / n rows: image `(b, size, size, 3)`
         uint8, tokens `(b, L)` int32, mask `(b, L)` bool, row `(b,)` int32, the row in the
-        whole batch; and `skipped`, how many broken records were met on the way.
+        whole batch; and `skipped`, the number of broken records that were replaced.
 
     Raises:
-        UsageError: the batch cannot be shared out, a caption template cannot be filled, or there is
-            no field to group by.
+        UsageError: the source is empty, the batch cannot be split evenly, a caption template cannot
+            be filled, or there is no field to group by.
     """
     if not len(source):
-        raise UsageError(f"there is nothing in {source}")
+        raise UsageError(f"there are no records in {source}")
     index, count = process
     if not 0 <= index < count or batch_size < 1 or batch_size % count:
-        raise UsageError(f"process {index} of {count} has no even share of a batch of {batch_size}")
+        raise UsageError(
+            f"a batch of {batch_size} has no even share for process {index} of {count}: "
+            "choose a multiple of the number of processes"
+        )
     _check_templates(source, config.captions)
     groups = groups_of(source, config.group_by) if config.group_by else b""
     prepare = Prepare(source, config, tokenizer, size, seed, groups)

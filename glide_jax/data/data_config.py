@@ -1,4 +1,4 @@
-"""Where captioned pictures come from, and how records become batches."""
+"""The settings of the data: which source, and how its records become batches."""
 
 from dataclasses import dataclass
 
@@ -9,35 +9,39 @@ CROPS = ("centre", "random")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where captioned pictures come from, and how a picture and a caption are made of a record.
+    """Source of captioned images, and how its records become images and captions.
 
     Attributes:
-        source: an .npz file; a folder of pictures with captions (`cat.png` and `cat.txt`, or a
-            metadata file); tar shards (`shards/{000..099}.tar`, `shards/*.tar`, or their folder); a
-            prepared tensorflow-datasets folder, or the name of one in `data_dir`; `scenes64` or
-            `scenes256`, procedural scenes. Folders and shards may lie at a `gs://` address.
-        split: of the source, where it has any: `train+test_concept` of an .npz file, `train[:90%]`
-            of tensorflow-datasets, or the folder of that name in a folder.
-        data_dir: where named data sets lie.
-        captions: templates, one drawn at random each time a record is seen; `{caption}` and any
-            other text field of the record, `{a_caption}` for the caption with "a" or "an".
-        concepts, styles: keep only these (data sets that have such fields); empty: keep all.
-        image_field, caption_field: where a record keeps them, `/` between levels
-            (`captions/text`); empty: the usual names are tried. Several captions: one drawn at
-            random each time.
-        metadata: the JSON-lines, .csv or .tsv file of a folder; empty: `metadata.jsonl` or
-            `metadata.csv` where there is one.
-        crop: "centre", the middle square; "random", a square of random scale and place.
-        min_crop: least side of a random square, as a share of the picture's shorter side (0.8
-            in the code of ADM, 2105.05233).
-        flip: mirror half of the pictures, but none whose caption says left, right or clockwise.
-        group_by: a text field, such as "concept": in each pass, records that have it alike come one
-            after the other. So a batch of a CLIP has pictures that only the rest of their captions
-            tells apart. Empty: none; every record's texts are read once at the start.
-        workers: worker processes that read and decode; 0: a thread of this process.
-        threads: batches that a process makes at the same time; more than 1 where reading waits
-            for a network.
-        prefetch: batches that each process keeps ready.
+        source: an .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
+            metadata file); tar shards (`shards/{000..099}.tar`, `shards/*.tar`, or their folder);
+            a prepared tensorflow-datasets folder, or the name of one in `data_dir`; `scenes64` or
+            `scenes256` for procedural scenes. Folders and shards may be `gs://` addresses.
+        split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
+            tensorflow-datasets, or the subfolder of that name in a folder.
+        data_dir: folder of the named data sets.
+        captions: templates of captions. One is chosen at random each time a record is seen.
+            `{caption}` and every other text field of the record can be used; `{a_caption}` is the
+            caption with "a" or "an".
+        concepts: keep only records with these concepts, in data that have them. Empty: keep all.
+        styles: keep only records with these styles, in data that have them. Empty: keep all.
+        image_field: field of a record that has the image, with `/` between levels. Empty: the usual
+            names are tried.
+        caption_field: field of a record that has the caption, with `/` between levels
+            (`captions/text`). Of several captions one is chosen at random each time. Empty: the
+            usual names are tried.
+        metadata: .jsonl, .csv or .tsv file in a folder that lists images and captions. Empty:
+            `metadata.jsonl` or `metadata.csv`, if there is one.
+        crop: `centre`, the central square; or `random`, a square of random scale and position.
+        min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
+            image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
+        flip: mirror half of the images, except those whose caption says left, right or clockwise.
+        group_by: text field, such as `concept`. Records with the same value follow each other
+            in every pass, so the images in a batch for a CLIP differ in little. The fields of
+            every record are read once at the start. Empty: no groups.
+        workers: worker processes that read and decode. 0: one thread of the training process.
+        threads: batches that each process makes at the same time. More than 1 helps if reading
+            waits for a network.
+        prefetch: batches that each process keeps ready. More need more memory.
     """
 
     source: str = ""

@@ -1,4 +1,4 @@
-"""From an encoded picture to the square that a network reads."""
+"""Decoding and cropping: from an encoded image to the square that a network reads."""
 
 import io
 from typing import NamedTuple
@@ -9,30 +9,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from glide_jax.data.storage import BrokenRecord
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# JPEG is decoded at 1/2, 1/4 or 1/8 as long as this many of its pixels, along a side, make one of
-# ours: at 2 the result differs from averaging the full picture by 3 of 255 (root mean square).
+# A JPEG is decoded at 1/2, 1/4 or 1/8 if at least this many of its pixels, along a side, make one
+# output pixel. With 2 the result differs from averaging the full image by 3 of 255 (root mean
+# square).
 _MARGIN = 2
 
 
 class Encoded(NamedTuple):
-    """A picture file's bytes, and what to call it."""
+    """The bytes of an image file, and its name in messages."""
 
     data: bytes
     name: str
 
 
-def load_picture(picture: Encoded, side: int | None = None) -> Image.Image:
-    """An RGB picture, upright as its EXIF says, transparency on white.
+def load_image(encoded: Encoded, side: int | None = None) -> Image.Image:
+    """Return the RGB image, upright according to its EXIF, composed on white.
 
     Args:
-        side: the length that the shorter side will be reduced to; a JPEG is then decoded at a
-            fraction of its size where that leaves enough.
+        encoded: the image file.
+        side: length to which the shorter side will be reduced. A JPEG is then decoded at a
+            fraction of its size if that leaves enough pixels.
 
     Raises:
-        BrokenRecord: the bytes are no picture, a truncated one, or one too large to be honest.
+        BrokenRecord: the bytes are no image, a truncated one, or suspiciously large.
     """
     try:
-        image = Image.open(io.BytesIO(picture.data))
+        image = Image.open(io.BytesIO(encoded.data))
         if side is not None:
             scale = min(image.size) // (_MARGIN * side)
             if fraction := next((n for n in (8, 4, 2) if n <= scale), None):
@@ -40,12 +42,12 @@ def load_picture(picture: Encoded, side: int | None = None) -> Image.Image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
-    except Exception as error:  # the decoders raise anything on bytes made to look right
-        # Pillow's own words name a place in memory: another one each time.
+    except Exception as error:  # decoders raise errors of any kind on malformed bytes
+        # Pillow's message names an address in memory, another one each time.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "of no known kind" if unknown else str(error) or type(error).__name__
+        reason = "its format is unknown" if unknown else str(error) or type(error).__name__
         raise BrokenRecord(
-            f"cannot read the picture {picture.name}: {reason:.200}; remove or mend it"
+            f"cannot read the image {encoded.name}: {reason:.200}; remove or repair it"
         ) from None
 
 
@@ -54,7 +56,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode.startswith("I;16"):
-        # convert() would cut these values off at 255.
+        # convert() would clip these values at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -64,46 +66,47 @@ def square(
     size: int,
     *,
     share: float = 1.0,
-    place: tuple[float, float] | None = None,
+    position: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """A square of an RGB picture, scaled to `(size, size, 3)` uint8.
+    """Return a square crop of an RGB image, scaled to `(size, size, 3)` uint8.
 
-    Shrinks by averaging areas (no aliasing), as the data of ADM and GLIDE were made; enlarges
+    It is shrunk by averaging areas (no aliasing), like the data of ADM and GLIDE, and enlarged
     bicubically.
 
     Args:
-        image: loaded, or `(H, W, 3)` uint8.
-        share: its side, as a share of the picture's shorter side, in (0, 1].
-        place: where it lies, from (0, 0), top left, to (1, 1), bottom right; None: in the middle.
+        image: a loaded image, or `(H, W, 3)` uint8.
+        size: height and width of the result.
+        share: side of the square, as a share of the shorter side of the image, in (0, 1].
+        position: where the square lies, vertically and horizontally, from (0, 0), top left, to
+            (1, 1), bottom right. None: the centre.
 
     Raises:
-        BrokenRecord: it is an array of another shape or type.
+        BrokenRecord: the array has another shape or type.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-            raise BrokenRecord(
-                f"a picture must be (H, W, 3) uint8, not {image.shape} {image.dtype}"
-            )
+            raise BrokenRecord(f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
         if image.shape[:2] == (size, size) and share == 1:
             return image
         image = Image.fromarray(image)
     side = share * min(image.size)
-    if place is None:
-        # Whole pixels: a picture of the right height stays as it is.
+    if position is None:
+        # Whole pixels: an image of the right height keeps its pixel values.
         left, top = (int((n - side) / 2) for n in image.size)
     else:
-        left, top = ((n - side) * at for n, at in zip(image.size, reversed(place), strict=True))
+        left, top = ((n - side) * at for n, at in zip(image.size, reversed(position), strict=True))
     filter_ = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), filter_, box=box))
 
 
 def random_square(
-    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, *, least: float
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, *, min_share: float
 ) -> np.ndarray:
-    """`square` of random scale and place, as ADM's random crop (2105.05233, code).
+    """Return a `square` of random scale and position, as in the code of ADM (2105.05233).
 
-    1 / share is uniform between 1 and 1 / `least`, the place uniform over all that fit.
+    1 / share is uniform in [1, 1 / `min_share`]. The position is uniform over all squares of that
+    side in the image.
     """
-    share = 1 / rng.uniform(1, 1 / least)
-    return square(image, size, share=share, place=(rng.random(), rng.random()))
+    share = 1 / rng.uniform(1, 1 / min_share)
+    return square(image, size, share=share, position=(rng.random(), rng.random()))

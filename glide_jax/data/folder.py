@@ -1,4 +1,4 @@
-"""A folder of pictures: captions in text files beside them, or in one metadata file."""
+"""Folders of images, with captions in text files beside the images or in one metadata file."""
 
 import csv
 import io
@@ -10,7 +10,6 @@ from typing import Any
 
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.decoding import SUFFIXES, Encoded
 from glide_jax.data.records import (
     CAPTION_FIELDS,
@@ -23,19 +22,20 @@ from glide_jax.data.records import (
     report_left_out,
     text,
 )
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import UsageError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 IMAGE_FIELDS = ("file_name", "image", "file", "filename", "path", "image_path")
 _HOW = (
-    "put the caption of cat.png into cat.txt, or list pictures and captions in metadata.jsonl, "
+    "put the caption of cat.png into cat.txt, or list images and captions in metadata.jsonl, "
     'lines such as {"file_name": "cat.png", "caption": "a cat"}, or in metadata.csv'
 )
 
 
 @dataclass(frozen=True, eq=False)
 class BesideRecords:
-    """Images, the caption of `cat.png` in `cat.txt`."""
+    """Images with captions beside them: the caption of `cat.png` is in `cat.txt`."""
 
     folder: str
     names: tuple[str, ...]
@@ -54,28 +54,34 @@ class BesideRecords:
 
 @dataclass(frozen=True, eq=False)
 class ListedRecords:
-    """Images and captions as a metadata file lists them.
+    """Images and captions that a metadata file lists.
 
-    rows: the picture's path, and its caption and other texts.
+    Attributes:
+        entries: path of each image, and its caption and other texts.
     """
 
     folder: str
-    rows: tuple[tuple[str, dict[str, Any]], ...]
+    entries: tuple[tuple[str, dict[str, Any]], ...]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, fields = self.rows[index]
+        name, fields = self.entries[index]
         path = storage.join(self.folder, name)
         return {"image": Encoded(storage.read(path), path), **fields}
 
 
 def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source:
-    """The captioned pictures among the files of a folder, or those that its metadata file lists.
+    """Open the captioned images of a folder, or those that its metadata file lists.
+
+    Args:
+        folder: path or address.
+        names: files below the folder.
+        config: names the metadata file and its fields.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no captioned images.
         GlideError: the folder or the metadata file cannot be read.
     """
     if config.concepts or config.styles:
@@ -90,40 +96,40 @@ def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source
     return _captioned(folder, names)
 
 
-def _beside(picture: str) -> str:
-    return picture[: picture.rindex(".")] + ".txt"
+def _beside(image: str) -> str:
+    return image[: image.rindex(".")] + ".txt"
 
 
 def _captioned(folder: str, names: Sequence[str]) -> Source:
-    everything = set(names)
-    pictures = [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
-    captioned = tuple(n for n in pictures if _beside(n) in everything)
+    present = set(names)
+    images = [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
+    captioned = tuple(n for n in images if _beside(n) in present)
     if not captioned:
-        raise UsageError(f"{folder} holds {len(pictures)} pictures and none with a caption: {_HOW}")
-    bare = [f"{n} has no caption beside it" for n in pictures if _beside(n) not in everything]
-    report_left_out(folder, bare, len(pictures))
+        raise UsageError(f"{folder} has {len(images)} images and none with a caption: {_HOW}")
+    bare = [f"{n} has no caption beside it" for n in images if _beside(n) not in present]
+    report_left_out(folder, bare, len(images))
     records = BesideRecords(folder, captioned)
     return Source(records, "a folder", digest(captioned), len(bare))
 
 
 def _listed(folder: str, path: str, config: DataConfig) -> Source:
     name = PurePosixPath(path).name
-    rows, bad = [], []
+    entries, bad = [], []
     for number, row in _rows(path):
         try:
-            rows.append(_pair(row, config))
+            entries.append(_entry(row, config))
         except BrokenRecord as error:
             bad.append(f"{name}, line {number}: {error}")
-    if not rows:
+    if not entries:
         examples = f": {'; '.join(bad[:3])}" if bad else ""
-        raise UsageError(f"{path} lists no picture with a caption{examples}")
-    report_left_out(path, bad, len(rows) + len(bad))
-    identity = digest(f"{image}\n{fields['caption']}" for image, fields in rows)
-    return Source(ListedRecords(folder, tuple(rows)), name, identity, len(bad))
+        raise UsageError(f"{path} lists no image with a caption{examples}")
+    report_left_out(path, bad, len(entries) + len(bad))
+    identity = digest(f"{image}\n{fields['caption']}" for image, fields in entries)
+    return Source(ListedRecords(folder, tuple(entries)), name, identity, len(bad))
 
 
-def _pair(row: dict[str, Any] | str, config: DataConfig) -> tuple[str, dict[str, Any]]:
-    """The picture's path, and the caption and other texts, of a line."""
+def _entry(row: dict[str, Any] | str, config: DataConfig) -> tuple[str, dict[str, Any]]:
+    """Return the path of the image of a row, and its caption and other texts."""
     if isinstance(row, str):
         raise BrokenRecord(row)
     image_field = field_of(row, config.image_field, IMAGE_FIELDS, "image-field")
@@ -136,7 +142,7 @@ def _pair(row: dict[str, Any] | str, config: DataConfig) -> tuple[str, dict[str,
 
 
 def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Line number and fields of each row, or what is wrong with it."""
+    """Yield the line number and the fields of each row, or what is wrong with the row."""
     suffix = PurePosixPath(path).suffix.lower()
     # A byte that is not UTF-8 spoils its own line only: it is found when the text is checked.
     content = storage.read(path).decode("utf-8-sig", "surrogateescape")
@@ -149,7 +155,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _json_lines(content: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    # Not splitlines(): JSON may hold the other characters that it takes for the end of a line.
+    # Not splitlines(): it also splits at characters that JSON text may contain.
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -166,17 +172,17 @@ def _table(content: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any] |
     header: list[str] | None = None
     while True:
         try:
-            cells = next(reader)
+            values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield reader.line_num, str(error)
             continue
-        if not cells:
+        if not values:
             continue
         if header is None:
-            header = cells
-        elif len(cells) != len(header):
-            yield reader.line_num, f"has {len(cells)} columns, the first line has {len(header)}"
+            header = values
+        elif len(values) != len(header):
+            yield reader.line_num, f"has {len(values)} columns, the first line has {len(header)}"
         else:
-            yield reader.line_num, dict(zip(header, cells, strict=True))
+            yield reader.line_num, dict(zip(header, values, strict=True))

@@ -1,13 +1,12 @@
 """Procedural scenes: coloured shapes whose captions can be checked exactly.
 
-One shape, two to four equal ones, or two different ones in a relation, on a plain
-background: 81,792 captions in all. A scene is drawn from its number alone, so that
-a data set of any length needs no file, and every run and every machine sees the same one.
+A scene has one shape, two to four equal ones, or two different ones in a relation, on a plain
+background: 81,792 captions in all. A scene is generated from its number alone. So a data set of any
+length needs no file, and every run and every machine has the same scenes.
 """
 
-from __future__ import annotations
-
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -27,7 +26,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (150, 150, 150), "black": (15, 15, 15)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Half the height of a shape, as a share of the picture's side.
+# Half the height of a shape, as a share of the height of the image.
 SIZES = {"small": 0.1, "large": 0.17}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {
@@ -37,13 +36,18 @@ RELATIONS = {
     "below": (0, 1),
 }
 SPLITS = ("train", "test")
-# Drawn so many times larger, then averaged: edges with 64 shades.
+# Rendered at this multiple of the size, then averaged: edges have 64 levels.
 OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A shape; `x`, `y` its centre as shares of the side, from the top left."""
+class SceneObject:
+    """A shape of a scene.
+
+    Attributes:
+        x: centre, as a share of the width from the left.
+        y: centre, as a share of the height from the top.
+    """
 
     shape: str
     colour: str
@@ -54,43 +58,48 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says, and where its things are.
+    """The content of a caption, and the positions of the objects.
 
     Attributes:
-        things: one; several equal ones; or two, where `relation` says how the first stands to
-            the second.
+        background: colour of the background.
+        objects: one; several equal ones; or two different ones, if there is a `relation`.
+        relation: where the first object is, seen from the second.
     """
 
     background: str
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     relation: str = ""
 
     @property
     def caption(self) -> str:
-        """E.g. "a large red circle above a small blue star on a white background"."""
-        first = self.things[0]
+        """Text such as "a large red circle above a small blue star on a white background"."""
+        first = self.objects[0]
+        count = len(self.objects)
         if self.relation:
-            what = f"{_one(first)} {self.relation} {_one(self.things[1])}"
-        elif len(self.things) > 1:
-            what = f"{NUMBERS[len(self.things)]} {first.size} {first.colour} {_plural(first.shape)}"
+            subject = f"{_singular(first)} {self.relation} {_singular(self.objects[1])}"
+        elif count > 1:
+            subject = f"{NUMBERS[count]} {first.size} {first.colour} {_plural(first.shape)}"
         else:
-            what = _one(first)
-        return f"{what} on a {self.background} background"
+            subject = _singular(first)
+        return f"{subject} on a {self.background} background"
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees its combination: a tenth of (colour, shape) pairs, of
-        (shape, relation, shape) triples, and of (four, colour) pairs."""
-        keys = {f"{thing.colour} {thing.shape}" for thing in self.things}
+        """Whether the scene has a combination that training never shows.
+
+        These are a tenth of the (colour, shape) pairs, of the (shape, relation, shape) triples, and
+        of the (four, colour) pairs.
+        """
+        keys = {f"{one.colour} {one.shape}" for one in self.objects}
         if self.relation:
-            keys.add(f"{self.things[0].shape} {self.relation} {self.things[1].shape}")
-        elif len(self.things) == 4:
-            keys.add(f"four {self.things[0].colour}")
+            keys.add(f"{self.objects[0].shape} {self.relation} {self.objects[1].shape}")
+        elif len(self.objects) == 4:
+            keys.add(f"four {self.objects[0].colour}")
         return any(_hash(key) % 10 == 0 for key in keys)
 
 
-def _one(thing: Thing) -> str:
-    return f"a {thing.size} {thing.colour} {thing.shape}"
+def _singular(one: SceneObject) -> str:
+    return f"a {one.size} {one.colour} {one.shape}"
 
 
 def _plural(shape: str) -> str:
@@ -102,7 +111,7 @@ def _hash(text: str) -> int:
 
 
 def outline(shape: str) -> list[np.ndarray]:
-    """Closed outlines `(N, 2)` of a shape of half-height 1; a second one is a hole."""
+    """Return the closed outlines `(N, 2)` of a shape of half-height 1; a second one is cut out."""
 
     def circle(radius: float) -> np.ndarray:
         angle = np.linspace(0, 2 * np.pi, 64, endpoint=False)
@@ -126,74 +135,81 @@ def outline(shape: str) -> list[np.ndarray]:
     }[shape]()
 
 
-def coverage(thing: Thing, size: int) -> np.ndarray:
-    """`(size, size)` float32 in [0, 1]: how much of each pixel a thing covers."""
+def coverage(one: SceneObject, size: int) -> np.ndarray:
+    """Return how much of each pixel an object covers: `(size, size)` float32 in [0, 1]."""
     scale = size * OVERSAMPLING
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
-    for line, fill in zip(outline(thing.shape), (255, 0), strict=False):
-        points = (line * SIZES[thing.size] + (thing.x, thing.y)) * scale
+    for line, fill in zip(outline(one.shape), (255, 0), strict=False):
+        points = (line * SIZES[one.size] + (one.x, one.y)) * scale
         pen.polygon([tuple(p) for p in points], fill=fill)
     small = canvas.resize((size, size), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / 255
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
-    """`(size, size, 3)` uint8."""
-    image = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (size, size, 3))
-    for thing in scene.things:
-        cover = coverage(thing, size)[..., None]
-        image = image * (1 - cover) + np.float32(COLOURS[thing.colour]) * cover
+    """Return the image of a scene, `(size, size, 3)` uint8."""
+    background = np.asarray(BACKGROUNDS[scene.background], np.float32)
+    image = np.broadcast_to(background, (size, size, 3))
+    for one in scene.objects:
+        cover = coverage(one, size)[..., None]
+        image = image * (1 - cover) + np.asarray(COLOURS[one.colour], np.float32) * cover
     return np.round(image).astype(np.uint8)
 
 
-def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A random scene of a split: a third of each kind."""
+def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
+    """Return a random scene of a split: one object, equal ones or a relation, a third each."""
     while True:
         kind = rng.integers(3)
-        background = _any(rng, BACKGROUNDS)
+        background = _choose(rng, BACKGROUNDS)
         if kind == 0:
-            scene = Scene(background, (Thing(*_look(rng), *rng.uniform(0.25, 0.75, 2)),))
+            scene = Scene(background, (SceneObject(*_look(rng), *rng.uniform(0.25, 0.75, 2)),))
         elif kind == 1:
-            scene = Scene(background, _several(rng, int(rng.integers(2, 5))))
+            scene = Scene(background, _equal(rng, int(rng.integers(2, 5))))
         else:
-            scene = _pair(rng, background)
+            scene = _related(rng, background)
         if scene.held_out == (split == "test"):
             return scene
 
 
-def _any(rng: np.random.Generator, names: Any) -> str:
+def _choose(rng: np.random.Generator, names: Iterable[str]) -> str:
     names = list(names)
     return names[rng.integers(len(names))]
 
 
 def _look(rng: np.random.Generator) -> tuple[str, str, str]:
-    return _any(rng, SHAPES), _any(rng, COLOURS), _any(rng, SIZES)
+    return _choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, SIZES)
 
 
-def _several(rng: np.random.Generator, count: int) -> tuple[Thing, ...]:
-    """Equal things, in different quarters of the picture."""
+def _equal(rng: np.random.Generator, count: int) -> tuple[SceneObject, ...]:
+    """Return equal objects in different quarters of the image."""
     look = _look(rng)
     quarters = rng.permutation(list(product((0.26, 0.74), repeat=2)))[:count]
-    return tuple(Thing(*look, *(q + rng.uniform(-0.04, 0.04, 2))) for q in quarters)
+    return tuple(SceneObject(*look, *(q + rng.uniform(-0.04, 0.04, 2))) for q in quarters)
 
 
-def _pair(rng: np.random.Generator, background: str) -> Scene:
-    """Two things that differ in shape and colour, side by side or one above the other."""
+def _related(rng: np.random.Generator, background: str) -> Scene:
+    """Return a scene of two objects that differ in shape and colour, in a relation."""
     first, second = _look(rng), _look(rng)
     while first[0] == second[0] or first[1] == second[1]:
         second = _look(rng)
-    relation = _any(rng, RELATIONS)
+    relation = _choose(rng, RELATIONS)
     direction = np.array(RELATIONS[relation])
     centre = 0.5 + rng.uniform(-0.04, 0.04, 2)
-    places = [centre + sign * 0.24 * direction for sign in (1, -1)]
-    things = (Thing(*first, *places[0]), Thing(*second, *places[1]))
-    return Scene(background, things, relation)
+    centres = [centre + sign * 0.24 * direction for sign in (1, -1)]
+    objects = (SceneObject(*first, *centres[0]), SceneObject(*second, *centres[1]))
+    return Scene(background, objects, relation)
 
 
 @dataclass(frozen=True)
 class ScenesSource:
-    """Scenes by number: what grain takes as a source. Records hold image, caption and scene."""
+    """Random access to scenes: records have `image` and `caption`.
+
+    Attributes:
+        length: number of scenes.
+        size: height and width of the images.
+        split: "train" or "test".
+    """
 
     length: int
     size: int = 64
@@ -203,8 +219,8 @@ class ScenesSource:
         return self.length
 
     def scene(self, index: int) -> Scene:
-        """Scene number `index` of the split."""
-        return draw_scene(np.random.default_rng((SPLITS.index(self.split), index)), self.split)
+        """Return scene number `index` of the split."""
+        return sample_scene(np.random.default_rng((SPLITS.index(self.split), index)), self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(int(index) % self.length)
@@ -212,5 +228,5 @@ class ScenesSource:
 
     @property
     def fingerprint(self) -> str:
-        """Says whether two sources hold the same records."""
+        """Text that is equal for sources with the same scenes."""
         return f"scenes {self.length} {self.size} {self.split}"

@@ -1,4 +1,4 @@
-"""From the name of some data to a source of captioned pictures."""
+"""`open_source`: from the name of a data set to a source of captioned images."""
 
 from dataclasses import replace
 
@@ -12,21 +12,21 @@ from glide_jax.data.tfds import newest_version, open_tfds
 from glide_jax.data.webdataset import open_webdataset
 from glide_jax.errors import UsageError
 
-# Procedural scenes by name, and the side of their pictures; so many are in a pass.
+# Procedural scenes by name, and the height and width of their images.
 SCENES = {"scenes64": 64, "scenes256": 256}
-SCENES_A_PASS = 1_000_000
+SCENES_PER_PASS = 1_000_000
 
 
 def open_source(config: DataConfig) -> Source:
-    """What `config.source` names: an .npz file, a folder, tar shards, a prepared data set, scenes.
+    """Open what `config.source` names: .npz file, folder, tar shards, prepared data set, scenes.
 
     Raises:
-        UsageError: nothing is named, or nothing is there; the message says how to get one.
-        GlideError: what is there is broken.
+        UsageError: no source is named, or it does not exist; the message says how to get one.
+        GlideError: the source is broken.
     """
     if not config.source:
         raise UsageError(
-            "this recipe names no data: add --data.source FOLDER (pictures, each with its caption "
+            "this recipe names no data: add --data.source FOLDER (images, each with its caption "
             "in a .txt file beside it), tar shards, an .npz file, or a prepared tensorflow-datasets"
             " folder"
         )
@@ -39,14 +39,14 @@ def open_source(config: DataConfig) -> Source:
         if paths := storage.matching(name):
             return open_webdataset(paths, config)
         raise UsageError(f"no file matches {name}")
-    places = [name]
+    candidates = [name]
     if not storage.is_remote(name):
         # `coco_captions:1.1.0` is how tensorflow-datasets writes a version.
-        places.append(storage.join(storage.expand(config.data_dir), name.replace(":", "/")))
-    for folder in dict.fromkeys(places):
+        candidates.append(storage.join(storage.expand(config.data_dir), name.replace(":", "/")))
+    for folder in dict.fromkeys(candidates):
         if storage.is_folder(folder):
             return _folder(folder, config)
-    raise UsageError(_missing(config.source, places[-1]))
+    raise UsageError(_missing(config.source, candidates[-1]))
 
 
 def _folder(folder: str, config: DataConfig) -> Source:
@@ -55,7 +55,7 @@ def _folder(folder: str, config: DataConfig) -> Source:
     names = storage.find(split if own else folder)
     if version := newest_version(folder, names):
         return open_tfds(version, config)
-    # Every recipe asks for "train", which a folder without parts is.
+    # Every recipe asks for "train"; a folder without subfolders for splits is that.
     if not own and config.split != DataConfig.split:
         raise UsageError(f"{folder} has no split {config.split!r}: there is no folder {split}")
     folder = split if own else folder
@@ -67,14 +67,14 @@ def _folder(folder: str, config: DataConfig) -> Source:
 
 
 def _npz(path: str, config: DataConfig) -> Source:
-    pictures = load_npz(
+    records = load_npz(
         path,
         config.split.split("+"),
         config.concepts or None,
         config.styles or None,
         caption=config.caption_field or "caption",
     )
-    return Source(pictures, pictures.label, digest([pictures.indices.tobytes()]))
+    return Source(records, records.label, digest([records.indices.tobytes()]))
 
 
 def _scenes(size: int, config: DataConfig) -> Source:
@@ -87,17 +87,17 @@ def _scenes(size: int, config: DataConfig) -> Source:
         raise UsageError(
             "scenes have neither concepts nor styles: add --data.concepts --data.styles, both empty"
         )
-    scenes = ScenesSource(SCENES_A_PASS, size, config.split)
+    scenes = ScenesSource(SCENES_PER_PASS, size, config.split)
     return Source(scenes, f"{config.source}, {config.split}", digest([scenes.fingerprint]))
 
 
 def _missing(name: str, last: str) -> str:
     if name == "emoji64":
-        how = "`python -m glide_jax.data.emoji.npz --help` says how to make it"
+        how = "`glide-jax data --help` says how to make it"
     else:
         how = (
             "prepare it with tensorflow-datasets (file_format='array_record'), or name other data "
-            "with --data.source: a folder of pictures with captions, or tar shards"
+            "with --data.source: a folder of images with captions, or tar shards"
         )
     nor = f" (nor {last})" if last != name else ""
     return f"there is no data set {name}{nor}: {how}"

@@ -1,10 +1,10 @@
-"""Files of this machine and, by the same functions, those at gs:// and other addresses."""
+"""Files on this machine and at gs:// and other addresses, through the same functions."""
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class BrokenRecord(GlideError):
-    """A record that cannot be used: training takes another one, counts it and goes on."""
+    """A record that cannot be used. Training counts it and takes another one."""
 
 
 def is_remote(path: str) -> bool:
@@ -23,7 +23,7 @@ def is_remote(path: str) -> bool:
 
 
 def expand(path: str) -> str:
-    """A path with `~` replaced; an address stays as it is."""
+    """Return a path with `~` replaced; an address is not changed."""
     return path if is_remote(path) else os.path.expanduser(path)
 
 
@@ -40,14 +40,14 @@ def _system(protocol: str) -> fsspec.AbstractFileSystem:
         raise UsageError(f"unknown kind of address {protocol}://: use gs:// or a folder") from None
 
 
-def _of(path: str) -> fsspec.AbstractFileSystem:
+def _system_of(path: str) -> fsspec.AbstractFileSystem:
     return _system(path.split("://")[0] if is_remote(path) else "file")
 
 
-def _asked(path: str, question: Callable[[fsspec.AbstractFileSystem], T]) -> T:
-    """What a file system answers; a network's many ways of failing become one line."""
+def _ask(path: str, question: Callable[[fsspec.AbstractFileSystem], T]) -> T:
+    """Return the answer of a path's file system; any failure of it becomes one line."""
     try:
-        return question(_of(path))
+        return question(_system_of(path))
     except GlideError:
         raise
     except Exception as error:  # each kind of address raises errors of its own
@@ -56,75 +56,74 @@ def _asked(path: str, question: Callable[[fsspec.AbstractFileSystem], T]) -> T:
 
 
 def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes [start, end) of a file.
+    """Return the bytes [start, end) of a file.
 
     Raises:
-        BrokenRecord: it cannot be read.
+        BrokenRecord: the file cannot be read.
     """
     try:
-        return _of(path).cat_file(path, start=start, end=end)
+        return cast(bytes, _system_of(path).cat_file(path, start=start, end=end))
     except OSError as error:
         raise BrokenRecord(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # as above
+    except Exception as error:  # each kind of address raises errors of its own
         if isinstance(error, GlideError) or not is_remote(path):
             raise
         raise BrokenRecord(f"cannot read {path}: {error!r:.200}") from None
 
 
 def with_opened(path: str, use: Callable[[IO[bytes]], T]) -> T:
-    """What a function makes of a file, opened at its beginning. Raises GlideError on failing."""
+    """Return `use(file)` of a file opened at its beginning.
 
-    def opened(fs: fsspec.AbstractFileSystem) -> T:
-        with fs.open(path, "rb") as file:
-            return use(file)
+    Raises:
+        GlideError: the file cannot be read.
+    """
 
-    return _asked(path, opened)
+    def opened(system: fsspec.AbstractFileSystem) -> T:
+        with system.open(path, "rb") as file:
+            return use(cast(IO[bytes], file))
 
-
-def is_file(path: str) -> bool:
-    """Whether there is such a file."""
-    return _asked(path, lambda fs: fs.isfile(path))
+    return _ask(path, opened)
 
 
 def is_folder(path: str) -> bool:
     """Whether there is such a folder."""
-    return _asked(path, lambda fs: fs.isdir(path))
+    return _ask(path, lambda system: system.isdir(path))
 
 
 def stamp(path: str) -> str:
-    """What changes when a file does: its size, and when or as what it was written."""
-    info = _asked(path, lambda fs: fs.info(path))
+    """Return a text that changes if the file does: its size, and its time or version."""
+    info: dict[str, Any] = _ask(path, lambda system: system.info(path))
     written = next((info[k] for k in ("mtime", "etag", "updated", "ETag") if k in info), "")
     return f"{info['size']} {written}"
 
 
 def join(folder: str, name: str) -> str:
-    """`name` in `folder`, unless it is a whole path or address itself."""
+    """Return the path of `name` in `folder`; an absolute path or an address is not changed."""
     if is_remote(name) or name.startswith("/"):
         return name
     return f"{folder.rstrip('/')}/{name}"
 
 
 def find(folder: str) -> list[str]:
-    """The files below a folder, relative to it and sorted; hidden ones (`._a.png`) left out."""
-    paths = _asked(folder, lambda fs: fs.find(folder))
-    root = fsspec.core.strip_protocol(folder).rstrip("/")
-    names = (path.removeprefix(root).lstrip("/") for path in paths)
+    """Return the files below a folder, relative to it and sorted, without hidden ones (`._a`)."""
+    paths = _ask(folder, lambda system: system.find(folder))
+    root = str(fsspec.core.strip_protocol(folder)).rstrip("/")
+    names = (str(path).removeprefix(root).lstrip("/") for path in paths)
     return sorted(name for name in names if not re.search(r"(^|/)\.", name))
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a pattern names, sorted: `{000..099}` counts, `*` and `?` match any.
+    """Return the files of a pattern, sorted: `{000..099}` counts, `*` and `?` match any text.
 
-    Counted names are taken as they are, so that one that is missing is noticed later.
+    Counted names need not exist: a missing one is noticed when it is opened.
     """
     if counted := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = counted.groups()
         names = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
-        parts = (pattern[: counted.start()] + n + pattern[counted.end() :] for n in names)
-        return sorted({path for part in parts for path in matching(part)})
+        paths = (pattern[: counted.start()] + n + pattern[counted.end() :] for n in names)
+        return sorted({found for path in paths for found in matching(path)})
     if not re.search(r"[*?]", pattern):
         return [pattern]
     scheme = pattern.split("://")[0] + "://" if is_remote(pattern) else ""
-    found: Sequence[str] = _asked(pattern, lambda fs: fs.glob(pattern))
+    found = cast(list[str], _ask(pattern, lambda system: system.glob(pattern)))
     return sorted(scheme + path.lstrip("/") if scheme else path for path in found)

@@ -1,16 +1,15 @@
-"""Prepared tensorflow-datasets, read without TensorFlow: array_record and tfrecord files."""
+"""Prepared data sets of tensorflow-datasets: array_record and tfrecord, without TensorFlow."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.decoding import Encoded
 from glide_jax.data.records import (
     CAPTION_FIELDS,
@@ -22,44 +21,54 @@ from glide_jax.data.records import (
     text,
 )
 from glide_jax.data.shards import Shards, index_shards
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError, nearest
+
+
+class RawRecords(Protocol):
+    """Random access to records as tensorflow-datasets returns them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class TfdsRecords:
-    """Records of a prepared data set, pictures as they are stored.
+    """Records of a prepared data set, with encoded images.
 
     Attributes:
-        raw: what tensorflow-datasets reads, pictures not decoded.
-        rows: which of these, `(N,)`.
-        image, caption: paths of these fields.
+        raw: records as tensorflow-datasets reads them, images not decoded.
+        selected: `(N,)` indices of the records to use.
+        image: path of the field of the image.
+        caption: path of the field of the caption.
         texts: other fields that hold text.
-        labels: the names behind fields that hold a class number.
-        label: of the data set.
+        classes: the class names of each field that holds a class number.
+        label: name of the data set in messages.
     """
 
-    raw: Sequence[dict[str, Any]]
-    rows: np.ndarray
+    raw: RawRecords
+    selected: np.ndarray
     image: str
     caption: str
     texts: tuple[str, ...]
-    labels: dict[str, tuple[str, ...]]
+    classes: dict[str, tuple[str, ...]]
     label: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.selected)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self.rows[index])
-        name = f"record {row} of {self.label}"
+        number = int(self.selected[index])
+        name = f"record {number} of {self.label}"
         try:
-            record = dict(self.raw[row])
+            record = dict(self.raw[number])
         except BrokenRecord:
             raise
-        except Exception as error:  # parsers raise anything on bytes that are no record
+        except Exception as error:  # parsers raise errors of any kind on malformed bytes
             raise BrokenRecord(f"cannot read {name}: {error!r:.200}") from None
-        for field, names in self.labels.items():
-            # Test splits without labels have -1.
+        for field, names in self.classes.items():
+            # Test splits without classes have -1.
             record[field] = names[record[field]] if 0 <= record[field] < len(names) else ""
         for field in self.texts:
             record[field] = text(record[field], f"{field} in {name}")
@@ -72,22 +81,28 @@ class TfdsRecords:
 
 @dataclass(frozen=True, eq=False)
 class TfRecords:
-    """Random access to tfrecord files (tensorflow-datasets offers a stream, through TensorFlow)."""
+    """Random access to tfrecord files; tensorflow-datasets only streams them, with TensorFlow.
+
+    Attributes:
+        shards: the files.
+        selected: `(N,)` indices of the records of the split.
+        parse: bytes of a record -> its fields.
+    """
 
     shards: Shards
-    rows: np.ndarray
+    selected: np.ndarray
     parse: Callable[[bytes], dict[str, Any]]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.selected)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Length (8 bytes), its checksum (4), data, its checksum (4).
-        return self.parse(self.shards[int(self.rows[index])][12:-4])
+        return self.parse(self.shards[int(self.selected[index])][12:-4])
 
 
 def scan_tfrecord(file: IO[bytes]) -> tuple[np.ndarray, str]:
-    """Where the records of a tfrecord file begin, and what is wrong with it (`shards.Scan`)."""
+    """Return the bounds of the records of a tfrecord file, and its damage (see `shards.Scan`)."""
     size = file.seek(0, 2)
     bounds = [0]
     while bounds[-1] < size:
@@ -100,7 +115,11 @@ def scan_tfrecord(file: IO[bytes]) -> tuple[np.ndarray, str]:
 
 
 def newest_version(folder: str, names: Sequence[str]) -> str | None:
-    """The newest of the prepared data sets among the files of a folder, None where there is none.
+    """Return the folder of the newest prepared data set below a folder; None if there is none.
+
+    Args:
+        folder: path or address.
+        names: files below the folder.
 
     Raises:
         UsageError: the folder holds several data sets, or several configurations of one.
@@ -119,18 +138,19 @@ def _version(path: PurePosixPath) -> tuple[int, ...]:
 
 
 def open_tfds(folder: str, config: DataConfig) -> Source:
-    """A prepared data set, reduced to the concepts and styles asked for.
+    """Open a prepared data set, reduced to the concepts and styles of the settings.
 
     Raises:
-        UsageError: it lacks the split, or the fields or values selected by.
-        GlideError: it cannot be read without TensorFlow; the message has the command for it.
+        UsageError: it has no such split, field, concept or style.
+        GlideError: it cannot be read without TensorFlow; the message has a command to convert it.
     """
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder_from_directory(folder)
-        features = builder.info.features
-    except Exception as error:  # what describes the data can be wrong in any way
+        # A dictionary in every data set of records; the library's own type is wider.
+        features: Any = builder.info.features
+    except Exception as error:  # a description can be malformed in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GlideError(f"cannot read {folder}: {reason:.200}") from None
     label = f"{builder.info.full_name}, {config.split}"
@@ -145,19 +165,19 @@ def open_tfds(folder: str, config: DataConfig) -> Source:
         kind: [p for p, feature in features.items() if isinstance(feature, kind)]
         for kind in (tfds.features.Text, tfds.features.ClassLabel)
     }
-    labels = {
+    classes = {
         path: tuple(features[path].int2str(i) for i in range(features[path].num_classes))
         for path in of_kind[tfds.features.ClassLabel]
     }
     texts = tuple(of_kind[tfds.features.Text])
-    everything = TfdsRecords(raw, np.arange(len(raw)), image, caption, texts, labels, label)
-    rows = _selected(everything, config, folder)
-    records = TfdsRecords(raw, rows, image, caption, texts, labels, label)
-    return Source(records, label, digest([rows.tobytes()]))
+    everything = TfdsRecords(raw, np.arange(len(raw)), image, caption, texts, classes, label)
+    selected = _select(everything, config, folder)
+    records = replace(everything, selected=selected)
+    return Source(records, label, digest([selected.tobytes()]))
 
 
 def _fields(folder: str, features: Any, config: DataConfig) -> tuple[str, str]:
-    """The paths of the picture and of the caption."""
+    """Return the paths of the image and of the caption."""
     import tensorflow_datasets as tfds
 
     kinds = tfds.features
@@ -165,7 +185,7 @@ def _fields(folder: str, features: Any, config: DataConfig) -> tuple[str, str]:
     texts = [p for p, kind in _leaves(features, True) if isinstance(kind, kinds.Text)]
     texts += [p for p, kind in features.items() if isinstance(kind, kinds.ClassLabel)]
     chosen = []
-    for flag, wanted, usual, known in (
+    for option, wanted, usual, known in (
         ("image-field", config.image_field, ("image",), images),
         ("caption-field", config.caption_field, CAPTION_FIELDS, texts),
     ):
@@ -173,13 +193,13 @@ def _fields(folder: str, features: Any, config: DataConfig) -> tuple[str, str]:
         if field is None:
             what = f"no field {wanted!r}" if wanted else f"none of {', '.join(usual)}"
             choices = ", ".join(known) or "nothing"
-            raise UsageError(f"{folder} has {what}: choose with --data.{flag} from {choices}")
+            raise UsageError(f"{folder} has {what}: choose with --data.{option} from {choices}")
         chosen.append(field)
     return chosen[0], chosen[1]
 
 
 def _leaves(features: Any, lists: bool, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and kind of each field; of those within lists only where `lists`."""
+    """Yield the path and the kind of each field; fields inside lists only if `lists`."""
     import tensorflow_datasets as tfds
 
     if isinstance(features, tfds.features.FeaturesDict):
@@ -191,10 +211,10 @@ def _leaves(features: Any, lists: bool, path: str = "") -> Iterator[tuple[str, A
         yield from _leaves(features.feature, lists, path)
 
 
-def _raw(builder: Any, folder: str, split: str, image: str) -> Sequence[dict[str, Any]]:
+def _raw(builder: Any, folder: str, split: str, image: str) -> RawRecords:
     import tensorflow_datasets as tfds
 
-    # Their pictures would be decoded through cv2 or at full size.
+    # The library would decode images with cv2 or at full size.
     decoders: Any = tfds.decode.SkipDecoding()
     for name in reversed(_names(builder.info.features, image)):
         decoders = {name: decoders}
@@ -221,7 +241,7 @@ def _raw(builder: Any, folder: str, split: str, image: str) -> Sequence[dict[str
 
 
 def _names(features: Any, path: str) -> list[str]:
-    """The names on the way to a field: `a/b/c` -> a/b, c where `a/b` is one name."""
+    """Split a path into names of fields: `a/b/c` -> a/b, c if `a/b` is one name."""
     if path in features:
         return [path]
     first, _, rest = path.partition("/")
@@ -231,25 +251,25 @@ def _names(features: Any, path: str) -> list[str]:
 def _tfrecords(info: Any, split: str, decoders: Any) -> TfRecords:
     from functools import partial
 
-    wanted = info.splits[split].file_instructions
-    paths = sorted({str(part.filename) for part in wanted})
+    instructions = info.splits[split].file_instructions
+    paths = sorted({str(one.filename) for one in instructions})
     shards = index_shards(paths, scan_tfrecord)
-    rows = []
-    for part in wanted:
-        file = paths.index(str(part.filename))
+    selected = []
+    for one in instructions:
+        file = paths.index(str(one.filename))
         have = len(shards.bounds[file]) - 1
-        if have != part.examples_in_shard:
+        if have != one.examples_in_shard:
             raise GlideError(
-                f"{part.filename} has {have} records, not {part.examples_in_shard}: copy it again"
+                f"{one.filename} has {have} records, not {one.examples_in_shard}: copy it again"
             )
-        first = int(shards.counts[file]) - have + part.skip
-        rows.append(np.arange(first, first + part.take))
+        first = int(shards.counts[file]) - have + one.skip
+        selected.append(np.arange(first, first + one.take))
     parse = partial(info.features.deserialize_example_np, decoders=decoders)
-    return TfRecords(shards, np.concatenate(rows), parse)
+    return TfRecords(shards, np.concatenate(selected), parse)
 
 
-def _selected(records: TfdsRecords, config: DataConfig, folder: str) -> np.ndarray:
-    """Numbers of the records that have the concepts and styles asked for."""
+def _select(records: TfdsRecords, config: DataConfig, folder: str) -> np.ndarray:
+    """Return the indices of the records that have the wanted concepts and styles."""
     keep = np.ones(len(records), bool)
     for field, wanted in (("concept", config.concepts), ("style", config.styles)):
         if not wanted:
@@ -263,5 +283,5 @@ def _selected(records: TfdsRecords, config: DataConfig, folder: str) -> np.ndarr
                 raise UsageError(f"{folder} has no {field} {value!r}{hint}")
         keep &= np.isin(values, wanted)
     if not keep.any():
-        raise UsageError(f"{folder}: no picture meets all of split, concepts and styles together")
+        raise UsageError(f"{folder}: no image has the wanted split, concept and style together")
     return np.flatnonzero(keep)

@@ -9,9 +9,11 @@ import grain
 import numpy as np
 import pytest
 
-from glide_jax.models.presets import emoji64
-from glide_jax.data import emoji_art
+from glide_jax.commands.emoji_data import main
+from glide_jax.data.emoji import art
+from glide_jax.data.emoji.builder import prepare
 from glide_jax.data.emoji.npz import FIELDS, SPLITS, load_npz, read_fields
+from glide_jax.data.emoji.rasteriser import HeldOut
 from glide_jax.errors import GlideError, UsageError
 from tests.support.commands import ROOT
 
@@ -25,8 +27,8 @@ def fields():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The data set made of the subset: its folder."""
-    return emoji64.prepare(MINI, tmp_path_factory.mktemp("data"))
+    """Folder of the data set made from the subset."""
+    return prepare(MINI, tmp_path_factory.mktemp("data"))
 
 
 def test_the_subset_has_every_field_and_split(fields):
@@ -36,7 +38,7 @@ def test_the_subset_has_every_field_and_split(fields):
     for vendor, style, family, licence in zip(
         *(fields[f] for f in ("vendor", "style", "family", "license")), strict=True
     ):
-        assert emoji_art.VENDORS[vendor] == (style, family, licence)
+        assert art.VENDORS[vendor] == (style, family, licence)
     assert MINI.stat().st_size < 1_500_000
 
 
@@ -78,17 +80,17 @@ def test_the_source_is_a_sequence_that_identifies_itself():
 
 
 @pytest.mark.parametrize(
-    "selection, says",
+    "selection, message",
     [
         ({"concepts": ["pengin"]}, "no concept 'pengin'; the nearest is 'penguin'"),
         ({"styles": ["noto"]}, "no style 'noto'; the nearest is 'Google Noto style'"),
         ({"split": "trian"}, "no split 'trian'; the nearest is 'train'"),
         ({"caption": "captions"}, "no caption 'captions'; the nearest is 'caption'"),
-        ({"split": "train", "concepts": ["red apple"]}, "no picture meets all"),
+        ({"split": "train", "concepts": ["red apple"]}, "no image has the wanted split"),
     ],
 )
-def test_an_unknown_selection_names_the_nearest(selection, says):
-    with pytest.raises(UsageError, match=says):
+def test_the_error_of_an_unknown_selection_names_the_nearest(selection, message):
+    with pytest.raises(UsageError, match=message):
         load_npz(MINI, **selection)
 
 
@@ -99,7 +101,7 @@ def rewrite(path, **arrays):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """A folder of files that are almost, but not quite, emoji64 files."""
+    """Folder of files that are almost emoji64 files."""
     folder = tmp_path_factory.mktemp("broken")
     data = MINI.read_bytes()
     (folder / "half.npz").write_bytes(data[: len(data) // 2])
@@ -118,7 +120,7 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [
         ("missing", "no such file"),
         ("half", "truncated, or not an .npz file"),
@@ -126,46 +128,45 @@ def broken(tmp_path_factory):
         ("flipped", "truncated, or not an .npz file"),
         ("folder", "is a folder"),
         ("short", "differ in length"),
-        ("less", "3 pictures but 323 captions"),
+        ("less", "3 images but 323 captions"),
         ("grey", "not uint8"),
         ("other", "not an emoji64 file"),
         ("cut", "ends in the middle"),
     ],
 )
-def test_a_broken_file_is_one_clear_error(broken, name, says):
-    with pytest.raises(GlideError, match=says) as caught:
+def test_a_broken_file_gives_one_line(broken, name, message):
+    with pytest.raises(GlideError, match=message) as caught:
         load_npz(broken / f"{name}.npz", "train")
     assert not isinstance(caught.value, UsageError) and "\n" not in str(caught.value)
 
 
-def cells(fields, split, *names):
+def pairs(fields, split, *names):
     return set(zip(*(fields[n][fields["split"] == split].tolist() for n in names), strict=True))
 
 
-def test_no_held_out_cell_occurs_in_train(fields):
+def test_no_held_out_pair_occurs_in_train(fields):
     for split, names in (
         ("test_style", ("concept", "family")),
         ("test_style", ("concept", "style")),
         ("test_tone", ("concept", "tone")),
         ("test_concept", ("concept",)),
     ):
-        held_out = cells(fields, split, *names)
+        held_out = pairs(fields, split, *names)
         assert held_out
-        assert held_out.isdisjoint(cells(fields, "train", *names)), split
+        assert held_out.isdisjoint(pairs(fields, "train", *names)), split
 
 
-def test_the_cells_in_the_package_give_the_splits_of_the_file(fields):
-    from glide_jax.data.emoji.rasteriser import SplitCells
-
-    split_of = SplitCells()
+def test_the_list_in_the_package_gives_the_splits_of_the_file(fields):
+    split_of = HeldOut()
     assert len({k for k, v in split_of.split_of.items() if v == "test_concept"}) == 32
     for i, split in enumerate(fields["split"]):
-        what = emoji_art.Name("", str(fields["concept"][i]), tone=int(fields["tone"][i]))
-        record = emoji_art.Record(str(fields["vendor"][i]), str(fields["name"][i]), what, "")
+        concept, tone = str(fields["concept"][i]), int(fields["tone"][i])
+        description = art.Description("", concept, tone=tone)
+        record = art.Record(str(fields["vendor"][i]), str(fields["name"][i]), description, "")
         assert split_of(record) == split
 
 
-def test_the_data_set_gives_the_pictures_and_words_of_the_file(prepared, fields):
+def test_the_data_set_has_the_images_and_texts_of_the_file(prepared, fields):
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(prepared)
@@ -187,9 +188,10 @@ def test_the_data_set_gives_the_pictures_and_words_of_the_file(prepared, fields)
 def test_no_tensorflow_is_imported(tmp_path):
     program = f"""
 import sys
-from glide_jax.data.emoji.npz import load_npz, prepare
+from glide_jax.data.emoji.npz import load_npz
 load_npz({str(MINI)!r}, "train")
 assert "tensorflow_datasets" not in sys.modules and "resvg_py" not in sys.modules
+from glide_jax.data.emoji.builder import prepare
 folder = prepare({str(MINI)!r}, {str(tmp_path)!r})
 import tensorflow_datasets as tfds
 source = tfds.builder_from_directory(folder).as_data_source("test_style")
@@ -199,31 +201,31 @@ assert "tensorflow" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_preparing_again_does_nothing_and_other_pictures_are_refused(prepared, tmp_path, capfd):
+def test_preparing_again_does_nothing_and_other_images_are_refused(prepared, tmp_path, capfd):
     before = {p: p.stat().st_mtime_ns for p in prepared.iterdir()}
-    assert emoji64.prepare(MINI, prepared.parent.parent) == prepared
+    assert prepare(MINI, prepared.parent.parent) == prepared
     assert before == {p: p.stat().st_mtime_ns for p in prepared.iterdir()}
     rewrite(tmp_path / "other.npz", image=np.zeros((323, 64, 64, 3), np.uint8))
-    with pytest.raises(GlideError, match="other pictures"):
-        emoji64.prepare(tmp_path / "other.npz", prepared.parent.parent)
+    with pytest.raises(GlideError, match="other images"):
+        prepare(tmp_path / "other.npz", prepared.parent.parent)
 
 
 def test_a_data_set_of_another_size_is_refused(tmp_path):
     rewrite(tmp_path / "small.npz", image=np.zeros((323, 8, 8, 3), np.uint8))
     with pytest.raises(UsageError, match="8x8"):
-        emoji64.prepare(tmp_path / "small.npz", tmp_path / "data")
+        prepare(tmp_path / "small.npz", tmp_path / "data")
 
 
 KILLED = """
 import os, sys
-from glide_jax.data import emoji64, emoji64_builder
-record = emoji64_builder.Emoji64._record
-def killed(self, fields, i, picture):
+from glide_jax.data.emoji import builder
+record = builder.Emoji64._record
+def killed(self, fields, i, image):
     if i == 200:
         os._exit(9)
-    return record(self, fields, i, picture)
-emoji64_builder.Emoji64._record = killed
-emoji64.prepare(sys.argv[1], sys.argv[2])
+    return record(self, fields, i, image)
+builder.Emoji64._record = killed
+builder.prepare(sys.argv[1], sys.argv[2])
 """
 
 
@@ -232,24 +234,24 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path):
     assert done.returncode == 9
     assert not (tmp_path / "emoji64" / "1.0.0").exists()
     assert not list(tmp_path.rglob("dataset_info.json"))
-    folder = emoji64.prepare(MINI, tmp_path)
+    folder = prepare(MINI, tmp_path)
     assert (folder / "dataset_info.json").exists()
 
 
 def test_a_failing_run_leaves_no_files(broken, tmp_path):
     with pytest.raises(GlideError, match="ends in the middle"):
-        emoji64.prepare(broken / "cut.npz", tmp_path)
+        prepare(broken / "cut.npz", tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_a_damaged_data_set_is_not_taken_for_one(tmp_path):
+def test_a_damaged_data_set_is_refused(tmp_path):
     (tmp_path / "emoji64" / "1.0.0").mkdir(parents=True)
     with pytest.raises(GlideError, match="not a data set"):
-        emoji64.prepare(MINI, tmp_path)
+        prepare(MINI, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "arguments, code, says",
+    "arguments, code, message",
     [
         ("prepare --npz missing.npz --data-dir x", 1, "missing.npz: no such file"),
         ("rasterise --sources missing --out x.npz", 1, "missing: lacks emojibase-data-17.0.0.tgz"),
@@ -257,11 +259,12 @@ def test_a_damaged_data_set_is_not_taken_for_one(tmp_path):
         ("fetch --to sources --vendors apple", 2, "no vendor 'apple'"),
     ],
 )
-def test_the_command_line_ends_with_one_line(arguments, code, says, tmp_path, monkeypatch, capsys):
+def test_the_command_line_ends_with_one_line(
+    arguments, code, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["emoji64", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
-        emoji64.main()
+        main(arguments.split())
     error = capsys.readouterr().err
     assert caught.value.code == code
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -1,4 +1,4 @@
-"""emoji64 from its sources: fetching and drawing them, their captions and credits."""
+"""emoji64 from its sources: fetching and rendering them, their captions and credits."""
 
 import base64
 import hashlib
@@ -32,16 +32,16 @@ def tgz(path, members):
 
 @pytest.fixture
 def tiny_sources(tmp_path, monkeypatch):
-    """An archive of four icons and one of names, pinned in place of the real ones."""
+    """Folder of one archive of five icons and one of names, pinned instead of the real ones."""
     body = '<path fill="#{}" d="M2 2h4v4H2z"/>'
     icons = {
         "red-apple": {"body": body.format("f00")},
         "thumbs-up-dark-skin-tone": {"body": body.format("530")},
         "blank": {"body": body.format("fff")},
         "again": {"body": body.format("f00")},
-        "wide-thing": {"body": body.format("00f"), "width": 16},
+        "wide-icon": {"body": body.format("00f"), "width": 16},
     }
-    chars = {"1f34e": "red-apple", "1f44d-1f3ff": "thumbs-up-dark-skin-tone", "1f000": "wide-thing"}
+    chars = {"1f34e": "red-apple", "1f44d-1f3ff": "thumbs-up-dark-skin-tone", "1f000": "wide-icon"}
     chars |= {"1f001": "blank", "1f002": "again"}
     names = [
         {"label": "red apple", "hexcode": "1F34E", "tags": ["fruit", "red"], "group": 4},
@@ -64,27 +64,27 @@ def tiny_sources(tmp_path, monkeypatch):
     }
     eb = eb._replace(checksum=tgz(folder / eb.file, members))
     monkeypatch.setitem(packages.PACKAGES, "noto", noto)
-    monkeypatch.setattr(emoji_sources, "NAMES", eb)
+    monkeypatch.setattr(packages, "NAMES", eb)
     return folder
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_rasterise_tiny_drawings(tiny_sources, tmp_path, size):
+def test_rasterise_tiny_artwork(tiny_sources, tmp_path, size):
     pytest.importorskip("resvg_py")
     from glide_jax.data.emoji.rasteriser import rasterise
 
     out = tmp_path / "tiny.npz"
     assert rasterise(tiny_sources, out, size, 1, ["noto"], progress=False) == 3
     fields = read_fields(out)
-    assert fields["name"].tolist() == ["again", "thumbs-up-dark-skin-tone", "wide-thing"]
-    assert fields["caption"].tolist() == ["again", "thumbs up, dark skin tone", "wide thing"]
+    assert fields["name"].tolist() == ["again", "thumbs-up-dark-skin-tone", "wide-icon"]
+    assert fields["caption"].tolist() == ["again", "thumbs up, dark skin tone", "wide icon"]
     assert fields["tone"].tolist() == [0, 5, 0] and fields["tone"].dtype == np.uint8
     source = load_npz(out)
     assert source.images.shape == (3, size, size, 3)
     red = np.full((size, size, 3), 255, np.uint8)
     red[size // 4 : size - size // 4, size // 4 : size - size // 4] = (255, 0, 0)
     assert np.array_equal(source.images[0], red)
-    # 16 wide and 8 high: drawn at half the scale, white above and below
+    # 16 wide and 8 high: rendered at half the scale, white above and below.
     ink = (source.images[2] != 255).any(-1)
     assert ink.sum() == (size // 4) ** 2 and ink[size * 3 // 8 : size * 5 // 8].sum() == ink.sum()
     before = out.read_bytes()
@@ -92,26 +92,27 @@ def test_rasterise_tiny_drawings(tiny_sources, tmp_path, size):
     assert out.read_bytes() == before
 
 
-def test_a_drawing_that_is_no_svg_is_left_out():
+def test_artwork_that_is_not_svg_is_left_out():
     pytest.importorskip("resvg_py")
-    from glide_jax.data.emoji.rasteriser import draw
+    from glide_jax.data.emoji.rasteriser import render
 
-    what = art.Name("red square", "red square")
-    assert len(draw(art.Record("noto", "red-square", what, RED_SQUARE), 64)) == 64 * 64 * 3
-    assert draw(art.Record("noto", "red-square", what, "<svg"), 64) is None
+    description = art.Description("red square", "red square")
+    square = art.Record("noto", "red-square", description, RED_SQUARE)
+    assert len(render(square, 64)) == 64 * 64 * 3
+    assert render(square._replace(art="<svg"), 64) is None
 
 
 def test_a_failing_run_of_rasterise_leaves_no_file(tiny_sources, tmp_path, monkeypatch):
     from glide_jax.data.emoji import rasteriser
 
-    monkeypatch.setattr(rasteriser, "draw", lambda record, size: np.eye(64).tobytes())
+    monkeypatch.setattr(rasteriser, "render", lambda record, size: np.eye(64).tobytes())
     monkeypatch.setattr(rasteriser, "_fields", lambda kept: {"caption": np.array([None])})
     with pytest.raises(ValueError):
         rasteriser.rasterise(tiny_sources, tmp_path / "out.npz", 64, 1, ["noto"], progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["sources"]
 
 
-def test_fetch_uses_what_is_there_and_refuses_what_is_broken(tiny_sources, monkeypatch, capsys):
+def test_fetch_uses_present_archives_and_refuses_broken_ones(tiny_sources, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")  # neither npm nor apt-get
     paths = packages.fetch_sources(tiny_sources, ["noto"])
     assert [p.suffix for p in paths] == [".tgz", ".tgz"]
@@ -129,19 +130,19 @@ def test_fetch_uses_what_is_there_and_refuses_what_is_broken(tiny_sources, monke
 
 
 @pytest.mark.parametrize(
-    "label, says",
+    "label, caption",
     [
         ("flag: Japan", "flag of Japan"),
         ("waving hand: dark skin tone", "waving hand, dark skin tone"),
         ("red apple", "red apple"),
     ],
 )
-def test_captions(label, says):
-    assert art.words(label) == says
+def test_captions(label, caption):
+    assert art.caption_of(label) == caption
 
 
 def test_every_source_is_credited():
-    text = (ROOT / "glide_jax" / "data" / "ATTRIBUTION.md").read_text()
+    text = (ROOT / "glide_jax" / "data" / "emoji" / "ATTRIBUTION.md").read_text()
     for vendor, package in packages.PACKAGES.items():
         assert f"`{vendor}`" in text
         assert f"`{package.name}` {package.version}" in text

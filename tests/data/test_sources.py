@@ -1,4 +1,4 @@
-"""Sources: what is read of folders and metadata files, and what is refused."""
+"""Sources: names, folders and metadata files, and the errors of broken ones."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.batches import make_batches
+from glide_jax.data.data_config import DataConfig
 from glide_jax.data.sources import open_source
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.tokenizers import GPT2Tokenizer
 from tests.support.commands import ROOT, make_images
@@ -22,38 +22,38 @@ MINI = str(ROOT / "tests" / "fixtures" / "emoji_mini.npz")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Where records lie in shards is kept in a folder of the test."""
+    """Cache of the positions of records, in a folder of its own for each test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("GLIDE_JAX_CACHE", str(folder))
     return folder
 
 
-# -- names ---------------------------------------------------------------------------------------
+# -- names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    "config, message",
     [
         (DataConfig(), "--data.source"),
-        (DataConfig(source="emoji64", data_dir="nowhere"), "glide_jax.data.emoji.npz"),
+        (DataConfig(source="emoji64", data_dir="nowhere"), "glide-jax data --help"),
         (DataConfig(source="coco_captions", data_dir="nowhere"), "--data.source"),
         (DataConfig(source="nowhere/*.tar"), "no file matches"),
         (DataConfig(source="nowhere/0.tar"), "nowhere/0.tar"),
-        (DataConfig(source="gsx://bucket/pictures"), "unknown kind of address gsx://"),
+        (DataConfig(source="gsx://bucket/images"), "unknown kind of address gsx://"),
     ],
 )
-def test_missing_data_say_how_to_get_or_name_them(config, says):
-    with pytest.raises(GlideError, match=says):
+def test_the_error_of_missing_data_has_a_remedy(config, message):
+    with pytest.raises(GlideError, match=message):
         open_source(config)
 
 
-def test_an_address_whose_package_is_missing_names_it(monkeypatch):
+def test_the_error_of_an_address_names_the_missing_package(monkeypatch):
     def missing(protocol):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(GlideError, match="pip install gcsfs"):
-        open_source(DataConfig(source="gcs://bucket/pictures"))
+        open_source(DataConfig(source="gcs://bucket/images"))
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -67,14 +67,14 @@ def test_scenes_by_name(size):
 
 
 @pytest.mark.parametrize(
-    "options, says",
+    "options, message",
     [
         ({"split": "train+test_concept"}, "add --data.split train"),
         ({"styles": ("flat",)}, "neither concepts nor styles"),
     ],
 )
-def test_scenes_have_no_other_parts(options, says):
-    with pytest.raises(UsageError, match=says):
+def test_scenes_have_no_other_splits_and_no_styles(options, message):
+    with pytest.raises(UsageError, match=message):
         open_source(DataConfig(source="scenes64", **options))
 
 
@@ -91,7 +91,7 @@ def test_another_field_of_an_npz_file_can_be_the_caption():
     assert ", " in open_source(config)[0]["caption"]
 
 
-def test_the_fingerprint_tells_other_data(tmp_path):
+def test_the_fingerprint_differs_for_other_data(tmp_path):
     make_images(tmp_path / "a")
     make_images(tmp_path / "b")
     prints = [open_source(DataConfig(source=str(tmp_path / name))).fingerprint for name in "ab"]
@@ -100,17 +100,17 @@ def test_the_fingerprint_tells_other_data(tmp_path):
     (tmp_path / "b" / "03.txt").rename(tmp_path / "b" / "03x.txt")
     assert open_source(DataConfig(source=str(tmp_path / "b"))).fingerprint != prints[0]
     styles = ("Google Noto style",)
-    whole, part = DataConfig(source=MINI), DataConfig(source=MINI, styles=styles)
-    assert open_source(whole).fingerprint != open_source(part).fingerprint
+    full, subset = DataConfig(source=MINI), DataConfig(source=MINI, styles=styles)
+    assert open_source(full).fingerprint != open_source(subset).fingerprint
 
 
-# -- folders -------------------------------------------------------------------------------------
+# -- folders --------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_pictures_with_captions(tmp_path, capsys):
+def test_a_folder_of_images_with_captions(tmp_path, capsys):
     folder = make_images(tmp_path / "a [1]" / "b")
     (tmp_path / "a [1]" / "captionless.png").write_bytes(png())
-    (tmp_path / "a [1]" / "._hidden.png").write_bytes(b"not a picture")
+    (tmp_path / "a [1]" / "._hidden.png").write_bytes(b"not an image")
     (tmp_path / "a [1]" / "._hidden.txt").write_text("hidden")
     source = open_source(DataConfig(source=str(tmp_path / "a [1]")))
     assert len(source) == 12 and source.left_out == 1
@@ -135,7 +135,7 @@ def test_a_split_is_the_folder_of_that_name(tmp_path):
             open_source(DataConfig(source=str(tmp_path), split=split))
 
 
-def test_captions_are_utf8_with_or_without_a_mark_and_may_be_empty(tmp_path):
+def test_captions_are_utf8_with_or_without_a_bom_and_may_be_empty(tmp_path):
     for i, data in enumerate(["ein Häuschen".encode("utf-8-sig"), b"\n", "\xe4".encode("latin1")]):
         (tmp_path / f"{i}.png").write_bytes(png())
         (tmp_path / f"{i}.txt").write_bytes(data)
@@ -145,7 +145,7 @@ def test_captions_are_utf8_with_or_without_a_mark_and_may_be_empty(tmp_path):
         source[2]
 
 
-def test_a_picture_that_vanished_is_broken_and_not_the_end(tmp_path):
+def test_an_image_that_was_deleted_is_a_broken_record(tmp_path):
     make_images(tmp_path)
     config = DataConfig(source=str(tmp_path))
     source = open_source(config)
@@ -159,11 +159,11 @@ def test_a_picture_that_vanished_is_broken_and_not_the_end(tmp_path):
 
 def test_a_folder_without_captions_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    with pytest.raises(UsageError, match="1 pictures and none with a caption"):
+    with pytest.raises(UsageError, match="1 images and none with a caption"):
         open_source(DataConfig(source=str(tmp_path)))
 
 
-# -- metadata files ------------------------------------------------------------------------------
+# -- metadata files -------------------------------------------------------------------------------
 
 
 def listed(folder, name, content, **config):
@@ -173,7 +173,7 @@ def listed(folder, name, content, **config):
     return open_source(DataConfig(source=str(folder), **config))
 
 
-def test_json_lines_list_pictures_captions_and_other_texts(tmp_path):
+def test_json_lines_list_images_captions_and_other_texts(tmp_path):
     lines = [
         {"file_name": "1.png", "caption": "line\u2028separated", "style": "flat", "size": 3},
         {"file_name": "1.png", "caption": ["one", "two"]},
@@ -187,7 +187,7 @@ def test_json_lines_list_pictures_captions_and_other_texts(tmp_path):
 
 
 @pytest.mark.parametrize("name, delimiter", [("metadata.csv", ","), ("table.tsv", "\t")])
-def test_tables_list_pictures_and_captions(tmp_path, name, delimiter):
+def test_tables_list_images_and_captions(tmp_path, name, delimiter):
     rows = [["image", "summary"], ["3.png", '"two\nlines, quoted"'], ["0.png", ""]]
     content = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
     wanted = {"caption_field": "summary"} | ({"metadata": name} if name == "table.tsv" else {})
@@ -216,9 +216,9 @@ def test_malformed_json_lines_are_left_out_counted_and_named(tmp_path, capsys):
     source = listed(tmp_path, "metadata.jsonl", content)
     assert read(source) == [("good", 0), ("good too", 1)]
     assert source.left_out == 9
-    said = capsys.readouterr().err
-    assert "left out 9 of 11" in said and "line 1: has caption, not file_name" in said
-    assert "line 3: is not JSON" in said
+    error = capsys.readouterr().err
+    assert "left out 9 of 11" in error and "line 1: has caption, not file_name" in error
+    assert "line 3: is not JSON" in error
 
 
 def test_malformed_rows_of_a_table_are_left_out(tmp_path, capsys):
@@ -239,22 +239,22 @@ def test_malformed_rows_of_a_table_are_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, content, config, says",
+    "name, content, config, message",
     [
-        ("metadata.jsonl", "{}\n[]\n", {}, "lists no picture with a caption.*line 1"),
-        ("metadata.csv", "", {}, "lists no picture"),
+        ("metadata.jsonl", "{}\n[]\n", {}, "lists no image with a caption.*line 1"),
+        ("metadata.csv", "", {}, "lists no image"),
         ("metadata.csv", "file,words\n0.png,a\n", {}, "--data.caption-field"),
         ("metadata.csv", "file,text\n0.png,a\n", {"image_field": "url"}, "--data.image-field"),
         ("list.xlsx", "", {"metadata": "list.xlsx"}, "must be .jsonl, .csv or .tsv"),
         ("x.csv", "", {"metadata": "y.csv"}, "cannot read .*y.csv"),
     ],
 )
-def test_a_metadata_file_that_lists_nothing_is_refused(tmp_path, name, content, config, says):
-    with pytest.raises(GlideError, match=says):
+def test_a_metadata_file_that_lists_nothing_is_refused(tmp_path, name, content, config, message):
+    with pytest.raises(GlideError, match=message):
         listed(tmp_path, name, content, **config)
 
 
-def test_two_metadata_files_ask_which(tmp_path):
+def test_the_error_of_two_metadata_files_names_the_option(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\n1.png,one\n")
     line = '{"file_name": "2.png", "caption": "two"}'
     with pytest.raises(UsageError, match="--data.metadata"):
@@ -263,17 +263,17 @@ def test_two_metadata_files_ask_which(tmp_path):
     assert read(source) == [("one", 1)]
 
 
-# -- addresses -----------------------------------------------------------------------------------
+# -- addresses ------------------------------------------------------------------------------------
 
 
 def test_folders_and_shards_are_read_at_an_address(tmp_path):
-    """fsspec's memory:// stands for gs://, which is the same code with another package."""
+    """fsspec's memory:// takes the place of gs://: the same code with another package."""
     memory = fsspec.filesystem("memory")
-    make_images(tmp_path / "pictures", count=3)
+    make_images(tmp_path / "images", count=3)
     write_tar(tmp_path / "tars" / "00.tar", samples(2))
     memory.put(str(tmp_path), "/bucket", recursive=True)
     try:
-        assert [c for c, _ in read(open_source(DataConfig(source="memory://bucket/pictures")))] == [
+        assert [c for c, _ in read(open_source(DataConfig(source="memory://bucket/images")))] == [
             "red",
             "green",
             "blue",
@@ -281,8 +281,8 @@ def test_folders_and_shards_are_read_at_an_address(tmp_path):
         for name in ("tars", "tars/*.tar", "tars/{00..00}.tar"):
             source = open_source(DataConfig(source=f"memory://bucket/{name}"))
             assert read(source) == [("number 0", 0), ("number 1", 1)]
-        memory.pipe("/bucket/pictures/metadata.csv", b"file_name,caption\n01.png,listed\n")
-        source = open_source(DataConfig(source="memory://bucket/pictures"))
+        memory.pipe("/bucket/images/metadata.csv", b"file_name,caption\n01.png,listed\n")
+        source = open_source(DataConfig(source="memory://bucket/images"))
         assert [caption for caption, _ in read(source)] == ["listed"]
     finally:
         memory.rm("/bucket", recursive=True)

@@ -1,4 +1,4 @@
-"""Tar shards: what is read of them, and what harmed or hostile ones can do."""
+"""Tar shards: reading them, and damaged or malicious ones."""
 
 import json
 import tarfile
@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.sources import open_source
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import UsageError
 from tests.support.shards import png, read, samples, write_tar
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Where records lie in shards is kept in a folder of the test."""
+    """Cache of the positions of records, in a folder of its own for each test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("GLIDE_JAX_CACHE", str(folder))
     return folder
@@ -27,19 +27,19 @@ def test_tar_shards_by_number_by_pattern_and_by_folder(tmp_path, source):
     write_tar(tmp_path / "1.tar", samples(2, start=3))
     source = open_source(DataConfig(source=f"{tmp_path}/{source}"))
     assert read(source) == [(f"number {i}", i) for i in range(5)]
-    assert "2 tar files, 5 pictures" in source.fingerprint
+    assert "2 tar files, 5 images" in source.fingerprint
     with pytest.raises(IndexError):
         source[5]
 
 
 @pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_json_beside_a_picture_gives_captions_and_texts(tmp_path, layout):
+def test_json_beside_an_image_gives_captions_and_texts(tmp_path, layout):
     folder = "a" * 99 + "/" + ("b" * 120 if layout != tarfile.USTAR_FORMAT else "b")
     metadata = {"caption": "from JSON", "text": "alt", "style": "flat", "clip_score": 0.3}
     write_tar(
         tmp_path / "0.tar",
         [
-            (f"{folder}.JPG", png(7)),  # what it is says the content, not the name
+            (f"{folder}.JPG", png(7)),  # a PNG: the content counts, not the name
             (f"{folder}.json", json.dumps(metadata).encode()),
             ("second.seg.png", png(1)),
             ("second.png", png(2)),
@@ -56,7 +56,7 @@ def test_json_beside_a_picture_gives_captions_and_texts(tmp_path, layout):
     assert open_source(replace(config, image_field="seg.png"))[1]["image"][0, 0, 0] == 1
 
 
-def test_tricks_with_names_and_links_touch_nothing(tmp_path):
+def test_malicious_names_and_links_have_no_effect(tmp_path):
     link, hard, folder = (tarfile.TarInfo(name) for name in ("0001.png", "0001.txt", "0001"))
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     hard.type, hard.linkname = tarfile.LNKTYPE, "../../outside.txt"
@@ -80,13 +80,13 @@ def test_tricks_with_names_and_links_touch_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_broken_records_of_a_shard_name_themselves(tmp_path):
+def test_the_errors_of_broken_records_name_them(tmp_path):
     write_tar(
         tmp_path / "0.tar",
         [
             *samples(1),
             ("a.png", png()),
-            ("b.txt", b"no picture"),
+            ("b.txt", b"no image"),
             ("c.png", png()),
             ("c.png", png()),
             ("d.png", png()),
@@ -98,53 +98,53 @@ def test_broken_records_of_a_shard_name_themselves(tmp_path):
     )
     source = open_source(DataConfig(source=str(tmp_path / "0.tar")))
     assert len(source) == 7
-    for i, says in enumerate(
+    for i, message in enumerate(
         [r"\(a\) has no text file", r"\(b\) has txt, and no", r"\(c\) has its png twice",
-         r"the JSON of .*\(d\)", r"cannot read the picture .*\(e\)"], 1
+         r"the JSON of .*\(d\)", r"cannot read the image .*\(e\)"], 1
     ):  # fmt: skip
-        with pytest.raises(BrokenRecord, match=says):
+        with pytest.raises(BrokenRecord, match=message):
             source[i]
     assert source[6]["caption"] == "number 1"
 
 
-def test_a_name_that_comes_again_later_is_another_record(tmp_path):
+def test_a_name_that_is_repeated_later_is_another_record(tmp_path):
     write_tar(tmp_path / "0.tar", [*samples(2), *samples(1)])
     source = open_source(DataConfig(source=str(tmp_path)))
     assert [caption for caption, _ in read(source)] == ["number 0", "number 1", "number 0"]
 
 
-@pytest.mark.parametrize("harm", ["truncated", "overwritten"])
-def test_a_damaged_shard_is_read_as_far_as_it_goes(tmp_path, capsys, harm):
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+def test_a_damaged_shard_is_read_up_to_the_damage(tmp_path, capsys, damage):
     path = write_tar(tmp_path / "0.tar", samples(4))
     data = bytearray(path.read_bytes())
-    third = 2 * 2048  # two headers and two blocks of data a record
-    if harm == "truncated":
+    third = 2 * 2048  # each record has two headers and two blocks of data
+    if damage == "truncated":
         path.write_bytes(data[: third + 700])
     else:
         data[third : third + 512] = b"x" * 512
         path.write_bytes(data)
-    for _ in range(2):  # found, then remembered
+    for _ in range(2):  # scanned, then read from the cache
         source = open_source(DataConfig(source=str(path)))
         assert read(source) == [("number 0", 0), ("number 1", 1)]
         assert source.left_out == 1
         assert "0.tar is damaged after 2 records" in capsys.readouterr().err
 
 
-def test_where_records_lie_is_found_once_until_the_shard_changes(tmp_path, own_cache, monkeypatch):
+def test_a_shard_is_scanned_again_only_if_it_changes(tmp_path, own_cache, monkeypatch):
     path = write_tar(tmp_path / "0.tar", samples(2))
     config = DataConfig(source=str(path))
     open_source(config)
-    (kept,) = (own_cache / "shards").iterdir()
+    (cached,) = (own_cache / "shards").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "next", lambda self: pytest.fail("read again"))
+        patch.setattr(tarfile.TarFile, "next", lambda self: pytest.fail("scanned again"))
         assert len(open_source(config)) == 2
-    kept.write_bytes(b"harmed")
+    cached.write_bytes(b"damaged")
     assert len(open_source(config)) == 2
     write_tar(path, samples(3))
     assert len(open_source(config)) == 3
 
 
-def test_a_shard_that_shrank_while_training_is_broken(tmp_path):
+def test_a_shard_that_shrank_during_training_has_broken_records(tmp_path):
     path = write_tar(tmp_path / "0.tar", samples(3))
     source = open_source(DataConfig(source=str(path)))
     path.write_bytes(path.read_bytes()[:5000])

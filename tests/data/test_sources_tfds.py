@@ -1,4 +1,4 @@
-"""Prepared tensorflow-datasets: written and read here without TensorFlow."""
+"""Prepared data sets of tensorflow-datasets, written and read without TensorFlow."""
 
 import io
 import itertools
@@ -17,10 +17,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from glide_jax.data import storage
-from glide_jax.data.data_config import DataConfig
-from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.batches import make_batches
+from glide_jax.data.data_config import DataConfig
 from glide_jax.data.sources import open_source
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.tokenizers import GPT2Tokenizer
 
@@ -32,7 +32,7 @@ def jpeg(value):
 
 
 class Mini(tfds.core.GeneratorBasedBuilder):
-    """The features of coco_captions, and a text and a class at the top."""
+    """A data set with the features of coco_captions, and a text and a class feature."""
 
     VERSION = tfds.core.Version("1.9.0")
     code_path = None
@@ -79,7 +79,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def tfrecord(data_dir, tmp_path, monkeypatch):
-    """The same records as TensorFlow writes them: length, checksum, bytes, checksum."""
+    """Folder of the same records in TensorFlow's format: length, checksum, bytes, checksum."""
     monkeypatch.setenv("GLIDE_JAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "mini" / "1.9.0"
     shutil.copytree(data_dir / "mini" / "1.9.0", folder)
@@ -102,7 +102,7 @@ def test_a_data_set_is_read_without_tensorflow(data_dir, tfrecord, stored):
     folder = data_dir / "mini" / "1.9.0" if stored == "array_record" else tfrecord
     config = DataConfig(source=str(folder), split="train[2:]+val")
     source = pickle.loads(pickle.dumps(open_source(config)))
-    assert len(source) == 8 and "mini/1.9.0, train[2:]+val, 8 pictures" in source.fingerprint
+    assert len(source) == 8 and "mini/1.9.0, train[2:]+val, 8 images" in source.fingerprint
     record = source[0]
     assert record["caption"] == ("caption 2.0", "caption 2.1")
     assert record["image"].shape == (32, 48, 3) and abs(int(record["image"].mean()) - 20) <= 1
@@ -112,17 +112,17 @@ def test_a_data_set_is_read_without_tensorflow(data_dir, tfrecord, stored):
     assert "tensorflow" not in sys.modules
 
 
-def test_a_record_without_a_caption_or_with_a_broken_picture_is_skipped(data_dir):
+def test_a_record_without_a_caption_or_with_a_broken_image_is_skipped(data_dir):
     config = DataConfig(source="mini", data_dir=str(data_dir))
     source = open_source(config)
     with pytest.raises(BrokenRecord, match="record 3 of mini/1.9.0, train has no caption"):
         source[3]
-    with pytest.raises(BrokenRecord, match="cannot read the picture record 5 of mini"):
+    with pytest.raises(BrokenRecord, match="cannot read the image record 5 of mini"):
         source[5]
     tokenizer = GPT2Tokenizer(8)
     batches = make_batches(source, config, batch_size=8, tokenizer=tokenizer, size=16, seed=0)
     arrays = next(batches)
-    assert arrays["skipped"] >= 3  # captions of 0, 3 and 6; the picture of 5 has a caption
+    assert arrays["skipped"] >= 3  # 0, 3 and 6 have no caption
     texts = {tokenizer.decode(i[m]) for i, m in zip(arrays["tokens"], arrays["mask"], strict=True)}
     known = {f"caption {i}.{k}" for i in (1, 2, 4, 7) for k in range(i % 3)}
     assert texts <= known
@@ -141,7 +141,7 @@ def test_styles_select_records(data_dir):
 
 
 @pytest.mark.parametrize(
-    "fields, says",
+    "fields, message",
     [
         ({"split": "test"}, "no split 'test'.*it has train, val"),
         ({"split": "train[:x]"}, "train\\[:x\\]"),
@@ -151,12 +151,12 @@ def test_styles_select_records(data_dir):
         ({"concepts": ("cat",)}, "no field 'concept'"),
     ],
 )
-def test_what_a_data_set_does_not_have_is_refused_with_what_it_has(data_dir, fields, says):
-    with pytest.raises(UsageError, match=says):
+def test_the_error_of_a_missing_split_or_field_names_the_present_ones(data_dir, fields, message):
+    with pytest.raises(UsageError, match=message):
         open_source(DataConfig(source="mini", data_dir=str(data_dir), **fields))
 
 
-def test_the_newest_version_is_read_and_several_data_sets_ask_which(data_dir, tmp_path):
+def test_the_newest_version_is_read_and_several_data_sets_are_refused(data_dir, tmp_path):
     for version in ("1.9.0", "1.10.0"):
         shutil.copytree(data_dir / "mini" / "1.9.0", tmp_path / "mini" / version)
         info = tmp_path / "mini" / version / "dataset_info.json"
@@ -174,7 +174,7 @@ def test_a_shard_that_lacks_records_is_refused(tfrecord):
         open_source(DataConfig(source=str(tfrecord)))
 
 
-def test_a_record_with_harmed_bytes_is_broken(tfrecord):
+def test_a_record_with_damaged_bytes_is_broken(tfrecord):
     (path,) = tfrecord.glob("*train.tfrecord*")
     data = bytearray(path.read_bytes())
     data[12:60] = b"\xff" * 48
@@ -185,14 +185,14 @@ def test_a_record_with_harmed_bytes_is_broken(tfrecord):
     assert source[1]["caption"] == ("caption 1.0",)
 
 
-def test_other_formats_name_the_command_that_converts_them(tfrecord):
+def test_the_error_of_another_format_has_a_command_to_convert_it(tfrecord):
     info = json.loads((tfrecord / "dataset_info.json").read_text())
     (tfrecord / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "riegeli"}))
     with pytest.raises(GlideError, match="riegeli.*tfds convert_format --dataset_version_dir="):
         open_source(DataConfig(source=str(tfrecord)))
 
 
-def test_a_harmed_description_is_one_line(tfrecord):
+def test_a_malformed_description_gives_one_line(tfrecord):
     (tfrecord / "features.json").write_text("{")
     with pytest.raises(GlideError, match="cannot read .*1.9.0"):
         open_source(DataConfig(source=str(tfrecord)))
@@ -201,7 +201,7 @@ def test_a_harmed_description_is_one_line(tfrecord):
         open_source(DataConfig(source=str(tfrecord)))
 
 
-def test_worker_state_of_a_data_set_resumes(data_dir):
+def test_iteration_over_a_data_set_resumes(data_dir):
     config = DataConfig(source="mini", data_dir=str(data_dir), crop="random")
     arguments = {"batch_size": 4, "tokenizer": GPT2Tokenizer(8), "size": 16, "seed": 3}
     one, two = (make_batches(open_source(config), config, **arguments) for _ in range(2))
@@ -212,7 +212,7 @@ def test_worker_state_of_a_data_set_resumes(data_dir):
 
 
 class Bucket(MemoryFileSystem):
-    """gs:// without a network."""
+    """A file system for gs:// without a network."""
 
     protocol = ("gs", "gcs")
     store: ClassVar[dict] = {}

@@ -91,7 +91,8 @@ def documented(tree, name):
                 yield from documented(node, f"{name}.{node.name}")
 
 
-PROTOCOLS = ("PMap.", "FSDP.")  # documented by the protocol `Parallel`
+# Their methods are documented by the protocols `Parallel` and `Writer`.
+PROTOCOLS = ("PMap.", "FSDP.", "TensorBoard.", "Wandb.", "Both.", "Silent.")
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the embedded models, and are committed without output."""
+"""The notebooks run from top to bottom on the embedded models; they are committed without output."""
 
 import os
 
@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 from tests.support.commands import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Few steps and pictures: what is tested is that every line runs, not what is drawn.
+# Few steps and images: the test is that every line runs, not what is generated.
 QUICK = {
     "text2im": {"STEPS": 3, "UPSAMPLER_STEPS": 1, "NUM": 1},
     "inpaint": {"STEPS": 3, "NUM": 1},
@@ -21,7 +21,7 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_both():
+def test_both_are_there():
     assert {"text2im", "inpaint"} <= {path.stem for path in NOTEBOOKS}
 
 

@@ -1,4 +1,4 @@
-"""Small pictures and tar shards of them."""
+"""Small images, and tar shards of them."""
 
 import io
 import tarfile
@@ -6,22 +6,22 @@ import tarfile
 from PIL import Image
 
 
-def encode(picture, kind="JPEG", **options):
-    """The bytes of a picture file."""
+def encode(image, kind="JPEG", **options):
+    """Return the bytes of an image file."""
     data = io.BytesIO()
-    Image.fromarray(picture).save(data, kind, **options)
+    Image.fromarray(image).save(data, kind, **options)
     return data.getvalue()
 
 
 def png(value=0, size=8):
-    """A grey picture."""
+    """Return a grey image as PNG."""
     data = io.BytesIO()
     Image.new("RGB", (size, size), (value, value, value)).save(data, "PNG")
     return data.getvalue()
 
 
 def write_tar(path, members, **options):
-    """A tar file of (name, data) pairs; data may be a `TarInfo` to be written as it is."""
+    """Write a tar file of (name, data) pairs; data may be a `TarInfo`, added as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
@@ -35,13 +35,13 @@ def write_tar(path, members, **options):
 
 
 def samples(count, start=0):
-    """Members of a tar file: pictures as grey as their number, and captions."""
+    """Yield members of a tar file: images, whose grey value is their number, and captions."""
     for i in range(start, start + count):
         yield f"{i:04}.png", png(i)
         yield f"{i:04}.txt", f"number {i}".encode()
 
 
 def read(source):
-    """Captions and the grey value of each picture."""
+    """Return the caption and the grey value of each record."""
     records = [source[i] for i in range(len(source))]
     return [(r["caption"], int(r["image"][0, 0, 0])) for r in records]

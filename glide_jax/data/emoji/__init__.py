@@ -1,0 +1,1 @@
+"""The emoji data set: its source packages, rasteriser and files."""

@@ -1,9 +1,7 @@
-"""What is in the archives of `emoji_sources`: drawings, and the words for them.
+"""Artwork in the archives of `packages`, and its captions.
 
-`records` walks through one archive in a fixed order and gives every drawing its caption.
+`records` yields the artwork of one archive in a fixed order, each with its caption.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
@@ -19,21 +17,21 @@ MAX_SVG_BYTES = 1_000_000
 
 
 class Vendor(NamedTuple):
-    """A set of drawings. `family` groups sets of one hand: they share held-out cells."""
+    """A set of artwork. `family` groups sets of the same artists: they share held-out pairs."""
 
     style: str
     family: str
     license: str
 
 
-# In the order of the records in the file.
+# The order is that of the records in the file.
 VENDORS = {
     "noto": Vendor("Google Noto style", "noto", "Apache-2.0"),
     "noto-v1": Vendor("Google blob style", "noto", "Apache-2.0"),
     "twemoji": Vendor("Twitter flat style", "twemoji", "CC-BY-4.0"),
     "fluent-emoji-flat": Vendor("Fluent flat style", "fluent", "MIT"),
     "fluent-emoji-high-contrast": Vendor("black and white style", "fluent", "MIT"),
-    # The package says Apache-2.0, but the project licenses only its code so, its art CC-BY-4.0.
+    # The package states Apache-2.0, but that is the project's licence for code; art is CC-BY-4.0.
     "fxemoji": Vendor("Firefox style", "fxemoji", "CC-BY-4.0"),
     "emojione": Vendor("EmojiOne style", "emojione", "CC-BY-4.0"),
     "flat-color-icons": Vendor("flat color icon", "flat-color-icons", "MIT"),
@@ -43,8 +41,11 @@ VENDORS = {
 }
 
 
-class Name(NamedTuple):
-    """What a drawing shows. `tone` is 0 without, 1 (light) to 5 (dark); 15: a couple, 1 and 5."""
+class Description(NamedTuple):
+    """Description of an artwork.
+
+    `tone` is the skin tone: 0 for none, 1 (light) to 5 (dark); 15 is a couple with 1 and 5.
+    """
 
     caption: str
     concept: str
@@ -56,33 +57,33 @@ class Name(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One drawing before it is rendered: SVG text or the bytes of a picture file."""
+    """One artwork before it is rendered: SVG text or the bytes of an image file."""
 
     vendor: str
     name: str
-    what: Name
+    description: Description
     art: str | bytes
 
 
-def words(label: str) -> str:
-    """'flag: Japan' -> 'flag of Japan', 'waving hand: dark skin tone' -> '..., dark ...'."""
+def caption_of(label: str) -> str:
+    """Return a label as a caption: 'flag: Japan' -> 'flag of Japan', 'a: b' -> 'a, b'."""
     if label.startswith("flag: "):
         return "flag of " + label.removeprefix("flag: ")
     return label.replace(": ", ", ")
 
 
 def slug(label: str) -> str:
-    """The way the icon packages spell a name: lower-case ASCII words joined by hyphens."""
+    """Return a label as the icon packages write names: lower-case ASCII words with hyphens."""
     label = unicodedata.normalize("NFKD", label.lower().replace("’", "").replace("'", ""))
     label = "".join(c for c in label if not unicodedata.combining(c))
     return re.sub(r"[^a-z0-9]+", "-", label).strip("-")
 
 
 class UnicodeNames:
-    """The names of the Unicode emoji: `by_code["1f44b-1f3fd"]`, `by_slug["waving-hand"]`.
+    """Descriptions of the Unicode emoji: `by_code["1f44b-1f3fd"]`, `by_slug["waving-hand"]`.
 
-    Code points are hexadecimal, joined by hyphens, without the variation selector fe0f, which
-    the vendors put in or leave out as they please.
+    Code points are hexadecimal, joined by hyphens, without the variation selector fe0f: vendors
+    differ in where they use it.
     """
 
     def __init__(self, sources: Path):
@@ -90,13 +91,13 @@ class UnicodeNames:
         messages = read_json(archive, "en/messages.json")
         groups = {g["order"]: g["key"] for g in messages["groups"]}
         subgroups = {g["order"]: g["key"] for g in messages["subgroups"]}
-        self.by_code: dict[str, Name] = {}
-        self.by_slug: dict[str, Name] = {}
+        self.by_code: dict[str, Description] = {}
+        self.by_slug: dict[str, Description] = {}
         for emoji in read_json(archive, "en/data.json"):
             for variant in (emoji, *emoji.get("skins", ())):
                 tone = variant.get("tone", 0)
-                name = Name(
-                    caption=words(variant["label"]),
+                description = Description(
+                    caption=caption_of(variant["label"]),
                     concept=emoji["label"],
                     keywords=", ".join(emoji.get("tags", ())),
                     group=groups.get(emoji.get("group"), ""),
@@ -104,17 +105,18 @@ class UnicodeNames:
                     tone=tone if isinstance(tone, int) else 10 * tone[0] + tone[1],
                     codepoint=bare(variant["hexcode"]),
                 )
-                self.by_code[name.codepoint] = name
-                self.by_slug[slug(variant["label"])] = name
-        self.by_squashed = {s.replace("-", ""): name for s, name in self.by_slug.items()}
+                self.by_code[description.codepoint] = description
+                self.by_slug[slug(variant["label"])] = description
+        self.by_joined = {s.replace("-", ""): found for s, found in self.by_slug.items()}
 
 
 def bare(code: str) -> str:
+    """Return a code point without the variation selector."""
     return code.lower().replace("-fe0f", "")
 
 
 def records(sources: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
-    """The drawings of one vendor in the order of their names."""
+    """Yield the artwork of one vendor in the order of its names."""
     archive = sources / PACKAGES[vendor].file
     if vendor == "openclipart":
         yield from _clip_art(archive)
@@ -127,20 +129,20 @@ def records(sources: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]
 
 
 def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
-    """A package of the Iconify project: icons.json holds the drawings, chars.json code points."""
+    """Yield the artwork of an Iconify package: SVG in icons.json, code points in chars.json."""
     icons = read_json(archive, "icons.json")
     codes = {name: bare(code) for code, name in read_json(archive, "chars.json").items()}
     for name, icon in sorted(icons["icons"].items()):
         plain = name.replace("-", " ")
-        what = Name(plain, plain)
+        found = Description(plain, plain)
         if name in codes:
-            what = names.by_code.get(codes[name], what._replace(codepoint=codes[name]))
+            found = names.by_code.get(codes[name], found._replace(codepoint=codes[name]))
         elif codes:
             continue  # not an emoji: digits without a keycap, bare hair styles
         elif vendor == "fxemoji":
-            what = names.by_slug.get(name) or names.by_squashed.get(name, what)
+            found = names.by_slug.get(name) or names.by_joined.get(name, found)
         elif vendor != "flat-color-icons":
-            what = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), what)
+            found = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), found)
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
@@ -149,11 +151,11 @@ def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
             f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             f"{icon['body']}</svg>"
         )
-        yield Record(vendor, name, what, svg)
+        yield Record(vendor, name, found, svg)
 
 
 def _webp(archive: Path, names: UnicodeNames) -> Iterator[Record]:
-    """Fluent 3D: one picture a file, 256x256 with an alpha channel, named by code point."""
+    """Yield Fluent 3D: one image per file, 256x256 with an alpha channel, named by code point."""
     files = dict(read_members(archive, lambda n: n.endswith(".webp")))
     for path, data in sorted(files.items()):
         code = bare(Path(path).stem)
@@ -166,11 +168,11 @@ def _tango(archive: Path) -> Iterator[Record]:
     files = read_members(archive, lambda n: n.startswith(folder) and n.endswith(".svg"))
     for path, data in sorted(files):
         name = Path(path).stem.replace("-", " ")
-        what = Name(f"{name} icon", name, group=Path(path).parent.name)
-        yield Record("tango", name, what, data.decode())
+        description = Description(f"{name} icon", name, group=Path(path).parent.name)
+        yield Record("tango", name, description, data.decode())
 
 
-# Icon themes that redraw one another, and what is no picture of a thing.
+# Icon themes that copy one another, and files that show no object.
 _NOT_CLIP_ART = (
     "computer/icons/flat-theme/", "computer/icons/lemon-theme/", "logos/", "shapes/callouts/",
     "special/",
@@ -181,7 +183,7 @@ _DC = "{http://purl.org/dc/elements/1.1/}"
 
 
 def _clip_art(archive: Path) -> Iterator[Record]:
-    """Open Clip Art: only files whose own RDF metadata dedicates them to the public domain."""
+    """Yield Open Clip Art: files whose own RDF metadata dedicates them to the public domain."""
     folder = "usr/share/openclipart/svg/"
     files = read_members(archive, lambda n: n.startswith(folder) and n.endswith(".svg"))
     for path, data in sorted(files):
@@ -202,14 +204,14 @@ def _clip_art(archive: Path) -> Iterator[Record]:
             for li in subject.iter()
             if _tag(li) == "li"
         ]
-        what = Name(
-            caption=words(concept),
+        description = Description(
+            caption=caption_of(concept),
             concept=concept,
             keywords=", ".join(k for k in keywords if k and k not in _NOT_KEYWORDS),
             group=name.split("/")[0],
             subgroup=name.rpartition("/")[0],
         )
-        yield Record("openclipart", name, what, data.decode())
+        yield Record("openclipart", name, description, data.decode())
 
 
 def _tag(element: ElementTree.Element) -> str:
@@ -218,7 +220,10 @@ def _tag(element: ElementTree.Element) -> str:
 
 
 def _clip_art_title(tree: ElementTree.Element, name: str) -> str:
-    """'red-eye_frog 01' -> 'red eye frog'; where the title names a collection, the file's name."""
+    """Return the title as a concept: 'red-eye_frog 01' -> 'red eye frog'.
+
+    If the title names a collection, the name of the file is used.
+    """
     title = next((e.text or "" for e in tree.iter(_DC + "title")), "")
     if not title.strip() or re.search(r"^Clipart by|theme|collection", title, re.IGNORECASE):
         title = re.sub(r"[_-]+", " ", Path(name).name)

@@ -1,50 +1,54 @@
-"""emoji64: 26,477 captioned pictures in eleven styles, 64x64, from permissively licensed art.
+"""emoji64: 26,477 captioned images in eleven styles, 64x64, from permissively licensed art.
 
-    python -m glide_jax.data.emoji.npz fetch --to sources            # the pinned source packages
-    python -m glide_jax.data.emoji.npz rasterise --sources sources --out emoji64.npz
-    python -m glide_jax.data.emoji.npz prepare --npz emoji64.npz --data-dir data   # array_record
+    glide-jax data fetch --to sources                               # the pinned source packages
+    glide-jax data rasterise --sources sources --out emoji64.npz    # the .npz file
+    glide-jax data prepare --npz emoji64.npz --data-dir data        # array_record
 
-`load_npz` reads the .npz file straight into memory and is all that training needs;
-`prepare` writes the same pictures as a tensorflow-datasets data set (array_record: neither
-writing nor reading it needs TensorFlow). Beside `train` there are four held-out splits:
+`load_npz` reads the .npz file into memory; training needs nothing else. `prepare` writes the same
+images as a tensorflow-datasets data set (array_record: neither writing nor reading it needs
+TensorFlow). Beside `train` there are four held-out splits:
 
-    test_style     (concept, style family) cells: the concept is drawn in other styles in train
-    test_tone      (concept, skin tone) cells, held out in every style
-    test_concept   32 concepts that train never shows
-    test_iid       pictures drawn at random
+    test_style     (concept, style family) pairs; the concept is in `train` in other styles
+    test_tone      (concept, skin tone) pairs, held out in every style
+    test_concept   32 concepts that `train` never shows
+    test_iid       randomly chosen images
 
 The art belongs to its authors; ATTRIBUTION.md beside this file names them and their licences.
 """
-
-from __future__ import annotations
 
 import difflib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
 
 SPLITS = ("train", "test_style", "test_tone", "test_concept", "test_iid")
-# One value a picture, in the order in which they are written; `image` comes before them all.
+# One value per image, in the order in which they are written; `image` comes before them all.
 FIELDS = (
     "caption", "style", "vendor", "license", "concept", "keywords", "group", "subgroup",
     "tone", "codepoint", "name", "family", "split", "caption_styled",
 )  # fmt: skip
-_CHUNK = 4 << 20  # bytes of pictures inflated at a time
-_HOW = "`python -m glide_jax.data.emoji.npz rasterise --help` says how to make it"
+_CHUNK = 4 << 20  # bytes of images inflated at a time
+_HOW = "`glide-jax data rasterise --help` says how to make it"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NpzSource:
-    """Images and captions in memory, with `len()` and `[i]`: what grain takes as a source.
+    """Random access to images and captions in memory.
 
-    images: (N, H, W, 3) uint8, read-only; captions, styles, concepts: (N,) str;
-    indices: (N,) int64, the record's number in the file, the same whatever was selected.
+    Attributes:
+        images: `(N, H, W, 3)` uint8, read-only.
+        captions: `(N,)` str.
+        styles: `(N,)` str.
+        concepts: `(N,)` str.
+        indices: `(N,)` int64, each record's number in the file, also after a selection.
+        label: name of the file and its split, without the path.
     """
 
     images: np.ndarray
@@ -58,9 +62,10 @@ class NpzSource:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict:
-        """{'image': (H, W, 3) uint8, 'caption': str, 'style': str, 'concept': str, 'index': int}.
+        """Return {'image': (H, W, 3) uint8, 'caption', 'style', 'concept': str, 'index': int}.
 
-        Raises IndexError out of range.
+        Raises:
+            IndexError: `i` is out of range.
         """
         return {
             "image": self.images[i],
@@ -71,10 +76,10 @@ class NpzSource:
         }
 
     def __repr__(self) -> str:
-        # grain's DataLoader keeps repr(source) in its state and refuses to resume on another. So:
-        # no path (files move), but a checksum of which records were chosen.
+        # grain's DataLoader keeps repr(source) in its state and refuses to resume with another one.
+        # So it has no path, because files move, but a checksum of the selected records.
         checksum = zlib.crc32(self.indices.tobytes())
-        return f"NpzSource({self.label}, {len(self)} pictures, records {checksum:08x})"
+        return f"NpzSource({self.label}, {len(self)} images, records {checksum:08x})"
 
 
 def load_npz(
@@ -85,28 +90,32 @@ def load_npz(
     *,
     caption: str = "caption",
 ) -> NpzSource:
-    """The pictures of an emoji64 .npz file that meet every condition given.
+    """Load the images of an emoji64 .npz file that meet every condition.
 
-    path: a file as `rasterise` writes it. split: one of SPLITS, several of them, or None for all.
-    concepts, styles: keep these only, e.g. ["banana", "red heart"] and ["Google Noto style"].
-    caption: the field that becomes the caption, "caption" ("red heart") or "caption_styled"
-    ("red heart, Google Noto style").
+    Only the selected images are kept in memory (12 kB each at 64x64). But the whole file is
+    read, because that verifies its checksums: about a second for the full set.
 
-    Only the chosen pictures are held in memory (12 kB each at 64x64), but the whole file is
-    read, so that its checksums are verified: about a second for the full set.
+    Args:
+        path: file that `rasterise` wrote.
+        split: one of SPLITS, several of them, or None for all.
+        concepts: keep only these, e.g. ["banana", "red heart"]; None keeps all.
+        styles: keep only these, e.g. ["Google Noto style"]; None keeps all.
+        caption: field that becomes the caption, "caption" ("red heart") or "caption_styled"
+            ("red heart, Google Noto style").
 
-    Raises GlideError for a file that is missing, truncated or no emoji64 file, and UsageError
-    for a split, style, concept or caption field that does not occur, or if nothing is left.
+    Raises:
+        GlideError: the file is missing, truncated or not an emoji64 file.
+        UsageError: there is no such split, style, concept or caption field, or no image is left.
     """
     fields = read_fields(path, ("split", "style", "concept", caption), keys_of="caption")
     keep = np.ones(len(fields["split"]), bool)
     for field, wanted in (("split", split), ("style", styles), ("concept", concepts)):
         if wanted is not None:
             wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-            _known(field, wanted, fields[field], path)
+            _check_known(field, wanted, fields[field], path)
             keep &= np.isin(fields[field], wanted)
     if not keep.any():
-        raise UsageError(f"{path}: no picture meets all of split, concepts and styles together")
+        raise UsageError(f"{path}: no image has the wanted split, concept and style together")
     label = os.path.basename(os.fspath(path)) + ("" if split is None else f", split={split!r}")
     return NpzSource(
         images=_read_images(path, keep),
@@ -121,17 +130,24 @@ def load_npz(
 def read_fields(
     path: str | os.PathLike, names: Iterable[str] = FIELDS, keys_of: str = "field"
 ) -> dict[str, np.ndarray]:
-    """Fields of an emoji64 .npz file other than `image`, each (N,): {name: array}.
+    """Return fields of an emoji64 .npz file other than `image`, each `(N,)`, by name.
 
-    Raises GlideError for a missing or broken file, UsageError for a field it does not have.
+    Args:
+        path: the file.
+        names: the fields.
+        keys_of: what to call a field in a message.
+
+    Raises:
+        GlideError: the file is missing or broken.
+        UsageError: the file has no such field.
     """
-    with _opened(path) as file:
+    with _Opened(path) as file:
         have = [n.removesuffix(".npy") for n in file.namelist()]
         if "image" not in have or "caption" not in have:
             raise GlideError(f"{path}: not an emoji64 file (it has no image or no caption); {_HOW}")
         out = {}
         for name in names:
-            _known(keys_of, [name], have, path)
+            _check_known(keys_of, [name], have, path)
             with file.open(name + ".npy") as member:
                 out[name] = np.lib.format.read_array(member, allow_pickle=False)
     if len({len(a) for a in out.values()}) != 1:
@@ -139,13 +155,15 @@ def read_fields(
     return out
 
 
-def iter_images(path: str | os.PathLike) -> Iterable[np.ndarray]:
-    """The pictures of the file in order, in blocks (n, H, W, 3) uint8 of a few MB.
+def iter_images(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """Yield the images of the file in order, in blocks `(n, H, W, 3)` uint8 of a few MB.
 
     numpy would inflate all of them at once (325 MB at 64x64, 5.2 GB at 256x256).
-    Raises GlideError for a missing or broken file.
+
+    Raises:
+        GlideError: the file is missing or broken.
     """
-    with _opened(path) as file, file.open("image.npy") as member:
+    with _Opened(path) as file, file.open("image.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -162,28 +180,29 @@ def iter_images(path: str | os.PathLike) -> Iterable[np.ndarray]:
             n = min(rows, shape[0] - start)
             data = member.read(n * size)
             if len(data) != n * size:
-                raise GlideError(f"{path}: ends in the middle of the pictures; {_HOW}")
+                raise GlideError(f"{path}: ends in the middle of the images; {_HOW}")
             yield np.frombuffer(data, np.uint8).reshape(n, *shape[1:])
         member.read()  # reaching the end of the member verifies its checksum
 
 
 def _read_images(path: str | os.PathLike, keep: np.ndarray) -> np.ndarray:
-    """The pictures where `keep` (N,) bool is set: (n, H, W, 3) uint8, read-only."""
-    images, start, filled = None, 0, 0
+    """Return the images where `keep` `(N,)` bool is True: `(n, H, W, 3)` uint8, read-only."""
+    images = np.empty((0, 0, 0, 3), np.uint8)
+    start, filled = 0, 0
     for block in iter_images(path):
-        if images is None:
+        if start == 0:
             images = np.empty((int(keep.sum()), *block.shape[1:]), np.uint8)
         chosen = block[keep[start : start + len(block)]]
         images[filled : filled + len(chosen)] = chosen
         start, filled = start + len(block), filled + len(chosen)
     if start != len(keep):
-        raise GlideError(f"{path}: {start} pictures but {len(keep)} captions; {_HOW}")
-    images.flags.writeable = False  # records are views; a slip must not repaint the data set
+        raise GlideError(f"{path}: {start} images but {len(keep)} captions; {_HOW}")
+    images.flags.writeable = False  # records are views; no mistake may change the data set
     return images
 
 
-class _opened:
-    """A zip file for reading whose every way of being broken becomes one GlideError."""
+class _Opened:
+    """A zip file opened for reading. Every kind of damage becomes a GlideError."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
@@ -199,7 +218,12 @@ class _opened:
             raise self.broken(error) from error
         return self.file
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.file.close()
         broken = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError)
         if isinstance(error, broken):
@@ -209,8 +233,10 @@ class _opened:
         return GlideError(f"{self.path}: truncated, or not an .npz file ({error}); {_HOW}")
 
 
-def _known(what: str, wanted: Iterable[str], have: Iterable[str], path: str | os.PathLike) -> None:
-    """Raises UsageError naming the nearest if one of `wanted` does not occur in `have`."""
+def _check_known(
+    kind: str, wanted: Iterable[str], have: Iterable[str], path: str | os.PathLike
+) -> None:
+    """Raise UsageError, with the nearest name, if one of `wanted` is not in `have`."""
     have = sorted(set(map(str, have)))
     for name in wanted:
         if name not in have:
@@ -222,14 +248,15 @@ def _known(what: str, wanted: Iterable[str], have: Iterable[str], path: str | os
                 or difflib.get_close_matches(word, lower, n=1, cutoff=0.0)
             )
             hint = f"; the nearest is {lower[near[0]]!r}" if near else ""
-            raise UsageError(f"{path}: no {what} {name!r}{hint}")
+            raise UsageError(f"{path}: no {kind} {name!r}{hint}")
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """Identifies the content of an .npz file by the checksums in its directory, without reading it.
+    """Return a checksum of an .npz file, from the checksums in its directory.
 
-    Raises GlideError for a missing or broken file.
+    Raises:
+        GlideError: the file is missing or broken.
     """
-    with _opened(path) as file:
+    with _Opened(path) as file:
         members = sorted((m.filename, m.CRC) for m in file.infolist())
     return f"{zlib.crc32(repr(members).encode()):08x}"

@@ -1,11 +1,9 @@
-"""Where the pictures of emoji64 come from: pinned packages, fetched and verified.
+"""Source packages of emoji64, pinned: what `glide-jax data fetch` downloads and verifies.
 
-Ten packages come through `npm pack` and two through `apt-get download`, each at one version and
-with one checksum, so that everybody rasterises the same bytes. An archive that is already in
-the folder is used as it is, whoever put it there, if its checksum is the pinned one.
+Ten packages come from `npm pack` and two from `apt-get download`. Each has a pinned version and
+checksum, so the same bytes are rasterised everywhere. An archive that is in the folder already is
+used if it has the pinned checksum.
 """
-
-from __future__ import annotations
 
 import base64
 import hashlib
@@ -16,17 +14,21 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from glide_jax.errors import GlideError, UsageError
 
 
 class Package(NamedTuple):
-    """One archive: the tool that fetches it, its name and version there, and its checksum.
+    """One archive.
 
-    checksum: "sha512-<base64>", as npm states it, or "sha256:<hex>", as Debian does.
+    Attributes:
+        tool: "npm" or "apt".
+        name: name of the package.
+        version: its version.
+        checksum: "sha512-<base64>", in the form of npm, or "sha256:<hex>", in the form of Debian.
     """
 
     tool: str
@@ -36,7 +38,7 @@ class Package(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The archive's file name, as `npm pack` or `apt-get download` writes it."""
+        """File name of the archive, as `npm pack` or `apt-get download` writes it."""
         if self.tool == "npm":
             return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
         return f"{self.name}_{self.version.replace(':', '%3a')}_all.deb"
@@ -105,7 +107,7 @@ PACKAGES = {
         "sha256:dff317aca52fde744b884a02dd9fc2702a0cc6aaecc22271b5abf6906cd90b94",
     ),
 }
-# Names, keywords and groups of the Unicode emoji; needed whichever pictures are wanted.
+# Names, keywords and groups of the Unicode emoji; every set of artwork needs them.
 NAMES = _npm(
     "emojibase-data",
     "17.0.0",
@@ -114,13 +116,21 @@ NAMES = _npm(
 
 
 def fetch_sources(folder: str | os.PathLike, vendors: Iterable[str] | None = None) -> list[Path]:
-    """Downloads whatever of the pinned packages `folder` does not hold yet: the archives' paths.
+    """Download the pinned packages that a folder does not have yet.
 
-    Each archive is downloaded beside its place and moved there once its checksum is right, so
-    that an interrupted run leaves only whole archives, and the next one carries on.
+    An archive is moved into the folder when its checksum is verified. So an interrupted run leaves
+    only complete archives, and the next run downloads the others.
 
-    Raises UsageError for an unknown vendor; GlideError where npm or apt-get is missing or fails,
-    or where an archive has the wrong checksum.
+    Args:
+        folder: folder of the archives; created if needed.
+        vendors: only these sets of artwork; None for all.
+
+    Returns:
+        The paths of the archives.
+
+    Raises:
+        UsageError: there is no such vendor.
+        GlideError: npm or apt-get is missing or fails, or an archive has the wrong checksum.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,12 +151,12 @@ def fetch_sources(folder: str | os.PathLike, vendors: Iterable[str] | None = Non
 
 
 def check_sources(folder: str | os.PathLike, vendors: Iterable[str] | None = None) -> None:
-    """Raises GlideError unless every package is in `folder` with the right checksum."""
+    """Raise GlideError unless every package is in `folder` with the right checksum."""
     missing = [p.file for p in _wanted(vendors) if not (Path(folder) / p.file).is_file()]
     if missing:
         raise GlideError(
             f"{folder}: lacks {', '.join(missing)}; get them with "
-            f"`python -m glide_jax.data.emoji.npz fetch --to {folder}`"
+            f"`glide-jax data fetch --to {folder}`"
         )
     for package in _wanted(vendors):
         _verify(Path(folder) / package.file, package)
@@ -161,29 +171,34 @@ def _wanted(vendors: Iterable[str] | None) -> list[Package]:
 
 
 def _download(package: Package, to: Path, folder: Path) -> None:
-    """Lets npm or apt-get put the archive into `to`. Raises GlideError with its last words."""
-    by_hand = f"put {package.file} into {folder} by hand and run this again"
+    """Download the archive into `to` with npm or apt-get.
+
+    Raises:
+        GlideError: the tool is missing or fails; the message has its error.
+    """
+    manually = f"put {package.file} into {folder} yourself and run this again"
     if package.tool == "npm":
         spec = f"{package.name}@{package.version}"
         command = ["npm", "pack", "--silent", "--ignore-scripts", spec]
-        remedy = f"install Node.js, or {by_hand}"
+        remedy = f"install Node.js, or {manually}"
     else:
-        # Debian itself and its relatives only; elsewhere the .deb can be had from Debian's site.
+        # Debian and its derivatives only; on other systems the .deb comes from Debian's site.
         spec = f"{package.name}={package.version}"
         command = ["apt-get", "download", spec]
-        remedy = f"it comes with Debian, whose package this is; or {by_hand}"
+        remedy = f"use Debian, whose package this is, or {manually}"
     if shutil.which(command[0]) is None:
         raise GlideError(f"{spec}: {command[0]} is not installed; {remedy}")
     done = subprocess.run(command, cwd=to, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (to / package.file).is_file():
-        words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        said = next((w for w in words if "E:" in w or " error " in w), (words or ["no word"])[-1])
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        last = lines[-1] if lines else "no message"
+        reason = next((line for line in lines if "E:" in line or " error " in line), last)
         hint = "" if package.tool == "npm" else "`apt-get update` may help, or "
-        raise GlideError(f"{spec}: {command[0]} failed ({said.strip()}); {hint}{by_hand}")
+        raise GlideError(f"{spec}: {command[0]} failed ({reason.strip()}); {hint}{manually}")
 
 
 def _verify(path: Path, package: Package) -> None:
-    """Raises GlideError if the file does not have the pinned checksum."""
+    """Raise GlideError if the file does not have the pinned checksum."""
     digest = hashlib.new(package.checksum[:6])
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -194,22 +209,26 @@ def _verify(path: Path, package: Package) -> None:
         got = digest.hexdigest()
     if got != package.checksum[7:]:
         raise GlideError(
-            f"{path}: its {package.checksum[:6]} is not that of {package.name} "
+            f"{path}: its {package.checksum[:6]} is not the one of {package.name} "
             f"{package.version} (truncated, or another version); delete it and fetch again"
         )
 
 
-def read_json(archive: Path, member: str) -> dict | list:
-    """One JSON file out of an npm archive. Raises GlideError if it is not in there."""
+def read_json(archive: Path, member: str) -> Any:
+    """Return the content of a JSON file in an npm archive.
+
+    Raises:
+        GlideError: the archive has no such file.
+    """
     for _, data in read_members(archive, lambda name: name == f"package/{member}"):
         return json.loads(data)
     raise GlideError(f"{archive}: has no {member}")
 
 
-def read_members(archive: Path, wanted) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files in a .tgz or .deb whose name is `wanted(name)`.
+def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of the regular files in a .tgz or .deb for which `wanted(name)`.
 
-    Links are left out: in both Debian packages they only give a picture a second name.
+    Links are left out: in both Debian packages they only give an image a second name.
     """
     with open(archive, "rb") as file:
         inner = _deb_data(archive, file) if archive.suffix == ".deb" else file
@@ -217,11 +236,13 @@ def read_members(archive: Path, wanted) -> Iterator[tuple[str, bytes]]:
             for info in tar:
                 name = info.name.removeprefix("./")
                 if info.isfile() and wanted(name):
-                    yield name, tar.extractfile(info).read()
+                    content = tar.extractfile(info)
+                    assert content is not None  # it is a regular file
+                    yield name, content.read()
 
 
-def _deb_data(archive: Path, file) -> io.BytesIO:
-    """The data.tar.* inside a .deb, which is an `ar` archive: 60-byte headers and even offsets."""
+def _deb_data(archive: Path, file: IO[bytes]) -> IO[bytes]:
+    """Return data.tar.* of a .deb, an `ar` archive: 60-byte headers and even offsets."""
     if file.read(8) == b"!<arch>\n":
         while len(header := file.read(60)) == 60:
             name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])

@@ -1,0 +1,55 @@
+"""The command `glide-jax`: its stories and commands, from any folder, and what it refuses."""
+
+import jax
+import pytest
+
+from glide_jax.__main__ import COMMANDS
+from tests.support.commands import make_weights, one_line, run
+
+
+def command(*arguments, **options):
+    return run("-m", "glide_jax", *arguments, **options)
+
+
+def test_without_a_command_it_lists_them():
+    for arguments in ((), ("--help",)):
+        result = command(*arguments)
+        assert result.returncode == 0
+        assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_an_unknown_command_is_one_line_with_the_nearest():
+    assert "did you mean 'sample'" in one_line(command("sampel", "a cat"), 2)
+
+
+def test_env_says_what_a_bug_report_needs():
+    result = command("env")
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["jax"] == jax.__version__
+    assert lines["devices"] == "1 (cpu: cpu)" and lines["weights"].startswith("emoji64")
+    assert {"glide-jax", "Python", "flax", "cache", "JAX_PLATFORMS"} <= set(lines)
+    assert "takes no options" in one_line(command("env", "--all"), 2)
+
+
+def test_sample_runs_in_any_folder(tmp_path):
+    weights = make_weights(tmp_path / "tiny")
+    result = command("sample", "red", "--weights", weights, "--steps", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "samples" / "00000_red.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "shows"),
+    [
+        ("sample", "--guidance-scale"),
+        ("train", "--config"),
+        ("evaluate", "ranking"),
+        ("weights", "convert"),
+        ("data", "rasterise"),
+    ],
+)
+def test_every_command_has_a_help(name, shows, tmp_path):
+    result = command(name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert shows in result.stdout and f"glide-jax {name}" in result.stdout
