@@ -1,8 +1,9 @@
-"""The released sizes on this machine: python -m benchmarks.full_size base64 --folder FOLDER
+"""Time and memory of models of full size: python -m benchmarks.full_size base64 --folder FOLDER
 
-A `.pt` file of random weights of full size is made, converted to a folder, loaded, and run for one
-step of one picture (classifier-free guidance in the base models). Each part is a process of its
-own, whose peak memory is what the kernel counted (mapped pages of files included).
+A `.pt` file of random weights of the size of OpenAI's model is written, converted to a folder,
+loaded, and run for one step of one image (with classifier-free guidance in the base models). Each
+stage runs in its own process. Its peak memory is the count of the kernel, which includes mapped
+pages of files.
 """
 
 import os
@@ -20,20 +21,20 @@ import tyro
 
 @dataclass(frozen=True)
 class Options:
-    """Measures one released size; needs disk for two copies of it."""
+    """Measure a model of one size; the disk needs space for two copies of it."""
 
     preset: tyro.conf.Positional[Literal["base64", "inpaint64", "upsample256", "inpaint256"]]
-    """Which."""
+    """The model whose size is measured."""
     folder: Path
-    """Where the files go; they stay, and are made only where they are missing."""
+    """Folder for the files. They are kept, and existing files are used again."""
     file_dtype: Literal["float32", "float16"] = "float32"
-    """Of the .pt file."""
-    part: Annotated[Literal["all", "make", "step"], tyro.conf.arg(help_behavior_hint="")] = "all"
-    """all, or one of the processes: make, step."""
+    """Dtype of the .pt file; float16 halves its size."""
+    stage: Annotated[Literal["all", "make", "step"], tyro.conf.arg(help_behavior_hint="")] = "all"
+    """Run all stages, each in its own process, or one of them in this process."""
 
 
 def make(options: Options) -> None:
-    """Writes the `.pt` file: normal weights of variance 1 / inputs, so that nothing explodes."""
+    """Write the `.pt` file: normal weights of variance 1 / inputs keep the activations finite."""
     import numpy as np
 
     from glide_jax.models.presets import PRESETS
@@ -42,52 +43,51 @@ def make(options: Options) -> None:
 
     rng = np.random.default_rng(0)
 
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
+    def sample(shape: tuple[int, ...]) -> np.ndarray:
         scale = np.float32(np.prod(shape[1:], dtype=np.float32) ** -0.5)
         return (scale * rng.standard_normal(shape, np.float32)).astype(options.file_dtype)
 
     shapes = released_shapes(abstract_params(PRESETS[options.preset]()))
-    write_torch_file(released_file(options), {name: draw(s) for name, s in shapes.items()})
+    write_torch_file(released_file(options), {name: sample(s) for name, s in shapes.items()})
 
 
 def step(options: Options) -> None:
-    """Loads the folder and draws one picture in one step, twice: the first time compiles."""
+    """Load the folder and generate one image in one step, twice: the first time compiles."""
     import numpy as np
 
     import glide_jax as glide
 
-    def part(what: str, work: Callable[[], Any]) -> Any:
+    def timed(what: str, work: Callable[[], Any]) -> Any:
         begun, processor = time.perf_counter(), time.process_time()
         result = work()
         show(what, time.perf_counter() - begun, time.process_time() - processor)
         return result
 
-    pipe = part("load", lambda: glide.load(converted(options)))
-    small = np.full((64, 64, 3), 128, np.uint8)
-    given = {"low_res": small} if pipe.model.config.upsamples else {}
-    draw = partial(pipe, "a corgi", steps=1, progress=False, **given)
-    part("first step, with compilation", draw)
-    assert part("step", draw).images.std() > 0
+    pipe = timed("load", lambda: glide.load(converted(options)))
+    low_res = np.full((64, 64, 3), 128, np.uint8) if pipe.model.config.upsamples else None
+    generate = partial(pipe, "a corgi", steps=1, progress=False, low_res=low_res)
+    timed("first step, with compilation", generate)
+    assert timed("step", generate).images.std() > 0
 
 
 def released_file(options: Options) -> Path:
-    """The `.pt` file."""
+    """Return the path of the `.pt` file."""
     return options.folder / f"{options.preset}-{options.file_dtype}.pt"
 
 
 def converted(options: Options) -> Path:
-    """The folder that it is converted to."""
+    """Return the folder to which the `.pt` file is converted."""
     return released_file(options).with_suffix("")
 
 
 def show(what: str, seconds: float, processor: float, peak: int | None = None) -> None:
-    """One row of the table."""
+    """Print one row of the table."""
     memory = "" if peak is None else f"{peak / 1e9:.2f} GB"
     print(f"| {what} | {seconds:.0f} s | {processor:.0f} s | {memory} |", flush=True)
 
 
 def measured(what: str, *arguments: object) -> None:
-    """Runs a process and shows its time and its peak memory."""
+    """Run a process, and print its time and its peak memory."""
     begun = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
@@ -98,21 +98,21 @@ def measured(what: str, *arguments: object) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     options = tyro.cli(Options, prog="python -m benchmarks.full_size")
-    if options.part != "all":
-        {"make": make, "step": step}[options.part](options)
+    if options.stage != "all":
+        {"make": make, "step": step}[options.stage](options)
         return
     again = [options.preset, "--folder", options.folder, "--file-dtype", options.file_dtype]
-    again = ["-m", "benchmarks.full_size", *again, "--part"]
+    again = ["-m", "benchmarks.full_size", *again, "--stage"]
     if not released_file(options).exists():
         measured("make the file", *again, "make")
     file = released_file(options)
     print(f"{file.name}: {file.stat().st_size / 1e9:.2f} GB\n")
     print("| | time | processor time | peak memory |\n|---|---:|---:|---:|", flush=True)
     if not converted(options).exists():
-        measured("convert", "-m", "glide_jax.weights", "convert", file, converted(options))
-    measured("load and run, in all", *again, "step")
+        measured("convert", "-m", "glide_jax", "weights", "convert", file, converted(options))
+    measured("load and run, in total", *again, "step")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Speed of the released sizes: python -m benchmarks.speed --out speed
+"""Speed of models of the size of OpenAI's: python -m benchmarks.speed --out speed
 
-Random weights of the released sizes: milliseconds of a forward pass, pictures a second of the whole
-released procedure (100 guided steps at 64x64, 27 of the upsampler), pictures a second and model
-FLOP utilisation of training, with peak memory and compile time of each. Every measurement is a
-process of its own, so that its peak is its own and one that runs out of memory does not end the
-others; `speed.json` and `speed.md` are written after each. See docs/benchmarks.md.
+With random weights it measures milliseconds per forward pass, images per second of the procedure of
+OpenAI's notebook (100 guided steps at 64x64, 27 of the upsampler), and images per second and model
+FLOP utilisation of training, each with peak memory and compile time. Every measurement runs in its
+own process: it has its own peak memory, and if it runs out of memory the others still run.
+`speed.json` and `speed.md` are written after each measurement. See docs/results/benchmarks.md.
 """
 
 import json
@@ -20,10 +20,10 @@ import tyro
 
 from glide_jax.errors import GlideError, UsageError, nearest, one_line_errors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 KINDS = ("forward", "procedure", "training")
 MODELS = ("base", "upsampler")
-# What a process that found no memory says: jax, torch on a GPU, torch on a CPU, numpy, the kernel.
+# Errors when memory runs out: jax, torch on a GPU, torch on a CPU, numpy. Linux sends a signal.
 NO_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "can't allocate memory", "MemoryError")
 KILLED = -9
 
@@ -32,42 +32,43 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """Measures speed, memory and compile time of the released sizes with random weights."""
+    """Measure speed, memory and compile time of models of the size of OpenAI's."""
 
     out: Path = Path("speed")
-    """Folder for speed.json and speed.md, which are written anew."""
+    """Folder for speed.json and speed.md, which are overwritten."""
     size: str = "released"
-    """released, or toy: a rehearsal that a CPU can do."""
+    """released: the sizes of OpenAI's models; toy: small networks, to test the command on a CPU."""
     only: tuple[str, ...] = KINDS
-    """Which of forward, procedure, training."""
+    """Kinds of measurements: forward, procedure, training."""
     batches: tuple[int, ...] = (1, 16, 64)
-    """Pictures at a time, in forward passes and procedures."""
+    """Batch sizes of forward passes and procedures."""
     train_batches: tuple[int, ...] = (16, 64)
-    """Pictures at a time, in training."""
+    """Batch sizes of training."""
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
-    """Of the trunk in forward passes; procedure and training take the first."""
+    """Dtypes of the trunk in forward passes; procedure and training use the first."""
     original: Path | None = None
     """A copy of openai/glide-text2im, to be measured in the same run; it is only read."""
     original_python: Path = Path(sys.executable)
     """The Python that has torch, for the original code."""
     repeats: int = 5
-    """Timings of each measurement, of which the median is given."""
+    """Timings per measurement, at least 1; the result is their median."""
     limit: float = 300
-    """Seconds after which one measurement is given up."""
-    part: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
-    """One measurement as JSON, in this process: what the command calls itself with."""
+    """Time limit of one measurement in seconds; a measurement that exceeds it is stopped."""
+    measurement: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
+    """Make one measurement, described as JSON, in this process; the command runs itself with it."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One measurement.
+class Measurement:
+    """A description of one measurement.
 
     Attributes:
         code: "glide-jax" or "original".
         kind: forward, procedure or training.
-        model: base or upsampler; of a procedure "both".
-        dtype: of the trunk; the original has float16 on GPUs and float32 on CPUs, by itself.
-        batch: pictures at a time.
+        model: base or upsampler; "both" for a procedure.
+        dtype: dtype of the trunk; "own" for the original code, which uses float16 on GPUs and
+            float32 on CPUs.
+        batch: batch size.
     """
 
     code: str
@@ -80,48 +81,49 @@ class Part:
         return f"{self.code} {self.kind}, {self.model}, {self.dtype}, {self.batch} at a time"
 
 
-def parts_of(options: Options) -> list[Part]:
-    """What there is to measure, in order: small before large, ours beside the original's.
+def measurements(options: Options) -> list[Measurement]:
+    """Return all measurements of a run, small batches first, each followed by the original's.
 
     Raises:
-        UsageError: an option that is none, or leaves nothing.
+        UsageError: an option has a wrong value, or there is nothing to measure.
     """
     for name in options.only:
         if name not in KINDS:
-            raise UsageError(f"unknown part {name!r}{nearest(name, KINDS)}: {', '.join(KINDS)}")
+            raise UsageError(f"unknown kind {name!r}{nearest(name, KINDS)}: {', '.join(KINDS)}")
     if options.size not in ("released", "toy"):
         raise UsageError(f"size is released or toy, not {options.size!r}")
     if not options.dtypes or options.repeats < 1 or min(options.batches, default=0) < 1:
         raise UsageError("give at least one dtype, one repeat, and batches of at least 1")
     if options.original and not (options.original / "glide_text2im").is_dir():
-        raise UsageError(f"{options.original} holds no glide_text2im: give a copy of the original")
+        raise UsageError(f"{options.original} has no glide_text2im: give a copy of the original")
     found = []
     for batch in options.batches if "forward" in options.only else ():
         for model in MODELS:
-            found += [Part("glide-jax", "forward", model, d, batch) for d in options.dtypes]
-            found += [Part("original", "forward", model, "own", batch)]
+            found += [Measurement("glide-jax", "forward", model, d, batch) for d in options.dtypes]
+            found += [Measurement("original", "forward", model, "own", batch)]
     for batch in options.batches if "procedure" in options.only else ():
-        found += [Part("glide-jax", "procedure", "both", options.dtypes[0], batch)]
-        found += [Part("original", "procedure", "both", "own", batch)]
+        found += [Measurement("glide-jax", "procedure", "both", options.dtypes[0], batch)]
+        found += [Measurement("original", "procedure", "both", "own", batch)]
     for batch in options.train_batches if "training" in options.only else ():
-        found += [Part("glide-jax", "training", "base", options.dtypes[0], batch)]
-    found = [part for part in found if options.original or part.code != "original"]
+        found += [Measurement("glide-jax", "training", "base", options.dtypes[0], batch)]
+    found = [one for one in found if options.original or one.code != "original"]
     if not found:
         raise UsageError("there is nothing to measure")
     return found
 
 
-def measured(part: Part, options: Options) -> Result:
-    """One measurement in a process of its own; "error" where there is no figure."""
-    given = {"size": options.size, "repeats": options.repeats, **asdict(part)}
-    if part.code == "original":
+def measured(measurement: Measurement, options: Options) -> Result:
+    """Make one measurement in its own process; the result has "error" if it fails."""
+    text = json.dumps({"size": options.size, "repeats": options.repeats, **asdict(measurement)})
+    if measurement.code == "original":
+        assert options.original is not None
         script = Path(__file__).with_name("speed_original.py")
-        command = [options.original_python, script, options.original.resolve(), json.dumps(given)]
+        command = [options.original_python, script, options.original.resolve(), text]
     else:
-        command = [sys.executable, "-m", "benchmarks.speed", "--part", json.dumps(given)]
-    # As much of the memory as there is, in the place of jax's three quarters.
+        command = [sys.executable, "-m", "benchmarks.speed", "--measurement", text]
+    # Nearly all of the device memory; the default of jax is three quarters.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         done = subprocess.run(
             list(map(str, command)),
@@ -132,12 +134,12 @@ def measured(part: Part, options: Options) -> Result:
             timeout=options.limit,
         )
     except subprocess.TimeoutExpired:
-        found: Result = {"error": f"not done after {options.limit:g} s"}
+        found: Result = {"error": f"stopped after {options.limit:g} s"}
     except OSError as error:
         raise GlideError(f"cannot run {command[0]}: {error.strerror}") from None
     else:
         found = _answer(done)
-    return asdict(part) | found | {"process_s": round(time.perf_counter() - begun, 1)}
+    return asdict(measurement) | found | {"process_s": round(time.perf_counter() - start, 1)}
 
 
 def _answer(done: subprocess.CompletedProcess) -> Result:
@@ -149,15 +151,15 @@ def _answer(done: subprocess.CompletedProcess) -> Result:
     return {"error": (lines or [f"exit {done.returncode}"])[-1][:300]}
 
 
-# --- what is written
+# --- output
 
 
 def write(folder: Path, options: Options, results: list[Result]) -> None:
-    """`speed.json` and `speed.md`."""
+    """Write `speed.json` and `speed.md`."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(options).items()
-        if name not in ("out", "part", "original", "original_python")
+        if name not in ("out", "measurement", "original", "original_python")
     }
     text = json.dumps({"settings": settings, "results": results}, indent=1)
     (folder / "speed.json").write_text(text + "\n", encoding="utf-8")
@@ -165,7 +167,7 @@ def write(folder: Path, options: Options, results: list[Result]) -> None:
 
 
 def tables(results: list[Result]) -> str:
-    """Markdown: machines and versions, then one table a kind."""
+    """Return Markdown: machines and versions, then one table for each kind."""
     machines = sorted({r["machine"] for r in results if "machine" in r})
     lines = [*(f"- {machine}" for machine in machines), ""]
     for kind in KINDS:
@@ -179,11 +181,11 @@ def tables(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("code", "model", "trunk", "batch", "ms", "pictures/s", "TFLOP/s", "of peak")
+COLUMNS = ("code", "model", "trunk", "batch", "ms", "images/s", "TFLOP/s", "of peak")
 COLUMNS += ("peak memory", "compile", "original's time")
 
 
-def _row(result: Result, beside: list[Result]) -> list[str]:
+def _row(result: Result, table: list[Result]) -> list[str]:
     start = [result["code"], result["model"], result["dtype"], str(result["batch"])]
     if "error" in result:
         return [*start, result["error"].replace("|", "/"), *[""] * (len(COLUMNS) - 5)]
@@ -192,20 +194,20 @@ def _row(result: Result, beside: list[Result]) -> list[str]:
     return [
         *start,
         f"{result['ms']:.1f}",
-        f"{result['pictures_s']:.2f}",
+        f"{result['images_s']:.2f}",
         "" if rate is None else f"{rate:.3g}",
         "" if use is None else f"{100 * use:.0f}%",
         f"{result['peak_bytes'] / 1e9:.2f} GB ({result['peak_of']})",
         "" if compile_s is None else f"{compile_s:.0f} s",
-        _ratio(result, beside),
+        _ratio(result, table),
     ]
 
 
-def _ratio(result: Result, beside: list[Result]) -> str:
-    """How many times as long the original takes for the same."""
+def _ratio(result: Result, table: list[Result]) -> str:
+    """Return the time of the original code for the same, divided by the time of the result."""
     if result["code"] == "original":
         return ""
-    for other in beside:
+    for other in table:
         same = all(other[key] == result[key] for key in ("model", "batch"))
         if same and other["code"] == "original" and "ms" in other:
             return f"{other['ms'] / result['ms']:.2f}x"
@@ -213,20 +215,20 @@ def _ratio(result: Result, beside: list[Result]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     options = tyro.cli(Options, prog="python -m benchmarks.speed")
-    if options.part:
+    if options.measurement:
         from benchmarks.speed_parts import measure
 
-        print(json.dumps(measure(**json.loads(options.part))))
+        print(json.dumps(measure(**json.loads(options.measurement))))
         return
     with one_line_errors():
-        parts = parts_of(options)
+        todo = measurements(options)
         options.out.mkdir(parents=True, exist_ok=True)
         results: list[Result] = []
-        for i, part in enumerate(parts):
-            print(f"[{i + 1}/{len(parts)}] {part}: ", end="", flush=True)
-            result = measured(part, options)
+        for i, measurement in enumerate(todo):
+            print(f"[{i + 1}/{len(todo)}] {measurement}: ", end="", flush=True)
+            result = measured(measurement, options)
             results.append(result)
             print(result.get("error") or f"{result['ms']:.1f} ms", flush=True)
             write(options.out, options, results)

@@ -1,9 +1,9 @@
-"""The same measurements of the original PyTorch code: called by `benchmarks.speed --original`.
+"""The same measurements of the original PyTorch code; `benchmarks.speed --original` runs this.
 
-python benchmarks/speed_original.py COPY_OF_GLIDE_TEXT2IM PART_AS_JSON
+python benchmarks/speed_original.py COPY_OF_GLIDE_TEXT2IM MEASUREMENT_AS_JSON
 
-Needs torch and what the original needs; imports nothing of glide-jax, and nothing of the original
-but what it is given the path of. Weights are random; nothing is downloaded.
+It needs torch and the requirements of the original code, which it imports from the path. It imports
+nothing from glide-jax. Weights are random; nothing is downloaded.
 """
 
 import json
@@ -18,7 +18,7 @@ PROMPT = "a corgi wearing a red bowtie"
 
 
 def options_of(name, size, half):
-    """The original's own settings of its released models, or the toy's (`speed_parts.toy`)."""
+    """Return the settings of OpenAI's models, or those of the toy (`speed_parts.toy`)."""
     from glide_text2im import model_creation
 
     if name == "base":
@@ -40,7 +40,7 @@ def options_of(name, size, half):
 
 
 def build(name, size, device):
-    """Model and diffusion with random weights of variance 1 / inputs, as the notebook loads it."""
+    """Return model, diffusion and settings, with normal weights of variance 1 / inputs."""
     import torch
     from glide_text2im.model_creation import create_model_and_diffusion
 
@@ -58,7 +58,7 @@ def build(name, size, device):
 
 
 def conditions(model, options, device, captions):
-    """Tokens and mask of captions."""
+    """Return the tokens and the mask of captions."""
     import torch
 
     tokens, masks = [], []
@@ -72,7 +72,7 @@ def conditions(model, options, device, captions):
 
 
 def forward(name, size, batch, device):
-    """A call that is a forward pass, text features cached as in the notebook."""
+    """Return a function that runs a forward pass, with cached text features as in the notebook."""
     import torch
 
     model, _, options = build(name, size, device)
@@ -86,7 +86,7 @@ def forward(name, size, batch, device):
 
 
 def procedure(size, batch, device):
-    """A call that is the notebook's text2im: guided ancestral steps, then the upsampler's DDIM."""
+    """Return a function that runs the notebook text2im: guided ancestral steps, then upsampling."""
     import torch
 
     base, base_diffusion, base_options = build("base", size, device)
@@ -103,7 +103,7 @@ def procedure(size, batch, device):
         eps = null + 3.0 * (cond - null)
         return torch.cat([torch.cat([eps, eps]), rest], dim=1)
 
-    def draw():
+    def generate():
         side = base_options["image_size"]
         small = base_diffusion.p_sample_loop(
             guided,
@@ -117,7 +117,7 @@ def procedure(size, batch, device):
         base.del_cache()
         low_res = ((small + 1) * 127.5).round() / 127.5 - 1
         side = large_options["image_size"]
-        drawn = large_diffusion.ddim_sample_loop(
+        generated = large_diffusion.ddim_sample_loop(
             large,
             (batch, 3, side, side),
             noise=torch.randn(batch, 3, side, side, device=device) * 0.997,
@@ -128,14 +128,14 @@ def procedure(size, batch, device):
             cond_fn=None,
         )
         large.del_cache()
-        return drawn.cpu()
+        return generated.cpu()
 
-    return draw
+    return generate
 
 
 def main():
-    """Measures one part and prints it as JSON."""
-    path, given = sys.argv[1], json.loads(sys.argv[2])
+    """Make one measurement and print it as JSON."""
+    path, arguments = sys.argv[1], json.loads(sys.argv[2])
     sys.path.insert(0, path)
     import torch
 
@@ -146,23 +146,23 @@ def main():
         if on_gpu:
             torch.cuda.synchronize()
 
-    size, batch, whole = given["size"], given["batch"], given["kind"] == "procedure"
+    size, batch, whole = arguments["size"], arguments["batch"], arguments["kind"] == "procedure"
     with torch.no_grad():
         if whole:
             call = procedure(size, batch, device)
         else:
-            call = forward(given["model"], size, batch, device)
+            call = forward(arguments["model"], size, batch, device)
         queued = QUEUED if on_gpu and not whole else 1
         for _ in range(1 if whole else 2):
             call()
         wait()
         times = []
-        for _ in range(min(given["repeats"], 3) if whole else given["repeats"]):
-            begun = time.perf_counter()
+        for _ in range(min(arguments["repeats"], 3) if whole else arguments["repeats"]):
+            start = time.perf_counter()
             for _ in range(queued):
                 call()
             wait()
-            times.append((time.perf_counter() - begun) * 1000 / queued)
+            times.append((time.perf_counter() - start) * 1000 / queued)
     ms = statistics.median(times)
     if on_gpu:
         kind = torch.cuda.get_device_name()
@@ -173,7 +173,7 @@ def main():
     found = {
         "ms": ms,
         "all_ms": times,
-        "pictures_s": batch * 1000 / ms,
+        "images_s": batch * 1000 / ms,
         "dtype": "float16" if on_gpu else "float32",
         "peak_bytes": peak,
         "peak_of": of,

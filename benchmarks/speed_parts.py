@@ -1,4 +1,4 @@
-"""What `benchmarks.speed` measures of this code, each in a process that does nothing else."""
+"""The measurements of glide-jax for `benchmarks.speed`, each in its own process."""
 
 import resource
 import statistics
@@ -12,30 +12,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.hardware import peak_flops
+from glide_jax.devices.hardware import peak_flops
+from glide_jax.devices.runtime import DTYPES
 from glide_jax.models.presets import ModelConfig, base64, upsample256
 from glide_jax.models.unet import GLIDE
-from glide_jax.pictures import package_version
-from glide_jax.pipeline import Pipeline, encode_text
-from glide_jax.runtime import DTYPES
-from glide_jax.settings import Settings
-from glide_jax.training.flops import count_flops, flops_per_picture
+from glide_jax.pipeline.images import package_version
+from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.stage import encode_text
+from glide_jax.training.flops import count_flops, flops_per_image
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.state import init_state, make_optimiser
-from glide_jax.training.step import train_step
+from glide_jax.training.state import new_state
+from glide_jax.training.step import make_step
 from glide_jax.weights import abstract_params
 from glide_jax.weights.registry import Model
-from glide_jax.weights.released_files import defaults_of, schedule_of
+from glide_jax.weights.released_files import released_defaults, schedule_of
 
 RECIPE = "configs/text64.py"
 TOY_STEPS = 10
-# Calls that are queued before one waits, where a device works beside the host.
+# Calls in a row before one waits for the device, on accelerators.
 QUEUED = 10
 
 
 def toy(config: ModelConfig) -> ModelConfig:
-    """The same network, small: 16x16 pixels, and 64x64 for the upsampler."""
+    """Return a small network of the same variant: 16x16 pixels, or 64x64 for an upsampler."""
     small = {
         "model_channels": 32,
         "num_res_blocks": 1,
@@ -53,33 +54,33 @@ def toy(config: ModelConfig) -> ModelConfig:
 
 
 def config_of(model: str, size: str) -> ModelConfig:
-    """The base or the upsampler, released or toy."""
+    """Return the config of "base" or "upsampler", of the size "released" or "toy"."""
     config = {"base": base64, "upsampler": upsample256}[model]()
     return toy(config) if size == "toy" else config
 
 
 def random_params(config: ModelConfig) -> dict[str, Any]:
-    """Normal weights of variance 1 / inputs; norms that scale by 1.
+    """Return normal weights of variance 1 / inputs, and norms with a scale of 1.
 
-    Not zeros, which GPUs multiply at a higher clock.
+    Zeros would be no fair test: GPUs multiply them at a higher clock.
     """
     numbers = np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
 
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def sample(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if len(leaf.shape) < 2:
             value = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
             return np.full(leaf.shape, value, np.float32)
         return np.resize(numbers, leaf.shape) * np.float32(np.prod(leaf.shape[:-1]) ** -0.5)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+    return jax.tree_util.tree_map_with_path(sample, abstract_params(config))
 
 
 def measure(
     *, code: str, kind: str, model: str, dtype: str, batch: int, size: str, repeats: int
 ) -> dict[str, Any]:
-    """One measurement, by the fields of `benchmarks.speed.Part`."""
+    """Make one measurement; the arguments are those of `benchmarks.speed.Measurement`."""
     del code
-    # What is compiled here is timed, not read from a file.
+    # Without a cache, so that the compiler runs and its time is measured.
     jax.config.update("jax_enable_compilation_cache", False)
     found = {
         "forward": partial(forward, model=model),
@@ -87,7 +88,7 @@ def measure(
         "training": training,
     }[kind](dtype=dtype, batch=batch, size=size, repeats=repeats)
     flops, device = found.pop("flops", None), jax.devices()[0]
-    # Multiplications and additions of a call, over its time.
+    # Multiplications and additions of a call, divided by its time.
     rate = flops and flops * 1000 / found["ms"]
     peak = peak_flops(device.device_kind)
     versions = f"glide-jax {package_version()}, jax {jax.__version__}"
@@ -95,7 +96,7 @@ def measure(
         found
         | peak_memory()
         | {
-            "pictures_s": batch * 1000 / found["ms"],
+            "images_s": batch * 1000 / found["ms"],
             "tflops": rate and rate / 1e12,
             "utilisation": rate / peak if rate and peak else None,
             "machine": f"{device.device_kind}; {versions}",
@@ -104,7 +105,7 @@ def measure(
 
 
 def forward(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
-    """A forward pass of the UNet; text features are given, as in sampling."""
+    """Measure a forward pass of the UNet, with precomputed text features as in sampling."""
     config = config_of(model, size)
     module = GLIDE(config, DTYPES[dtype])
     params = jax.device_put(random_params(config))
@@ -117,59 +118,50 @@ def forward(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> d
     x = jnp.asarray(rng.standard_normal((batch, side, side, 3)), jnp.float32)
     t = jnp.full(batch, 500)
     run = jax.jit(lambda params, x, t, inputs: module.apply({"params": params}, x, t, **inputs))
-    given = params, x, t, inputs
-    compiled, seconds = compiled_in(run.lower(*given))
-    ms = medians(lambda: compiled(*given), repeats)
-    return {"compile_s": seconds, **ms, "flops": count_flops(run, *given)}
+    arguments = params, x, t, inputs
+    compiled, seconds = compiled_in(run.lower(*arguments))
+    ms = medians(lambda: compiled(*arguments), repeats)
+    return {"compile_s": seconds, **ms, "flops": count_flops(run, *arguments)}
 
 
 def procedure(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
-    """Text to the large picture, as in the release's notebook: both networks and all between."""
+    """Measure from text to 256x256 images, with both networks, as in OpenAI's notebook."""
     pipes = []
     for name in ("upsampler", "base"):
         config = config_of(name, size)
-        defaults = defaults_of(config)
+        defaults = released_defaults(config)
         if size == "toy" and name == "base":
             defaults["steps"] = TOY_STEPS
         model = Model(f"random {name}", config, random_params(config), schedule_of(config))
-        pipes.append(Pipeline(model, dtype, Settings().changed(**defaults)))
+        pipes.append(Pipeline(model, dtype, settings=Settings().changed(**defaults)))
     pipe = replace(pipes[1], upsampler=pipes[0])
 
-    def draw() -> np.ndarray:
-        call = {"num": batch, "batch_size": batch, "progress": False}
-        return pipe("a corgi wearing a red bowtie", **call, upsampler={}).images
+    def generate() -> np.ndarray:
+        prompt = "a corgi wearing a red bowtie"
+        return pipe(prompt, num=batch, batch_size=batch, progress=False, upsampler={}).images
 
-    begun = time.perf_counter()
-    draw()
-    first = time.perf_counter() - begun
-    times = medians(draw, min(repeats, 3), queued=1, warm=0)
+    start = time.perf_counter()
+    generate()
+    first = time.perf_counter() - start
+    times = medians(generate, min(repeats, 3), queued=1, warm=0)
     return {"compile_s": first - times["ms"] / 1000, **times}
 
 
 def training(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
-    """A step of `configs/text64.py` on this machine's first device."""
+    """Measure a training step of `configs/text64.py` on the first device."""
     config = load_recipe(RECIPE)
     model = config_of("base", size)
     config = replace(config, model=model, batch_size=batch, dtype=dtype, accumulate=1)
-    objective, optimiser = make_objective(config), make_optimiser(config.optimiser, config.steps)
-    params = jax.device_put(random_params(model))
-    state = init_state(params, optimiser, config.optimiser, float16=dtype == "float16")
-    del params
+    objective = make_objective(config)
+    state = new_state(config, objective, jax.device_put(random_params(model)))
     rng, side, key = np.random.default_rng(0), model.image_size, jax.random.key(0)
     rows = Batch(
         image=jnp.asarray(rng.integers(0, 256, (batch, side, side, 3)), jnp.uint8),
         tokens=jnp.asarray(rng.integers(0, model.n_vocab, (batch, model.text_ctx)), jnp.int32),
         mask=jnp.ones((batch, model.text_ctx), bool),
-        position=jnp.arange(batch),
+        row=jnp.arange(batch),
     )
-    step = partial(
-        train_step,
-        loss=objective.loss,
-        optimiser=optimiser,
-        averages=config.optimiser,
-        accumulate=config.accumulate,
-        spike=config.spike,
-    )
+    step = make_step(config, objective)
     compiled, seconds = compiled_in(jax.jit(step, donate_argnums=0).lower(state, rows, key))
 
     def once() -> Any:
@@ -178,36 +170,36 @@ def training(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, An
         return metrics
 
     times = medians(once, repeats)
-    return {"compile_s": seconds, **times, "flops": batch * flops_per_picture(config)}
+    return {"compile_s": seconds, **times, "flops": batch * flops_per_image(config)}
 
 
 def compiled_in(lowered: Any) -> tuple[Any, float]:
-    """A compiled program, and the seconds that its compiler took (tracing excluded)."""
-    begun = time.perf_counter()
+    """Return a compiled program, and the seconds of its compilation without tracing."""
+    start = time.perf_counter()
     compiled = lowered.compile()
-    return compiled, time.perf_counter() - begun
+    return compiled, time.perf_counter() - start
 
 
 def medians(
     call: Callable[[], Any], repeats: int, queued: int | None = None, warm: int = 2
 ) -> dict[str, Any]:
-    """Milliseconds of a call: the median of `repeats`, each the mean of `queued` in a row."""
+    """Measure milliseconds per call: the median of `repeats` means over `queued` calls in a row."""
     if queued is None:
         queued = 1 if jax.default_backend() == "cpu" else QUEUED
     for _ in range(warm):
         jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(queued):
-            last = call()
-        jax.block_until_ready(last)
-        times.append((time.perf_counter() - begun) * 1000 / queued)
+        start = time.perf_counter()
+        for _ in range(queued - 1):
+            call()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1000 / queued)
     return {"ms": statistics.median(times), "all_ms": times}
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most that was in use: of the device where it counts, else of this process."""
+    """Return the peak memory of the device if it is counted, else that of this process."""
     counted = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in counted:
         return {"peak_bytes": counted["peak_bytes_in_use"], "peak_of": "device"}

@@ -1,8 +1,9 @@
-"""The noised CLIP: how well a noised image and a caption agree  (GLIDE, 2112.10741, sec. 4.4).
+"""The noised CLIP, which scores how well a noised image and a caption agree  (GLIDE, sec. 4.4).
 
-An image encoder `f(x_t, t)` that was trained on noised images, and a text encoder `g(c)`; the
-gradient of `f(x_t, t) . g(c)` by `x_t` guides a diffusion model (GLIDE, sec. 2.4). Both are
-transformers whose output at one position is normed and projected (CLIP, 2103.00020, sec. 2.4).
+It has an image encoder `f(x_t, t)`, trained on noised images, and a text encoder `g(c)`. The
+gradient of `f(x_t, t) . g(c)` with respect to `x_t` guides a diffusion model (GLIDE, 2112.10741,
+sec. 2.4). Both are transformers; a norm and a projection follow at one position (CLIP, 2103.00020,
+sec. 2.4).
 """
 
 import math
@@ -18,16 +19,16 @@ from glide_jax.models.presets import CLIPConfig
 # Mean and standard deviation of red, green and blue in CLIP's training images, on 0..255.
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)
 PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
-# A learned scale stays below this (CLIP, sec. 2.5), where it ended up: the released constant.
+# The limit of a learned scale (CLIP, sec. 2.5). OpenAI's noised CLIP has it as its constant scale.
 MAX_LOGIT_SCALE = 100.0
 
 
 class Features(NamedTuple):
-    """What an encoder makes of its input.
+    """The output of an encoder.
 
     Attributes:
         raw: `(B, embed_width)` float32, the embedding before it is normalised.
-        probe: `(B, width)` float32, what the final norm reads: features for linear probes.
+        probe: `(B, width)` float32, the input of the final norm: features for linear probes.
     """
 
     raw: jax.Array
@@ -35,24 +36,26 @@ class Features(NamedTuple):
 
 
 def normalise(raw: jax.Array) -> jax.Array:
-    """`z / (|z| + 1e-12)` over the last axis; the released code has the same constant."""
+    """`z / (|z| + 1e-12)` over the last axis; the constant is that of the original code."""
     return raw / (jnp.linalg.norm(raw, axis=-1, keepdims=True) + 1e-12)
 
 
 def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table. An index outside of it gives NaN: jax would take the nearest row instead."""
-    rows = jnp.asarray(table).at[index]  # parameters may be numpy arrays, which have no `at`
+    """Return rows of a table. An index outside it gives NaN; jax would take the nearest row."""
+    rows = jnp.asarray(table).at[index]  # Parameters may be numpy arrays, which have no `at`.
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def linear(features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True):
-    """Linear layer with a normal initialisation of that standard deviation."""
+def linear(
+    features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True
+) -> nn.Dense:
+    """Return a linear layer whose weights start normal with standard deviation `std`."""
     init = nn.initializers.normal(std)
     return nn.Dense(features, dtype=dtype, kernel_init=init, use_bias=use_bias, name=name)
 
 
 def _check(name: str, array: jax.Array, shape: tuple[int, ...], kind: Any, note: str) -> None:
-    """Raises ValueError unless `array` is `(B, *shape)` of that kind of dtype."""
+    """Raise ValueError unless `array` is `(B, *shape)` and its dtype is of that kind."""
     array = jnp.asarray(array)
     if array.shape[1:] != shape or array.ndim != 1 + len(shape):
         wanted = ", ".join(["B", *map(str, shape)]) + ("" if shape else ",")
@@ -62,10 +65,11 @@ def _check(name: str, array: jax.Array, shape: tuple[int, ...], kind: Any, note:
 
 
 class Block(nn.Module):
-    """`x += attention(norm x); x += mlp(norm x)`; keys have no bias, which no softmax would see.
+    """`x += attention(norm x); x += mlp(norm x)`.
 
-    The original leaves its parameters uninitialised; the standard deviations here are those of
-    CLIP's own release, where both projections shrink with the depth.
+    Keys have no bias: it would cancel in the softmax. The original code leaves its parameters
+    uninitialised. The standard deviations here are those of the code of openai/CLIP, where both
+    projections start smaller in a deeper network.
     """
 
     heads: int
@@ -74,7 +78,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`x (B, L, W)`, `mask` boolean `(L, L)` (query, key) or None -> `(B, L, W)`."""
+        """Map `x (B, L, W)` to `(B, L, W)`; `mask` is boolean, `(L, L)` as (query, key)."""
         width = x.shape[-1]
         std, std_out = width**-0.5, (2 * self.layers * width) ** -0.5
 
@@ -86,13 +90,16 @@ class Block(nn.Module):
         h = attend(heads("query"), heads("key", use_bias=False), heads("value"), mask)
         x = x + linear(width, std_out, self.dtype, "proj")(h)
         h = layer_norm("norm_2")(x).astype(self.dtype)
-        # The exact (erf) form; CLIP's own release has another, this one's noised CLIP has not.
+        # The exact (erf) form, as in OpenAI's noised CLIP; openai/CLIP has an approximation.
         h = linear(4 * width, (2 * width) ** -0.5, self.dtype, "fc_1")(h)
         return x + linear(width, std_out, self.dtype, "fc_2")(nn.gelu(h, approximate=False))
 
 
 def read_out(x: jax.Array, embed_width: int) -> Features:
-    """The features of one position `(B, W)`, in float32; adds to the module that calls it."""
+    """Return the features of one position `(B, W)`, in float32.
+
+    Its layers become part of the module that calls it.
+    """
     probe = x.astype(jnp.float32)
     h = layer_norm("norm_out")(probe)
     head = linear(embed_width, x.shape[-1] ** -0.5, jnp.float32, "head", use_bias=False)
@@ -100,10 +107,10 @@ def read_out(x: jax.Array, embed_width: int) -> Features:
 
 
 class ImageEncoder(nn.Module):
-    """`f(x_t, t)`: a vision transformer whose class token is looked up by timestep.
+    """`f(x_t, t)`: a vision transformer with a class token for each timestep.
 
     Attributes:
-        config: sizes; with `n_timestep=0` one learned class token and no timestep.
+        config: sizes; with `n_timestep=0` there is one class token, and no timestep.
         dtype: dtype of the blocks and of the patch projection; all else is float32.
         remat: see `NoisedCLIP`.
     """
@@ -114,24 +121,24 @@ class ImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array | None = None) -> Features:
-        """Features of noised images.
+        """Return the features of noised images.
 
         Args:
-            x: `(B, S, S, 3)` float32, S the config's `image_size`, pictures in [-1, 1] and their
-                noised forms beyond; never clipped.
-            t: `(B,)` integer timesteps of the original chain, whatever chain is sampled; None
-                exactly where `n_timestep` is 0. Outside of the table: NaN.
+            x: `(B, S, S, 3)` float32 with S the config's `image_size`. Clean images lie in
+                [-1, 1]; noised ones exceed it, and are not clipped.
+            t: `(B,)` integer timesteps of the training schedule, also when a respaced schedule is
+                sampled. None if and only if `n_timestep` is 0. A timestep outside the table: NaN.
 
         Raises:
-            ValueError: wrong shapes or dtypes, or `t` where there is no table, or the reverse.
+            ValueError: wrong shapes or dtypes, a missing `t`, or a `t` that the config excludes.
         """
         c, width = self.config, self.config.image_width
         _check("x", x, (c.image_size, c.image_size, 3), jnp.floating, "float, in [-1, 1]")
         if (t is None) == bool(c.n_timestep):
-            raise ValueError("t must be given exactly where n_timestep > 0")
+            raise ValueError(f"this CLIP {'needs' if t is None else 'takes no'} timesteps t")
         table = nn.initializers.normal(width**-0.5)
 
-        # In float32: a noised image on 0..255 has no room in bfloat16's 8 bits.
+        # In float32: the 8 significant bits of bfloat16 are too few for a noised image on 0..255.
         pixels = (x.astype(jnp.float32) + 1) * 127.5
         pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
         h = nn.Conv(
@@ -146,7 +153,7 @@ class ImageEncoder(nn.Module):
         )(pixels)
         h = h.reshape(len(x), -1, width).astype(jnp.float32)
 
-        if c.n_timestep:
+        if t is not None:
             _check("t", t, (), jnp.integer, "integer (round it: each timestep has a row)")
             first = self.param("timestep_embedding", table, (c.n_timestep, width))
             first = look_up(first, t)
@@ -163,7 +170,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """`g(c)`: a causal transformer, read at the end token; padding cannot change the result.
+    """`g(c)`: a causal transformer, read at the end token. Padding cannot change the result.
 
     Attributes:
         config: sizes.
@@ -177,12 +184,13 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> Features:
-        """Features of captions, as `glide_jax.models.tokenizers.CLIPTokenizer` gives them.
+        """Return the features of captions.
 
         Args:
-            tokens: `(B, max_text_len)` integer. A token outside of the table: NaN.
-            lengths: `(B,)` integer, start and end token included. Outside of
-                [1, max_text_len]: NaN.
+            tokens: `(B, max_text_len)` integer, from `glide_jax.models.tokenizers.CLIPTokenizer`. A
+                token outside the table gives NaN.
+            lengths: `(B,)` integer, start and end token included. A length outside
+                [1, max_text_len] gives NaN.
 
         Raises:
             ValueError: wrong shapes or dtypes.
@@ -205,21 +213,21 @@ class TextEncoder(nn.Module):
 class NoisedCLIP(nn.Module):
     """Both encoders and the scale of their similarity  (GLIDE, sec. 4.4; CLIP, sec. 2.3).
 
-    For guidance, `encode_text` once a prompt and the gradient of `similarity` by `x` at each
-    step; for training, `__call__`.
+    For guidance, call `encode_text` once per prompt and take the gradient of `similarity` with
+    respect to `x` at each step. For training, use `__call__`.
 
     Attributes:
         config: sizes; see `glide_jax.models.presets`.
         dtype: dtype of the trunks; parameters, norms, softmax, tables, projections to the
             embedding and the embeddings stay float32.
-        remat: in training, keep each block's input alone and compute the rest again.
+        remat: activation checkpointing in training: less memory, more time.
     """
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         self.image = ImageEncoder(c, self.dtype, self.remat)
         self.text = TextEncoder(c, self.dtype, self.remat)
@@ -228,31 +236,41 @@ class NoisedCLIP(nn.Module):
             self.log_scale = self.param("log_scale", start, ())
 
     def image_features(self, x: jax.Array, t: jax.Array | None = None) -> Features:
-        """Raw embeddings and probe features of noised images; see `ImageEncoder`."""
+        """Return raw embeddings and probe features of noised images; see `ImageEncoder`."""
         return self.image(x, t)
 
     def text_features(self, tokens: jax.Array, lengths: jax.Array) -> Features:
-        """Raw embeddings and probe features of captions; see `TextEncoder`."""
+        """Return raw embeddings and probe features of captions; see `TextEncoder`."""
         return self.text(tokens, lengths)
 
     def encode_image(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
-        """`x (B, S, S, 3)` float32 in [-1, 1], `t (B,)` integer -> `(B, embed_width)` float32.
+        """Return the embeddings of noised images: `(B, embed_width)` float32, of length 1.
 
-        The rows have length 1. Raises ValueError; see `ImageEncoder`.
+        Args:
+            x: `(B, S, S, 3)` float32; see `ImageEncoder`.
+            t: `(B,)` integer, or None.
+
+        Raises:
+            ValueError: see `ImageEncoder`.
         """
         return normalise(self.image(x, t).raw)
 
     def encode_text(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        """`tokens (B, max_text_len)`, `lengths (B,)` integer -> `(B, embed_width)` float32.
+        """Return the embeddings of captions: `(B, embed_width)` float32, of length 1.
 
-        The rows have length 1. Raises ValueError; see `TextEncoder`.
+        Args:
+            tokens: `(B, max_text_len)` integer.
+            lengths: `(B,)` integer.
+
+        Raises:
+            ValueError: see `TextEncoder`.
         """
         return normalise(self.text(tokens, lengths).raw)
 
     def scale(self) -> jax.Array:
-        """The factor from cosine to logit, a float32 scalar: 100, or learned and at most 100.
+        """Return the factor from cosine to logit, a float32 scalar; a learned one is at most 100.
 
-        At its limit a learned scale still has a gradient, or it could never come back.
+        A learned scale keeps its gradient at the limit; without it, it could never decrease again.
         """
         if not self.config.learn_logit_scale:
             return jnp.float32(self.config.logit_scale)
@@ -260,11 +278,12 @@ class NoisedCLIP(nn.Module):
         return jnp.exp(self.log_scale + jax.lax.stop_gradient(limit - self.log_scale))
 
     def similarity(self, x: jax.Array, t: jax.Array | None, text: jax.Array) -> jax.Array:
-        """`scale f(x_t, t) . g(c)`, image by image, as CLIP guidance differentiates it.
+        """`scale f(x_t, t) . g(c)` for each image and its caption; CLIP guidance differentiates it.
 
         Args:
             x: `(B, S, S, 3)` float32.
-            t: `(B,)`, may be fractional, as on a solver's grid: the nearest row is taken.
+            t: `(B,)`, rounded to the nearest row of the table: a solver's grid may have fractional
+                timesteps.
             text: `(B, embed_width)` from `encode_text`.
 
         Returns:
@@ -279,23 +298,23 @@ class NoisedCLIP(nn.Module):
     def __call__(
         self, x: jax.Array, t: jax.Array | None, tokens: jax.Array, lengths: jax.Array
     ) -> jax.Array:
-        """Similarity logits `scale f(x_t, t) . g(c)` of every image with every caption.
+        """Return the logits `scale f(x_t, t) . g(c)` of every image with every caption.
 
         Args:
             x, t: B noised images and their timesteps.
             tokens, lengths: N captions.
 
         Returns:
-            `(B, N)` float32; in training, row i and column i ought to prefer entry i
-            (CLIP, fig. 3).
+            `(B, N)` float32. In training N = B, and entry i of row i and of column i is the correct
+            one (CLIP, fig. 3).
         """
         return self.scale() * self.encode_image(x, t) @ self.encode_text(tokens, lengths).T
 
 
 def init_params(model: NoisedCLIP, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn parameters: nested dictionaries of float32 arrays."""
+    """Return newly initialised parameters: nested dictionaries of float32 arrays."""
     c = model.config
     x = jnp.zeros((1, c.image_size, c.image_size, 3))
     t = jnp.zeros((1,), jnp.int32) if c.n_timestep else None
     tokens, lengths = jnp.zeros((1, c.max_text_len), jnp.int32), jnp.ones((1,), jnp.int32)
-    return model.init(key, x, t, tokens, lengths)["params"]
+    return dict(model.init(key, x, t, tokens, lengths)["params"])

@@ -1,8 +1,8 @@
 """The blocks that the networks share: normalisation, attention, residual blocks, time embedding.
 
-Layout is `(B, H, W, C)` for images and `(B, L, C)` for sequences. Convolutions and linear
-layers of the trunk run in `dtype`; norms, softmax, everything that carries the time
-embedding, and all parameters are float32, as in the released models.
+Images are `(B, H, W, C)`, sequences `(B, L, C)`. Convolutions and linear layers of the trunk run
+in `dtype`. Norms, softmax, the path of the time embedding, and all parameters are float32, as in
+OpenAI's models.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# torch's default, which the released weights were trained with; flax's own is 1e-6.
+# The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
 NORM_GROUPS = 32
 
@@ -21,15 +21,15 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     """Sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
 
     Args:
-        t: `(B,)` timesteps of the original chain, integer or fractional.
-        dim: width of the result; an odd width gets one column of zeros.
+        t: `(B,)` timesteps of the training schedule, integer or fractional.
+        dim: width of the result; an odd width ends with a column of zeros.
 
     Returns:
         `(B, dim)` float32.
     """
     half = dim // 2
-    # The release rounds the exponent to float32 before it takes the exponential; at t ~ 1000 one
-    # unit in the last place of a frequency is already 6e-5 of phase.
+    # The original code rounds the exponent to float32 before it takes the exponential. At t ~ 1000
+    # one unit in the last place of a frequency changes the phase by 6e-5.
     exponent = -np.log(10000.0).astype(np.float32) * np.arange(half, dtype=np.float32) / half
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     phase = t.astype(jnp.float32)[:, None] * frequencies
@@ -57,12 +57,17 @@ class GroupNorm(nn.Module):
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm in float32 (the caller casts the result)."""
+    """Return a LayerNorm in float32; the caller casts its result."""
     return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def conv3x3(features: int, dtype: jnp.dtype, name: str, zero: bool = False, stride: int = 1):
-    """3x3 convolution with symmetric padding (XLA's "SAME" shifts by a pixel at stride 2)."""
+def conv3x3(
+    features: int, dtype: jnp.dtype, name: str | None, zero: bool = False, stride: int = 1
+) -> nn.Conv:
+    """Return a 3x3 convolution with symmetric padding.
+
+    With XLA's padding "SAME" the result would be shifted by one pixel at stride 2.
+    """
     return nn.Conv(
         features,
         (3, 3),
@@ -74,32 +79,35 @@ def conv3x3(features: int, dtype: jnp.dtype, name: str, zero: bool = False, stri
     )
 
 
-# torch's default for convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+# The default of torch for convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def dense(features: int, dtype: jnp.dtype, name: str, zero: bool = False) -> nn.Dense:
-    """Linear layer with the initialisation of the original code."""
+    """Return a linear layer with the initialisation of the original code."""
     init = nn.initializers.zeros if zero else CONV_INIT
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """Nearest-neighbour enlargement: `(B, H, W, C) -> (B, 2H, 2W, C)`."""
+    """Enlarge by nearest neighbours: `(B, H, W, C) -> (B, 2H, 2W, C)`."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def downsample(x: jax.Array) -> jax.Array:
-    """Mean of 2x2 blocks: `(B, H, W, C) -> (B, H/2, W/2, C)`."""
+    """Take the mean of 2x2 blocks: `(B, H, W, C) -> (B, H/2, W/2, C)`."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask=None) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
 
     Args:
-        query: `(B, T, heads, d)`; `key` and `value` `(B, S, heads, d)`.
-        mask: optional boolean, broadcast to `(B, heads, T, S)`; False positions are not seen.
+        query: `(B, T, heads, d)`.
+        key, value: `(B, S, heads, d)`.
+        mask: boolean, broadcast to `(B, heads, T, S)`; False positions are ignored.
 
     Returns:
         `(B, T, heads * d)` in the dtype of `query`.
@@ -116,16 +124,20 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask=None) -> jax
 
 
 def split_heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:
-    """`(B, L, heads * parts * d) -> parts x (B, L, heads, d)`, the release's head-major packing."""
+    """Split a packed projection into query, key and value, or into key and value.
+
+    `(B, L, heads * parts * d)` becomes `parts` arrays `(B, L, heads, d)`. The heads are the outer
+    axis of the packing, as in OpenAI's weights.
+    """
     x = x.reshape(*x.shape[:2], heads, parts, -1)
     return [x[:, :, :, i] for i in range(parts)]
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels whose keys and values begin with those of the text  (GLIDE, 2.1).
+    """Self-attention over pixels, whose keys and values begin with those of the text  (GLIDE, 2.1).
 
-    One softmax runs over text and pixels together; there is no mask, since padded
-    text positions carry a learned embedding of their own.
+    One softmax runs over text and pixels together. There is no mask: padded positions of the text
+    have a learned embedding of their own.
     """
 
     heads: int
@@ -133,7 +145,7 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, text: jax.Array | None) -> jax.Array:
-        """`x (B, H, W, C)`, `text (B, L, W_text)` or None -> `(B, H, W, C)`."""
+        """Map `x (B, H, W, C)` and `text (B, L, W_text)`, or None, to `(B, H, W, C)`."""
         channels = x.shape[-1]
         h = GroupNorm(name="norm")(x).reshape(x.shape[0], -1, channels)
         query, key, value = split_heads(
@@ -153,9 +165,11 @@ class ResBlock(nn.Module):
 
     Attributes:
         features: channels of the result.
-        film: scale and shift the second norm by the embedding (every released model); otherwise
-            the embedding is added before that norm.
+        film: whether the embedding scales and shifts the second norm, as in all of OpenAI's models;
+            otherwise it is added before that norm.
         resample: `upsample` or `downsample`, applied to both paths, or None.
+        skip_3x3: whether the skip connection is a 3x3 convolution where the channels change;
+            otherwise it is a linear layer.
     """
 
     features: int
@@ -167,7 +181,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
-        """`x (B, H, W, C)`, `emb (B, E)` float32 -> `(B, H', W', features)`."""
+        """Map `x (B, H, W, C)` and `emb (B, E)` float32 to `(B, H', W', features)`."""
         h = GroupNorm(swish=1.0, name="norm_1")(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)

@@ -1,38 +1,42 @@
-"""Sizes: the released models, the paper's, and the small embedded one.
+"""Sizes of OpenAI's models, of the paper's models, and of the small embedded models.
 
-Field names are those of the released code, so that its users find their way.
+Fields have the names of openai/glide-text2im.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# What each variant concatenates to the noised image; channels in all.
+# Input channels of each variant: the noised image, and what is concatenated to it.
 VARIANTS = {"base": 3, "superres": 6, "inpaint": 7, "superres_inpaint": 10}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes a network (and its weights).
+    """The sizes and switches of a network, which determine the shapes of its weights.
 
     Attributes:
         variant: "base", "superres", "inpaint" or "superres_inpaint".
-        image_size: side of the square that it was trained on, in pixels.
+        image_size: side of its square training images, in pixels.
         model_channels: channels of the first level; a multiple of 32.
         channel_mult: channels of each level as multiples of `model_channels`.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         attention_ds: downsampling factors at which there is attention.
-        num_head_channels: channels a head; -1: `num_heads` heads everywhere
-            (`num_heads_upsample` in the decoder, -1: the same).
-        dropout: in the residual blocks, in training only.
-        use_scale_shift_norm: scale and shift by the time embedding, rather than add it.
-        resblock_updown: resample inside residual blocks, rather than by convolutions.
+        num_head_channels: channels per attention head; -1: `num_heads` heads everywhere.
+        num_heads, num_heads_upsample: heads if `num_head_channels` is -1; the second is for the
+            decoder, where -1 means the same number.
+        dropout: dropout rate of the residual blocks, in training only.
+        use_scale_shift_norm: whether the time embedding scales and shifts the second norm of a
+            residual block; otherwise it is added.
+        resblock_updown: whether residual blocks do the resampling; otherwise convolutions do.
         out_channels: 6 with learned variance, 3 without.
-        text_ctx, n_vocab: length of a caption in tokens, and number of tokens.
-        xf_width, xf_layers, xf_heads: the text transformer; width 0: no text at all.
-        xf_final_ln, xf_padding: final norm, and learned embeddings at padded positions.
-        low_res_level: upsamplers only: tell the network how much noise was added to the small
-            picture (CDM, 2106.15282, sec. 4.2); no released model has it.
+        text_ctx, n_vocab: length of a caption in tokens, and size of the vocabulary.
+        xf_width, xf_layers, xf_heads: sizes of the text transformer; width 0: no text.
+        xf_final_ln, xf_padding: whether the text transformer has a final norm, and a learned
+            embedding at padded positions.
+        low_res_level: for upsamplers: whether the level of the noise that was added to the
+            low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
+            has it.
     """
 
     variant: str = "base"
@@ -59,7 +63,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
-            raise ValueError(f"variant {self.variant!r} is none of {', '.join(VARIANTS)}")
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
         if self.model_channels % 32:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
         if self.low_res_level and not self.upsamples:
@@ -72,38 +76,39 @@ class ModelConfig:
 
     @property
     def in_channels(self) -> int:
-        """Channels that the stem sees."""
+        """Channels of the input of the first convolution."""
         return VARIANTS[self.variant]
 
     @property
     def upsamples(self) -> bool:
-        """Whether the network is given a low-resolution picture."""
+        """Whether a low-resolution image is an input."""
         return self.variant.startswith("superres")
 
     @property
     def inpaints(self) -> bool:
-        """Whether the network is given known pixels and their mask."""
+        """Whether known pixels and their mask are inputs."""
         return self.variant.endswith("inpaint")
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A `ModelConfig` from plain values, as JSON holds them (lists become tuples).
+    """Return a `ModelConfig` of plain values, as JSON holds them (lists become tuples).
 
     Raises:
-        ValueError: an unknown field, named, or a value that makes no model.
+        ValueError: a field is unknown, or a value is not allowed; the message names it.
     """
     if unknown := sorted(set(values) - {f.name for f in fields(ModelConfig)}):
         raise ValueError(f"unknown field {', '.join(unknown)}")
-    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return ModelConfig(**plain)
 
 
 def base64() -> ModelConfig:
-    """GLIDE (filtered), the released 64x64 model: 385,030,726 parameters."""
+    """Return the sizes of GLIDE (filtered), OpenAI's 64x64 model: 385,030,726 parameters."""
     return ModelConfig()
 
 
 def upsample256() -> ModelConfig:
-    """GLIDE (filtered), the released upsampler 64 -> 256: 398,361,286 parameters."""
+    """Return the sizes of OpenAI's upsampler from 64 to 256 pixels: 398,361,286 parameters."""
     return ModelConfig(
         variant="superres",
         image_size=256,
@@ -114,23 +119,24 @@ def upsample256() -> ModelConfig:
 
 
 def base64_paper() -> ModelConfig:
-    """The paper's 3.5-billion-parameter model: 2.3B image side, 1.2B text side  (GLIDE, 4.1).
+    """Return the sizes of the paper's model with 3.5 billion parameters  (GLIDE, sec. 4.1).
 
-    The number of text heads is not stated; it does not change the parameter count.
+    2.3 billion are in the UNet, 1.2 billion in the text transformer. The paper does not state the
+    number of heads of the text transformer; it does not change the number of parameters.
     """
     return ModelConfig(model_channels=512, xf_width=2048, xf_layers=24, xf_heads=32)
 
 
 def upsample256_paper() -> ModelConfig:
-    """The paper's 1.5-billion-parameter upsampler  (GLIDE, 4.1).
+    """Return the sizes of the paper's upsampler with 1.5 billion parameters  (GLIDE, sec. 4.1).
 
-    The depth of its text transformer is not stated; 16 layers give 1.54 billion.
+    The paper does not state the depth of its text transformer; 16 layers give 1.54 billion.
     """
     return replace(upsample256(), model_channels=384, xf_width=1024, xf_layers=16, xf_heads=16)
 
 
 def emoji64() -> ModelConfig:
-    """The embedded model: the same architecture, small enough to draw on a laptop."""
+    """Return the sizes of the embedded model: the same architecture, small enough for a laptop."""
     return ModelConfig(
         model_channels=32,
         channel_mult=(1, 1, 2, 3),
@@ -146,13 +152,13 @@ def emoji64() -> ModelConfig:
 
 
 def emoji_upsample256() -> ModelConfig:
-    """The embedded upsampler 64 -> 256: 18 GFLOP a forward pass."""
+    """Return the sizes of the embedded upsampler, 64 to 256 pixels: 18 GFLOP per forward pass."""
     return replace(
         emoji64(),
         variant="superres",
         image_size=256,
         channel_mult=(1, 1, 2, 2),
-        # In the middle alone: the small picture says what is where.
+        # Attention in the middle only: the low-resolution image already has the composition.
         attention_ds=(),
         xf_width=64,
         xf_layers=1,
@@ -162,19 +168,20 @@ def emoji_upsample256() -> ModelConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Everything that shapes a noised CLIP (and its weights).
+    """The sizes of a noised CLIP, which determine the shapes of its weights.
 
     Attributes:
-        image_size, patch_size: sides of the square image and of its patches, in pixels.
-        n_timestep: rows of the table of timesteps; 0: a CLIP that is told no noise level.
-        image_width, image_layers: the image transformer.
-        text_width, text_layers: the text transformer.
-        head_size: channels an attention head; the number of heads is what the widths leave.
-        n_vocab, max_text_len: number of tokens, and length of a caption in tokens.
+        image_size, patch_size: sides of the square images and of their patches, in pixels.
+        n_timestep: rows of the table of timesteps; 0: a CLIP that takes no timestep.
+        image_width, image_layers: sizes of the image transformer.
+        text_width, text_layers: sizes of the text transformer.
+        head_size: channels per attention head; a width over it is the number of heads.
+        n_vocab, max_text_len: size of the vocabulary, and length of a caption in tokens.
         embed_width: width of the embeddings that are compared.
-        logit_scale: what their cosine is multiplied by; where it is learned, its start
+        logit_scale: factor of the cosine of two embeddings; the initial value if it is learned
             (CLIP starts at 1 / 0.07).
-        learn_logit_scale: make the scale a parameter; the released one is the constant 100.
+        learn_logit_scale: whether the factor is a parameter; in OpenAI's noised CLIP it is the
+            constant 100.
     """
 
     image_size: int = 64
@@ -194,12 +201,12 @@ class CLIPConfig:
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         for name in ("image_width", "text_width"):
             if getattr(self, name) % self.head_size:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} is no multiple of head_size {self.head_size}"
+                    f"{name} {getattr(self, name)} is not a multiple of head_size {self.head_size}"
                 )
         if not self.logit_scale > 0:
             raise ValueError(f"logit_scale must be positive, not {self.logit_scale}")
@@ -216,20 +223,22 @@ class CLIPConfig:
 
 
 def clip64() -> CLIPConfig:
-    """The released noised CLIP: 86,443,776 parameters for images, 71,679,488 for text.
+    """Return the sizes of OpenAI's noised CLIP.
 
-    Its table of tokens has 65,536 rows, of which the tokenizer uses 49,408.
+    The image encoder has 86,443,776 parameters, the text encoder 71,679,488. The table of tokens
+    has 65,536 rows, of which the tokenizer uses 49,408.
     """
     return CLIPConfig()
 
 
 def clip64_paper() -> CLIPConfig:
-    """The paper's noised CLIP, never released: 304,411,648 + 123,641,088 parameters.
+    """Return the sizes of the paper's noised CLIP, which OpenAI did not release.
 
-    The paper has a ViT-L at 64x64 with patches of 4x4 (GLIDE, sec. 4 and B.1): 24 blocks of
-    width 1024 with 16 heads (2010.11929, table 1). It does not state the rest, which is here
-    that of CLIP's ViT-L/14 (2103.00020, table 20): 12 blocks of width 768 with 12 heads for
-    text, embeddings of 768, and CLIP's 49,408 tokens.
+    The image encoder has 304,411,648 parameters, the text encoder 123,641,088. The paper has a
+    ViT-L at 64x64 with patches of 4x4 (GLIDE, sec. 4 and B.1): 24 blocks of width 1024 with 16
+    heads (2010.11929, table 1). It does not state the rest, which here is that of CLIP's ViT-L/14
+    (2103.00020, table 20): for text 12 blocks of width 768 with 12 heads, embeddings of width 768,
+    and CLIP's 49,408 tokens.
     """
     return CLIPConfig(
         image_width=1024, image_layers=24, text_width=768, n_vocab=49408, embed_width=768
@@ -237,7 +246,7 @@ def clip64_paper() -> CLIPConfig:
 
 
 def emoji_clip64() -> CLIPConfig:
-    """The embedded noised CLIP: patches of 8x8, small enough to train in minutes."""
+    """Return the sizes of the embedded noised CLIP, small enough to train in minutes."""
     return CLIPConfig(
         patch_size=8,
         image_width=128,
@@ -253,7 +262,7 @@ def emoji_clip64() -> CLIPConfig:
     )
 
 
-PRESETS = {
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "base64": base64,
     "base64-paper": base64_paper,
     "inpaint64": lambda: replace(base64(), variant="inpaint"),
@@ -265,7 +274,7 @@ PRESETS = {
     "emoji_upsample256": emoji_upsample256,
 }
 
-CLIP_PRESETS = {
+CLIP_PRESETS: dict[str, Callable[[], CLIPConfig]] = {
     "clip64": clip64,
     "clip64-paper": clip64_paper,
     "emoji_clip64": emoji_clip64,
@@ -273,9 +282,9 @@ CLIP_PRESETS = {
 
 
 def toy_model(config: ModelConfig) -> ModelConfig:
-    """The same kind of model, small enough to learn sixteen pictures on a CPU in a minute.
+    """Return a tiny config of the same variant, which learns sixteen images in a minute on a CPU.
 
-    Base and inpainting models draw 16x16 pictures, upsamplers make 32x32 of 8x8.
+    Base and inpainting models generate 16x16 images, upsamplers enlarge 8x8 to 32x32.
     """
     return replace(
         config,
@@ -294,7 +303,7 @@ def toy_model(config: ModelConfig) -> ModelConfig:
 
 
 def toy_clip(config: CLIPConfig) -> CLIPConfig:
-    """The same kind of CLIP for 16x16 pictures, as small as `toy_model`."""
+    """Return a tiny config of a noised CLIP for 16x16 images, to go with `toy_model`."""
     return replace(
         config,
         image_size=16,

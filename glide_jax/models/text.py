@@ -1,4 +1,4 @@
-"""The text transformer of GLIDE: tokens in, one vector and one sequence out."""
+"""The text transformer of GLIDE: from tokens to one vector and one sequence."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from glide_jax.models.layers import attend, dense, layer_norm, split_heads
 
 
 class TextFeatures(NamedTuple):
-    """What the UNet reads of a caption; computed once a prompt.
+    """The output of the text transformer, which the UNet reads; computed once per prompt.
 
     Attributes:
         pooled: `(B, E)` float32, added to the time embedding.
-        sequence: `(B, L, W)`, attended to by every attention block.
+        sequence: `(B, L, W)`, keys and values for every attention block.
     """
 
     pooled: jax.Array
@@ -22,32 +22,36 @@ class TextFeatures(NamedTuple):
 
 
 class TextBlock(nn.Module):
-    """`x += attention(norm x); x += mlp(norm x)`, bidirectional, without any mask."""
+    """`x += attention(norm x); x += mlp(norm x)`, bidirectional, without a mask."""
 
     heads: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `x (B, L, W)` to `(B, L, W)`."""
         width = x.shape[-1]
         h = layer_norm("norm_1")(x).astype(self.dtype)
         query, key, value = split_heads(dense(3 * width, self.dtype, "qkv")(h), self.heads, parts=3)
         x = x + dense(width, self.dtype, "proj")(attend(query, key, value))
         h = layer_norm("norm_2")(x).astype(self.dtype)
-        # The exact (erf) form: the tanh form, jax's default, is off by 3e-4.
+        # The exact (erf) form; the tanh form, the default of jax, differs by 3e-4.
         h = nn.gelu(dense(4 * width, self.dtype, "fc_1")(h), approximate=False)
         return x + dense(width, self.dtype, "fc_2")(h)
 
 
 class TextTransformer(nn.Module):
-    """Encodes captions  (GLIDE, 2112.10741, sec. 3.1).
+    """The transformer that encodes captions  (GLIDE, 2112.10741, sec. 3.1).
 
-    A position whose mask is False takes a learned embedding of its own, which replaces
-    both token and position embedding; a caption of nothing but such positions is the
-    empty caption of classifier-free guidance.
+    At a position whose mask is False, a learned padding embedding replaces the token and position
+    embeddings. A caption with no other positions is the empty caption of classifier-free guidance.
 
     Attributes:
-        pooled_width: width E of the vector that joins the time embedding.
+        context: length L of a caption in tokens.
+        pooled_width: width E of the vector that is added to the time embedding.
+        final_norm: whether a norm follows the last block.
+        padding: whether there is a padding embedding.
+        dtype: dtype of the blocks.
         remat: see `glide_jax.models.unet.GLIDE`.
     """
 
@@ -64,10 +68,14 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
-        """`tokens (B, context)` int32 and `mask (B, context)` bool -> `TextFeatures`."""
+        """Encode `tokens (B, context)` int32 with `mask (B, context)` bool.
+
+        Raises:
+            ValueError: tokens of another length.
+        """
         if tokens.shape[1:] != (self.context,):
             raise ValueError(f"tokens must be (B, {self.context}), not {tokens.shape}")
-        # The original leaves the two position tables uninitialised; 0.01 is CLIP's choice.
+        # The original code leaves both tables uninitialised; CLIP uses 0.01.
         table = nn.initializers.normal(0.01)
         embedding = self.param(
             "token_embedding", nn.initializers.normal(1.0), (self.n_vocab, self.width)

@@ -1,12 +1,12 @@
-"""Text to token ids: the byte-pair encoders of GLIDE's text encoder and of its noised CLIP.
+"""Byte-pair encoders from text to token ids, for GLIDE's text encoder and for its noised CLIP.
 
-GLIDE (arXiv 2112.10741) reads text with GPT-2's encoder (Radford et al. 2019), and its noised
-CLIP (arXiv 2103.00020) with CLIP's own. Both work on the bytes of UTF-8, so no text is out of
-vocabulary, and a vocabulary follows from its list of merges: only the merges are shipped.
+GLIDE (arXiv 2112.10741) uses the encoder of GPT-2 (Radford et al. 2019), its noised CLIP (arXiv
+2103.00020) that of CLIP. Both work on the bytes of UTF-8, so no text is out of vocabulary. A
+vocabulary follows from its list of merges, so only the merges are shipped.
 
-Text is lower-cased, and for CLIP cleaned, in Python: the normalizers of the Rust library differ
-from `str.lower` at a Greek final sigma and know nothing of ftfy. Ids, padding and truncation are
-those of the released models.
+Text is lower-cased, and cleaned for CLIP, in Python: the normalizers of the Rust library differ
+from `str.lower` at a Greek final sigma, and lack ftfy. Ids, padding and truncation are those of
+OpenAI's models.
 """
 
 from __future__ import annotations
@@ -36,39 +36,49 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Tokens(NamedTuple):
-    """What the text encoder of the U-Net reads: `ids` int32 (B, L), `mask` bool (B, L)."""
+    """The input of GLIDE's text transformer: `ids` int32 (B, L), `mask` bool (B, L)."""
 
     ids: np.ndarray
     mask: np.ndarray
 
 
 class CLIPTokens(NamedTuple):
-    """What CLIP reads: `ids` int32 (B, L) and `lengths` int32 (B,), start and end included."""
+    """The input of CLIP: `ids` int32 (B, L) and `lengths` int32 (B,), start and end included."""
 
     ids: np.ndarray
     lengths: np.ndarray
 
 
 class _BytePair:
-    """What the two encoders share; each adds `backend` and `clean`.
+    """The common part of both encoders; each adds `backend` and `clean`.
 
-    The Rust object is cached outside of the instance, so that a tokenizer stays a small value
-    that compares, pickles and travels to data workers.
+    The Rust object is cached outside the instance. A tokenizer is therefore a small value that can
+    be compared, pickled and sent to data workers.
     """
 
     vocab_size: ClassVar[int]
     pad_id: ClassVar[int]
-    _extra: ClassVar[int]  # ids that every sequence carries besides its text
+    _extra: ClassVar[int]  # The number of ids in every sequence that are not text.
     context: int
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer` that all instances share; it must not be changed."""
+        raise NotImplementedError
+
+    def clean(self, text: str) -> str:
+        """Return the text that is encoded in place of `text`."""
+        raise NotImplementedError
 
     def __post_init__(self):
         if not isinstance(self.context, int) or self.context <= self._extra:
             raise UsageError(f"context must be an integer > {self._extra}, not {self.context!r}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the whole text: neither truncated nor padded, no start or end added.
+        """Return the ids of the whole text: not truncated or padded, without start and end.
 
-        Raises UsageError if `text` is not a string, or has no UTF-8 form (a lone surrogate).
+        Raises:
+            UsageError: `text` is not a string, or has no UTF-8 form (a lone surrogate).
         """
         if not isinstance(text, str):
             raise UsageError(f"a prompt must be a string, not {type(text).__name__}: {text!r:.60}")
@@ -80,9 +90,10 @@ class _BytePair:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of one sequence of ids (L,), padding included; stray bytes show as U+FFFD.
+        """Return the text of a sequence of ids (L,), padding included; invalid bytes as U+FFFD.
 
-        Raises UsageError if `ids` is not a flat sequence of integers in [0, vocab_size).
+        Raises:
+            UsageError: `ids` is not a flat sequence of integers in [0, vocab_size).
         """
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -92,14 +103,14 @@ class _BytePair:
         return self.backend.decode(array.tolist(), skip_special_tokens=False)
 
     def overflow(self, text: str) -> int:
-        """How many ids at the end of `text` a call drops because they exceed the context."""
+        """Return the number of ids at the end of `text` that do not fit into the context."""
         return max(0, len(self.encode(text)) + self._extra - self.context)
 
     def _encode_batch(self, texts: str | Iterable[str]) -> list[list[int]]:
         texts = [texts] if isinstance(texts, str) else texts
         if isinstance(texts, (bytes, bytearray, dict)) or not isinstance(texts, Iterable):
             raise UsageError(f"prompts must be a string or strings, not {type(texts).__name__}")
-        # One by one, not Rust's encode_batch: its threads do not survive the fork of a data worker.
+        # Not Rust's encode_batch: its threads do not survive the fork of a data worker.
         return [self.encode(text) for text in texts]
 
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +119,8 @@ class _BytePair:
             out[: len(row)] = row
         return ids, np.array([len(row) for row in rows], np.int32)
 
-    def _wrap(self, **options: str | bool) -> PreTrainedTokenizerFast:
-        from transformers import PreTrainedTokenizerFast as Wrapper  # copies what it is given
+    def _wrap(self, **options: str | bool | int) -> PreTrainedTokenizerFast:
+        from transformers import PreTrainedTokenizerFast as Wrapper  # It copies the backend.
 
         options |= {"model_max_length": self.context, "clean_up_tokenization_spaces": False}
         return Wrapper(tokenizer_object=self.backend, **options)
@@ -117,11 +128,11 @@ class _BytePair:
 
 @dataclass(frozen=True)
 class GPT2Tokenizer(_BytePair):
-    """GLIDE's text input: lower-cased GPT-2 byte-pair encoding, 50,257 ids (arXiv 2112.10741).
+    """The tokenizer of GLIDE: lower-cased GPT-2 byte-pair encoding, 50,257 ids (arXiv 2112.10741).
 
-    `tok(texts) -> Tokens(ids int32 (B, context), mask bool (B, context))`. Long text loses its
-    tail and gets no end token; short text is padded with 50256, where the mask is False. The
-    empty prompt is all padding: the unconditional branch of classifier-free guidance. A literal
+    `tok(texts) -> Tokens(ids int32 (B, context), mask bool (B, context))`. Long text is cut off
+    and gets no end token. Short text is padded with 50256, where the mask is False. The empty
+    prompt is all padding: the unconditional branch of classifier-free guidance. A literal
     "<|endoftext|>" is ordinary text.
     """
 
@@ -132,25 +143,33 @@ class GPT2Tokenizer(_BytePair):
 
     @property
     def backend(self) -> Tokenizer:
-        """The `tokenizers.Tokenizer` that all instances share: not to be changed."""
+        """The `tokenizers.Tokenizer` that all instances share; it must not be changed."""
         return _gpt2()
 
     def clean(self, text: str) -> str:
-        """Lower case, nothing else."""
+        """Return the text in lower case, otherwise unchanged."""
         return text.lower()
 
     def __call__(self, texts: str | Iterable[str]) -> Tokens:
-        """A string, or B of them -> `Tokens`. Raises UsageError as `encode` does."""
+        """Encode a string, or B strings.
+
+        Raises:
+            UsageError: see `encode`.
+        """
         ids, lengths = self._pad([row[: self.context] for row in self._encode_batch(texts)])
         return Tokens(ids, np.arange(self.context) < lengths[:, None])
 
     def ids_and_mask(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """One caption -> ids (L,) int32 and mask (L,) bool. Raises UsageError as `encode` does."""
+        """Encode one caption as ids (L,) int32 and mask (L,) bool.
+
+        Raises:
+            UsageError: see `encode`.
+        """
         tokens = self(text)
         return tokens.ids[0], tokens.mask[0]
 
     def to_transformers(self) -> PreTrainedTokenizerFast:
-        """The same encoder behind the transformers interface; `attention_mask` is our mask.
+        """Return this encoder with the interface of transformers; `attention_mask` is the mask.
 
         It does not lower-case: call it as `hf(tok.clean(text))`.
         """
@@ -159,7 +178,7 @@ class GPT2Tokenizer(_BytePair):
 
 @dataclass(frozen=True)
 class CLIPTokenizer(_BytePair):
-    """CLIP's text input: cleaned, lower-cased byte-pair encoding, 49,408 ids (arXiv 2103.00020).
+    """The tokenizer of CLIP: cleaned, lower-cased byte-pair encoding, 49,408 ids (2103.00020).
 
     `tok(texts) -> CLIPTokens(ids int32 (B, context), lengths int32 (B,))`: start (49406), the
     first context - 2 ids of the text, end (49407), then zeros. A literal "<|startoftext|>" or
@@ -175,47 +194,52 @@ class CLIPTokenizer(_BytePair):
 
     @property
     def backend(self) -> Tokenizer:
-        """The `tokenizers.Tokenizer` that all instances share: not to be changed."""
+        """The `tokenizers.Tokenizer` that all instances share; it must not be changed."""
         return _clip()
 
     def clean(self, text: str) -> str:
-        """Mend mojibake and quotes (ftfy), undo HTML escapes twice, single spaces, lower case."""
+        """Repair mojibake and quotes (ftfy), undo HTML escapes twice, join spaces, lower-case."""
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        # CLIP's word pattern happens to match no combining iota: it parts words, like a space.
+        # CLIP's word pattern does not match a combining iota: it separates words, like a space.
         text = text.replace("\u0345", " ")
         return _hide_specials(" ".join(text.split()).lower())
 
     def __call__(self, texts: str | Iterable[str]) -> CLIPTokens:
-        """A string, or B of them -> `CLIPTokens`. Raises UsageError as `encode` does."""
+        """Encode a string, or B strings.
+
+        Raises:
+            UsageError: see `encode`.
+        """
         rows = (row[: self.context - 2] for row in self._encode_batch(texts))
         return CLIPTokens(*self._pad([[self.start_id, *row, self.end_id] for row in rows]))
 
     def ids_and_mask(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """One caption -> ids (L,) int32 and mask (L,) bool, True up to the end token.
+        """Encode one caption as ids (L,) int32 and mask (L,) bool, True up to the end token.
 
-        Raises UsageError as `encode` does.
+        Raises:
+            UsageError: see `encode`.
         """
         tokens = self(text)
         return tokens.ids[0], np.arange(self.context) < tokens.lengths[0]
 
     def to_transformers(self) -> PreTrainedTokenizerFast:
-        """The same encoder behind the transformers interface; it adds start and end itself.
+        """Return this encoder with the interface of transformers; it adds start and end itself.
 
         It does not clean: call it as `hf(tok.clean(text))`. It pads with the end token, as CLIP
-        checkpoints in transformers do, because declaring id 0 ("!") a special token would change
-        how exclamation marks are read; CLIP's attention is causal and never looks at padding.
+        checkpoints in transformers do: if id 0 ("!") were a special token, exclamation marks would
+        be encoded differently. CLIP's attention is causal, so the padding has no effect.
         """
         return self._wrap(bos_token=_START, eos_token=_END, pad_token=_END)
 
 
 def _hide_specials(text: str) -> str:
-    """Break, with a space, the special strings that CLIP's left-to-right scan does not reach.
+    """Insert a space into special strings that CLIP's left-to-right scan does not find.
 
-    CLIP reads a run of punctuation as one word, so in "!<|endoftext|>" the word is "!<|" and the
-    special string is never met; the Rust library would cut it out first. CLIP ignores spaces
-    between words, hence "!<| endoftext|>" has the ids of the original.
+    To CLIP a run of punctuation is one word. In "!<|endoftext|>" the first word is "!<|", so the
+    scan does not find the special string; the Rust library would find it first. CLIP ignores
+    spaces between words, so "!<| endoftext|>" has the ids that CLIP gives "!<|endoftext|>".
     """
     pieces, done, reached = [], 0, 0
     for match in re.finditer(r"<\|(?:start|end)oftext\|>", text):
@@ -228,15 +252,20 @@ def _hide_specials(text: str) -> str:
     return "".join(pieces) + text[done:]
 
 
-def _read_merges(name: str, sha256: str) -> list[tuple[str, ...]]:
+def _read_merges(name: str, sha256: str) -> list[tuple[str, str]]:
     path = _ASSETS / name
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise GlideError(f"cannot read the vocabulary {path} ({error}); reinstall it") from None
+        raise GlideError(
+            f"cannot read the vocabulary {path} ({error}); reinstall glide-jax"
+        ) from None
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise GlideError(f"the vocabulary {path} is not the one that was shipped; reinstall it")
-    return [tuple(line.split(" ")) for line in raw.decode("utf-8").split("\n")[1:-1]]
+        raise GlideError(
+            f"the vocabulary {path} is not the one that was shipped; reinstall glide-jax"
+        )
+    lines = raw.decode("utf-8").split("\n")[1:-1]
+    return [(left, right) for left, right in (line.split(" ") for line in lines)]
 
 
 @cache
@@ -245,7 +274,7 @@ def _gpt2() -> Tokenizer:
 
     sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     merges = _read_merges("gpt2_merges.txt.gz", sha256)
-    # Printable bytes stand for themselves and come first; the rest are characters from 256 on.
+    # Printable bytes come first and are themselves; the others are characters from 256 on.
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate([*byte, *map("".join, merges), _END])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -261,12 +290,12 @@ def _clip() -> Tokenizer:
     sha256 = "685491abbdad36159d094ecdc23bebc0dd53f8d1df35c4d74ef6036db2ba7572"
     merges = _read_merges("clip_merges.txt.gz", sha256)
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())
-    last = "</w>"  # marks the symbol that ends a word
+    last = "</w>"  # It marks a symbol at the end of a word.
     symbols = [*byte, *(b + last for b in byte), *map("".join, merges), _START, _END]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=last))
     tokenizer.add_special_tokens([_START, _END])
-    # CLIP's pattern ignores case, so a long s counts as the s of "'s".
+    # CLIP's pattern ignores case, so a long s (ſ) counts as the s of "'s".
     words = Regex(r"'(?:[sſtmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     split = pre_tokenizers.Split(words, behavior="removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,5 +1,6 @@
-"""The ADM UNet with text conditioning, and `GLIDE`: the UNet together with its text transformer."""
+"""The ADM UNet with text conditioning, and `GLIDE`: the UNet with its text transformer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,10 +22,10 @@ from glide_jax.models.text import TextFeatures, TextTransformer
 
 
 class UNet(nn.Module):
-    """Noise and variance fraction from a noised image  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
+    """The network from a noised image to its noise  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
 
-    Blocks are numbered as in the released weights: `down_0` is the stem, `down_i` and `up_i`
-    the i-th entry of the encoder and of the decoder.
+    Blocks have the numbers of OpenAI's weights: `down_0` is the stem, `down_i` and `up_i` are
+    entry i of the encoder and of the decoder.
     """
 
     config: ModelConfig
@@ -38,12 +39,23 @@ class UNet(nn.Module):
         t: jax.Array,
         text: TextFeatures | None,
         train: bool,
-        level: jax.Array | None = None,
+        low_res_level: jax.Array | None = None,
     ) -> jax.Array:
-        """`x (B, H, W, C_in)` float32, `t (B,)` -> `(B, H, W, out_channels)` float32.
+        """Return noise and, with learned variance, the variance output.
 
-        `level (B,)` is the timestep of the noise in the low-resolution picture, where the config
-        has `low_res_level`.
+        Args:
+            x: `(B, H, W, C_in)` float32.
+            t: `(B,)` timesteps, integer or fractional.
+            text: features of the captions, or None.
+            train: whether dropout is on.
+            low_res_level: `(B,)` timesteps of the noise in the low-resolution image, for configs
+                with `low_res_level`.
+
+        Returns:
+            `(B, H, W, out_channels)` float32.
+
+        Raises:
+            ValueError: a height or width that is not a multiple of the total downsampling.
         """
         c = self.config
         factor = 2 ** (len(c.channel_mult) - 1)
@@ -53,20 +65,24 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, c.model_channels)
         emb = dense(c.embed_width, jnp.float32, "time_1")(emb)
         emb = dense(c.embed_width, jnp.float32, "time_2")(nn.silu(emb))
-        if level is not None:
-            # Starts at nothing, so that weights trained without it keep their outputs.
-            told = dense(c.embed_width, jnp.float32, "level_1")(
-                timestep_embedding(level, c.model_channels)
-            )
-            emb = emb + dense(c.embed_width, jnp.float32, "level_2", zero=True)(nn.silu(told))
+        if low_res_level is not None:
+            level_emb = timestep_embedding(low_res_level, c.model_channels)
+            level_emb = nn.silu(dense(c.embed_width, jnp.float32, "level_1")(level_emb))
+            # Zero at first: weights that were trained without it keep their outputs.
+            emb = emb + dense(c.embed_width, jnp.float32, "level_2", zero=True)(level_emb)
         if text is not None:
             emb = emb + text.pooled
-        # Recomputed in the backward pass: a block keeps its input alone.
+        # Activation checkpointing: the backward pass recomputes all but the input of each block.
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
 
-        def res(h, features, name, resample=None):
+        def res(
+            h: jax.Array,
+            features: int,
+            name: str,
+            resample: Callable[[jax.Array], jax.Array] | None = None,
+        ) -> jax.Array:
             return res_block(
                 features,
                 c.dropout,
@@ -76,12 +92,12 @@ class UNet(nn.Module):
                 name=name,
             )(h, emb, train)
 
-        def attention(h, name, heads=c.num_heads):
+        def attention(h: jax.Array, name: str, heads: int = c.num_heads) -> jax.Array:
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
             return attention_block(heads, self.dtype, name=name)(h, sequence)
 
-        # Encoder: every entry's output is kept for the decoder.
+        # Encoder: the decoder concatenates the output of every entry.
         h = conv3x3(c.model_channels * c.channel_mult[0], self.dtype, "down_0")(
             x.astype(self.dtype)
         )
@@ -105,7 +121,7 @@ class UNet(nn.Module):
         h = attention(h, "mid_attn")
         h = res(h, h.shape[-1], "mid_res_2")
 
-        # Decoder: the newest skip first.
+        # Decoder: the last skip comes first.
         i = 0
         up_heads = c.num_heads if c.num_heads_upsample == -1 else c.num_heads_upsample
         for level, mult in reversed(list(enumerate(c.channel_mult))):
@@ -129,20 +145,19 @@ class UNet(nn.Module):
 class GLIDE(nn.Module):
     """A text-conditional diffusion network of any variant  (GLIDE, 2112.10741).
 
-    Two calls: `encode_text` once a prompt, `__call__` once a step.
+    Call `encode_text` once per prompt and `__call__` once per step.
 
     Attributes:
         config: sizes and variant; see `glide_jax.models.presets`.
         dtype: dtype of the trunk; parameters, norms, time embedding and head stay float32.
-        remat: in training, keep each block's input alone and compute the rest again (less
-            memory, about a third more time).
+        remat: activation checkpointing in training: less memory, about a third more time.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         self.unet = UNet(c, self.dtype, self.remat)
         if c.xf_width:
@@ -160,7 +175,12 @@ class GLIDE(nn.Module):
             )
 
     def encode_text(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures | None:
-        """`tokens (B, L)` int32, `mask (B, L)` bool -> `TextFeatures`; None without a text side."""
+        """Return the text features of captions, or None if the network has no text transformer.
+
+        Args:
+            tokens: `(B, L)` int32.
+            mask: `(B, L)` bool, False at padding.
+        """
         return self.text(tokens, mask) if self.config.xf_width else None
 
     def __call__(
@@ -175,26 +195,26 @@ class GLIDE(nn.Module):
         low_res_level: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Noise prediction and variance output of a noised image.
+        """Return the noise prediction and the variance output for noised images.
 
         Args:
-            x: `(B, H, W, 3)` float32, the noised image `x_t`.
-            t: `(B,)` timesteps of the original chain; integer or fractional.
-            text: from `encode_text`; None only where the network has no text side.
-            low_res: `(B, h, w, 3)` in [-1, 1], for the upsamplers; enlarged bilinearly here.
-            inpaint_image: `(B, H, W, 3)` in [-1, 1], for the inpainting variants; multiplied by
-                the mask here. Missing: nothing is known.
-            inpaint_mask: `(B, H, W, 1)`, 1 where the picture is known.
-            low_res_level: `(B,)` timesteps of the noise in `low_res`, where the config has it;
-                missing: none, t = 0.
-            train: dropout on (needs a "dropout" rng).
+            x: `(B, H, W, 3)` float32, the noised images `x_t`.
+            t: `(B,)` timesteps of the training schedule, integer or fractional.
+            text: from `encode_text`; None only if the network has no text transformer.
+            low_res: `(B, h, w, 3)` in [-1, 1], for upsamplers; enlarged bilinearly here.
+            inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by the
+                mask here. None: no pixel is known.
+            inpaint_mask: `(B, H, W, 1)`, 1 where the pixel is known.
+            low_res_level: `(B,)` timesteps of the noise in `low_res`, for configs with
+                `low_res_level`. None: no noise, t = 0.
+            train: whether dropout is on (needs a "dropout" rng).
 
         Returns:
-            `(B, H, W, out_channels)` float32: noise, then (learned variance) its fraction in
-            [-1, 1] nominally.
+            `(B, H, W, out_channels)` float32: the noise, then, with learned variance, the variance
+            output, nominally in [-1, 1].
 
         Raises:
-            ValueError: an input that this variant does not take, or lacks.
+            ValueError: an input is missing, or this variant does not take it.
         """
         c = self.config
         if (low_res is None) == c.upsamples:
@@ -204,24 +224,25 @@ class GLIDE(nn.Module):
         if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
             raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
         if low_res_level is not None and not c.low_res_level:
-            raise ValueError("this network is not told the noise level of low_res")
+            raise ValueError("this network takes no low_res_level")
         if c.low_res_level and low_res_level is None:
             low_res_level = jnp.zeros(x.shape[:1])
         if (text is None) == bool(c.xf_width):
-            raise ValueError("text features must be given exactly where xf_width > 0")
+            verb = "needs" if text is None else "takes no"
+            raise ValueError(f"this network {verb} text features")
 
         inputs = [x]
         if c.inpaints:
             mask = jnp.zeros_like(x[..., :1]) if inpaint_mask is None else inpaint_mask
             known = jnp.zeros_like(x) if inpaint_image is None else inpaint_image * mask
             inputs += [known, mask]
-        if c.upsamples:
+        if low_res is not None:
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
         return self.unet(jnp.concatenate(inputs, axis=-1), t, text, train, low_res_level)
 
     def initialise(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Touches every parameter once; for `init`: `model.init(key, tokens, mask, method=...)`."""
+        """Use every parameter once, for `model.init(key, tokens, mask, method=...)`."""
         c, batch = self.config, tokens.shape[0]
         x = jnp.zeros((batch, c.image_size, c.image_size, 3))
         low_res = x[:, ::4, ::4] if c.upsamples else None
@@ -229,7 +250,7 @@ class GLIDE(nn.Module):
 
 
 def init_params(model: GLIDE, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn parameters: nested dictionaries of float32 arrays."""
+    """Return newly initialised parameters: nested dictionaries of float32 arrays."""
     tokens = jnp.zeros((1, model.config.text_ctx), jnp.int32)
     mask = jnp.zeros((1, model.config.text_ctx), bool)
-    return model.init(key, tokens, mask, method=GLIDE.initialise)["params"]
+    return dict(model.init(key, tokens, mask, method=GLIDE.initialise)["params"])

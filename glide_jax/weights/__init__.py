@@ -1,4 +1,4 @@
-"""Weights: the project's own folders, training runs, and files under the released names."""
+"""Weights: folders of glide-jax, and `.pt` files under OpenAI's parameter names."""
 
 from glide_jax.weights.registry import Model, load_model
 from glide_jax.weights.released import (

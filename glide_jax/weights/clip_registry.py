@@ -1,4 +1,4 @@
-"""From a name or a folder to a noised CLIP: its sizes and its weights."""
+"""The registry of noised CLIPs: sizes and weights."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,10 +69,10 @@ def clip_from_files(image: Path, text: Path, config: CLIPConfig | None = None) -
     """Load a noised CLIP from its two `.pt` files under OpenAI's parameter names.
 
     Args:
-        config: its sizes; None: the released ones.
+        config: its sizes; None: those of OpenAI's noised CLIP.
 
     Raises:
-        GlideError: a file is broken, or holds something else.
+        GlideError: a file is broken, or holds another model.
     """
     config = config or clip64()
     params = clip_from_released(config, read_torch_file(image), read_torch_file(text))

@@ -1,4 +1,4 @@
-"""From a name or a folder to a model: its sizes, its weights, how it likes to be sampled."""
+"""The registry of named models: sizes, weights and default sampling settings."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,6 @@ import numpy as np
 
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
-from glide_jax.weights.token_rows import expand
 from glide_jax.weights.released import from_released, misfits, to_released
 from glide_jax.weights.released_files import (
     PRESET_OF,
@@ -26,11 +25,12 @@ from glide_jax.weights.store import (
     save_weights,
     unflatten,
 )
+from glide_jax.weights.token_rows import expand
 from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# Of the family of small models, those that are shipped.
+# The small models that this installation contains.
 EMBEDDED, EMBEDDED_CLIPS = (
     tuple(name for name in names if (ASSETS / name).is_dir())
     for names in (
@@ -38,26 +38,25 @@ EMBEDDED, EMBEDDED_CLIPS = (
         ("emoji_clip64", "emoji_scorer64"),
     )
 )
-# What else belongs to some weights: the upsampler that enlarges their pictures, the noised CLIP
-# that can guide them. The scorer judges alone.
+# Default upsampler and default noised CLIP of some weights. The scorer never guides: it measures.
 _FAMILY = {"upsampler": "emoji_upsample256", "clip": "emoji_clip64"}
 COMPANIONS = {"emoji64": _FAMILY, "emoji_inpaint64": _FAMILY}
 NONE = "none"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A network's weights and all that is needed to use them.
+    """The weights of a network and what is needed to use them.
 
     Attributes:
-        name: what the user called it.
+        name: the name, folder or file that it was loaded from.
         config: its sizes.
         params: nested dictionaries of float32 arrays.
         schedule, diffusion_steps: the noise schedule that it was trained with.
-        prediction: what its output means, "eps" or "v".
-        defaults: sampling settings that suit it, by name.
-        prompts: captions that show it well.
+        prediction: the meaning of its output, "eps" or "v".
+        defaults: default sampling settings, by name.
+        prompts: example captions.
     """
 
     name: str
@@ -71,11 +70,11 @@ class Model:
 
 
 def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str | Path | None:
-    """What goes with some weights: what was chosen, else their own; None where there is none.
+    """Return the upsampler or the noised CLIP to use with some weights, or None for no such model.
 
     Args:
         kind: "upsampler" or "clip".
-        chosen: a name, a folder or a file; "none": nothing; None: what belongs to the weights.
+        chosen: a name, a folder or a file; "none": no such model; None: the default of the weights.
     """
     if chosen is None:
         own = COMPANIONS.get(str(weights), {}).get(kind)
@@ -84,7 +83,7 @@ def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str 
 
 
 def load_model(name: str | Path) -> Model:
-    """Load a model by name ("emoji64"), from a folder of exported weights, or from a `.pt` file.
+    """Load a model by name ("emoji64"), from a folder of weights, or from a `.pt` file.
 
     Raises:
         UsageError: there is no such name, folder or file.
@@ -105,9 +104,9 @@ def load_model(name: str | Path) -> Model:
 
 
 def defaults_of(name: str | Path) -> dict[str, Any]:
-    """Return the sampling settings that weights bring, without reading their arrays.
+    """Return the default sampling settings of weights, without reading their arrays.
 
-    Empty where there are none.
+    Without such settings the dictionary is empty.
 
     Raises:
         GlideError: the folder's `config.json` cannot be read.
@@ -121,13 +120,13 @@ def defaults_of(name: str | Path) -> dict[str, Any]:
 
 
 def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Model:
-    """A model from a `.pt` file under the released names; nothing in the file is run.
+    """Load a model from a `.pt` file under OpenAI's parameter names; runs no code of the file.
 
     Args:
-        config: its sizes; None: recognised by shapes and names.
+        config: its sizes; None: recognised by names and shapes.
 
     Raises:
-        GlideError: the file is broken, hostile, or no such model.
+        GlideError: the file is broken or hostile, or holds another model.
     """
     state_dict = read_torch_file(path)
     config = config or recognise(state_dict)
@@ -136,14 +135,14 @@ def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Mode
 
 
 def save_torch(model: Model, path: Path) -> None:
-    """Writes a model as a `.pt` file under the released names, which the original code loads.
+    """Write a model as a `.pt` file under OpenAI's parameter names, for the original code.
 
     Raises:
         GlideError: the original code has no such model, or the file cannot be written.
     """
     for wrong, what in (
         (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
-        (model.config.low_res_level, "is told the noise level of the small picture"),
+        (model.config.low_res_level, "takes the noise level of the low-resolution image"),
     ):
         if wrong:
             raise GlideError(f"the original code cannot use {model.name}: it {what}")
@@ -151,7 +150,7 @@ def save_torch(model: Model, path: Path) -> None:
 
 
 def save_model(model: Model, folder: Path) -> None:
-    """Writes a model as a folder that `load_model` reads, in float32.
+    """Write a model as a folder that `load_model` reads, in float32.
 
     Raises:
         GlideError: the folder cannot be written.

@@ -1,6 +1,6 @@
-"""Parameter trees <-> flat dictionaries under the released models' names.
+"""Conversion between parameter trees and flat dictionaries under OpenAI's parameter names.
 
-One table of names serves both directions, and every variant and size.
+One table of names is used in both directions, for every variant and size.
 """
 
 import re
@@ -18,7 +18,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights.store import flatten, unflatten
 from glide_jax.weights.torch_pickle import printable
 
-# Ours -> theirs, within a residual block, an attention block, a block of the text transformer.
+# Name here -> OpenAI's, within a residual, an attention, and a text transformer block.
 _RES = {
     "norm_1/norm": "in_layers.0",
     "conv_1": "in_layers.2",
@@ -39,7 +39,7 @@ _TEXT = {
 _SINGLE = {
     "unet/time_1": "time_embed.0",
     "unet/time_2": "time_embed.2",
-    # Names of our own: no released model is told the noise level of its small picture.
+    # These two names are ours: no model of OpenAI's takes the noise level of its low-res image.
     "unet/level_1": "low_res_level.0",
     "unet/level_2": "low_res_level.2",
     "unet/down_0": "input_blocks.0.0",
@@ -58,12 +58,17 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def released_name(path: str, paths: set[str]) -> str:
-    """The released name of a parameter, e.g. `unet/mid_attn/qkv/kernel` ->
-    `middle_block.1.qkv.weight`.
+    """Return OpenAI's name of a parameter.
+
+    For example, that of `unet/mid_attn/qkv/kernel` is `middle_block.1.qkv.weight`.
 
     Args:
-        path: keys of our tree, joined by "/".
-        paths: all of them: where a level has no attention, the resampling block moves up a place.
+        path: keys of the parameter tree, joined by "/".
+        paths: all paths of the tree. On a level without attention the number of the resampling
+            block is one less.
+
+    Raises:
+        KeyError: the networks have no such parameter.
     """
     if path in _TABLES:
         return _TABLES[path]
@@ -73,17 +78,17 @@ def released_name(path: str, paths: set[str]) -> str:
     elif m := re.fullmatch(r"text/block_(\d+)/(.+)", module):
         name = f"transformer.resblocks.{m[1]}.{_TEXT[m[2]]}"
     elif m := re.fullmatch(r"unet/mid_(res_1|attn|res_2)/(.+)", module):
-        place, names = _MIDDLE[m[1]]
-        name = f"middle_block.{place}.{names[m[2]]}"
+        index, names = _MIDDLE[m[1]]
+        name = f"middle_block.{index}.{names[m[2]]}"
     elif m := re.fullmatch(r"unet/(down|up)_(\d+)_(res|attn)/(.+)", module):
         blocks = "input_blocks" if m[1] == "down" else "output_blocks"
-        place, names = (0, _RES) if m[3] == "res" else (1, _ATTN)
-        name = f"{blocks}.{m[2]}.{place}.{names[m[4]]}"
+        index, names = (0, _RES) if m[3] == "res" else (1, _ATTN)
+        name = f"{blocks}.{m[2]}.{index}.{names[m[4]]}"
     elif m := re.fullmatch(r"unet/down_(\d+)_conv", module):
         name = f"input_blocks.{m[1]}.0.op"
     elif m := re.fullmatch(r"unet/up_(\d+)_(up|conv)(?:/(.+))?", module):
-        place = 2 if f"unet/up_{m[1]}_attn/qkv/kernel" in paths else 1
-        name = f"output_blocks.{m[1]}.{place}.{_RES[m[3]] if m[3] else 'conv'}"
+        index = 2 if f"unet/up_{m[1]}_attn/qkv/kernel" in paths else 1
+        name = f"output_blocks.{m[1]}.{index}.{_RES[m[3]] if m[3] else 'conv'}"
     else:
         raise KeyError(path)
     return f"{name}.{_LEAVES[leaf]}"
@@ -95,7 +100,7 @@ def _to_ours(array: np.ndarray, kernel: bool) -> np.ndarray:
     if array.ndim == 4 and array.shape[2:] != (1, 1):
         return array.transpose(2, 3, 1, 0)
     if array.ndim < 2 or any(n != 1 for n in array.shape[2:]):
-        # No kernel of ours: left as it is, for its shape to be reported.
+        # This fits no kernel. It stays as it is, and its shape is reported as wrong.
         return array
     return array.reshape(array.shape[:2]).T
 
@@ -108,45 +113,47 @@ def _to_theirs(array: np.ndarray, path: str) -> np.ndarray:
     array = array.T
     if path.endswith("/skip/kernel"):
         return array[:, :, None, None]
-    # Attention of the UNet is made of 1-D convolutions there, that of the text of linear layers.
+    # In the original code the attention of the UNet consists of 1-D convolutions, that of the text
+    # transformer of linear layers.
     return array[:, :, None] if "_attn/" in path else array
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree of a model as `jax.ShapeDtypeStruct`s: no memory is used."""
+    """Return the parameter tree of a model as `jax.ShapeDtypeStruct`s, which use no memory."""
     return jax.eval_shape(partial(init_params, GLIDE(config)), jax.random.key(0))
 
 
 def count_params(config: ModelConfig) -> int:
-    """How many parameters a model has."""
+    """Return the number of parameters of a model."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def misfits(flat: Mapping[str, np.ndarray], config: ModelConfig) -> list[str]:
-    """Paths of parameters that a model lacks, does not have, or has in another shape."""
+    """Return the paths that are missing, unexpected or of the wrong shape for a model."""
     return differences(flat, abstract_params(config))
 
 
 def differences(flat: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> list[str]:
-    """Paths at which flat arrays and an abstract tree are not of one shape."""
+    """Return the paths at which flat arrays and an abstract tree differ in shape."""
     wanted = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     have = {path: np.shape(array) for path, array in flat.items()}
     return sorted(path for path in wanted | have if wanted.get(path) != have.get(path))
 
 
 def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The parameter tree of a model from arrays under released names.
+    """Return the parameter tree of a model from arrays under OpenAI's parameter names.
 
     Args:
-        state_dict: torch layout (convolutions OIHW, linear layers (out, in)), any float dtype.
+        state_dict: arrays in torch layout (convolutions OIHW, linear layers (out, in)), of any
+            float dtype.
 
     Returns:
-        Nested dictionaries of float32 numpy arrays, as `GLIDE(config).apply` takes them: views of
-        those given where these are float32.
+        Nested dictionaries of float32 numpy arrays for `GLIDE(config).apply`. A float32 array of
+        `state_dict` is not copied.
 
     Raises:
-        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; it names
-            them.
+        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; the message
+            names them.
     """
     abstract = abstract_params(config)
     wanted = flatten(abstract)
@@ -162,17 +169,17 @@ def assemble(
     to_ours: Callable[[np.ndarray, bool], np.ndarray],
     what: str = "model",
 ) -> dict[str, Any]:
-    """A parameter tree from arrays under other names.
+    """Return a parameter tree from arrays under other names.
 
     Args:
         wanted: the flat tree, abstract.
-        names: what each of its paths is called in `state_dict`.
-        shapes: what shape these have there, by name.
-        to_ours: `(array, whether it is a kernel) -> array` in our layout.
-        what: what the weights ought to fit, for the error.
+        names: path -> name in `state_dict`.
+        shapes: name -> shape in `state_dict`.
+        to_ours: function `(array, is_kernel) -> array`, from torch's layout to that of the tree.
+        what: the kind of model, for the error message.
 
     Raises:
-        GlideError: as `from_released`.
+        GlideError: see `from_released`.
     """
     missing = sorted(set(names.values()) - set(state_dict))
     unexpected = sorted(printable(str(name)) for name in set(state_dict) - set(names.values()))
@@ -180,14 +187,14 @@ def assemble(
     for path, name in names.items():
         if name not in state_dict:
             continue
-        given = np.asarray(state_dict[name])
-        array = to_ours(given, path.endswith("/kernel"))
-        if not jnp.issubdtype(given.dtype, jnp.floating):
-            typed.append(f"{name} {given.dtype}, not float32")
+        theirs = np.asarray(state_dict[name])
+        array = to_ours(theirs, path.endswith("/kernel"))
+        if not jnp.issubdtype(theirs.dtype, jnp.floating):
+            typed.append(f"{name} {theirs.dtype}, not float32")
         elif array.shape != wanted[path].shape:
-            shaped.append(f"{name} {given.shape}, not {shapes[name]}")
+            shaped.append(f"{name} {theirs.shape}, not {shapes[name]}")
         else:
-            # Not contiguous where it need not be: a file's arrays stay in the file until used.
+            # Aligned, but not made contiguous: a mapped array stays in its file until it is used.
             params[path] = np.require(array, np.float32, "A")
     problems = [
         f"{len(found)} {kind} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
@@ -205,18 +212,18 @@ def assemble(
 
 
 def released_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released form of a parameter tree, abstract or not."""
+    """Return OpenAI's name -> shape in torch's layout, for a tree that may be abstract."""
     shapes = {}
     flat = flatten(params)
     for path, leaf in flat.items():
-        # A view of one element has the strides of nothing: no memory for 3.5 billion parameters.
+        # All strides of this view are 0: 3.5 billion parameters need no memory.
         shape = _to_theirs(np.broadcast_to(np.float32(0), leaf.shape), path).shape
         shapes[released_name(path, set(flat))] = shape
     return shapes
 
 
 def to_released(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The opposite of `from_released`: arrays in torch layout under released names."""
+    """Return arrays in torch layout under OpenAI's names: the inverse of `from_released`."""
     flat = flatten(params)
     return {
         released_name(path, set(flat)): np.ascontiguousarray(_to_theirs(np.asarray(a), path))

@@ -1,6 +1,6 @@
-"""The noised CLIP's parameter tree <-> two flat dictionaries under the released names.
+"""Conversion between a noised CLIP's parameter tree and two dictionaries under OpenAI's names.
 
-One table of names serves both encoders, both directions and every size.
+One table of names is used for both encoders, in both directions, for every size.
 """
 
 import math
@@ -17,7 +17,7 @@ from glide_jax.models.presets import CLIPConfig
 from glide_jax.weights.released import assemble, differences
 from glide_jax.weights.store import flatten
 
-# Ours -> theirs, within an encoder; then within one of its blocks.
+# Name here -> OpenAI's, within an encoder, and within one of its blocks.
 _INPUT = {
     "patch/kernel": "patch_proj",
     "timestep_embedding": "w_t",
@@ -41,8 +41,9 @@ _LINEAR_LEAVES = {"kernel": "w", "bias": "b"}
 
 
 def clip_released_name(path: str) -> str:
-    """The released name of an encoder's parameter, e.g. `block_3/query/kernel` ->
-    `blocks.block_3.f_attn.f_q.w`.
+    """Return OpenAI's name of a parameter of an encoder.
+
+    For example, that of `block_3/query/kernel` is `blocks.block_3.f_attn.f_q.w`.
 
     Args:
         path: keys of the encoder's tree, joined by "/".
@@ -58,7 +59,7 @@ def clip_released_name(path: str) -> str:
 
 
 def _to_ours(array: np.ndarray, kernel: bool) -> np.ndarray:
-    """Patch projections OIHW -> HWIO, linear layers (out, in) -> (in, out)."""
+    """Change patch projections from OIHW to HWIO, linear layers from (out, in) to (in, out)."""
     if not kernel:
         return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
@@ -71,12 +72,12 @@ def _to_theirs(array: np.ndarray, kernel: bool) -> np.ndarray:
 
 
 def clip_abstract_params(config: CLIPConfig) -> dict[str, Any]:
-    """The parameter tree of a noised CLIP as `jax.ShapeDtypeStruct`s: no memory is used."""
+    """Return the parameter tree of a noised CLIP as `jax.ShapeDtypeStruct`s, without memory."""
     return jax.eval_shape(partial(init_params, NoisedCLIP(config)), jax.random.key(0))
 
 
 def clip_misfits(flat: Mapping[str, np.ndarray], config: CLIPConfig) -> list[str]:
-    """Paths of parameters that a noised CLIP lacks, does not have, or has in another shape."""
+    """Return the paths that are missing, unexpected or of the wrong shape for a noised CLIP."""
     return differences(flat, clip_abstract_params(config))
 
 
@@ -85,19 +86,19 @@ def clip_from_released(
     image_state_dict: Mapping[str, np.ndarray],
     text_state_dict: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """The parameter tree of a noised CLIP from the arrays of its two released files.
+    """Return the parameter tree of a noised CLIP from the arrays of its two files.
 
     Args:
-        image_state_dict, text_state_dict: torch layout, any float dtype; each file's names are
-            its own ("blocks.input.w_pos" is in both).
+        image_state_dict, text_state_dict: arrays in torch layout, of any float dtype. There are two
+            dictionaries since both files have the name "blocks.input.w_pos", among others.
 
     Returns:
-        Nested dictionaries of float32 numpy arrays, as `NoisedCLIP(config).apply` takes them.
-        The files hold no scale: where it is learned, it starts at the config's.
+        Nested dictionaries of float32 numpy arrays for `NoisedCLIP(config).apply`. The files hold
+        no scale: a learned one starts at the value of the config.
 
     Raises:
-        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; it names
-            them.
+        GlideError: parameters are missing, unexpected, or of the wrong shape or dtype; the message
+            names them.
     """
     abstract, params = clip_abstract_params(config), {}
     shapes = clip_released_shapes(abstract)
@@ -112,11 +113,14 @@ def clip_from_released(
 
 
 def clip_released_shapes(params: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the released form of both encoders, "image" and "text"; `params` may be
-    abstract."""
+    """Return OpenAI's name -> shape in torch's layout for the encoders "image" and "text".
+
+    Args:
+        params: a parameter tree, which may be abstract.
+    """
     return {
         side: {
-            # A view of one element has the strides of nothing: no memory for its size.
+            # All strides of this view are 0: it needs no memory.
             clip_released_name(path): _to_theirs(
                 np.broadcast_to(np.float32(0), leaf.shape), path.endswith("/kernel")
             ).shape
@@ -129,10 +133,11 @@ def clip_released_shapes(params: Mapping[str, Any]) -> dict[str, dict[str, tuple
 def clip_to_released(
     params: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The opposite of `clip_from_released`: the image encoder's and the text encoder's arrays.
+    """Return the arrays of both encoders under OpenAI's names: the inverse of `clip_from_released`.
 
-    In torch layout under released names. A learned scale has no name there (the original reads
-    it from a configuration file) and is left out.
+    The first dictionary is that of the image encoder, the second that of the text encoder, both in
+    torch layout. A learned scale has no name there, since the original code reads it from a
+    configuration file; it is left out.
     """
     image, text = (
         {

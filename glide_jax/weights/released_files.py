@@ -1,4 +1,4 @@
-"""The six released files of GLIDE (filtered): where they are, and a cache of them."""
+"""The six files of GLIDE (filtered) that OpenAI published: download, cache, recognition."""
 
 import base64
 import hashlib
@@ -14,8 +14,8 @@ import numpy as np
 import tqdm
 
 from glide_jax.errors import GlideError, nearest
-from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.folders import cache_folder
+from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.weights.store import whole_files
 
 SERVER = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
@@ -34,17 +34,17 @@ PRESET_OF = {
     "openai/upsample-inpaint": "inpaint256",
 }
 _CHUNK = 1 << 20
-# What a network does; all other errors of the operating system are of the disk.
+# The errors of a network. Any other OSError comes from the disk.
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def schedule_of(config: ModelConfig) -> str:
-    """The noise schedule of a released model: linear for upsamplers, cosine for the others."""
+    """Return the noise schedule of OpenAI's models: "linear" for upsamplers, otherwise "cosine"."""
     return "linear" if config.upsamples else "cosine"
 
 
 def released_defaults(config: ModelConfig) -> dict[str, Any]:
-    """How the release samples a model, in its notebooks `text2im` and `inpaint`."""
+    """Return the sampling settings of OpenAI's notebooks `text2im` and `inpaint` for a model."""
     if config.upsamples:
         sampler = "ddpm" if config.inpaints else "ddim"
         return {
@@ -58,22 +58,26 @@ def released_defaults(config: ModelConfig) -> dict[str, Any]:
 
 
 def fetch(name: str, server: str = SERVER) -> Path:
-    """The released file of that name, downloaded into the user's cache unless it is there.
+    """Return the path of a file of OpenAI's, after a download into the cache if it is not there.
 
-    The release publishes no checksums. A download must have the length and the MD5 that the
-    server states; its SHA-256 is written beside it, and checked each time it is used again.
+    OpenAI publishes no checksums. A download must have the length and the MD5 that the server
+    states. Its SHA-256 is written to a file beside it and is verified at each later use.
+
+    Args:
+        name: a key of `FILES`, such as "openai/base".
 
     Raises:
-        GlideError: it cannot be downloaded, arrives broken, or was altered in the cache.
+        GlideError: the name is unknown, the download fails or arrives incomplete, or the file in
+            the cache was changed.
     """
     if name not in FILES:
-        raise GlideError(f"there is no released file {name!r}{nearest(name, FILES)}")
+        raise GlideError(f"OpenAI released no file {name!r}{nearest(name, FILES)}")
     path = cache_folder() / "released" / FILES[name]
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
         _download(f"{server}/{FILES[name]}", path, record)
     elif _digest(path) != _stated(record):
-        raise GlideError(f"{path} is not what was downloaded: delete it and try again")
+        raise GlideError(f"{path} was changed since its download: delete it and try again")
     return path
 
 
@@ -96,11 +100,10 @@ def _download(url: str, path: Path, record: Path) -> None:
                 sha256 = _copy(answer, file, path.name)
         except _BROKEN as error:
             clip = [name for name in FILES.values() if name.startswith("clip")]
-            bring = " ".join(clip) if path.name in clip else path.name
+            files = " ".join(clip) if path.name in clip else path.name
             raise GlideError(
-                f"cannot download {url} ({getattr(error, 'reason', error)}): bring {bring} from a "
-                f"machine with a network and run `python -m glide_jax.weights convert {bring} "
-                "FOLDER`"
+                f"cannot download {url} ({getattr(error, 'reason', error)}): copy {files} from a "
+                f"machine with a network and run `glide-jax weights convert {files} FOLDER`"
             ) from None
         note.write_text(json.dumps({"url": url, "sha256": sha256}))
 
@@ -117,22 +120,23 @@ def _copy(answer: http.client.HTTPResponse, file: BinaryIO, name: str) -> str:
             bar.update(len(chunk))
     stated = answer.headers.get("Content-MD5")
     if (total and done != total) or (stated and base64.b64encode(md5.digest()).decode() != stated):
-        raise urllib.error.URLError("it did not arrive whole; try again")
+        raise urllib.error.URLError("it arrived incomplete; try again")
     return sha256.hexdigest()
 
 
 def recognise(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
-    """The preset that these released-style arrays are of, by its first convolution and its text.
+    """Return the preset that arrays under OpenAI's names belong to.
 
-    Whether the others fit is for `from_released` to say, which names those that do not.
+    It compares the first convolution and the embeddings of the text. `from_released` then checks
+    all arrays and names those that do not fit.
 
     Raises:
-        GlideError: there is none.
+        GlideError: the arrays belong to no preset.
     """
     if side := clip_side(state_dict):
         raise GlideError(
             f"these are the arrays of a noised CLIP's {side} encoder: a CLIP is two files, "
-            "`python -m glide_jax.weights convert IMAGE.pt TEXT.pt FOLDER`"
+            "`glide-jax weights convert IMAGE.pt TEXT.pt FOLDER`"
         )
     shapes = {name: tuple(array.shape) for name, array in state_dict.items()}
     for preset in PRESETS.values():
@@ -145,12 +149,12 @@ def recognise(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
         if wanted.items() <= shapes.items():
             return c
     raise GlideError(
-        f"these {len(shapes)} arrays are none of the released models nor of the paper's: build a "
-        "ModelConfig and call glide_jax.weights.from_released"
+        f"these {len(shapes)} arrays fit none of the known sizes: make a ModelConfig of their "
+        "sizes and call glide_jax.weights.from_released"
     )
 
 
 def clip_side(state_dict: Mapping[str, np.ndarray]) -> str | None:
-    """Which encoder of a noised CLIP these arrays are of: "image", "text", or None."""
+    """Return the encoder of a noised CLIP that arrays belong to: "image", "text" or None."""
     sides = {"blocks.input.patch_proj": "image", "blocks.input.w_voc": "text"}
     return next((side for name, side in sides.items() if name in state_dict), None)

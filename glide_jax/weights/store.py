@@ -1,7 +1,7 @@
-"""The project's own form of a model: a folder with `config.json` and `model.safetensors`.
+"""Weights as a folder with `config.json` and `model.safetensors`.
 
-The names of the arrays are paths in the parameter tree, "a/b/kernel". `model.safetensors` can be
-read by anything that reads safetensors; `config.json` says which network it belongs to.
+The name of an array is its path in the parameter tree, "a/b/kernel". Any program that reads
+safetensors can read `model.safetensors`; `config.json` describes the network.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from glide_jax.errors import GlideError, UsageError
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 
-_HEADER_METADATA = "__metadata__"  # the one name that the format keeps for itself
-_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_HEADER_METADATA = "__metadata__"  # The format reserves this name.
+_MAX_HEADER = 100_000_000  # In bytes; the limit of the format.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -44,12 +44,12 @@ _DTYPE_NAMES = {dtype.name: name for name, dtype in _DTYPES.items()}
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries -> one with names joined by "/": `{"a": {"b": x}}` -> `{"a/b": x}`.
+    """Turn nested dictionaries into one with joined names: `{"a": {"b": x}}` -> `{"a/b": x}`.
 
-    Anything that is not a mapping is a leaf and stays as it is; empty dictionaries vanish.
+    A value that is not a mapping is a leaf and stays as it is. Empty dictionaries are left out.
 
     Raises:
-        UsageError: a key is not text, is empty or holds a "/".
+        UsageError: a key is not text, is empty or contains "/".
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -66,7 +66,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`: `{"a/b": x}` -> `{"a": {"b": x}}`.
 
     Raises:
-        UsageError: a name is not text, a part of it is empty, or it is a leaf and a branch at once.
+        UsageError: a name is not text, has an empty part, or is both a leaf and a branch.
     """
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
@@ -88,11 +88,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole_files(*targets: Path) -> Iterator[list[Path]]:
-    """Temporary paths to write in the place of `targets`, whose folder is made if need be.
+    """Provide temporary paths to write to, and rename them to `targets` at the end.
 
-    At the end they are flushed to the disk, and only then renamed, in the order given, so that an
-    error or a power cut leaves the former files as they were. A cut between two renames leaves
-    new files beside old ones, each of them whole.
+    The folder of the targets is created if needed. The files are flushed to the disk before they
+    are renamed, in the order of `targets`: after an error or a power cut the old files are
+    unchanged. A power cut between two renames leaves new files beside old ones, each complete.
 
     Raises:
         GlideError: the disk is full or the files cannot be written.
@@ -110,7 +110,7 @@ def whole_files(*targets: Path) -> Iterator[list[Path]]:
             _flush(temporary)
         for temporary, target in zip(temporaries, targets, strict=True):
             temporary.replace(target)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
+        if os.name == "posix":  # Other systems cannot open a folder.
             _flush(folder)
     except OSError as error:
         raise GlideError(
@@ -118,13 +118,13 @@ def whole_files(*targets: Path) -> Iterator[list[Path]]:
         ) from error
     finally:
         for temporary in temporaries:
-            # Where the folder is gone or not ours, the error on its way says so.
+            # If this fails, the error that is being raised already says why.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
-    """A rename may reach the disk before the data does; fsync is what forbids it."""
+    """Write a file to the disk now; otherwise a rename may reach the disk before the data."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -138,26 +138,27 @@ def save_weights(
     params: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` into `folder`; see `whole_files`.
+    """Write `config.json` and `model.safetensors` into a folder; see `whole_files`.
 
     Args:
-        folder: where to; other files in it are left alone.
-        config: what JSON can hold (tuples come back as lists).
-        params: flat, name "a/b/kernel" -> array of any shape, numpy or JAX, of a float (bfloat16
-            too), integer or bool dtype. Arrays that `load_weights` mapped from this very folder
-            are safe to give, and stay whole. One at a time is copied where it is not contiguous.
-        metadata: text -> text, kept in the header of `model.safetensors`.
+        folder: the target; other files in it stay unchanged.
+        config: values that JSON can hold (tuples are read back as lists).
+        params: flat, name "a/b/kernel" -> array of any shape, numpy or JAX, with a float (also
+            bfloat16), integer or bool dtype. Arrays that `load_weights` mapped from this same
+            folder are allowed and stay valid. Arrays that are not contiguous are copied one at a
+            time.
+        metadata: text -> text, for the header of `model.safetensors`.
 
     Raises:
-        UsageError: config, params or metadata are nothing that can be stored.
+        UsageError: config, params or metadata cannot be stored.
         GlideError: the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
     text = _to_json(config)
-    unflatten(params)  # raises for names that could not be read back
+    unflatten(params)  # It raises for names that could not be read back.
     header = _header(params, metadata or {})
-    # The arrays first: their rename can fail (on Windows, where they are in use); then nothing
-    # has changed.
+    # The arrays first: their rename can fail (on Windows, while they are in use), and then neither
+    # file has changed.
     with whole_files(folder / MODEL, folder / CONFIG) as (model, config_file):
         config_file.write_text(text, encoding="utf-8")
         with model.open("wb") as file:
@@ -172,13 +173,13 @@ def _to_json(config: Mapping[str, Any]) -> str:
 
 
 def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The header of `model.safetensors`, in the order in which the arrays are to be written."""
+    """Return the header of `model.safetensors`, in the order in which arrays are written."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
     header: dict[str, Any] = {_HEADER_METADATA: dict(metadata)} if metadata else {}
     end = 0
-    # The widest numbers first: so each array is aligned without gaps, which the format forbids.
+    # The widest dtypes first: this aligns each array without gaps, which the format forbids.
     for name in sorted(params, key=lambda name: -params[name].dtype.itemsize):
         array = params[name]
         if name == _HEADER_METADATA:
@@ -187,21 +188,24 @@ def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str,
             raise UsageError(
                 f"{name} is of dtype {array.dtype}: convert it to a float, int or bool"
             )
-        first, end = end, end + array.nbytes
+        start, end = end, end + array.nbytes
         kind = _DTYPE_NAMES[array.dtype.name]
-        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (first, end)}
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (start, end)}
     return header
 
 
 def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, Any]) -> None:
-    """The safetensors package wants every array contiguous in memory at once; see `map_arrays`."""
+    """Write the header and the arrays, one array in memory at a time.
+
+    The safetensors package needs all arrays contiguous in memory at once.
+    """
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name, entry in header.items():
         if name != _HEADER_METADATA:
             array = np.asarray(params[name], _DTYPES[entry["dtype"]], order="C")
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 # ---------------------------------------------------------------- reading
@@ -210,15 +214,15 @@ def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, A
 def load_weights(
     folder: str | Path,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
-    """Reads what `save_weights` wrote.
+    """Read a folder that `save_weights` wrote.
 
     Returns:
-        (config, params, metadata). Params are flat, name "a/b/kernel" -> array, read-only views
-        of the memory-mapped file: opening costs no memory until they are used. Their order is
-        that of the file. Replacing the file by `save_weights` does not disturb them.
+        (config, params, metadata). Params are flat, name "a/b/kernel" -> array, in the order of the
+        file. The arrays are read-only views of the memory-mapped file and use no memory until they
+        are read. They stay valid when `save_weights` replaces the file.
 
     Raises:
-        GlideError: the folder or a file in it is missing, cut short or damaged.
+        GlideError: the folder or a file in it is missing, incomplete or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -233,27 +237,34 @@ def load_weights(
 
 
 def read_config_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        GlideError: the file cannot be read, or does not hold a JSON object.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}: {error.msg}"
-        raise GlideError(
-            f"{path} is not valid JSON ({where}): mend it, or copy it again"
-        ) from error
+        raise GlideError(f"{path} is not valid JSON ({where}): fix it, or copy it again") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise GlideError(f"{path} is not a text of JSON: copy it again") from error
+        raise GlideError(f"{path} is not a JSON file: copy it again") from error
     if not isinstance(config, dict):
         raise GlideError(f"{path} must hold a JSON object, {{...}}: copy it again")
     return config
 
 
 def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The safetensors package would copy every array to memory; mapping needs its header only.
+    """Return the arrays of a safetensors file as views of the mapped file, and its metadata.
 
-    The format: 8 bytes little-endian, the size of the header; the header, JSON of name -> dtype,
-    shape and the first and last byte; the bytes.
+    The safetensors package would copy every array into memory. The format: 8 bytes little-endian
+    with the size of the header; the header, JSON of name -> dtype, shape, first and last byte; the
+    bytes.
+
+    Raises:
+        GlideError: the file cannot be read, is damaged, or has an array of an unknown dtype.
     """
     try:
         with path.open("rb") as file:
@@ -268,13 +279,13 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 kind = str(entry["dtype"])[:20]
-                raise GlideError(f"{path} holds {name[:80]!a} as {kind!a}: convert it to float32")
+                raise GlideError(f"{path} has {name[:80]!a} as {kind!a}: convert it to float32")
         return {name: _view(data, **entry) for name, entry in header.items()}, metadata
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise GlideError(
-            f"{path} is cut short or damaged: download it or save the model again"
+            f"{path} is incomplete or damaged: download it or save the model again"
         ) from error
 
 
@@ -282,7 +293,7 @@ def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int
     first, last = data_offsets
     kind = _DTYPES[dtype]
     if not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError("an array that cannot be")
+        raise ValueError("an impossible array")
     if not 0 <= first <= last <= len(data) or last - first != math.prod(shape) * kind.itemsize:
         raise ValueError("an array beyond the end")
     return np.ndarray(shape, kind, data[first:last])

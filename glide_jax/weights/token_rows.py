@@ -1,7 +1,7 @@
-"""Token tables that ship only the rows that training has seen.
+"""Token tables that keep only the rows of tokens that occurred in training.
 
-A small model has seen a few hundred of 50,257 tokens; the rest of its table is as it was drawn at
-the beginning, means nothing, and would be most of the file.
+A small model has seen a few hundred of 50,257 tokens. The other rows of its table still have their
+random initial values, and would be most of the file.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,16 @@ ROWS = "text/token_rows"
 
 
 def compact(flat: Mapping[str, np.ndarray], seen: np.ndarray) -> dict[str, np.ndarray]:
-    """Keeps the rows of the token table that `seen` `(n_vocab,)` marks, and one for all others.
+    """Keep the rows of the token table that `seen` marks, and one row for all other tokens.
 
-    The shared row is the mean of those seen: a word that the model does not know is an average one.
+    The shared row is the mean of the rows that are kept: an unknown word becomes an average word.
+
+    Args:
+        flat: a flat parameter tree.
+        seen: `(n_vocab,)` bool.
 
     Returns:
-        The same flat tree, its table `(K + 1, W)` and beside it the ids `(K,)` int32 of its rows.
+        The same flat tree with a table `(K + 1, W)`, and the ids `(K,)` int32 of its rows.
     """
     table = np.asarray(flat[TABLE], np.float32)
     rows = np.flatnonzero(seen).astype(np.int32)
@@ -27,7 +31,7 @@ def compact(flat: Mapping[str, np.ndarray], seen: np.ndarray) -> dict[str, np.nd
 
 
 def expand(flat: Mapping[str, np.ndarray], n_vocab: int) -> dict[str, np.ndarray]:
-    """The opposite of `compact`; a tree with a whole table is returned as it is."""
+    """Restore the whole token table: the inverse of `compact`. A whole table stays as it is."""
     if ROWS not in flat:
         return dict(flat)
     whole = dict(flat)

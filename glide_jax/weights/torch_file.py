@@ -1,10 +1,10 @@
 """Read the weights in a PyTorch `.pt` file without PyTorch.
 
-A `.pt` file is a pickle, which is a small program and may do harm, and raw numbers. The pickle is
-carried out by `torch_pickle.unpickle`, which cannot run any code; the numbers are memory-mapped,
-and each tensor is checked against the bytes its storage really has before it becomes an array.
+A `.pt` file contains raw numbers and a pickle, which is a small program and could do harm.
+`torch_pickle.unpickle` executes the pickle without running any code. The numbers are memory-mapped.
+The bytes of a storage in the file must suffice for a tensor before it becomes an array.
 
-Two layouts are read: the zip archive (PyTorch 1.6 and later) and the older run of pickles.
+There are two layouts: the zip archive (PyTorch 1.6 and later) and the older sequence of pickles.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from glide_jax.weights.torch_pickle import (
     unpickle,
 )
 
-# The pickle of GLIDE's base model (about 700 tensors) is near 0.1 MB.
-_MAX_PICKLE = 16 * 2**20  # bytes
-_MAX_ENTRIES = 10**6  # walked over; a few kB of pickle can nest lists into 2**1000 entries
+# The pickle of GLIDE's base model (about 700 tensors) has about 0.1 MB.
+_MAX_PICKLE = 16 * 2**20  # In bytes.
+# A pickle of a few kB can contain lists nested to 2**1000 entries.
+_MAX_ENTRIES = 10**6
 _MAX_DEPTH = 16
-_MAX_NAME = 1000  # characters
-# Stride 0 makes an array of any size out of one number; beyond this a copy would fill the memory.
-_MAX_REPEATED = 2**24  # elements
+_MAX_NAME = 1000  # In characters.
+# Stride 0 makes an array of any size from one number; a copy of it could fill the memory.
+_MAX_REPEATED = 2**24  # In elements.
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -43,25 +44,26 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a state dict saved by `torch.save`; runs no code from the file.
+    """Read the tensors of a state dict saved by `torch.save`; run no code of the file.
 
     Args:
         path: a `.pt` or `.pth` file, in the zip or in the legacy format.
 
     Returns:
-        name -> array, in the order of the file. Shapes and dtypes are those of the tensors
+        Name -> array, in the order of the file. Shapes and dtypes are those of the tensors
         (bfloat16 and float8 as in `ml_dtypes`). The arrays are read-only views of the
-        memory-mapped file, so opening costs no memory until they are used; keep the file as it
-        is meanwhile. Tied tensors share their memory. In legacy files the views may be unaligned.
+        memory-mapped file and use no memory until they are read; the file must not change while
+        they are in use. Tied tensors share their memory. In legacy files the views may be
+        unaligned.
 
-        Where the top level is a dictionary holding another under "state_dict", "model_state_dict"
-        or "model", that one (the first of the three) is read and what lies beside it is left out,
-        an optimizer for instance. Deeper dictionaries and lists are flattened, with names joined
-        by dots: `{"a": {"b": [x]}}` gives "a.b.0". Anything that is not a tensor is left out.
+        If the top level has a dictionary under "state_dict", "model_state_dict" or "model", the
+        first of these is read and the rest, such as an optimizer, is left out. Nested dictionaries
+        and lists are flattened, with names joined by dots: `{"a": {"b": [x]}}` gives "a.b.0".
+        Values that are not tensors are left out.
 
     Raises:
-        GlideError: the file is missing, not of PyTorch, cut short, damaged, compressed, big-endian,
-            without tensors, or asks for anything that is not on the list of allowed names.
+        GlideError: the file is missing, incomplete, damaged, compressed, big-endian, without
+            tensors, not from PyTorch, or uses a name that is not on the list of allowed names.
     """
     path = Path(path)
     try:
@@ -72,10 +74,10 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
             return _read(path, file)
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
-    # Whatever a hostile or broken pickle gets wrong ends in one of these, however deep inside.
+    # Any fault of a hostile or broken pickle raises one of these.
     except (ValueError, IndexError, KeyError, TypeError) as error:
         what = f" ({error})" if isinstance(error, DamagedError) else ""
-        raise GlideError(f"{path} is cut short or damaged{what}: download it again") from error
+        raise GlideError(f"{path} is incomplete or damaged{what}: download it again") from error
 
 
 def _read(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
@@ -107,12 +109,12 @@ def _not_torch(path: Path, head: bytes) -> GlideError:
 
 # ---------------------------------------------------------------- the two layouts
 
-_Locate = Callable[[Storage], slice]  # where the bytes of a storage lie in the file
+_Locate = Callable[[Storage], slice]  # From a storage to the range of its bytes in the file.
 
 
 def _read_at(file: BinaryIO, start: int, size: int) -> bytes:
-    """Reads without mapping: touching a mapped page would map its neighbours as well."""
-    require(start >= 0, "a record before its beginning")
+    """Read without mapping: access to a mapped page would also map its neighbours."""
+    require(start >= 0, "a record before its start")
     file.seek(start)
     data = file.read(size)
     require(len(data) == size, "a record beyond its end")
@@ -140,8 +142,8 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
             )
         local = struct.unpack("<4s22x2H", _read_at(file, member.header_offset, 30))
         start = member.header_offset + 30 + local[1] + local[2]
-        whole = local[0] == b"PK\x03\x04" and start + member.file_size <= end
-        require(whole, "a record beyond its end")
+        complete = local[0] == b"PK\x03\x04" and start + member.file_size <= end
+        require(complete, "a record beyond its end")
         return slice(start, start + member.file_size)
 
     def content(name: str) -> bytes:
@@ -151,7 +153,7 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
 
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise GlideError(f"{path} is a zip archive, but not one of PyTorch: it has no data.pkl")
+        raise GlideError(f"{path} is a zip archive, but not from PyTorch: it has no data.pkl")
     folder = pickles[0].removesuffix("/data.pkl")
     if f"{folder}/constants.pkl" in records:
         raise GlideError(f"{path} is a TorchScript program: save its state_dict() instead")
@@ -166,11 +168,11 @@ def _big_endian(path: Path) -> GlideError:
 
 
 def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
-    """Pickles of a magic number, a version, the machine, the object, the storage keys; the data."""
+    """Read pickles of a magic number, version, machine, object and storage keys, then the data."""
     file.seek(0)
     pickles = io.BytesIO(file.read(_MAX_PICKLE))
     if unpickle(path, pickles) != _LEGACY_MAGIC or unpickle(path, pickles) != _LEGACY_PROTOCOL:
-        raise GlideError(f"{path} is a pickle, but not one of PyTorch: give a file of torch.save")
+        raise GlideError(f"{path} is a pickle, but not from PyTorch: give a file of torch.save")
     machine = unpickle(path, pickles)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise _big_endian(path)
@@ -200,7 +202,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
 
 
 def _name_tensors(path: Path, tree: Any) -> dict[str, Tensor]:
-    """Flattens; counts what it is about to visit, since lists may hold one another many times."""
+    """Flatten the tree. Lists may contain each other many times, so the entries are counted."""
     if isinstance(tree, dict):
         inner = [tree[key] for key in _WRAPPERS if isinstance(tree.get(key), dict)]
         tree = inner[0] if inner else tree
@@ -228,9 +230,9 @@ def _name_tensors(path: Path, tree: Any) -> dict[str, Tensor]:
 
 
 def _as_array(path: Path, name: str, tensor: Tensor, data: np.ndarray) -> np.ndarray:
-    """The view of `data`, the bytes of the storage, that the tensor describes."""
+    """Return the view of `data`, the bytes of the storage, that the tensor describes."""
     storage, dtype, size = tensor.storage, tensor.dtype, tensor.dtype.itemsize
-    stored = storage.count * storage.dtype.itemsize  # bytes, as the pickle says
+    stored = storage.count * storage.dtype.itemsize  # In bytes, according to the pickle.
     wanted = math.prod(tensor.shape)
     last = tensor.offset + sum(
         (length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -249,10 +251,10 @@ def _as_array(path: Path, name: str, tensor: Tensor, data: np.ndarray) -> np.nda
             f"{path}: tensor {printable(name)} repeats its data to more than 2**24 elements: "
             "save it with .contiguous()"
         )
-    # Along an axis of length 1 PyTorch may write any stride, even one that numpy cannot hold.
+    # Along an axis of length 1 PyTorch may write any stride, also one too large for numpy.
     strides = [
         stride * size if length > 1 else size
         for length, stride in zip(tensor.shape, tensor.strides, strict=True)
     ]
-    # numpy checks the bounds of `buffer` once more.
+    # numpy checks the bounds of `data` once more.
     return np.ndarray(tensor.shape, dtype, data, tensor.offset * size, strides)

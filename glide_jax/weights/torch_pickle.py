@@ -1,11 +1,13 @@
-"""The pickle inside a PyTorch file, carried out without the power to run anything.
+"""An interpreter for the pickles in PyTorch files: it describes tensors and runs no other code.
 
-A pickle is a small program. The standard library's disassembler decodes it, and `unpickle` carries
-it out on a stack of its own, where it can make dictionaries, lists, numbers, strings and
-descriptions of tensors. Names of functions and classes are looked up in `_ALLOWED` and nowhere
-else, nothing is imported, no attribute is set, so there is no way from a file to other code.
-`pickle.Unpickler` with a strict `find_class` would be shorter, but lets a file claim memory (memo
-indices), hash tuples nested until the C stack overflows, and set attributes on what it was given.
+A pickle is a small program. The disassembler of the standard library decodes it, and `unpickle`
+executes it on a stack of its own. It can make dictionaries, lists, numbers, strings and
+descriptions of tensors. Names of functions and classes are looked up in `_ALLOWED` only, nothing is
+imported and no attribute is set, so a file cannot reach other code.
+
+`pickle.Unpickler` with a strict `find_class` would be shorter. But with it a file can allocate
+memory (memo indices), overflow the C stack (the hash of deeply nested tuples), and set attributes
+of the objects in `_ALLOWED`.
 """
 
 from __future__ import annotations
@@ -22,39 +24,46 @@ import numpy as np
 
 from glide_jax.errors import GlideError
 
-_MAX_DIMS = 32  # the limit of numpy 1
-_LIMIT = 2**62  # for a count, a size or a stride: far from overflow in 64 bits
+_MAX_DIMS = 32  # The limit of numpy 1.
+_LIMIT = 2**62  # For a count, a size or a stride; safe from overflow in 64 bits.
 
 
 class DamagedError(ValueError):
-    """The file contradicts itself; the text says in what, in a few words of our own."""
+    """A contradiction within the file; the text names it and contains nothing from the file."""
 
 
 def require(condition: bool, what: str) -> None:
-    """Raises DamagedError(what) unless the condition holds (`assert` would vanish under -O)."""
+    """Raise DamagedError(what) unless the condition holds; -O would remove an `assert`."""
     if not condition:
         raise DamagedError(what)
 
 
 def printable(text: str) -> str:
-    """Text from a file for a message: one line, no control characters, not too long."""
+    """Return text of a file for a message: one short line without control characters."""
     return ascii(text[:80])[1:-1]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers that tensors are views of; the counts are elements of `dtype`."""
+    """A sequence of numbers that tensors are views of.
+
+    Attributes:
+        key: its name in the file.
+        dtype: dtype of its elements.
+        total: number of elements in the file.
+        start, count: the part that is used, in elements. Only legacy files use less than all.
+    """
 
     key: str
     dtype: np.dtype
-    total: int  # in the file
-    start: int  # legacy files may use a part of what they hold; else 0 and `total`
+    total: int
+    start: int
     count: int
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A view of a storage; offset and strides count elements of `dtype`, and are unchecked."""
+    """A view of a storage. Offset and strides are in elements of `dtype`, and not yet checked."""
 
     storage: Storage
     dtype: np.dtype
@@ -77,12 +86,14 @@ class _Function:
 
 
 def _count(value: object) -> int:
-    require(type(value) is int and 0 <= value < _LIMIT, "a size that cannot be")
+    if type(value) is not int or not 0 <= value < _LIMIT:
+        raise DamagedError("an impossible size")
     return value
 
 
 def _size(values: object) -> tuple[int, ...]:
-    require(isinstance(values, tuple | list) and len(values) <= _MAX_DIMS, "a shape that cannot be")
+    if not isinstance(values, tuple | list) or len(values) > _MAX_DIMS:
+        raise DamagedError("an impossible shape")
     return tuple(map(_count, values))
 
 
@@ -95,7 +106,7 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
 
 
 def _typed_tensor(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None):
-    """The newer dtypes have no storage class of their own: bytes, and the dtype beside them."""
+    """Make a tensor of a newer dtype: its storage holds bytes, and the dtype is an argument."""
     tensor = _tensor(storage, offset, size, stride, requires_grad, hooks, metadata)
     require(isinstance(dtype, np.dtype), "a tensor without dtype")
     return Tensor(storage, dtype, tensor.offset, tensor.shape, tensor.strides)
@@ -107,8 +118,11 @@ def _parameter(data, requires_grad, hooks, state=None):
 
 
 def _dictionary(pairs=()):
-    """Python 2 gave a list of pairs. It is used up, so that a million calls stay cheap."""
-    require(isinstance(pairs, list) or pairs == (), "a dictionary that cannot be")
+    """Make a dictionary, empty or from a list of pairs, as Python 2 wrote it.
+
+    The list is emptied; otherwise a short pickle could make a million copies of it.
+    """
+    require(isinstance(pairs, list) or pairs == (), "an impossible dictionary")
     result: dict = {}
     for key, value in pairs:
         _set_items(result, [key, value])
@@ -118,14 +132,15 @@ def _dictionary(pairs=()):
 
 
 def _list(items=()):
-    """A set becomes the list it was made from: its elements then need no hash."""
-    require(isinstance(items, list), "a set that cannot be")
+    """Make a list in place of a set: its elements then need no hash."""
+    require(isinstance(items, list), "an impossible set")
     return items
 
 
 def _set_items(target: object, flat: list) -> None:
-    """Plain keys only: to hash a tuple nested a million deep overflows the C stack."""
-    require(isinstance(target, dict) and len(flat) % 2 == 0, "a dictionary that cannot be")
+    """Set items with plain keys; the hash of a deeply nested tuple would overflow the C stack."""
+    if not isinstance(target, dict) or len(flat) % 2:
+        raise DamagedError("an impossible dictionary")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         plain = isinstance(key, str | float | None) or (isinstance(key, int) and abs(key) < _LIMIT)
         require(plain, "a dictionary key that is neither text nor number")
@@ -186,8 +201,9 @@ def _look_up(path: Path, name: str) -> np.dtype | _StorageType | _Function:
 
 
 def _find_storage(path: Path, reference: object) -> Storage:
-    """The pickle names its storages: ("storage", type, key, device, count[, part of another])."""
-    require(isinstance(reference, tuple) and len(reference) > 0, "a storage without name")
+    """Read the description of a storage: ("storage", type, key, device, count[, part])."""
+    if not isinstance(reference, tuple) or len(reference) == 0:
+        raise DamagedError("a storage without name")
     if reference[0] == "module":
         raise GlideError(f"{path} holds a whole model, code and all: save model.state_dict() alone")
     _, kind, key, _device, total, *part = reference
@@ -199,9 +215,9 @@ def _find_storage(path: Path, reference: object) -> Storage:
     return Storage(key, kind.dtype, total, start, count)
 
 
-# ---------------------------------------------------------------- carrying it out
+# ---------------------------------------------------------------- execution
 
-_PUSHED_AS_THEY_ARE = frozenset(
+_CONSTANTS = frozenset(
     {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"}
     | {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
     | {"BINSTRING", "SHORT_BINSTRING", "STRING"}
@@ -210,25 +226,25 @@ _PUSHED_AS_THEY_ARE = frozenset(
 
 
 def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
-    """Carries out the pickle that begins here in `file`, and leaves `file` behind its end.
+    """Execute the pickle at the position of `file`, and leave the position after its end.
 
     Args:
-        path: for messages only.
-        storages: key -> storage; filled with those that the pickle names.
+        path: the name of the file, for messages.
+        storages: key -> storage; the storages of the pickle are added to it.
 
     Returns:
-        dictionaries with plain keys, lists, tuples, numbers, strings, bytes, `Tensor`, `Storage`.
+        Dictionaries with plain keys, lists, tuples, numbers, strings, bytes, `Tensor`, `Storage`.
 
     Raises:
-        GlideError: the pickle asks for something that is not allowed.
-        ValueError, IndexError, KeyError, TypeError: it is damaged, or made to break its reader.
+        GlideError: the pickle uses something that is not allowed.
+        ValueError, IndexError, KeyError, TypeError: the pickle is damaged or hostile.
     """
     stack: list = []
-    outer: list[list] = []  # the stacks below each open mark
-    memo: dict[int, Any] = {}
+    outer: list[list] = []  # The stack below each open mark.
+    memo: dict[object, Any] = {}
     for opcode, argument, _ in pickletools.genops(file):
         match opcode.name:
-            case name if name in _PUSHED_AS_THEY_ARE:
+            case name if name in _CONSTANTS:
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT" | "PUT":
                 memo[argument] = stack[-1]
@@ -236,9 +252,10 @@ def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None =
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET" | "GET":
                 stack.append(memo[argument])
-            case "GLOBAL" | "INST":  # INST would call it at once: the name decides before that
+            case "GLOBAL" | "INST":  # INST also calls it: its name is checked first.
+                assert isinstance(argument, str)
                 value = _look_up(path, argument.replace(" ", ".", 1))
-                require(opcode.name == "GLOBAL", "a call where there should be none")
+                require(opcode.name == "GLOBAL", "an unexpected call")
                 stack.append(value)
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
@@ -254,10 +271,10 @@ def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None =
                 stack.append(storage)
             case "REDUCE":
                 arguments = stack.pop()
-                sound = isinstance(stack[-1], _Function) and isinstance(arguments, tuple)
-                require(sound, "a call of something that is no function")
+                valid = isinstance(stack[-1], _Function) and isinstance(arguments, tuple)
+                require(valid, "a call of something that is not a function")
                 stack[-1] = stack[-1].call(*arguments)
-            case "BUILD":  # attributes: state dicts carry the version numbers of modules in one
+            case "BUILD":  # Attributes: a state dict has the versions of its modules in one.
                 stack.pop()
             case "MARK":
                 outer.append(stack)
@@ -283,11 +300,11 @@ def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None =
                 _set_items(stack[-1], items)
             case "APPEND":
                 item = stack.pop()
-                require(isinstance(stack[-1], list), "a list that cannot be")
+                require(isinstance(stack[-1], list), "an impossible list")
                 stack[-1].append(item)
             case "APPENDS" | "ADDITEMS":
                 items, stack = stack, outer.pop()
-                require(isinstance(stack[-1], list), "a list that cannot be")
+                require(isinstance(stack[-1], list), "an impossible list")
                 stack[-1].extend(items)
             case "NONE":
                 stack.append(None)

@@ -1,8 +1,8 @@
 """Write a PyTorch `.pt` file without PyTorch, for the original code to load.
 
-The zip archive of PyTorch 1.6 and later: a pickle that describes each tensor as a view of a
-storage, and each storage's numbers as a record of its own. The pickle is put together here opcode
-by opcode, for `pickle` itself would have to import the functions that it names.
+The file is a zip archive, as PyTorch 1.6 and later write it. A pickle describes each tensor as a
+view of a storage; the numbers of each storage are one record of the archive. The pickle is composed
+of single opcodes: the module `pickle` would have to import the functions of PyTorch that it names.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from glide_jax.weights.store import whole_files
 from glide_jax.weights.torch_pickle import STORAGES
 
 _STORAGE_OF = {dtype: storage for storage, dtype in reversed(STORAGES.items())}
-_FOLDER = "archive"  # any name will do
-# As torch.save: where the file is memory-mapped, each tensor begins at a multiple of this.
-_ALIGNMENT = 64  # bytes
-_LOCAL_HEADER = 30  # bytes of a zip record before its name
+_FOLDER = "archive"  # Any name is allowed.
+# As in torch.save: in the file each tensor starts at a multiple of this, for memory-mapping.
+_ALIGNMENT = 64  # In bytes.
+_LOCAL_HEADER = 30  # The bytes of a zip record before its name.
 
 
 def write_torch_file(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes what `torch.save(state_dict, path)` would; `torch.load(weights_only=True)` reads it.
+    """Write a file like `torch.save(state_dict, path)`; `torch.load(weights_only=True)` reads it.
 
-    Equal tensors give equal files. The file gets its name when it is whole, and one array at a
-    time is copied where it is not contiguous.
+    Equal tensors give equal files. The file gets its name when it is complete. Arrays that are not
+    contiguous are copied one at a time.
 
     Args:
         path: the file, replaced if it exists.
@@ -51,12 +51,12 @@ def write_torch_file(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> 
         _write(file, archive, "byteorder", b"little")
         for key, array in enumerate(state_dict.values()):
             little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-            _write(file, archive, f"data/{key}", little.reshape(-1).view(np.uint8))
+            _write(file, archive, f"data/{key}", little.reshape(-1).view(np.uint8).data)
         _write(file, archive, "version", b"3\n")
 
 
-def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | np.ndarray) -> None:
-    record = zipfile.ZipInfo(f"{_FOLDER}/{name}")  # dated 1980, for the same bytes every time
+def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    record = zipfile.ZipInfo(f"{_FOLDER}/{name}")  # Its date is 1980, for the same bytes each time.
     start = file.tell() + _LOCAL_HEADER + len(record.filename) + 4
     padding = -start % _ALIGNMENT
     record.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
@@ -64,7 +64,7 @@ def _write(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | np
 
 
 def _description(state_dict: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of the dictionary: `{name: _rebuild_tensor_v2(storage, ...), ...}`."""
+    """Return the pickle of the dictionary `{name: _rebuild_tensor_v2(storage, ...), ...}`."""
     entries = (
         _plain(name) + _tensor(str(key), name, array)
         for key, (name, array) in enumerate(state_dict.items())
@@ -73,7 +73,7 @@ def _description(state_dict: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes of text, a number or a tuple of them, without frame and end."""
+    """Return the opcodes of text, a number or a tuple of these, without frame and end."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -84,6 +84,6 @@ def _tensor(key: str, name: str, array: np.ndarray) -> bytes:
     storage = b"(" + _plain("storage") + kind + _plain(key) + _plain("cpu") + _plain(array.size)
     strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
     view = _plain(0) + _plain(array.shape) + _plain(strides)
-    # Needs no gradient, has no hooks.
+    # requires_grad=False, and no hooks.
     rest = b"\x89ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + rest + b"tR"

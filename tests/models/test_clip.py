@@ -1,4 +1,4 @@
-"""The noised CLIP against the original code's outputs, and its weights under released names."""
+"""The noised CLIP against outputs of the original code, and weights under OpenAI's names."""
 
 import json
 from dataclasses import replace
@@ -24,22 +24,22 @@ SIDES = ("image", "text")
 
 @cache
 def config() -> CLIPConfig:
-    """The tiny CLIP of the references."""
-    given = json.loads((FOLDER / "config_clip.json").read_text())
-    assert given["heads_i"] == given["heads_t"] and given["hs_i"] == given["hs_t"]
+    """Return the sizes of the tiny CLIP of the references."""
+    sizes = json.loads((FOLDER / "config_clip.json").read_text())
+    assert sizes["heads_i"] == sizes["heads_t"] and sizes["hs_i"] == sizes["hs_t"]
     return CLIPConfig(
-        image_size=given["image_size"],
-        patch_size=given["patch"],
-        n_timestep=given["n_t"],
-        image_width=given["heads_i"] * given["hs_i"],
-        image_layers=given["blocks_i"],
-        text_width=given["heads_t"] * given["hs_t"],
-        text_layers=given["blocks_t"],
-        head_size=given["hs_i"],
-        n_vocab=given["vocab"],
-        max_text_len=given["max_text"],
-        embed_width=given["n_embd"],
-        logit_scale=given["logit_scale"],
+        image_size=sizes["image_size"],
+        patch_size=sizes["patch"],
+        n_timestep=sizes["n_t"],
+        image_width=sizes["heads_i"] * sizes["hs_i"],
+        image_layers=sizes["blocks_i"],
+        text_width=sizes["heads_t"] * sizes["hs_t"],
+        text_layers=sizes["blocks_t"],
+        head_size=sizes["hs_i"],
+        n_vocab=sizes["vocab"],
+        max_text_len=sizes["max_text"],
+        embed_width=sizes["n_embd"],
+        logit_scale=sizes["logit_scale"],
     )
 
 
@@ -138,13 +138,13 @@ def test_a_sixteen_bit_trunk(dtype, worst):
 
 
 def test_parameters_may_be_numpy_arrays():
-    """As they are when they come out of a file, wherever they are no argument of a jitted call."""
+    """A file gives numpy arrays, and they stay so unless they are arguments of a jitted call."""
     bound = NoisedCLIP(config()).bind({"params": params()})
     assert isinstance(params()["image"]["timestep_embedding"], np.ndarray)
     assert jax.eval_shape(bound, *inputs()).shape == (4, 4)
 
 
-def test_padding_cannot_influence_a_caption():
+def test_padding_cannot_change_a_caption():
     _, _, tokens, lengths = inputs()
     padded = np.arange(tokens.shape[1]) >= lengths[:, None]
     assert padded.any()
@@ -164,8 +164,8 @@ def test_similarity_takes_the_nearest_timestep():
     )
 
 
-def test_an_index_outside_of_its_table_gives_nan():
-    """Which shows; jax by itself would take another row, as if nothing were wrong."""
+def test_an_index_outside_its_table_gives_nan():
+    """NaN is noticed; by default jax would use another row without an error."""
     x, t, tokens, lengths = inputs()
     found = apply("encode_image", x, t.copy() + np.int32([1, -2, 0, 1]))
     assert np.isnan(found).all(-1).tolist() == [False, True, False, True]
@@ -176,8 +176,8 @@ def test_an_index_outside_of_its_table_gives_nan():
 
 
 @pytest.mark.parametrize("n_timestep", [1000, 0])
-def test_a_fresh_model_can_learn(n_timestep):
-    """Every parameter has a gradient of the contrastive loss, which starts near chance."""
+def test_a_new_model_can_learn(n_timestep):
+    """Every parameter has a gradient, and the contrastive loss starts near chance."""
     x, t, tokens, lengths = inputs()
     sizes = replace(config(), n_timestep=n_timestep, image_layers=1, text_layers=1)
     model = NoisedCLIP(replace(sizes, learn_logit_scale=True, logit_scale=1 / 0.07))
@@ -195,13 +195,13 @@ def test_a_fresh_model_can_learn(n_timestep):
         return -(rows.mean() + columns.mean()) / 2
 
     value, slopes = loss(fresh)
-    assert abs(value - np.log(4)) < 2  # cosines of random embeddings, times 14
+    assert abs(value - np.log(4)) < 2  # The cosines of random embeddings, times 14.
     dead = [path for path, slope in flatten(slopes).items() if not np.abs(slope).max() > 1e-8]
     assert not dead
     assert ("timestep_embedding" in slopes["image"]) == bool(n_timestep)
 
 
-def test_a_learned_scale_stops_at_100_and_can_come_back():
+def test_a_learned_scale_stops_at_100_and_can_decrease_again():
     model = NoisedCLIP(replace(config(), learn_logit_scale=True, logit_scale=20.0))
     tree = clip_from_released(model.config, *state_dicts())
 
@@ -231,7 +231,7 @@ def test_parameter_counts(name, image, text):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_released_names_and_shapes(side):
+def test_openai_names_and_shapes(side):
     lines = (FOLDER / f"keys_clip_{side}.txt").read_text().splitlines()
     wanted = {}
     for line in lines:
@@ -271,7 +271,7 @@ def test_weights_that_do_not_fit_are_named():
 # --- wrong inputs
 
 
-def test_inputs_that_are_refused():
+def test_inputs_that_raise():
     x, t, tokens, lengths = inputs()
     timeless = NoisedCLIP(replace(config(), n_timestep=0))
 
@@ -287,8 +287,8 @@ def test_inputs_that_are_refused():
     )
     refused(r"x must be \(B, 16, 16, 3\), not \(4, 8, 8, 3\)", "encode_image", x[:, ::2, ::2], t)
     refused(r"x must be float, in \[-1, 1\], not uint8", "encode_image", x.astype(np.uint8), t)
-    refused(r"t must be given exactly where n_timestep > 0", "encode_image", x, None)
-    refused("t must be given", "encode_image", x, t, model=timeless)
+    refused("this CLIP needs timesteps t", "encode_image", x, None)
+    refused("this CLIP takes no timesteps t", "encode_image", x, t, model=timeless)
     refused("t must be integer .*not float32", "encode_image", x, np.float32(t))
     refused(r"t must be \(B,\), not \(\)", "encode_image", x, np.int32(3))
     refused(r"tokens must be \(B, 13\), not \(4, 12\)", "encode_text", tokens[:, 1:], lengths)
@@ -299,13 +299,13 @@ def test_inputs_that_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 5}, "image_size 64 is no multiple of patch_size 5"),
-        ({"image_width": 800}, "image_width 800 is no multiple of head_size 64"),
-        ({"text_width": 500}, "text_width 500 is no multiple of head_size 64"),
+        ({"patch_size": 5}, "image_size 64 is not a multiple of patch_size 5"),
+        ({"image_width": 800}, "image_width 800 is not a multiple of head_size 64"),
+        ({"text_width": 500}, "text_width 500 is not a multiple of head_size 64"),
         ({"logit_scale": 0.0}, "logit_scale must be positive"),
     ],
 )
-def test_sizes_that_make_no_model(changes, message):
+def test_sizes_that_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         CLIPConfig(**changes)
 
@@ -313,6 +313,6 @@ def test_sizes_that_make_no_model(changes, message):
 def test_the_tokenizer_fits_the_presets():
     tokenizer = CLIPTokenizer()
     for name, preset in CLIP_PRESETS.items():
-        # The embedded one takes short captions alone, and is given a tokenizer of its own length.
+        # The embedded one takes only short captions, with a tokenizer of that length.
         assert name == "emoji_clip64" or preset().max_text_len == tokenizer.context
         assert preset().n_vocab >= tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""The operations and blocks of the networks, each against the original code's outputs."""
+"""The operations and blocks of the networks, each against outputs of the original code."""
 
 from dataclasses import replace
 
@@ -22,24 +22,25 @@ from glide_jax.models.text import TextBlock
 from glide_jax.models.unet import GLIDE
 from glide_jax.weights import released
 from glide_jax.weights.store import flatten, unflatten
-from tests import golden
+from tests.support import golden
 from tests.support.golden import assert_close, load, nhwc
 
 FLOAT = jnp.float32
 
 
 def weights_of(prefix: str) -> dict:
+    """Return the arrays of `units.npz` whose names begin with a prefix, without the prefix."""
     units = load("units")
     return {k.removeprefix(prefix): v for k, v in units.items() if k.startswith(prefix)}
 
 
 def block_variables(shapes: dict, names: dict[str, str], weights: dict) -> dict:
-    """Variables of a block from torch arrays called `<name>.<weight|bias>[.<shape>]`.
+    """Return the variables of a block from torch arrays `<name>.<weight|bias>[.<shape>]`.
 
     Args:
-        shapes: the block's variables as `jax.eval_shape` gives them; where a name stands for
-            several shapes, that which fits is taken.
-        names: ours -> theirs.
+        shapes: the variables of the block from `jax.eval_shape`. Of several arrays with one name,
+            the one of the right shape is used.
+        names: name here -> name in the original code.
     """
     wanted = flatten(shapes["params"])
     found = {}
@@ -73,8 +74,8 @@ def test_group_norm(swish, name):
     assert_close(found, nhwc(units[f"gn.out_{name}"]), 4e-6)
 
 
-def test_norms_have_the_epsilon_of_the_released_weights():
-    """Almost constant input tells 1e-5 from flax's 1e-6, which the references above do not."""
+def test_norms_have_the_epsilon_of_openai_models():
+    """An almost constant input distinguishes 1e-5 from flax's 1e-6; the references do not."""
     x = np.float32(1e-3) * np.arange(64, dtype=np.float32).reshape(1, 1, 1, 64)
     pairs = x.reshape(32, 2)
     wanted = (pairs - pairs.mean(1, keepdims=True)) / np.sqrt(pairs.var(1, keepdims=True) + 1e-5)
@@ -105,8 +106,8 @@ def test_convolutional_resampling(name, stride, before):
 @pytest.mark.parametrize(
     ("name", "shape"), [("bilinear4x", (32, 32)), ("bilinear_8_to_20x12", (20, 12))]
 )
-def test_the_low_resolution_picture_is_enlarged_bilinearly(name, shape):
-    """Seen where the UNet would see it, behind the noised picture."""
+def test_the_low_resolution_image_is_enlarged_bilinearly(name, shape):
+    """The test reads the input of the UNet, where it follows the noised image."""
     units = load("units")
     seen = []
 
@@ -133,7 +134,7 @@ def test_attention(with_text):
     assert_close(attend(query, key, value), wanted, 5e-6)
 
 
-def test_a_masked_position_is_not_attended_to():
+def test_a_masked_position_is_ignored():
     query, key, value = np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8), np.float32)
     mask = np.arange(5) < 3
     found = attend(query, key, value, mask[None, None, None])
@@ -183,6 +184,6 @@ def test_text_block():
         layer = variables["params"][name]
         return x @ layer["kernel"] + layer["bias"]
 
-    # The reference's attention alone was fed x itself, not its norm.
+    # In the reference of the attention alone, the input is x itself, not its norm.
     attention = attend(*split_heads(linear("qkv", x), block.heads, parts=3))
     assert_close(linear("proj", attention), units["tb.attn"], 4e-6)

@@ -1,4 +1,4 @@
-"""Whole networks against the original code's outputs, and their weights under released names."""
+"""Whole networks against outputs of the original code, and weights under OpenAI's names."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,22 +13,23 @@ from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
 from glide_jax.weights.store import flatten
-from tests import golden
+from tests.support import golden
 from tests.support.commands import first_weights, quick_key
 from tests.support.golden import assert_close, encode, error, forward, load, nhwc
 
-# Several times what was measured over all of them.
+# Several times the largest measured error.
 TOLERANCE = 2e-5
 VARIANTS = ("base", "superres", "inpaint", "superres_inpaint")
 
 
 def text_of(name: str, some=slice(None)):
+    """Return the text features of captions of the reference."""
     reference = load(f"unet_{name}")
     return encode(name, reference["tokens"][some], reference["mask"][some])
 
 
 def images_of(name: str) -> dict:
-    """What a variant sees beside the noised picture, channels first."""
+    """Return the inputs of a variant besides the noised image, channels first."""
     reference = load(f"unet_{name}")
     return {k: reference[k] for k in ("low_res", "inpaint_image", "inpaint_mask") if k in reference}
 
@@ -57,7 +58,7 @@ def test_every_stage_of_the_base_network():
     stages = {**seen["intermediates"]["unet"], **text_seen["intermediates"]["text"]}
 
     def stage(*names):
-        """The last of these modules that the network has."""
+        """Return the output of the last of these modules that the network has."""
         return [stages[name]["__call__"][0] for name in names if name in stages][-1]
 
     assert_close(stage("time_2"), trace["time_embed"], TOLERANCE)
@@ -77,7 +78,7 @@ def test_every_stage_of_the_base_network():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_whole_network(name):
-    """Six kinds of caption mask for the base: full, prefix, empty, one token, scattered, ..."""
+    """The base is tested with six kinds of caption mask: full, prefix, empty, one token, ..."""
     reference = load(f"unet_{name}")
     text = text_of(name)
     assert_close(text.pooled, reference["xf_proj"], TOLERANCE)
@@ -94,7 +95,7 @@ def test_fractional_timesteps():
     assert_close(found, nhwc(reference["out_tf"]), TOLERANCE)
 
 
-def test_a_picture_that_is_not_square():
+def test_an_image_that_is_not_square():
     reference = load("unet_base")
     some = slice(0, 2)
     found = forward("base", reference["x_rect"], reference["t"][some], text_of("base", some))
@@ -102,7 +103,7 @@ def test_a_picture_that_is_not_square():
 
 
 @pytest.mark.parametrize("name", ["inpaint", "superres_inpaint"])
-def test_without_known_pixels_all_is_to_be_made(name):
+def test_without_known_pixels_the_whole_image_is_generated(name):
     reference = load(f"unet_{name}")
     images = {k: v for k, v in images_of(name).items() if k == "low_res"}
     found = forward(name, reference["x"], reference["t"], text_of(name), **images)
@@ -110,7 +111,7 @@ def test_without_known_pixels_all_is_to_be_made(name):
 
 
 @pytest.mark.parametrize("name", ["alt_add", "alt_notext"])
-def test_switches_that_no_released_model_uses(name):
+def test_switches_that_no_model_of_openai_uses(name):
     """Added time embedding, convolutions to resample, fixed head counts, no padding embedding."""
     reference = load(f"unet_{name}")
     text = text_of(name) if name == "alt_add" else None
@@ -122,7 +123,7 @@ def test_switches_that_no_released_model_uses(name):
     ("dtype", "worst", "rms"), [("float16", 8e-3, 2e-3), ("bfloat16", 8e-2, 1.5e-2)]
 )
 def test_a_sixteen_bit_trunk(dtype, worst, rms):
-    """At most twice the error of the original code in that dtype; what comes out is float32."""
+    """The error is at most twice that of the original code in that dtype; the output is float32."""
     reference = load("unet_base")
     model = GLIDE(golden.config("base"), jnp.dtype(dtype))
 
@@ -153,20 +154,20 @@ def test_the_tokens_of_padded_positions_do_not_matter():
     assert error(other.sequence, text.sequence) == error(other.pooled, text.pooled) == 0
 
 
-def test_a_fresh_network_gives_zero():
-    """So that training begins at the mean; every residual branch begins at zero too."""
+def test_a_new_network_predicts_zero():
+    """Training then starts at the mean; every residual branch starts at zero too."""
     reference = load("unet_base")
     params = first_weights(init_params, golden.model("base"))
     for path, leaf in flatten(params).items():
-        begins_at_zero = path.endswith("/bias") or path.endswith(
+        starts_at_zero = path.endswith("/bias") or path.endswith(
             ("conv_2/kernel", "attn/proj/kernel", "unet/head/kernel")
         )
-        assert begins_at_zero == (not np.asarray(leaf).any()), path
+        assert starts_at_zero == (not np.asarray(leaf).any()), path
     text = text_of("base")
     assert not forward("base", reference["x"], reference["t"], text, params=params).any()
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_only_in_training():
     reference = load("unet_base")
     text = text_of("base")
 
@@ -193,8 +194,8 @@ def test_dropout_acts_in_training_alone():
         ("base", {"low_res": (4, 4, 3)}, True, "takes no low_res"),
         ("base", {"inpaint_image": (16, 16, 3)}, True, "takes no inpaint_image"),
         ("superres", {"low_res": (4, 4, 3), "inpaint_mask": (16, 16, 1)}, True, "inpaint_mask"),
-        ("base", {}, False, "text features"),
-        ("alt_notext", {}, True, "text features"),
+        ("base", {}, False, "needs text features"),
+        ("alt_notext", {}, True, "takes no text features"),
     ],
 )
 def test_inputs_that_a_variant_does_not_take(name, images, text, message):
@@ -216,7 +217,7 @@ def test_sizes_that_do_not_fit():
         forward("base", np.zeros((1, 3, 16, 15), np.float32), np.zeros(1), text)
     with pytest.raises(ValueError, match="tokens must be"):
         encode("base", np.zeros((1, 15)), np.zeros((1, 15), bool))
-    with pytest.raises(ValueError, match="none of base"):
+    with pytest.raises(ValueError, match="one of base"):
         ModelConfig(variant="upscale")
     with pytest.raises(ValueError, match="multiple of 32"):
         ModelConfig(model_channels=48)
@@ -227,7 +228,7 @@ def test_sizes_that_do_not_fit():
 # --- weights
 
 
-def test_parameter_counts_of_the_released_models():
+def test_parameter_counts_of_openai_models():
     counts = {
         "base64": 385_030_726,
         "upsample256": 398_361_286,
@@ -238,7 +239,7 @@ def test_parameter_counts_of_the_released_models():
 
 
 def test_parameter_counts_of_the_paper():
-    """3.5 billion: "2.3 billion" for the picture, "1.2 billion" for the text transformer (4.1)."""
+    """3.5 billion: "2.3 billion" for the image, "1.2 billion" for the text transformer (4.1)."""
     flat = flatten(abstract_params(PRESETS["base64-paper"]()))
 
     def count(prefix):
@@ -251,13 +252,13 @@ def test_parameter_counts_of_the_paper():
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "alt_add", "alt_notext"])
-def test_released_names_there_and_back(name):
-    given = golden.state_dict(name)
+def test_round_trip_to_openai_names(name):
+    wanted = golden.state_dict(name)
     back = to_released(golden.weights(name))
-    assert set(back) == set(given)
+    assert set(back) == set(wanted)
     for key, array in back.items():
         assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, given[key], key)
+        np.testing.assert_array_equal(array, wanted[key], key)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_weights_that_do_not_fit(change, message):
 
 
 def test_weights_of_another_variant():
-    """All complaints at once, each with the first of its names."""
+    """The message lists all kinds of faults, each with its first names."""
     with pytest.raises(GlideError, match=r"wrong shape \(input_blocks\.0\.0\.weight"):
         from_released(golden.config("inpaint"), golden.state_dict("base"))
     with pytest.raises(GlideError, match=r"2 missing \(.*\); 99 of the wrong shape .*, \.\.\.\)"):

@@ -1,4 +1,4 @@
-"""The tokenizers give the released models' ids; the golden files came from the released code."""
+"""The tokenizers give the ids of OpenAI's models; the golden files are outputs of its code."""
 
 import gzip
 import hashlib
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glide_jax.models import tokenizers
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.models import tokenizers
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 ROWS = json.loads((GOLDEN / "tokenizers.json").read_text(encoding="utf-8"))["rows"]
 TEXTS = [row["text"] for row in ROWS]
 BOTH = pytest.mark.parametrize("tok", [GPT2Tokenizer(), CLIPTokenizer()], ids=["gpt2", "clip"])
@@ -33,7 +33,7 @@ def texts_of(tok, row):
     return row[name], row[f"{name}_decoded"]
 
 
-# ---------------------------------------------------------------- parity with the release
+# ---------------------------------------------------------------- parity with the original code
 
 
 @BOTH
@@ -84,7 +84,7 @@ def test_vocabulary_is_complete(tok):
 
 
 def test_known_ids():
-    # Widely published examples, so that golden files and code cannot drift together.
+    # Widely published examples: golden files and code cannot be wrong in the same way.
     assert GPT2Tokenizer().encode("hello world") == [31373, 995]
     assert CLIPTokenizer().encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
     assert GPT2Tokenizer().pad_id == 50256 and CLIPTokenizer().pad_id == 0
@@ -96,7 +96,7 @@ def test_known_ids():
 def test_lower_case_is_pythons():
     tok = GPT2Tokenizer()
     assert tok.encode("A Corgi") == tok.encode("a corgi")
-    assert tok.decode(tok.encode("ΟΔΥΣΣΕΥΣ")) == "οδυσσευς"  # the last sigma is a final one
+    assert tok.decode(tok.encode("ΟΔΥΣΣΕΥΣ")) == "οδυσσευς"  # The last sigma is a final one.
     assert CLIPTokenizer().clean("ΟΔΥΣΣΕΥΣ") == "οδυσσευς"
 
 
@@ -114,7 +114,7 @@ def test_endoftext_is_ordinary_text_for_gpt2():
         ("<|ENDOFTEXT|>", [49407]),
         ("a<|startoftext|>b", [49406]),
         ("9 <|startoftext|><|endoftext|>!", [49406, 49407]),
-        ("!<|endoftext|>", []),  # "!<|" is one word: the scan never meets the special string
+        ("!<|endoftext|>", []),  # "!<|" is one word: the scan does not find the special string
         ("!<|endoftext|><|endoftext|>", []),
         ("! <|endoftext|>", [49407]),
     ],
@@ -132,7 +132,7 @@ def test_hidden_special_string_keeps_the_ids_of_its_words():
 def test_clip_cleans_its_text():
     tok = CLIPTokenizer()
     assert tok.clean("  “Hi”\n\tthere&amp;amp;ﬁ ") == '"hi" there&fi'
-    assert tok.clean("< &amp;gt;") == "< >"  # ftfy leaves escapes alone beside a "<"
+    assert tok.clean("< &amp;gt;") == "< >"  # Beside a "<" ftfy leaves escapes unchanged.
     assert tok.encode("“hi”") == tok.encode('"hi"')
     assert GPT2Tokenizer().encode("“hi”") != GPT2Tokenizer().encode('"hi"')
     assert tok.encode("a\u0345b") == tok.encode("a b")
@@ -151,7 +151,7 @@ def test_empty_prompt_is_unconditional():
     assert ids[0, :3].tolist() == [49406, 49407, 0] and lengths.tolist() == [2]
 
 
-def test_long_prompts_are_cut_as_released():
+def test_long_prompts_are_cut_as_in_the_original():
     long = "a " * 200
     gpt2, clip = GPT2Tokenizer(), CLIPTokenizer()
     ids, mask = gpt2(long)
@@ -162,7 +162,7 @@ def test_long_prompts_are_cut_as_released():
 
 
 @pytest.mark.parametrize(("tok", "room"), [(GPT2Tokenizer(), 128), (CLIPTokenizer(), 75)])
-def test_overflow_counts_what_is_lost(tok, room):
+def test_overflow_counts_the_ids_that_are_lost(tok, room):
     def prompt(n):
         return " ".join(["a"] * n)
 
@@ -237,10 +237,10 @@ def test_damaged_vocabulary_is_named(build, damage, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(bad[damage])
     monkeypatch.setattr(tokenizers, "_ASSETS", tmp_path)
     with pytest.raises(GlideError, match=name):
-        getattr(tokenizers, build).__wrapped__()  # past the cache
+        getattr(tokenizers, build).__wrapped__()  # Without the cache.
 
 
-# ---------------------------------------------------------------- a good citizen
+# ---------------------------------------------------------------- imports, time, transformers
 
 
 def test_nothing_heavy_is_imported():
@@ -252,7 +252,7 @@ def test_nothing_heavy_is_imported():
         "assert not {'transformers', 'torch', 'tensorflow'} & set(sys.modules)\n"
         "assert 'tokenizers' in sys.modules\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -266,9 +266,9 @@ def test_tokenizer_is_a_value(tok):
 
 @pytest.mark.parametrize("build", [tokenizers._gpt2, tokenizers._clip])
 def test_building_is_quick(build):
-    build()  # pays for the imports
+    build()  # The first call also imports.
     best = np.inf
-    for _ in range(3):  # the best of three: a shared machine may stall one of them
+    for _ in range(3):  # The best of three: a busy machine may delay one of them.
         start = time.process_time()
         build.__wrapped__()
         best = min(best, time.process_time() - start)
@@ -295,4 +295,4 @@ def test_transformers_interface(tok, tmp_path):
     check(hf)
     hf.save_pretrained(tmp_path)
     check(transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path))
-    assert tok.backend.to_str() == before  # the wrapper works on a copy
+    assert tok.backend.to_str() == before  # The wrapper has a copy.

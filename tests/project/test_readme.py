@@ -8,7 +8,7 @@ from glide_jax.training.command_line import parse_recipe
 from tests.support.commands import ROOT, make_images, run
 
 README = (ROOT / "README.md").read_text()
-# In the test as few as will do: more would only draw for longer.
+# As few as the test needs: more would only take longer.
 FEWER = {"num=4": "num=1", "steps=20": "steps=2"}
 
 
@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_runs_as_written_but_for_the_number_of_pictures_and_steps():
+def test_the_python_runs_as_written_but_for_the_numbers_of_images_and_steps():
     code = "\n".join(blocks("python"))
     assert code.count("import glide_jax as glide") == 2
     for usual, few in FEWER.items():
@@ -37,16 +37,16 @@ def test_every_file_it_names_exists():
 def test_every_option_it_names_exists():
     shell = "\n".join(blocks("sh"))
     sample = run("sample.py", "--help").stdout
-    lines = [line for line in shell.splitlines() if line.startswith("python sample.py")]
+    lines = [line for line in shell.splitlines() if line.startswith("glide-jax sample")]
     options = {o for line in lines for o in re.findall(r" (--[\w-]+)", line)}
     assert options and all(option in sample for option in options), options
 
 
-def test_its_training_on_ones_own_pictures_reads_them(tmp_path):
+def test_its_training_on_your_own_data_reads_it(tmp_path):
     shell = "\n".join(blocks("sh")).replace("\\\n", " ")
-    (line,) = (line for line in shell.splitlines() if "--data.source pictures" in line)
-    folder = make_images(tmp_path / "pictures")
-    line = line.replace("configs/", f"{ROOT}/configs/").replace(" pictures", f" {folder}")
+    (line,) = (line for line in shell.splitlines() if "--data.source images" in line)
+    folder = make_images(tmp_path / "images")
+    line = line.replace("configs/", f"{ROOT}/configs/").replace(" images", f" {folder}")
     config, _ = parse_recipe(shlex.split(line)[2:], "")
     assert "caption" in open_source(config.data)[0]
     assert config.data.captions == ("{caption}",)

@@ -1,4 +1,4 @@
-"""Weights there and back: files that PyTorch would have written, and the command that converts."""
+"""Writing `.pt` files like those of PyTorch, and the command `glide-jax weights convert`."""
 
 import io
 import os
@@ -11,22 +11,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glide_jax.pipeline import clip_guide
+from glide_jax.commands.convert import convert, main
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import PRESETS
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.weights import (
+    clip_registry,
     load_model,
     read_torch_file,
     save_weights,
     to_released,
     write_torch_file,
 )
-from glide_jax.commands.convert import convert
-from glide_jax.weights.__main__ import main
 from glide_jax.weights.torch_pickle import unpickle
-from tests import golden
 from tests.models.test_clip import config as clip_config
+from tests.support import golden
 
 OF_TORCH = golden.FOLDER / "weights_superres.pt"
 RNG = np.random.default_rng(2112)
@@ -54,7 +53,7 @@ def assert_same(found, expected) -> None:
 
 
 def described(path: Path) -> dict:
-    """Name -> the storage and view that the pickle in a `.pt` file describes."""
+    """Return name -> storage and view, as the pickle in a `.pt` file describes them."""
     with zipfile.ZipFile(path) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
         return unpickle(path, io.BytesIO(archive.read(name)))
@@ -63,7 +62,7 @@ def described(path: Path) -> dict:
 # ---------------------------------------------------------------- the writer
 
 
-def test_every_kind_of_array_comes_back(tmp_path):
+def test_round_trip_of_every_kind_of_array(tmp_path):
     big_endian = KINDS["many"].astype(">i8")
     write_torch_file(tmp_path / "a.pt", KINDS | {"big": big_endian, "jax": jnp.ones((2, 3))})
     expected = KINDS | {"big": KINDS["many"], "jax": np.ones((2, 3), np.float32)}
@@ -71,11 +70,11 @@ def test_every_kind_of_array_comes_back(tmp_path):
 
 
 def test_one_array_at_a_time_is_in_memory(tmp_path):
-    """A model of several GB is mapped, turned, and written as it is read."""
-    turned = {f"w{i}": np.zeros((1000, 250), np.float32).T for i in range(16)}  # 1 MB each
+    """A model of several GB is mapped, transposed, and written array by array."""
+    transposed = {f"w{i}": np.zeros((1000, 250), np.float32).T for i in range(16)}  # 1 MB each.
     for write in (
-        lambda: save_weights(tmp_path / "folder", {}, turned),
-        lambda: write_torch_file(tmp_path / "a.pt", turned),
+        lambda: save_weights(tmp_path / "folder", {}, transposed),
+        lambda: write_torch_file(tmp_path / "a.pt", transposed),
     ):
         tracemalloc.start()
         write()
@@ -84,8 +83,8 @@ def test_one_array_at_a_time_is_in_memory(tmp_path):
         assert 10**6 <= peak < 4 * 10**6
 
 
-def test_a_file_says_of_its_tensors_what_torch_says(tmp_path):
-    """The same storages, offsets, shapes and strides, and the records that torch looks for."""
+def test_a_file_describes_its_tensors_as_torch_does(tmp_path):
+    """Storages, offsets, shapes and strides are equal, and so are the records that torch reads."""
     path = tmp_path / "a.pt"
     write_torch_file(path, read_torch_file(OF_TORCH))
     assert_same(read_torch_file(path), read_torch_file(OF_TORCH))
@@ -113,7 +112,7 @@ def test_a_dtype_that_has_no_storage_is_named(dtype, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_the_old_file_whole(tmp_path):
+def test_a_failure_leaves_the_old_file_unchanged(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "a.pt"
     write_torch_file(path, KINDS)
@@ -133,12 +132,12 @@ def test_a_failure_leaves_the_old_file_whole(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch) -> dict[str, np.ndarray]:
-    """Weights (in float16) of a small upsampler, which is recognised like the released ones."""
+    """Weights (float16) of a small upsampler, whose sizes are among the presets of this test."""
     monkeypatch.setitem(PRESETS, "small", lambda: golden.config("superres"))
     return dict(golden.load("weights_superres"))
 
 
-def test_a_file_becomes_a_folder_and_comes_back(small, tmp_path, capsys):
+def test_from_a_file_to_a_folder_and_back(small, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("a.pt", "folder", "b.pt")]
     write_torch_file(paths[0], small)
     convert((paths[0], paths[1]))
@@ -155,8 +154,8 @@ def test_a_file_becomes_a_folder_and_comes_back(small, tmp_path, capsys):
 
 
 def test_a_noised_clip_is_two_files(tmp_path, monkeypatch):
-    """Told apart by their names, in either order, and back."""
-    monkeypatch.setattr(noised_clip, "clip64", clip_config)
+    """The two are recognised by their parameter names, in either order."""
+    monkeypatch.setattr(clip_registry, "clip64", clip_config)
     image, text, folder = (str(tmp_path / name) for name in ("i.pt", "t.pt", "clip"))
     for side, path in (("image", image), ("text", text)):
         write_torch_file(path, golden.load(f"weights_clip_{side}"))
@@ -170,9 +169,9 @@ def test_a_noised_clip_is_two_files(tmp_path, monkeypatch):
         assert all(np.array_equal(found[name], wanted[name]) for name in found)
 
     for paths, reason in (
-        ((folder, str(tmp_path / "one.pt")), "is two files, of image and text, not 1"),
-        ((image, image, str(tmp_path / "b")), "give its image and text encoder"),
-        ((image, str(OF_TORCH), str(tmp_path / "b")), "give its image and text encoder"),
+        ((folder, str(tmp_path / "one.pt")), "written to two files, for image and text, not 1"),
+        ((image, image, str(tmp_path / "b")), "give its image and its text encoder"),
+        ((image, str(OF_TORCH), str(tmp_path / "b")), "give its image and its text encoder"),
     ):
         with pytest.raises(UsageError, match=reason):
             convert(paths)
@@ -182,23 +181,23 @@ def test_a_noised_clip_is_two_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        ([], 2, "say what to read, then what to write: convert base.pt FOLDER"),
-        (["a.pt"], 2, "say what to read"),
-        (["a.pt", "b", "c"], 2, "say what to read"),
-        (["a", "b.pt", "c"], 2, "say what to read"),
-        (["a.pt", "b.pt", "c.pt", "d"], 2, "say what to read"),
+        ([], 2, "name what to read, then what to write: convert base.pt FOLDER"),
+        (["a.pt"], 2, "name what to read"),
+        (["a.pt", "b", "c"], 2, "name what to read"),
+        (["a", "b.pt", "c"], 2, "name what to read"),
+        (["a.pt", "b.pt", "c.pt", "d"], 2, "name what to read"),
         (["nothing.pt", "to"], 2, "there are no weights 'nothing.pt'"),
-        (["cut.pt", "to"], 1, "cut.pt is cut short or damaged"),
+        (["cut.pt", "to"], 1, "cut.pt is incomplete or damaged"),
         (["page.pt", "to"], 1, 'page.pt is not a PyTorch file (starts with "<html>")'),
         (["good.pt", "taken"], 2, "taken/config.json exists: remove it, or write elsewhere"),
         (["good.pt", "good.pt"], 2, "good.pt exists: remove it"),
         (["good.pt", "page.pt"], 2, "page.pt exists: remove it"),
         (["good.pt", "page.pt/to"], 1, "cannot save to page.pt/to (Not a directory)"),
-        (["other.pt", "to"], 1, "these 1 arrays are none of the released models"),
-        (["good.pt", "other.pt", "to"], 2, "two files are read as a noised CLIP"),
+        (["other.pt", "to"], 1, "these 1 arrays fit none of the known sizes"),
+        (["good.pt", "other.pt", "to"], 2, "two files are a noised CLIP"),
     ],
 )
-def test_what_cannot_be_converted_is_said_in_a_line(
+def test_an_error_of_the_command_is_one_line(
     arguments, code, reason, small, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -209,18 +208,16 @@ def test_what_cannot_be_converted_is_said_in_a_line(
     Path("taken").mkdir()
     Path("taken/config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("sys.argv", ["weights", "convert", *arguments])
     with pytest.raises(SystemExit) as caught:
-        main()
+        main(["convert", *arguments])
     error = capsys.readouterr().err
     assert caught.value.code == code and error.startswith("error: ") and error.count("\n") == 1
     assert reason in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_help_shows_how(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["weights", "convert", "--help"])
+def test_the_help_has_examples(capsys):
     with pytest.raises(SystemExit):
-        main()
+        main(["convert", "--help"])
     shown = capsys.readouterr().out
     assert "\n  convert base.pt base " in shown and "openai/clip" in shown

@@ -1,4 +1,4 @@
-"""Released files: which model they are of, how it likes to be sampled, and where they come from."""
+"""OpenAI's files: download, recognition of the model, and its default sampling settings."""
 
 import base64
 import hashlib
@@ -17,9 +17,14 @@ from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights import from_released, write_torch_file
 from glide_jax.weights.registry import Model, load_model, load_torch, save_torch
-from glide_jax.weights.released_files import FILES, PRESET_OF, fetch, recognise
-from glide_jax.weights.registry import defaults_of
-from tests import golden
+from glide_jax.weights.released_files import (
+    FILES,
+    PRESET_OF,
+    fetch,
+    recognise,
+    released_defaults,
+)
+from tests.support import golden
 from tests.support.commands import ROOT
 
 SUPERRES = ROOT / "tests" / "fixtures" / "golden" / "weights_superres.pt"
@@ -31,7 +36,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-# ---------------------------------------------------------------- how they are sampled
+# ---------------------------------------------------------------- default settings
 
 
 @pytest.mark.parametrize(
@@ -43,14 +48,13 @@ def one_line(error: pytest.ExceptionInfo) -> str:
         ("inpaint256", 27, "ddpm", 1.0, 0.997, "linear"),
     ],
 )
-def test_released_models_are_sampled_as_the_release_does(
+def test_the_default_settings_are_those_of_openais_notebooks(
     preset, rows, sampler, scale, temperature, schedule, tmp_path
 ):
-    """As its notebooks text2im and inpaint do."""
     variant = PRESETS[preset]().variant
     write_torch_file(tmp_path / "a.pt", golden.state_dict(variant))
     model = load_torch(tmp_path / "a.pt", "a", golden.config(variant))
-    assert defaults_of(PRESETS[preset]()) == model.defaults
+    assert released_defaults(PRESETS[preset]()) == model.defaults
     assert model.schedule == schedule and model.diffusion_steps == 1000
     settings = Settings().changed(**model.defaults)
     assert (settings.sampler, settings.guidance_scale) == (sampler, scale)
@@ -63,11 +67,11 @@ def test_every_released_name_has_a_file_and_a_preset():
     assert set(PRESET_OF.values()) <= set(PRESETS)
 
 
-# ---------------------------------------------------------------- which model they are of
+# ---------------------------------------------------------------- recognition
 
 
 def first_arrays(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Arrays that tell a preset, of no memory."""
+    """Return the arrays by which a preset is recognised, without memory."""
     shapes = {
         "input_blocks.0.0.weight": (config.model_channels, config.in_channels, 3, 3),
         "token_embedding.weight": (config.n_vocab, config.xf_width),
@@ -80,11 +84,11 @@ def first_arrays(config: ModelConfig) -> dict[str, np.ndarray]:
 def test_a_preset_is_recognised(name):
     config = PRESETS[name]()
     assert recognise(first_arrays(config)) == config
-    with pytest.raises(GlideError, match="these 3 arrays are none of the released models"):
+    with pytest.raises(GlideError, match="these 3 arrays fit none of the known sizes"):
         recognise(first_arrays(replace(config, xf_width=24)))
 
 
-def test_a_file_of_a_known_size_is_loaded_and_a_damaged_one_says_what_is_wrong(
+def test_a_file_of_a_known_size_is_loaded_and_the_faults_of_another_are_named(
     tmp_path, monkeypatch
 ):
     monkeypatch.setitem(PRESETS, "small", lambda: golden.config("superres"))
@@ -92,7 +96,7 @@ def test_a_file_of_a_known_size_is_loaded_and_a_damaged_one_says_what_is_wrong(
     assert model.config == golden.config("superres")
     head = model.params["unet"]["head"]["kernel"]
     weights = dict(golden.state_dict("superres"))
-    assert head.dtype == np.float32 and not head.flags.owndata  # it is still in the file
+    assert head.dtype == np.float32 and not head.flags.owndata  # It is mapped.
     assert np.array_equal(head, weights["out.2.weight"].transpose(2, 3, 1, 0))
 
     del weights["final_ln.bias"]
@@ -110,12 +114,12 @@ def test_a_file_of_a_known_size_is_loaded_and_a_damaged_one_says_what_is_wrong(
     )
 
 
-def test_what_is_no_model_is_said(tmp_path):
+def test_the_error_for_other_arrays_names_the_reason(tmp_path):
     write_torch_file(tmp_path / "image.pt", golden.load("weights_clip_image"))
     with pytest.raises(GlideError, match="noised CLIP's image encoder: a CLIP is two files") as one:
         load_model(tmp_path / "image.pt")
     one_line(one)
-    with pytest.raises(GlideError, match="these 181 arrays are none of the released") as two:
+    with pytest.raises(GlideError, match="these 181 arrays fit none of the known sizes") as two:
         load_model(SUPERRES)
     one_line(two)
     with pytest.raises(UsageError, match="there are no weights 'openai/bse'.*'openai/base'"):
@@ -124,7 +128,7 @@ def test_what_is_no_model_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"prediction": "v"}, "it predicts v"), ({"level": True}, "is told the noise level")],
+    [({"prediction": "v"}, "it predicts v"), ({"level": True}, "takes the noise level")],
 )
 def test_a_model_that_the_original_code_cannot_use_is_not_written_for_it(changes, reason, tmp_path):
     config = golden.config("superres")
@@ -136,11 +140,11 @@ def test_a_model_that_the_original_code_cannot_use_is_not_written_for_it(changes
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- where they come from
+# ---------------------------------------------------------------- download
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers with `body`, whose length and MD5 it states as `stated`."""
+    """A server that answers with `body`, and states the length and the MD5 of `stated`."""
 
     body = b"released weights" * 1000
     stated = body
@@ -160,7 +164,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and no proxy between here and the local server."""
+    """An empty cache, and no proxy for the local server."""
     monkeypatch.setenv("GLIDE_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -169,7 +173,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """`serve(**changes)` -> the address of a server on this machine that answers so."""
+    """A function `serve(**changes)` that starts a changed `Server` and returns its address."""
     servers = []
 
     def start(**changes):
@@ -193,7 +197,7 @@ def test_a_file_is_downloaded_once_and_checked_when_it_is_used_again(cache, serv
     for data, note in ((b"other", record), (Server.body, "{"), (Server.body, "{}")):
         path.write_bytes(data)
         (cache / "base.json").write_text(note)
-        with pytest.raises(GlideError, match=r"base\.pt is not what was downloaded: delete it"):
+        with pytest.raises(GlideError, match=r"base\.pt was changed since its download: delete it"):
             fetch("openai/base")
     path.unlink()
     assert fetch("openai/base", serve(body=b"new", stated=b"new")).read_bytes() == b"new"
@@ -202,8 +206,8 @@ def test_a_file_is_downloaded_once_and_checked_when_it_is_used_again(cache, serv
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"body": Server.body[:-1]}, "it did not arrive whole"),
-        ({"body": b"x" * len(Server.body)}, "it did not arrive whole"),
+        ({"body": Server.body[:-1]}, "it arrived incomplete"),
+        ({"body": b"x" * len(Server.body)}, "it arrived incomplete"),
         ({"status": 404}, "Not Found"),
     ],
 )
@@ -221,16 +225,14 @@ def test_a_download_that_fails_leaves_nothing(changes, reason, cache, serve):
         (load_clip, "openai/clip", "clip_image_enc.pt clip_text_enc.pt"),
     ],
 )
-def test_without_a_network_there_is_one_line_that_says_how_else(
-    load, name, files, cache, monkeypatch
-):
+def test_without_a_network_the_error_says_what_else_to_do(load, name, files, cache, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(GlideError) as caught:
         load(name)
     message = one_line(caught)
     assert message.startswith("cannot download https://") and "refused" in message
-    assert f"`python -m glide_jax.weights convert {files} FOLDER`" in message
+    assert f"`glide-jax weights convert {files} FOLDER`" in message
     assert not list(cache.iterdir())
 
 
@@ -248,6 +250,6 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(cache, serve):
     assert not list(cache.iterdir())
 
 
-def test_a_released_file_that_there_is_not():
-    with pytest.raises(GlideError, match=r"no released file 'openai/bases', did you mean"):
+def test_an_unknown_file_of_openai():
+    with pytest.raises(GlideError, match=r"OpenAI released no file 'openai/bases', did you mean"):
         fetch("openai/bases")

@@ -1,7 +1,7 @@
-"""Models of any shape: from a config and a flat dictionary of arrays to the original's outputs.
+"""Models of other sizes than OpenAI's: their outputs are those of the original code.
 
-What no released model is: other depths, widths, head counts, levels, pictures, captions, switches.
-Weights and inputs are drawn here; `variants.npz` holds what the original code made of them.
+They differ in depth, width, head count, levels, image size, caption length and switches. Weights
+and inputs are random and made here; `variants.npz` holds the outputs of the original code for them.
 """
 
 import zlib
@@ -15,7 +15,7 @@ from glide_jax.weights.released import released_shapes
 from tests.support.golden import assert_close, load, nhwc
 
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "num_head_channels": 16, "n_vocab": 61}
-# Each with the height and width of its pictures.
+# Name -> config, and the height and width of the images.
 VARIANTS = {
     "base": (
         glide.ModelConfig(
@@ -75,8 +75,8 @@ VARIANTS = {
 }
 
 
-def draw_weights(name: str) -> dict[str, np.ndarray]:
-    """A state dict in torch's layout; nothing in it is zero, as much would be in a fresh model."""
+def random_weights(name: str) -> dict[str, np.ndarray]:
+    """Return a state dict in torch's layout without zeros; a new model has many."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     config, _ = VARIANTS[name]
     state_dict = {}
@@ -89,8 +89,8 @@ def draw_weights(name: str) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def draw_inputs(name: str) -> dict[str, np.ndarray]:
-    """A batch of two in torch's layout; the second has no caption."""
+def random_inputs(name: str) -> dict[str, np.ndarray]:
+    """Return a batch of two in torch's layout; the second has no caption."""
     rng = np.random.default_rng(zlib.crc32(name.encode()) + 1)
     config, (height, width) = VARIANTS[name]
     inputs = {
@@ -109,9 +109,9 @@ def draw_inputs(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_model_of_any_shape_gives_what_the_original_gives(name):
+def test_a_model_of_any_size_equals_the_original(name):
     config, _ = VARIANTS[name]
-    state_dict, inputs = draw_weights(name), draw_inputs(name)
+    state_dict, inputs = random_weights(name), random_inputs(name)
     params = glide.weights.from_released(config, state_dict)
     back = glide.weights.to_released(params)
     assert back.keys() == state_dict.keys()

@@ -1,4 +1,4 @@
-"""The project's folder of weights: what goes in comes out, and nothing good is ever lost."""
+"""Folders of weights: equal after a round trip, and unchanged by any failure."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-# ---------------------------------------------------------------- there and back
+# ---------------------------------------------------------------- round trip
 
 
 def test_round_trip(saved):
@@ -84,7 +84,7 @@ def test_metadata_may_be_absent(tmp_path):
 
 
 def test_the_safetensors_package_reads_and_writes_the_same(saved, tmp_path):
-    plain = {name: array for name, array in PARAMS.items() if name != "eight"}  # it writes it only
+    plain = {name: array for name, array in PARAMS.items() if name != "eight"}  # It cannot read it.
     save_weights(tmp_path / "plain", {}, plain)
     assert_same(load_file(tmp_path / "plain" / "model.safetensors"), plain)
     save_file(PARAMS, saved / "model.safetensors", {"format": "np"})
@@ -115,7 +115,7 @@ def test_arrays_are_read_only_views_of_the_mapped_file(saved):
         assert not array.flags.writeable and array.flags.aligned, name
 
 
-def test_config_keeps_its_order_and_is_for_people(saved):
+def test_config_keeps_its_order_and_is_readable(saved):
     text = (saved / "config.json").read_text()
     assert text.startswith('{\n  "name": "emoji64",') and text.endswith("}\n")
 
@@ -131,10 +131,10 @@ def test_both_files_get_the_usual_mode(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path.name
 
 
-# ---------------------------------------------------------------- nothing good is lost
+# ---------------------------------------------------------------- failures
 
 
-def test_saving_over_what_is_mapped_from_there(saved):
+def test_saving_over_files_that_are_mapped(saved):
     _, old, _ = load_weights(saved)
     doubled = {"w": np.asarray(old["a/b/kernel"]), "v": old["a/b/kernel"] * 2}
     save_weights(saved, {"version": 2}, doubled)
@@ -146,15 +146,15 @@ def test_saving_over_what_is_mapped_from_there(saved):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize(
-    "place", [(store, "_write_arrays"), (os, "fsync"), (Path, "write_text"), (Path, "replace")]
+    "function", [(store, "_write_arrays"), (os, "fsync"), (Path, "write_text"), (Path, "replace")]
 )
-def test_a_failure_leaves_the_old_files_whole(saved, monkeypatch, place, error):
+def test_a_failure_leaves_the_old_files_unchanged(saved, monkeypatch, function, error):
     before = contents(saved)
 
     def fail(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(*place, fail)
+    monkeypatch.setattr(*function, fail)
     expected = GlideError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         save_weights(saved, {"version": 2}, {"w": np.ones(3)})
@@ -162,11 +162,11 @@ def test_a_failure_leaves_the_old_files_whole(saved, monkeypatch, place, error):
         reason = "(No space left on device): check its space and permissions"
         assert one_line(caught) == f"cannot save to {saved} {reason}"
         assert caught.value.exit_code == 1
-    assert contents(saved) == before  # and nothing temporary beside them
+    assert contents(saved) == before  # There are no temporary files either.
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(saved, monkeypatch):
-    """Without the order, a power cut can leave an empty file under the good name."""
+    """In another order, a power cut could leave an empty file under the final name."""
     events = []
     fsync, replace = os.fsync, Path.replace
 
@@ -186,7 +186,7 @@ def test_files_are_on_the_disk_before_they_get_their_names(saved, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 def test_a_full_disk(saved):
-    """A limit on the size of files fails inside the writer, as a full disk does."""
+    """A limit on the size of files makes the writer fail, as a full disk does."""
     import resource
 
     before = contents(saved)
@@ -202,7 +202,7 @@ def test_a_full_disk(saved):
     assert contents(saved) == before
 
 
-def test_places_that_cannot_be_written(saved, tmp_path):
+def test_folders_that_cannot_be_written(saved, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GlideError, match="cannot save to") as caught:
         save_weights(tmp_path / "file" / "model", {}, PARAMS)
@@ -245,7 +245,7 @@ def test_a_folder_without_permission(saved):
         ({}, PARAMS, {"step": 3}, "metadata must be text"),
     ],
 )
-def test_what_cannot_be_stored(saved, config, params, metadata, reason):
+def test_values_that_cannot_be_stored(saved, config, params, metadata, reason):
     before = contents(saved)
     with pytest.raises(UsageError) as caught:
         save_weights(saved, config, params, metadata)
@@ -263,7 +263,7 @@ def failure(folder: Path) -> str:
     return one_line(caught)
 
 
-def test_missing_things(saved):
+def test_missing_folders_and_files(saved):
     assert "does not exist: give a folder with config.json" in failure(saved / "none")
     assert "is not a folder" in failure(saved / "config.json")
     (saved / "config.json").rename(saved / "aside")
@@ -280,8 +280,8 @@ def test_missing_things(saved):
         (b'{"a": 1,\n "b": }', "is not valid JSON (line 2: Expecting value)"),
         (b'{"a": 1', "is not valid JSON (line 1: Expecting"),
         (b"[1, 2]", "must hold a JSON object"),
-        (b"\xff\xfe\x00", "is not a text of JSON"),
-        (b"[" * 10**6, "is not a text of JSON"),
+        (b"\xff\xfe\x00", "is not a JSON file"),
+        (b"[" * 10**6, "is not a JSON file"),
     ],
     ids=lambda value: str(value)[:12],
 )
@@ -298,7 +298,7 @@ def test_every_truncation_is_noticed(saved):
     for size in [*range(0, len(whole), 11), len(whole) - 1]:
         path.write_bytes(whole[:size])
         assert failure(saved) == (
-            f"{path} is cut short or damaged: download it or save the model again"
+            f"{path} is incomplete or damaged: download it or save the model again"
         )
 
 
@@ -348,14 +348,14 @@ def entry(**changes) -> bytes:
     ],
     ids=lambda start: str(start[8:60]),
 )
-def test_headers_that_lie(saved, start):
+def test_wrong_headers(saved, start):
     (saved / "model.safetensors").write_bytes(start + bytes(24))
     message = failure(saved)
     assert message.startswith(str(saved / "model.safetensors"))
-    assert "is cut short or damaged" in message or ": convert it to float32" in message
+    assert "is incomplete or damaged" in message or ": convert it to float32" in message
 
 
-def test_headers_in_the_test_above_lie_only_where_they_say(saved):
+def test_the_header_of_the_test_above_is_right_without_changes(saved):
     (saved / "model.safetensors").write_bytes(entry() + bytes(24))
     assert_same(load_weights(saved)[1], {"w": np.zeros(2, np.float32)})
 

@@ -1,4 +1,4 @@
-"""Reading PyTorch files: exact values from files that torch wrote, refusal of broken ones."""
+"""Reading PyTorch files: exact values of files that torch wrote, errors for broken files."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ from tests.support.torch_by_hand import (
     write_zip,
 )
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 WRITTEN = FIXTURES / "torch"
 
 
@@ -84,7 +84,7 @@ def test_arrays_are_views_of_the_mapped_file_and_tied_ones_share_it(file):
 
 def test_legacy_views_need_not_be_aligned_and_still_compute():
     array = read_torch_file(WRITTEN / "kinds_legacy.pt")["transposed"]
-    assert not array.flags.aligned  # otherwise this test shows nothing
+    assert not array.flags.aligned  # Otherwise this test has no purpose.
     copy = np.ascontiguousarray(array)
     assert np.array_equal(array @ array.T, copy @ copy.T)
 
@@ -98,29 +98,29 @@ def test_legacy_views_need_not_be_aligned_and_still_compute():
     [
         ({"offset": 1}, "has less data than its tensor w needs"),
         ({"offset": 4, "shape": (), "strides": ()}, "has less data"),
-        ({"offset": -1}, "(a size that cannot be)"),
-        ({"offset": True}, "(a size that cannot be)"),
+        ({"offset": -1}, "(an impossible size)"),
+        ({"offset": True}, "(an impossible size)"),
         ({"offset": 2**61}, "has less data"),
         ({"shape": (5,)}, "has less data"),
-        ({"shape": (-1,)}, "(a size that cannot be)"),
-        ({"shape": (-2, -2), "strides": (1, 1)}, "(a size that cannot be)"),
-        ({"shape": (4.0,)}, "(a size that cannot be)"),
-        ({"shape": "4"}, "(a shape that cannot be)"),
+        ({"shape": (-1,)}, "(an impossible size)"),
+        ({"shape": (-2, -2), "strides": (1, 1)}, "(an impossible size)"),
+        ({"shape": (4.0,)}, "(an impossible size)"),
+        ({"shape": "4"}, "(an impossible shape)"),
         ({"shape": (2, 2)}, "(a shape that does not fit its strides)"),
-        ({"shape": (2**62,)}, "(a size that cannot be)"),
+        ({"shape": (2**62,)}, "(an impossible size)"),
         ({"shape": (2**61,)}, "has less data"),
-        ({"shape": (10**1000,)}, "(a size that cannot be)"),
+        ({"shape": (10**1000,)}, "(an impossible size)"),
         ({"shape": (2**32, 2**32), "strides": (0, 0)}, "repeats its data to more than 2**24"),
         ({"shape": (2**25,), "strides": (0,)}, "repeats its data to more than 2**24"),
-        ({"shape": (0, 2**61), "strides": (1, 1)}, "is cut short or damaged"),
-        ({"shape": (1,) * 33, "strides": (1,) * 33}, "(a shape that cannot be)"),
+        ({"shape": (0, 2**61), "strides": (1, 1)}, "is incomplete or damaged"),
+        ({"shape": (1,) * 33, "strides": (1,) * 33}, "(an impossible shape)"),
         ({"shape": (2,), "strides": (4,)}, "has less data"),
-        ({"shape": (2,), "strides": (-1,)}, "(a size that cannot be)"),
+        ({"shape": (2,), "strides": (-1,)}, "(an impossible size)"),
         ({"shape": (2,), "strides": (2**61,)}, "has less data"),
         ({"shape": (2, 2), "strides": (2, 2)}, "has less data"),
-        ({"count": 5}, ""),  # the two formats find out at different places
+        ({"count": 5}, ""),  # The two formats have different messages.
         ({"count": 3}, ""),
-        ({"count": -4}, "(a size that cannot be)"),
+        ({"count": -4}, "(an impossible size)"),
         ({"count": 2**61}, ""),
         ({"kind": "torch\nDoubleStorage"}, ""),
         ({"kind": "collections\nOrderedDict"}, "(a storage without name)"),
@@ -142,7 +142,7 @@ def test_a_missing_or_short_record_is_named(tmp_path):
     assert f"{path} has less data than its tensor w\\n needs: download it again" == refusal(path)
 
 
-def test_a_pickle_has_a_greatest_size(tmp_path, monkeypatch):
+def test_the_size_of_a_pickle_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_file, "_MAX_PICKLE", 100)
     path = write_zip(tmp_path / "a.pt", state({"w": tensor()}))
     assert "(a pickle of more than 16 MiB)" in refusal(path)
@@ -157,7 +157,7 @@ def test_compressed_records_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_opening_costs_no_memory(tmp_path):
+def test_opening_uses_no_memory(tmp_path):
     def resident() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
@@ -165,7 +165,7 @@ def test_opening_costs_no_memory(tmp_path):
     count = 2**24
     pickled = state({"w": tensor(shape=(count,), count=count)})
     big = write_zip(tmp_path / "a.pt", pickled, {"data/0": bytes(4 * count)})
-    read_torch_file(WRITTEN / "nested.pt")  # what the first call ever needs
+    read_torch_file(WRITTEN / "nested.pt")  # The memory that the first call needs.
     before = resident()
     found = read_torch_file(big)
     opened = resident()
@@ -182,22 +182,22 @@ def test_every_truncation_is_noticed(file, tmp_path):
     path = tmp_path / "cut.pt"
     for size in [*range(0, len(whole), 7), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        assert "again" in refusal(path) or "not one of PyTorch" in refusal(path)
+        assert "again" in refusal(path) or "not from PyTorch" in refusal(path)
 
 
-def test_a_zip_directory_that_points_before_or_behind_the_file(tmp_path):
+def test_a_zip_directory_that_points_outside_the_file(tmp_path):
     whole = write_zip(tmp_path / "whole.pt", state({"w": tensor()})).read_bytes()
     path = tmp_path / "a.pt"
     path.write_bytes(whole[:4] + whole[14:])
-    assert "(a record before its beginning)" in refusal(path)
-    entry = whole.rindex(b"PK\x01\x02")  # of data/0: the sizes are 20 bytes behind
+    assert "(a record before its start)" in refusal(path)
+    entry = whole.rindex(b"PK\x01\x02")  # The entry of data/0; its sizes follow at 20 bytes.
     sizes = struct.pack("<2L", 2**31, 2**31)
     path.write_bytes(whole[: entry + 20] + sizes + whole[entry + 28 :])
     assert "(a record beyond its end)" in refusal(path)
 
 
 @pytest.mark.parametrize("file", ["nested.pt", "module_legacy.pt", "module_protocol4.pt"])
-def test_damage_ends_in_one_kind_of_error(file, tmp_path):
+def test_damage_raises_only_one_kind_of_error(file, tmp_path):
     whole = (WRITTEN / file).read_bytes()
     rng = random.Random(2112)
     path = tmp_path / "damaged.pt"
@@ -225,12 +225,12 @@ def test_damage_ends_in_one_kind_of_error(file, tmp_path):
         (b"\x93NUMPY\x01\x00", "is not a PyTorch file (starts with bytes 93 4e 55 4d 50 59 01 00)"),
         (b"\xff\n", "is not a PyTorch file (starts with bytes ff 0a)"),
         (b"x" * 257 + b"ustar" + bytes(300), "was written by PyTorch 0.1"),
-        (pickle.dumps({"w": [1.0]}, 2), "is a pickle, but not one of PyTorch"),
-        (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(7, 2), "is a pickle, but not one"),
+        (pickle.dumps({"w": [1.0]}, 2), "is a pickle, but not from PyTorch"),
+        (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(7, 2), "is a pickle, but not from"),
         (b"PK\x03\x04 and no more", "no zip directory at its end"),
     ],
 )
-def test_other_files_are_named_for_what_they_are(content, reason, tmp_path):
+def test_the_error_for_other_files_names_their_kind(content, reason, tmp_path):
     path = tmp_path / "base.pt"
     path.write_bytes(content)
     assert reason in refusal(path)
@@ -256,7 +256,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 def test_other_archives(tmp_path):
     np.savez(tmp_path / "a.npz", w=FOUR)
-    assert "is a zip archive, but not one of PyTorch" in refusal(tmp_path / "a.npz")
+    assert "is a zip archive, but not from PyTorch" in refusal(tmp_path / "a.npz")
     script = write_zip(tmp_path / "script.pt", state({}), {"constants.pkl": b"", "code/m.py": b""})
     assert "is a TorchScript program" in refusal(script)
     assert "torch.nn.modules.container.Sequential" in refusal(WRITTEN / "whole_model.pt")
@@ -294,7 +294,7 @@ def test_files_without_names_or_tensors(write, tmp_path):
 
 
 def data_of(write):
-    """A legacy file without tensors has no storages either."""
+    """Return no storages for a legacy file without tensors."""
     return {} if write is write_zip else b"\x80\x02]."
 
 
@@ -310,13 +310,13 @@ def test_checkpoints_are_unwrapped(write, wrapper, tmp_path):
 
 
 def test_pickles_in_a_legacy_file_must_agree_with_its_data(tmp_path):
-    sound = state({"w": tensor()})
-    missing = write_legacy(tmp_path / "a.pt", sound, b"\x80\x02].", b"")
+    valid = state({"w": tensor()})
+    missing = write_legacy(tmp_path / "a.pt", valid, b"\x80\x02].", b"")
     refusal(missing)
-    short = write_legacy(tmp_path / "b.pt", sound, data=struct.pack("<q", 4) + bytes(15))
+    short = write_legacy(tmp_path / "b.pt", valid, data=struct.pack("<q", 4) + bytes(15))
     assert "(a storage beyond its end)" in refusal(short)
     for count in (5, -1, 2**62):
-        path = write_legacy(tmp_path / "c.pt", sound, data=struct.pack("<q", count) + bytes(99))
+        path = write_legacy(tmp_path / "c.pt", valid, data=struct.pack("<q", count) + bytes(99))
         assert "(a storage of another size)" in refusal(path)
     two = {"w": tensor(), "v": tensor(kind="torch\nIntStorage")}
     assert "two descriptions" in refusal(write_legacy(tmp_path / "d.pt", state(two)))

@@ -1,4 +1,4 @@
-"""What a pickle may do: nothing but describe tensors, within limits, however it was made."""
+"""A pickle can describe tensors, within limits, and can do nothing else."""
 
 import io
 import os
@@ -24,8 +24,8 @@ from tests.support.torch_by_hand import (
 
 
 @in_both_formats
-def test_the_handmade_files_are_sound(write, tmp_path):
-    """Else the refusals below might have other reasons than those they are meant to show."""
+def test_the_handmade_files_are_valid(write, tmp_path):
+    """Otherwise the errors in the tests below could have other reasons."""
     found = read_torch_file(write(tmp_path / "a.pt", state({"w": tensor()})))
     assert list(found) == ["w"] and np.array_equal(found["w"], FOUR)
     view = state({"w": tensor(offset=1, shape=(2, 1), strides=(2, 2**62 - 1))})
@@ -34,7 +34,7 @@ def test_the_handmade_files_are_sound(write, tmp_path):
 
 
 class Hostile:
-    """Touches a file when it is unpickled by the standard library."""
+    """An object that touches a file when the standard library unpickles it."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -50,14 +50,14 @@ def test_no_code_of_the_file_runs(write, protocol, tmp_path):
     marker = tmp_path / "marker"
     hostile = pickle.dumps({"w": Hostile(marker)}, protocol)
     pickle.loads(hostile)
-    assert marker.exists()  # the pickle does harm where it is let
+    assert marker.exists()  # With the standard library the pickle does harm.
     marker.unlink()
     path = write(tmp_path / "base.pt", hostile)
     bare = tmp_path / "bare.pt"
     bare.write_bytes(hostile)
     if protocol:
         assert refusal(path).startswith(f"refusing to load posix.system from {path}: ")
-    else:  # stopped before, at the opcode that made dictionaries then
+    else:  # It stops earlier, at the opcode that made dictionaries in protocol 0.
         assert refusal(path).startswith("refusing to load")
     assert ("refusing to load posix.system" if protocol > 1 else "not a PyTorch") in refusal(bare)
     assert not marker.exists()
@@ -69,9 +69,9 @@ def test_no_code_of_the_file_runs(write, protocol, tmp_path):
     [
         (b"cbuiltins\neval\n(" + body("1") + b"tR", "refusing to load builtins.eval from"),
         (b"(" + body("1") + b"iposix\nsystem\n", "refusing to load posix.system from"),
-        (b"(icollections\nOrderedDict\n", "damaged (a call where there should be none)"),
-        (b"ccollections\nOrderedDict\n)\x85\x85R", "damaged (a dictionary that cannot be)"),
-        (b"c__builtin__\nset\n" + body("text") + b"\x85R", "damaged (a set that cannot be)"),
+        (b"(icollections\nOrderedDict\n", "damaged (an unexpected call)"),
+        (b"ccollections\nOrderedDict\n)\x85\x85R", "damaged (an impossible dictionary)"),
+        (b"c__builtin__\nset\n" + body("text") + b"\x85R", "damaged (an impossible set)"),
         (b"(\x87", "damaged (a tuple that lacks elements)"),
         (body("os") + body("system") + b"\x93", "refusing to load os.system from"),
         (body("torch") + body("Size.__new__") + b"\x93", "refusing to load torch.Size.__new__"),
@@ -85,8 +85,8 @@ def test_no_code_of_the_file_runs(write, protocol, tmp_path):
         (b"ccollections\nOrderedDict\n)\x81", "weights need no pickle opcode NEWOBJ"),
         (b"\x82\x01", "weights need no pickle opcode EXT1"),
         (b"Pid\n", "weights need no pickle opcode PERSID"),
-        (b"ctorch\nfloat32\n)R", "damaged (a call of something that is no function)"),
-        (body("text") + b")R", "damaged (a call of something that is no function)"),
+        (b"ctorch\nfloat32\n)R", "damaged (a call of something that is not a function)"),
+        (body("text") + b")R", "damaged (a call of something that is not a function)"),
         (b"ctorch\nSize\n" + body("text") + b"R", "damaged (a call of something"),
         (b"(" + body("module") + b"NNNtQ", "holds a whole model"),
         (b"(" + body("module") + b"NNN", "damaged"),
@@ -104,13 +104,13 @@ def test_no_code_of_the_file_runs(write, protocol, tmp_path):
         (b"\x8b\xff\xff\xff\x7f", "damaged"),
     ],
 )
-def test_a_pickle_can_make_nothing_else(write, code, reason, tmp_path):
+def test_a_pickle_can_do_nothing_else(write, code, reason, tmp_path):
     assert reason in refusal(write(tmp_path / "a.pt", state({"w": tensor(), "x": code})))
 
 
 @in_both_formats
 def test_attributes_set_by_a_file_have_no_effect(write, tmp_path):
-    """BUILD on what the file was handed must not change it for the next file."""
+    """BUILD must not change objects of this package for the next file."""
     attack = b"c%b\n}(" + body("__call__") + b"N" + body("call") + b"N" + body("clear") + b"Nub"
     attacks = [
         attack % name
@@ -137,7 +137,7 @@ def test_nesting_and_repetition_are_limited(write, tmp_path):
 
 
 def test_nothing_nested_is_hashed(tmp_path):
-    """The hash of a tuple nested this deep ends the process (the C stack overflows)."""
+    """The hash of a tuple that is nested so deeply overflows the C stack and ends the process."""
     nested = b")" + b"\x85" * 200_000
     pickled = b"\x80\x02}(" + body("w") + tensor() + nested + b"Nu."
     assert "neither text nor number" in refusal(write_zip(tmp_path / "a.pt", pickled))
@@ -146,7 +146,7 @@ def test_nothing_nested_is_hashed(tmp_path):
 
 
 @in_both_formats
-def test_a_huge_memo_index_costs_no_memory(write, tmp_path):
+def test_a_huge_memo_index_uses_no_memory(write, tmp_path):
     code = b"Nr\xff\xff\xff\xffj\xff\xff\xff\xff"
     begin = time.perf_counter()
     pickled = b"\x80\x02](" + code + tensor() + b"e."
@@ -155,7 +155,7 @@ def test_a_huge_memo_index_costs_no_memory(write, tmp_path):
 
 
 def test_files_of_old_pythons_and_old_torches(tmp_path):
-    """Python 2 wrote byte strings and ordered pairs; PyTorch 0.3, parts of storages."""
+    """Python 2 wrote byte strings and ordered pairs, PyTorch 0.3 parts of storages."""
     part = b"(" + body("7") + body(1) + body(2) + b"t"
     view = tensor(shape=(2,), tail=part)
     pairs = b"](](U\x01w" + view + b"e](U\x01v" + tensor(kind="torch.cuda\nFloatStorage") + b"ee"
@@ -169,8 +169,8 @@ def test_files_of_old_pythons_and_old_torches(tmp_path):
     assert "a storage outside its own" in refusal(path)
 
 
-def test_the_reader_leaves_the_file_behind_its_pickle():
-    """Legacy files hold several in a row."""
+def test_the_position_in_the_file_is_after_the_pickle():
+    """Legacy files contain several pickles."""
     file = io.BytesIO(pickle.dumps([1, "a", {2: None}], 2) + pickle.dumps((True, b"x", {3}), 4))
     assert unpickle(Path("a.pt"), file) == [1, "a", {2: None}]
     assert unpickle(Path("a.pt"), file) == (True, b"x", [3])
