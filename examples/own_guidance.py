@@ -23,7 +23,9 @@ def asymmetry(images: np.ndarray) -> float:
     return float(np.abs(images.astype(int) - images[:, :, ::-1]).mean())
 
 
-def main(prompt: str = "a butterfly", out: str = "samples", weights: str = "emoji64") -> list[float]:
+def main(
+    prompt: str = "a butterfly", out: str = "samples", weights: str = "emoji64"
+) -> list[float]:
     found = []
     pipe = glide.load(weights, upsampler="none", clip="none")
     for amount in (0.0, 0.5, 1.0):

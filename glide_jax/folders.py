@@ -1,4 +1,4 @@
-"""Folders of this package: the user's cache, and the stories `sample.py`, `train.py`, `configs/`."""
+"""Folders of this package: the cache, and the stories `sample.py`, `train.py`, `configs/`."""
 
 import os
 from pathlib import Path

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import jax
 
 import glide_jax
-from glide_jax.folders import cache_folder
 from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.folders import cache_folder
 from glide_jax.pipeline.images import package_version
 from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
 

@@ -146,7 +146,9 @@ class Pipeline(Stage):
         if upsampler and self.upsampler is None:
             raise UsageError("settings of an upsampler, but there is none: load one")
         config, sources = self.model.config, {"image": image, "mask": mask, "noise": noise}
-        sources = {name: source_name(source) for name, source in sources.items() if source is not None}
+        sources = {
+            name: source_name(source) for name, source in sources.items() if source is not None
+        }
         conditioning = read_conditioning(
             self.model, chosen, len(parsed), image=image, mask=mask, low_res=low_res, noise=noise
         )
@@ -275,9 +277,7 @@ class Pipeline(Stage):
         """
         if not 0 <= amount <= 1:
             raise UsageError(f"the amount of a variation must lie between 0 and 1, not at {amount}")
-        chosen = cast(
-            SettingsArguments, {name: v for name, v in settings.items() if v is not None}
-        )
+        chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
         old = self.invert(
             read_images(image, side, 1),

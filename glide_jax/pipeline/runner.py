@@ -98,7 +98,8 @@ def run(
     if batch_size is None:
         batch_size = usual_batch(stage.model.config.image_size) * placement.mesh.size
     todo = batches(count, batch_size, placement.mesh.size)
-    with tqdm.tqdm(unit="evaluation", desc=f"{count} image{"s" * (count > 1)}", disable=not progress) as bar:
+    what = "1 image" if count == 1 else f"{count} images"
+    with tqdm.tqdm(unit="evaluation", desc=what, disable=not progress) as bar:
         for index in todo:
             batch = _Batch(
                 stage,

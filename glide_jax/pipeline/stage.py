@@ -1,4 +1,4 @@
-"""One model of the cascade, ready to run: the network on its devices, its tokenizer, its schedule."""
+"""One model of the cascade, ready to run: network on its devices, tokenizer, schedule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -228,7 +228,11 @@ def test_between_seeds(pipe):
         assert np.array_equal(found.images[i], pipe("red", seed=seed).images[0])
     steps = np.abs(np.diff(pixels(found.images), axis=0)).mean(axis=(1, 2, 3))
     assert steps.max() < 1.2 * steps.min()
-    assert found.metadata(1)["between"] == {"prompts": ["red", "red"], "seeds": [1, 2], "share": 0.25}
+    assert found.metadata(1)["between"] == {
+        "prompts": ["red", "red"],
+        "seeds": [1, 2],
+        "share": 0.25,
+    }
 
 
 def test_between_prompts(pipe):

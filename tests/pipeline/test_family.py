@@ -17,9 +17,9 @@ from glide_jax.models.unet import GLIDE
 from glide_jax.pipeline import editing, options
 from glide_jax.pipeline.options import chosen_weights, read_options
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
+from glide_jax.training.state import abstract_state
 from glide_jax.weights import clip_registry, registry
 from glide_jax.weights.clip_registry import CLIPModel, save_clip
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, companion, load_model

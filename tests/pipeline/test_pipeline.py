@@ -9,8 +9,8 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
+from glide_jax.pipeline.image_files import read_images, read_known
 from glide_jax.weights.clip_registry import CLIPModel, save_clip
-from glide_jax.pipeline.image_files import read_known, read_images
 from tests.support.commands import TINY, first_weights, make_weights
 
 

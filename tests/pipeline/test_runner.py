@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.pipeline.batching import batches, select_images, usual_batch
 from glide_jax.devices.placement import local_devices
 from glide_jax.diffusion.sampling import run_rows
+from glide_jax.pipeline.batching import batches, select_images, usual_batch
 from tests.support.commands import make_weights, run
 from tests.support.exact_model import EVALUATED, Oracle, exact_pipeline
 
@@ -71,14 +71,17 @@ def test_images_masks_and_parameters_stay_with_their_image(pipe):
     assert np.abs(whole.images.astype(int) - split.images).max() <= 1
     for image, photo, mask in zip(split.images, photos, masks, strict=True):
         assert np.array_equal(image[~mask], photo[~mask])
-    alone = pipe("red", first_index=3, guidance=[glide.classifier_free(scale=scales[3]), glide.clip_x0()],
-                 image=photos[3], mask=masks[3], repaint=(3, 2))  # fmt: skip
+    guidance = [glide.classifier_free(scale=scales[3]), glide.clip_x0()]
+    call = {"image": photos[3], "mask": masks[3], "guidance": guidance, "repaint": (3, 2)}
+    alone = pipe("red", first_index=3, **call)
     assert np.abs(alone.images[0].astype(int) - whole.images[3]).max() <= 1
 
 
 def test_seeds_and_indices_are_not_cut_to_32_bits(pipe):
     last = 2**32 - 1
-    found = [pipe("red", seed=seed, first_index=i).images for seed, i in ((0, 0), (last, 0), (0, last))]
+    found = [
+        pipe("red", seed=seed, first_index=i).images for seed, i in ((0, 0), (last, 0), (0, last))
+    ]
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(found, 2))
     for wrong in ({"seed": -1}, {"seed": 2**32}, {"first_index": -1}, {"first_index": 2**32}):
         with pytest.raises(glide.UsageError, match=r"between 0 and 2\^32"):
@@ -170,7 +173,7 @@ HALF = np.arange(8)[:, None] + np.zeros(8) > 3
         ("red", {"guidance_scale": 3.0, "guidance_method": "apg"}, 20, 0),
         ("red", {"guidance_scale": 0.5, "guidance_method": "cfg++", "sampler": "ddim"}, 20, 0),
         ("red", {"guidance_scale": 3.0, "guidance_rescale": 0.7, "threshold": 0.99}, 20, 0),
-        # Unguided steps take one evaluation: of log-SNR -5.1, -3.97, ... 5.05 three lie in -1.25 to 2.3.
+        # Unguided steps take one evaluation: of log-SNR -5.1, -3.97, ... 5.05 three lie inside.
         ("red", {"guidance_scale": 3.0, "guidance_interval": (0.1, 3.5)}, 10 + 3, 0),
         ("red AND blue NOT green", {"guidance_scale": 3.0}, 40, 0),
         ("red", {"autoguidance_scale": 2.0}, 10, 10),

@@ -45,7 +45,12 @@ def test_sample_writes_images_and_a_grid_with_metadata(weights, tmp_path):
     image = Image.open(out / "00003_a-blue-one.png")
     assert image.size == (16, 16)
     made = json.loads(image.text["glide_jax"])
-    assert made["prompt"] == "A blue one!" and made["seed"] == 7 and made["index"] == 3 and made["evaluations"] == 3
+    assert (
+        made["prompt"] == "A blue one!"
+        and made["seed"] == 7
+        and made["index"] == 3
+        and made["evaluations"] == 3
+    )
     assert made["sampler"] == "ddim" and made["guidance_scale"] == 2.0
 
 

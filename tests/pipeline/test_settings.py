@@ -83,7 +83,13 @@ def test_what_acts_and_in_which_order():
     assert names(Settings(guidance_scale=1.0)) == ["clip_x0"]
     known = glide.known_pixels(image=np.zeros((1, 8, 8, 3)), known=np.zeros((1, 8, 8, 1)))
     full = Settings(autoguidance_scale=2.0, guidance_rescale=0.7, guidance_method="apg")
-    assert names(full, PLAIN, known) == ["apg", "autoguidance", "rescale", "known_pixels", "clip_x0"]
+    assert names(full, PLAIN, known) == [
+        "apg",
+        "autoguidance",
+        "rescale",
+        "known_pixels",
+        "clip_x0",
+    ]
     assert names(full.changed(threshold=0.99), PLAIN, known)[3:] == [
         "dynamic_threshold",
         "known_pixels",
@@ -213,7 +219,7 @@ def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so(
         ({"strength": -0.5}, "strength must lie above 0"),
         ({"restart": (0.3, 3.0, 1), "repaint": (2, 2)}, "choose one"),
         ({"restart": (3.0, 0.3, 1)}, "a restart needs"),
-        ({"repaint": (50, 2)}, "take more than 25"),
+        ({"repaint": (50, 2)}, "take more steps than 25"),
         ({"guidance_method": "cfg++", "guidance_scale": 0.5, "sampler": "heun"}, "cfg_plus_plus"),
     ],
 )

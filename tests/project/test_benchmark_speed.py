@@ -1,4 +1,4 @@
-"""The benchmark of speed: what it measures, what it writes, and a measurement in small."""
+"""The benchmark of speed: its measurements, its output, and a small measurement."""
 
 import json
 import os
@@ -11,29 +11,37 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.speed import Options, Part, _answer, measured, parts_of, tables, write
+from benchmarks.speed import (
+    Measurement,
+    Options,
+    _answer,
+    measured,
+    measurements,
+    tables,
+    write,
+)
 from benchmarks.speed_parts import config_of, random_params
 from glide_jax.errors import UsageError
 from glide_jax.models.presets import base64, upsample256
 from glide_jax.weights import abstract_params
 
-# A busy machine may take long.
+# A busy machine may need a long time.
 SMALL = Options(
     size="toy", only=("forward",), batches=(2,), dtypes=("float32",), repeats=1, limit=1800
 )
 
 
-def test_all_that_there_is_to_measure(tmp_path):
+def test_all_measurements(tmp_path):
     (tmp_path / "glide_text2im").mkdir()
-    ours, both = parts_of(Options()), parts_of(Options(original=tmp_path))
+    ours, both = measurements(Options()), measurements(Options(original=tmp_path))
     # 3 batches of 2 models in 2 dtypes, 3 procedures, 2 trainings; 3 x 2 and 3 of the original's.
     assert len(ours) == 12 + 3 + 2 and len(both) == len(ours) + 9
-    assert [part for part in both if part.code == "glide-jax"] == ours
+    assert [one for one in both if one.code == "glide-jax"] == ours
     assert len(set(both)) == len(both)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"only": ("forwards",)}, "did you mean 'forward'"),
         ({"size": "paper"}, "released or toy"),
@@ -42,12 +50,12 @@ def test_all_that_there_is_to_measure(tmp_path):
         ({"only": ()}, "nothing to measure"),
     ],
 )
-def test_options_that_are_wrong(change, says):
-    with pytest.raises(UsageError, match=says):
-        parts_of(replace(Options(), **change))
+def test_wrong_options(change, message):
+    with pytest.raises(UsageError, match=message):
+        measurements(replace(Options(), **change))
 
 
-def test_the_sizes_are_the_releases():
+def test_the_sizes_are_those_of_openai():
     assert config_of("base", "released") == base64()
     assert config_of("upsampler", "released") == upsample256()
 
@@ -64,19 +72,19 @@ def test_random_weights_keep_the_scale():
 
 @pytest.fixture(scope="module")
 def forward():
-    return measured(Part("glide-jax", "forward", "base", "float32", 2), SMALL)
+    return measured(Measurement("glide-jax", "forward", "base", "float32", 2), SMALL)
 
 
-def test_a_measurement_is_whole(forward):
+def test_a_measurement_is_complete(forward):
     assert "error" not in forward, forward
     assert forward["ms"] > 0 and forward["compile_s"] > 0 and len(forward["all_ms"]) == 1
-    assert forward["pictures_s"] == pytest.approx(2000 / forward["ms"])
+    assert forward["images_s"] == pytest.approx(2000 / forward["ms"])
     assert forward["peak_of"] == "process" and forward["peak_bytes"] > 1e8
     # A toy of 16x16 pixels: between 0.01 and 1 GFLOP for two of them.
     assert 1e7 < forward["tflops"] * 1e12 * forward["ms"] / 1000 < 1e9
 
 
-def test_what_is_written(tmp_path, forward):
+def test_the_output(tmp_path, forward):
     original = forward | {"code": "original", "ms": 3 * forward["ms"]}
     lost = forward | {"batch": 64, "error": "out of memory"}
     write(tmp_path, SMALL, [forward, original, lost])
@@ -92,7 +100,7 @@ def test_what_is_written(tmp_path, forward):
     assert tables([]) == ""
 
 
-def test_failures_are_told_apart():
+def test_the_kinds_of_failure():
     def ended(code, error):
         return _answer(subprocess.CompletedProcess([], code, "", error))["error"]
 
@@ -103,39 +111,41 @@ def test_failures_are_told_apart():
     assert ended(3, "") == "exit 3"
 
 
-def test_a_measurement_that_fails_or_hangs_is_an_entry():
-    wrong = Part("glide-jax", "forward", "base", "float7", 1)
+def test_a_measurement_that_hangs_is_an_entry():
+    wrong = Measurement("glide-jax", "forward", "base", "float7", 1)
     hung = measured(wrong, replace(SMALL, limit=0.01))
-    assert hung["error"] == "not done after 0.01 s" and hung["batch"] == 1
+    assert hung["error"] == "stopped after 0.01 s" and hung["batch"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["procedure", "training"])
 def test_the_other_kinds(kind):
     model = "base" if kind == "training" else "both"
-    found = measured(Part("glide-jax", kind, model, "float32", 2), SMALL)
+    found = measured(Measurement("glide-jax", kind, model, "float32", 2), SMALL)
     assert "error" not in found and found["ms"] > 0
 
 
 def test_the_original_is_called_with_its_path(tmp_path):
-    """Its own code is not here: a stand-in for Python says what it was given."""
+    """The original code is not here: a stand-in for Python records its arguments."""
     (tmp_path / "glide_text2im").mkdir()
     python = tmp_path / "python"
-    answer = {"ms": 1.0, "pictures_s": 1.0, "dtype": "float32", "peak_bytes": 1, "peak_of": "x"}
-    python.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/given\necho '{json.dumps(answer)}'\n")
+    answer = {"ms": 1.0, "images_s": 1.0, "dtype": "float32", "peak_bytes": 1, "peak_of": "x"}
+    python.write_text(
+        f"#!/bin/sh\necho \"$@\" > {tmp_path}/arguments\necho '{json.dumps(answer)}'\n"
+    )
     os.chmod(python, 0o755)
     options = replace(SMALL, original=tmp_path, original_python=python)
-    found = measured(Part("original", "forward", "base", "own", 2), options)
-    script, path, part = (tmp_path / "given").read_text().split(" ", 2)
+    found = measured(Measurement("original", "forward", "base", "own", 2), options)
+    script, path, text = (tmp_path / "arguments").read_text().split(" ", 2)
     assert script.endswith("benchmarks/speed_original.py") and path == str(tmp_path.resolve())
-    assert json.loads(part)["batch"] == 2 and json.loads(part)["size"] == "toy"
+    assert json.loads(text)["batch"] == 2 and json.loads(text)["size"] == "toy"
     assert found["dtype"] == "float32" and found["ms"] == 1.0 and "error" not in found
 
 
-def test_the_command_in_small(tmp_path):
+def test_a_wrong_option_of_the_command(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks.speed", "--out", tmp_path, "--only", "backward"],
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 2 and "unknown part 'backward'" in found.stderr
+    assert found.returncode == 2 and "unknown kind 'backward'" in found.stderr

@@ -51,7 +51,7 @@ def test_a_planted_circle_and_a_planted_direction_are_found(tmp_path):
         "models/__init__": "",
         "models/a": "def late():\n    from house.models import b",
         "models/b": "from house.models.c import x",
-        "models/c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.models.a",
+        "models/c": "import typing\nif typing.TYPE_CHECKING:\n    import house.models.a",
         "weights/__init__": "",
         "weights/d": "import house.models.a",
     }.items():

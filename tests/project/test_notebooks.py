@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the embedded models; they are committed without output."""
+"""The notebooks run from top to bottom on the embedded models; they have no output."""
 
 import os
 

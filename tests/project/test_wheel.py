@@ -19,11 +19,11 @@ CONFIG.read(ROOT / "setup.cfg")
 STORIES = {"sample.py": ROOT / "sample.py", "train.py": ROOT / "train.py"} | {
     f"configs/{path.name}": path for path in (ROOT / "configs").iterdir() if path.is_file()
 }
-DATA = (
-    "py.typed", "assets/LICENSES.md", "assets/grids.json", "assets/clip_merges.txt.gz",
-    "assets/emoji64/config.json", "assets/emoji64/model.safetensors",
-    "data/emoji/ATTRIBUTION.md", "data/emoji/splits.txt.gz",
-)  # fmt: skip
+FILES = {
+    path.relative_to(ROOT): path
+    for path in (ROOT / "glide_jax").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
 LOADS = """
 import sys, pathlib, glide_jax
 assert pathlib.Path(glide_jax.__file__).is_relative_to(sys.argv[1]), glide_jax.__file__
@@ -33,8 +33,7 @@ assert CLIPTokenizer()("a red apple").lengths.tolist() == [5]
 
 
 def test_the_list_of_packages_is_that_of_the_folders():
-    files = [p for p in (ROOT / "glide_jax").rglob("*") if p.is_file()]
-    folders = {p.parent.relative_to(ROOT) for p in files if "__pycache__" not in p.parts}
+    folders = {path.parent for path in FILES}
     stories = {"glide_jax.stories", "glide_jax.stories.configs"}
     listed = CONFIG["options"]["packages"].split()
     assert len(listed) == len(set(listed))
@@ -70,15 +69,14 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_it_has_the_stories_the_recipes_and_the_data_unchanged(wheel):
+def test_it_has_every_file_of_the_package_and_the_stories_unchanged(wheel):
+    expected = {path.as_posix(): source for path, source in FILES.items()}
+    expected |= {f"glide_jax/stories/{name}": source for name, source in STORIES.items()}
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        stories = {n.removeprefix("glide_jax/stories/") for n in names if "/stories/" in n}
-        assert stories == set(STORIES)
-        for name, path in STORIES.items():
-            assert archive.read(f"glide_jax/stories/{name}") == path.read_bytes(), name
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "glide_jax").rglob("*.py")}
-    assert modules | {f"glide_jax/{name}" for name in DATA} <= names
+        names = {name for name in archive.namelist() if name.startswith("glide_jax/")}
+        assert names == set(expected)
+        for name, source in expected.items():
+            assert archive.read(name) == source.read_bytes(), name
 
 
 def test_it_samples_and_trains_alone_in_an_empty_folder(wheel, tmp_path):

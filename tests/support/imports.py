@@ -1,4 +1,4 @@
-"""The imports of a package, read from its files: who imports whom, circles, forbidden directions."""
+"""The imports of a package, read from its files: circles and forbidden directions."""
 
 import ast
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 def room(module: str) -> str:
     """Return the folder of a module, or its own name where it lies loose in the package."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def forbidden(graph: Mapping[str, set[str]], allowed: Mapping[str, set[str]]) -> list[str]:
