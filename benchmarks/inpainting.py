@@ -1,9 +1,9 @@
-"""How well holes are filled, and the seam: python -m benchmarks.inpainting --data emoji64.npz
+"""How well masked regions are filled, and their edge: python -m benchmarks.inpainting
 
-Draws `inpainting.png`: real pictures, the hole in them, how the inpainting model fills it, how the
-base model does by resampling (RePaint), and the seam of the former enlarged, the edge of the hole
-in its middle. `inpainting.json` has how much pixels change over the edge, beside how much they do
-there in the real pictures.
+Writes `inpainting.png`, a sheet with five rows: real images; the masked region in them; the region
+filled by the inpainting model; filled by the base model with resampling (RePaint); and the left
+edge of the third row, enlarged. `inpainting.json` has the mean change of a pixel across the edge,
+and the same for the real images.
 """
 
 import json
@@ -15,45 +15,48 @@ import tyro
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.drawing import check_32_bits
+from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import one_line_errors
-from glide_jax.evaluation.captions import prompt_of, some, training_cells
-from glide_jax.pictures import image_grid, writable
-from glide_jax.runtime import enable_compilation_cache
+from glide_jax.evaluation.captions import prompt_of, random_records, training_pairs
+from glide_jax.pipeline.images import check_writable, image_grid
+from glide_jax.pipeline.runner import check_32_bits
 from glide_jax.training.recipes import load_recipe
 
-# Top, bottom, left, right of the hole, as shares of the side: the middle.
-HOLE = (0.3, 0.7, 0.3, 0.7)
-# Pixels on each side of the edge in the enlarged seam.
+# Top, bottom, left, right of the masked region, as shares of the side: the middle.
+REGION = (0.3, 0.7, 0.3, 0.7)
+# Pixels on each side of the edge in the enlarged row.
 AROUND = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """Fills the middle of pictures of the training set."""
+    """Fill the middle of training images.
+
+    Attributes:
+        data: The data set, an .npz file.
+        recipe: The recipe whose training images are used, by name or path.
+        inpainter: Weights trained to inpaint.
+        base: Weights not trained to inpaint.
+        out: Folder for inpainting.png and inpainting.json.
+        images: Number of images.
+        seed: Seed from 0 to 2^32 - 1; it selects the images and seeds what fills them.
+    """
 
     data: str = "emoji64.npz"
-    """The data set, an .npz file."""
-    recipe: Path = Path("configs/emoji64.py")
-    """The recipe that says which of its pictures."""
+    recipe: str = "emoji64"
     inpainter: str = "emoji_inpaint64"
-    """Weights that learned to fill holes."""
     base: str = "emoji64"
-    """Weights that did not."""
-    out: Path = Path("docs/images")
-    """Folder for inpainting.png and inpainting.json."""
-    pictures: int = 8
-    """How many."""
+    out: Path = Path("docs/results/images")
+    images: int = 8
     seed: int = 0
-    """Of the choice of pictures, and of what fills them."""
 
 
 def edge_change(images: np.ndarray, box: tuple[int, int, int, int]) -> float:
-    """Mean change of a pixel over the edge of the hole, in levels of 255.
+    """Return the mean change of a pixel across the edge of the masked region, in levels of 255.
 
     Args:
         images: `(N, H, W, 3)` uint8.
-        box: top, bottom, left, right of the hole.
+        box: top, bottom, left, right of the region.
     """
     x = images.astype(np.float32)
     top, bottom, left, right = box
@@ -68,44 +71,46 @@ def edge_change(images: np.ndarray, box: tuple[int, int, int, int]) -> float:
 
 
 def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options, description=__doc__, prog="python -m benchmarks.inpainting")
+    """Run the command line."""
+    options = tyro.cli(Options, prog="python -m benchmarks.inpainting")
     with one_line_errors():
         enable_compilation_cache()
-        writable(options.out)
+        check_writable(options.out)
         check_32_bits("seed", options.seed)
         config = load_recipe(options.recipe)
         config = replace(config, data=replace(config.data, source=options.data))
         rng = np.random.default_rng(options.seed)
-        records = some(training_cells(config), options.pictures, rng)
+        records = random_records(training_pairs(config), options.images, rng)
         real = np.stack([record["image"] for record in records])
         side = real.shape[1]
-        box = tuple(round(share * side) for share in HOLE)
-        hole = np.zeros((side, side), bool)
-        hole[box[0] : box[1], box[2] : box[3]] = True
+        top, bottom, left, right = (round(share * side) for share in REGION)
+        box = top, bottom, left, right
+        mask = np.zeros((side, side), bool)
+        mask[top:bottom, left:right] = True
         prompts = [prompt_of(record) for record in records]
 
-        rows = {"real": real, "given": np.where(hole[..., None], np.uint8(127), real)}
+        rows = {"real": real, "masked": np.where(mask[..., None], np.uint8(127), real)}
         for name, weights in (("inpainter", options.inpainter), ("resampling", options.base)):
             pipe = glide.load(weights, upsampler="none")
-            rows[name] = pipe(prompts, image=real, mask=hole, seed=options.seed).images
-        known = {name: bool((rows[name][:, ~hole] == real[:, ~hole]).all()) for name in rows}
+            rows[name] = pipe(prompts, image=real, mask=mask, seed=options.seed).images
+        kept = {name: bool((rows[name][:, ~mask] == real[:, ~mask]).all()) for name in rows}
         found = {
             "weights": {"inpainter": options.inpainter, "resampling": options.base},
-            "pictures": prompts,
-            "known_pixels_kept": {n: known[n] for n in ("inpainter", "resampling")},
+            "images": prompts,
+            "known_pixels_kept": {n: kept[n] for n in ("inpainter", "resampling")},
             "change_over_the_edge": {
                 n: round(edge_change(rows[n], box), 1) for n in ("real", "inpainter", "resampling")
             },
         }
         text = json.dumps(found, indent=1)
         (options.out / "inpainting.json").write_text(text + "\n", encoding="utf-8")
-        # The middle of the hole's left edge; the factor makes a whole picture of it.
-        part = tuple(slice(n - AROUND, n + AROUND) for n in ((box[0] + box[1]) // 2, box[2]))
+        # The middle of the left edge; the factor enlarges it to the size of an image.
+        middle = (top + bottom) // 2
+        part = slice(middle - AROUND, middle + AROUND), slice(left - AROUND, left + AROUND)
         factor = side // (2 * AROUND)
-        seams = [image[part].repeat(factor, 0).repeat(factor, 1) for image in rows["inpainter"]]
-        rows["seam"] = np.stack(seams)
-        sheet = image_grid(np.concatenate(list(rows.values())), columns=options.pictures)
+        edges = [image[part].repeat(factor, 0).repeat(factor, 1) for image in rows["inpainter"]]
+        rows["edge"] = np.stack(edges)
+        sheet = image_grid(np.concatenate(list(rows.values())), columns=options.images)
         Image.fromarray(sheet).save(options.out / "inpainting.png")
         print(text)
 

@@ -1,7 +1,7 @@
-"""Loss curves of training runs as one figure: python -m benchmarks.loss_curves --runs runs/emoji64
+"""Plot the loss curves of training runs: python -m benchmarks.loss_curves --runs runs/emoji64
 
 Reads the losses that `train.py` logged for TensorBoard. Each run is a panel: the loss of each log
-line, pale, and its running mean; what was logged after an interruption replaces what was before.
+line, pale, and its running mean. Steps logged twice, after an interruption, count once.
 """
 
 import json
@@ -15,24 +15,27 @@ import tyro
 
 from glide_jax.errors import GlideError, UsageError, one_line_errors
 
-# Of the running mean, a log line.
-MEMORY = 0.7
+# Decay rate of the running mean, per log line.
+DECAY = 0.7
 
 
 @dataclass(frozen=True)
 class Options:
-    """Draws the loss curves of runs."""
+    """Plot the loss curves of runs."""
 
     runs: tuple[Path, ...]
     """Folders of runs of train.py."""
-    out: Path = Path("docs/images/loss_curves.png")
-    """The figure; its figures go beside it as JSON."""
+    out: Path = Path("docs/results/images/loss_curves.png")
+    """The plot; its numbers go beside it as JSON."""
     metric: str = "train/loss"
-    """Which curve, as TensorBoard names it."""
+    """Name of the curve in TensorBoard."""
 
 
 def events(path: Path) -> Iterator[tuple[int, str, float]]:
-    """(step, name, value) of the numbers in a TensorBoard file; a cut last record is left out."""
+    """Yield (step, name, value) of the numbers in a TensorBoard file.
+
+    A truncated last record is left out.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     data, at = path.read_bytes(), 0
@@ -50,7 +53,7 @@ def events(path: Path) -> Iterator[tuple[int, str, float]]:
 
 
 def curve(run: Path, metric: str) -> dict[int, float]:
-    """A run's metric by step.
+    """Return a run's metric by step.
 
     Raises:
         GlideError: the run has no such metric.
@@ -66,16 +69,16 @@ def curve(run: Path, metric: str) -> dict[int, float]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential, without the pull of its start."""
+    """Return the exponential running mean, corrected for its start."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = MEMORY * total + value, MEMORY * weight + 1
+        total, weight = DECAY * total + value, DECAY * weight + 1
         means.append(total / weight)
     return np.array(means)
 
 
-def draw(curves: dict[str, dict[int, float]], metric: str, path: Path) -> None:
-    """Writes the figure.
+def plot(curves: dict[str, dict[int, float]], metric: str, path: Path) -> None:
+    """Write the plot.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -83,7 +86,7 @@ def draw(curves: dict[str, dict[int, float]], metric: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise UsageError("the figure needs matplotlib: pip install '.[eval]'") from None
+        raise UsageError("the plot needs matplotlib: pip install '.[eval]'") from None
     figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
     for axes, (name, points) in zip(
         figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
@@ -98,14 +101,14 @@ def draw(curves: dict[str, dict[int, float]], metric: str, path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     options = tyro.cli(Options, description=__doc__, prog="python -m benchmarks.loss_curves")
     with one_line_errors():
         curves = {run.name: curve(run, options.metric) for run in options.runs}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         rounded = {n: {s: round(v, 5) for s, v in c.items()} for n, c in curves.items()}
         options.out.with_suffix(".json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
-        draw(curves, options.metric, options.out)
+        plot(curves, options.metric, options.out)
         print(options.out)
 
 

@@ -1,326 +1,397 @@
-"""How good the pictures are: one command for each question.
+"""`glide-jax evaluate`: measures the images that a model generates, one command per question.
 
-nearest   the nearest training picture of drawn ones
-ranking   does an independent CLIP find the right caption among a hundred?
-sweep     fidelity, diversity and alignment over guidance scales, samplers, steps, ...
-loss      the noise-prediction loss on splits of the data
-scenes    what pictures of procedural scenes have right, exactly
-
-python -m glide_jax.evaluation ranking --data emoji64.npz
-python -m glide_jax.evaluation --weights emoji64 --sweep guidance-scale
+glide-jax evaluate ranking --data emoji64.npz
+glide-jax evaluate sweep --data emoji64.npz --sweep guidance-scale
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from glide_jax.pipeline.runner import check_32_bits
+from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.evaluation import drawn_scenes, figures, nearest, ranking, sweep
-from glide_jax.evaluation.captions import held_out
+from glide_jax.evaluation import (
+    experiment,
+    figures,
+    nearest,
+    noise_loss,
+    ranking,
+    scene_report,
+    sweep_options,
+)
 from glide_jax.evaluation.features import SCORER, open_scorer, open_space
 from glide_jax.evaluation.reports import write_json
-from glide_jax.evaluation.sweep_options import tasks
-from glide_jax.pipeline.options import Sampling
-from glide_jax.pipeline.images import writable
-from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.pipeline.options import HIDDEN, SamplingOptions, show_defaults_of
+from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.runner import check_32_bits
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.recipes import load_recipe
-from glide_jax.weights.registry import NONE, load_model
+from glide_jax.training.runs import open_model
+from glide_jax.weights.registry import NONE
+
+WEIGHTS = "emoji64"
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What draws, and where."""
+class ModelOptions:
+    """The model that generates, and where it runs.
 
-    weights: str = "emoji64"
-    """A name, a folder of weights, or a run of train.py."""
-    upsampler: str | None = None
-    """Weights of an upsampler: measure its pictures."""
-    clip: str | None = None
-    """Weights of the noised CLIP that guides; embedded weights have one."""
+    Attributes:
+        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
+            train.py.
+        upsampler: Weights of an upsampler, whose enlarged images are then measured. Default: none,
+            even for weights that have one of their own.
+        clip: Weights of a noised CLIP for --clip-scale, or none. Default: the one that belongs to
+            the weights (emoji_clip64).
+        weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
+        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
+            recent GPUs, float16 on older GPUs, float32 on CPUs.
+        devices: Number of devices that share each batch, or all. It changes no image.
+        batch_size: Images generated at a time; more needs more memory. It changes no image.
+            Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that at 256x256.
+    """
+
+    weights: str = WEIGHTS
+    upsampler: Annotated[str | None, HIDDEN] = None
+    clip: Annotated[str | None, HIDDEN] = None
+    weak_model: Annotated[str | None, HIDDEN] = None
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto chooses by device."""
     devices: str = "1"
-    """Over how many devices to spread each batch, or all; it changes no picture."""
-    batch_size: int | None = None
-    """How many to draw at a time; it changes no picture."""
+    batch_size: Annotated[int | None, HIDDEN] = None
 
     def pipeline(self) -> Pipeline:
-        """Loads them."""
-        # An upsampler is for those who ask for it, not the companion of the weights.
+        """Load the pipeline."""
+        # Weights and upsampler are measured together only on request.
         return load(
             self.weights,
             upsampler=self.upsampler or NONE,
             clip=self.clip,
+            weak_model=self.weak_model,
             dtype=self.dtype,
             devices=self.devices,
         )
 
 
 @dataclass(frozen=True)
-class Data:
-    """What is asked for."""
+class DataOptions:
+    """The captions and the real images.
 
-    recipe: Path = Path("configs/emoji64.py")
-    """The recipe that the weights were trained with: which data they saw."""
+    Attributes:
+        recipe: The recipe that the weights were trained with, by name or path: it lists the
+            concepts, styles and concept-style pairs that they were trained on.
+        data: The data set, an .npz file (see glide-jax data).
+        seed: Seed from 0 to 2^32 - 1; it selects the captions and seeds the images.
+    """
+
+    recipe: str = "emoji64"
     data: str = "emoji64.npz"
-    """The data set, an .npz file."""
     seed: int = 0
-    """Of the choice of captions, and of the pictures."""
 
     def config(self) -> TrainConfig:
-        """The recipe, with its data."""
+        """Return the recipe with this data.
+
+        Raises:
+            UsageError: there is no such recipe, it trains a CLIP, or the seed is out of its range.
+        """
         check_32_bits("seed", self.seed)
         config = load_recipe(self.recipe)
         if not isinstance(config, TrainConfig):
-            raise UsageError(f"{self.recipe} is no recipe of a model that draws")
+            raise UsageError(f"{self.recipe} trains a CLIP: name the recipe of a diffusion model")
         return replace(config, data=replace(config.data, source=self.data))
 
 
 @dataclass(frozen=True)
+class ScorerOptions:
+    """The independent CLIP that scores images.
+
+    Attributes:
+        scorer: A noised CLIP other than the one that guides: a name, a folder of weights, or a run
+            of train.py.
+        views: Views of each image whose embeddings are averaged. 10: corners and centre, each 7/8
+            of the side, and their mirror images. 1: the image alone, for captions that name left
+            or right.
+    """
+
+    scorer: str = "emoji_scorer64"
+    views: Literal[10, 1] = 10
+
+
+@dataclass(frozen=True)
 class Nearest:
-    """Draws training captions and held-out pairs, and finds the nearest training pictures."""
+    """Find the training image nearest to each generated image: a test of memorisation.
+
+    Generates ten training captions and five held-out concept-style pairs.
+
+    Attributes:
+        out: Folder for nearest.json and two sheets.
+    """
 
     out: Path = Path("evaluation")
-    """Folder for the sheets and nearest.json."""
-    model: OmitArgPrefixes[Weights] = Weights()
-    asked: OmitArgPrefixes[Data] = Data()
+    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    dataset: OmitArgPrefixes[DataOptions] = DataOptions()
 
     def run(self) -> None:
-        """Draws, and says what was found."""
-        config = self.asked.config()
+        """Generate, compare, and print the counts."""
+        config = self.dataset.config()
         found = nearest.report(
             self.model.pipeline(),
             config,
             self.out,
-            seed=self.asked.seed,
+            seed=self.dataset.seed,
             batch_size=self.model.batch_size,
         )
         for name in ("training_captions", "held_out_pairs"):
-            right, of = found[name]["right"], found[name]["of"]
-            print(f"{name}: the nearest training picture is right for {right} of {of}")
-        print(f"sheets in {self.out}")
+            right, total = found[name]["right"], found[name]["of"]
+            print(f"{name}: {right} of {total} nearest training images have the right concept")
+        print(f"nearest.json and sheets in {self.out}")
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Draws training concepts and held-out cells; an independent CLIP ranks their captions."""
+    """Test whether an independent CLIP ranks an image's caption first among a hundred.
+
+    Generates training concepts and held-out concept-style pairs, and compares with real images.
+
+    Attributes:
+        out: Folder for ranking.json and two sheets with all images.
+        images: Images of each kind, from 1 to the number of concepts and of held-out pairs; more
+            images give more precise rates.
+        captions: Captions to choose from, for each image, the right one included; at least the
+            number of styles plus 20. More captions make the test harder.
+    """
 
     out: Path = Path("evaluation")
-    """Folder for ranking.json and both sheets."""
-    scorer: str = "emoji_scorer64"
-    """The independent CLIP: a name, a folder of weights, or a run of train.py."""
-    views: Literal[10, 1] = 10
-    """Of each picture that it is shown, to average: 10 (corners, middle, and mirrored) or 1."""
-    pictures: int = 50
-    """Of each kind."""
+    images: int = 50
     captions: int = 100
-    """To choose from, of each picture."""
-    model: OmitArgPrefixes[Weights] = Weights()
-    asked: OmitArgPrefixes[Data] = Data()
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
+    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    dataset: OmitArgPrefixes[DataOptions] = DataOptions()
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
-        """Draws, and says what was found."""
-        config, pipe = self.asked.config(), self.model.pipeline()
+        """Generate, rank, and print the counts."""
+        config, pipe = self.dataset.config(), self.model.pipeline()
         found = ranking.report(
             pipe,
-            open_scorer(self.scorer, guide=pipe.clip, views=self.views),
+            open_scorer(self.scoring.scorer, guide=pipe.clip, views=self.scoring.views),
             config,
             self.out,
-            seed=self.asked.seed,
-            pictures=self.pictures,
+            seed=self.dataset.seed,
+            images=self.images,
             captions=self.captions,
             batch_size=self.model.batch_size,
-            settings=_said(self.sampling),
+            settings=self.sampling.chosen(),
         )
-        for part in ranking.PARTS:
-            f = found[part]
-            share = "no share" if f["ratio"] is None else f"{f['ratio']:.2f} of it"
+        for kind in ranking.KINDS:
+            f = found[kind]
+            ratio = "no ratio" if f["ratio"] is None else f"ratio {f['ratio']:.2f}"
             print(
-                f"{part}: {f['right']} of {f['of']} drawn, {f['right_of_real']} real pictures: "
-                f"{share}"
+                f"{kind}: right caption first for {f['right']} of {f['of']} generated images, "
+                f"{f['right_of_real']} of {f['of']} real images: {ratio}"
             )
-        print(f"sheets and ranking.json in {self.out}")
+        print(f"ranking.json and sheets in {self.out}")
 
 
 @dataclass(frozen=True)
-class Sweeping:
-    """Draws the same captions at many settings, and the paper's trade-off figures.
+class Sweep:
+    """Measure fidelity, diversity and alignment while one setting varies; with figures.
 
-    The same command goes on after a break; other sweeps of the same weights may use the same folder
-    and come into the same figures.
+    All points use the same captions and noise. The same command resumes after an interruption.
+    Sweeps of the same weights, captions and scorer can share a folder and its figures.
+
+    Attributes:
+        sweep: What to vary, one or several: guidance-scale, clip-scale, steps, sampler, spacing,
+            guidance-interval. guidance-scale turns CLIP guidance off unless --clip-scale is set;
+            clip-scale uses guidance scale 1 and the sampler ddpm unless these are set.
+        values: Values of a single sweep, in place of its default values: guidance-scale 1 1.5 2 3 4
+            6 8, clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
+            guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
+        out: Folder for sweep.json, the figures, and a sheet of the images of each point.
+        features: Feature spaces for distances between sets of images: scorer, or weight files
+            (Inception v3 of FID, CLIP, DINOv2).
+        images: Images of each point, more than the neighbour; more images make the measures more
+            precise. Only points with equal numbers compare.
+        captions: Captions to choose from, for each image, the right one included; at least 2. More
+            captions make R-precision harder.
+        neighbour: The k of precision and recall, at least 1 and below the number of images: an
+            image lies among others within the distance of their k-th neighbour. A larger k raises
+            both; with few images use 1.
     """
 
     sweep: tuple[str, ...]
-    """What to vary: guidance-scale, clip-scale, steps, sampler, spacing, guidance-interval."""
-    values: tuple[str, ...] = ()
-    """In the place of the usual ones, of one sweep (guidance-interval: low:high, or all)."""
+    values: Annotated[tuple[str, ...], HIDDEN] = ()
     out: Path = Path("evaluation")
-    """Folder for sweep.json, the figures and a sheet of the pictures of each point."""
-    scorer: str = "emoji_scorer64"
-    """The independent CLIP: a name, a folder of weights, or a run of train.py."""
-    views: Literal[10, 1] = 10
-    """Of each picture that it is shown, to average: 10 (corners, middle, and mirrored) or 1."""
     features: tuple[str, ...] = (SCORER,)
-    """Feature spaces: scorer, or an extractor's weights from local files."""
-    pictures: int = 64
-    """Of each point."""
+    images: int = 64
     captions: int = 100
-    """To choose from, of each picture."""
     neighbour: int = 3
-    """Which one precision and recall look at: of few pictures the third is soon any other."""
-    model: OmitArgPrefixes[Weights] = Weights()
-    asked: OmitArgPrefixes[Data] = Data()
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
+    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    dataset: OmitArgPrefixes[DataOptions] = DataOptions()
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
-        """Draws what is left of it, and the figures."""
-        todo = tasks(self.sweep, self.values, _said(self.sampling))
-        figures.figure_class()  # missed before the first point rather than after the last
-        config, pipe = self.asked.config(), self.model.pipeline()
-        scorer = open_scorer(self.scorer, guide=pipe.clip, views=self.views)
-        experiment = sweep.Experiment(
+        """Measure the missing points, and write the figures."""
+        todo = sweep_options.tasks(self.sweep, self.values, self.sampling.chosen())
+        # A missing matplotlib must fail before the first point, not after the last.
+        figures.figure_class()
+        config, pipe = self.dataset.config(), self.model.pipeline()
+        scorer = open_scorer(self.scoring.scorer, guide=pipe.clip, views=self.scoring.views)
+        shared = experiment.Experiment(
             pipe,
             scorer,
             tuple(open_space(name, scorer) for name in self.features),
             config,
-            pictures=self.pictures,
+            images=self.images,
             captions=self.captions,
-            seed=self.asked.seed,
+            seed=self.dataset.seed,
             batch_size=self.model.batch_size,
             neighbour=self.neighbour,
         )
-        found = sweep.run(experiment, todo, self.out)
-        for path in figures.draw(found, self.out):
+        found = experiment.run(shared, todo, self.out)
+        for path in figures.write_figures(found, self.out):
             print(path)
-        print(self.out / sweep.FILE)
+        print(self.out / experiment.FILE)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Measures the noise-prediction loss on splits, with and without captions."""
+    """Measure the noise-prediction loss on splits of the data, with and without captions.
+
+    Images, timesteps and noise are the same each time. It works for models of every variant.
+
+    Attributes:
+        splits: Splits of the data.
+        out: Folder for loss.json. Default: the losses are only printed.
+        images: Images of each split, at least 1, rounded up to whole batches; more images give a
+            more precise loss.
+        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
+            train.py.
+        dtype: Dtype of the network: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
+            recent GPUs, float16 on older GPUs, float32 on CPUs.
+        batch_size: Images at a time, at least 1; more needs more memory.
+    """
 
     splits: Positional[tuple[str, ...]] = ("train", "test_style")
-    """Of the data."""
-    out: Path | None = None
-    """Folder for loss.json."""
-    pictures: int = 256
-    """At least so many from each split, in shuffled passes: whole batches."""
-    weights: str = "emoji64"
-    """A name, a folder of weights, or a run of train.py; of any variant."""
+    out: Annotated[Path | None, HIDDEN] = None
+    images: int = 256
+    weights: str = WEIGHTS
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto chooses by device."""
     batch_size: int = 16
-    """How many to work out at a time."""
-    asked: OmitArgPrefixes[Data] = Data()
+    dataset: OmitArgPrefixes[DataOptions] = DataOptions()
 
     def run(self) -> None:
-        """Measures, and says what was found."""
-        if min(self.pictures, self.batch_size) < 1:
-            raise UsageError("pictures and batch_size must be at least 1")
-        config, model = self.asked.config(), load_model(self.weights)
-        found = held_out.report(
+        """Measure, and print the losses."""
+        if min(self.images, self.batch_size) < 1:
+            raise UsageError("--images and --batch-size must be at least 1")
+        config, model = self.dataset.config(), open_model(self.weights)
+        found = noise_loss.report(
             model,
             config,
             self.splits,
-            pictures=self.pictures,
+            images=self.images,
             batch_size=self.batch_size,
             dtype=self.dtype,
         )
         for split, measured in found.items():
-            print(f"{split}: {measured['pictures']} pictures")
+            print(f"{split}: {measured['images']} images")
             for kind in ("captions", "no captions"):
                 loss, quartiles = measured[kind]["loss"], measured[kind]["quartiles"]
-                parts = " ".join("-" if q is None else f"{q:.4f}" for q in quartiles)
-                print(f"  {kind}: {loss:.4f}; by quarter of the chain: {parts}")
+                values = " ".join("-" if q is None else f"{q:.4f}" for q in quartiles)
+                print(f"  {kind}: {loss:.4f}; by quarter of the timesteps: {values}")
         if self.out is not None:
-            writable(self.out)
+            check_writable(self.out)
             write_json(self.out / "loss.json", {"weights": model.name, "splits": found})
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Draws captions of procedural scenes, and scores exactly what the pictures have right."""
+    """Count which details of procedural scenes generated images show correctly.
+
+    Attributes:
+        weights: Weights trained on procedural scenes: a folder, or a run of train.py.
+        out: Folder for scenes.json and a sheet.
+        split: train, or test: combinations that training never shows.
+        images: Images to generate, at least 1, of scenes 0, 1, ... of the split; more images give
+            more precise rates.
+        seed: Seed of the images, from 0 to 2^32 - 1.
+        batch_size: Images generated at a time; more needs more memory. It changes no image.
+    """
 
     weights: str
-    """Of a model that was trained on them: a folder, or a run of train.py."""
     out: Path = Path("evaluation")
-    """Folder for scenes.json and a sheet."""
     split: str = "test"
-    """train, or test: combinations that training never shows."""
-    pictures: int = 60
-    """How many to draw: scenes 0, 1, ... of the split."""
+    images: int = 60
     seed: int = 0
-    """Of the pictures."""
-    batch_size: int | None = None
-    """How many to draw at a time."""
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    batch_size: Annotated[int | None, HIDDEN] = None
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
-        """Draws, and says what was found."""
-        found = drawn_scenes.report(
-            Weights(self.weights).pipeline(),
+        """Generate, score, and print the rates."""
+        found = scene_report.report(
+            ModelOptions(self.weights).pipeline(),
             self.out,
             split=self.split,
-            pictures=self.pictures,
+            images=self.images,
             seed=self.seed,
             batch_size=self.batch_size,
-            settings=_said(self.sampling),
+            settings=self.sampling.chosen(),
         )
-        for name, share in found["right"].items():
-            print(f"{name}: {share:.3f}")
+        for name, rate in found["right"].items():
+            print(f"{name}: {rate:.3f}")
         print(f"scenes.json and scenes.png in {self.out}")
 
 
-COMMANDS = {
+Command = Nearest | Ranking | Sweep | Loss | Scenes
+
+COMMANDS: dict[str, type[Command]] = {
     "nearest": Nearest,
     "ranking": Ranking,
-    "sweep": Sweeping,
+    "sweep": Sweep,
     "loss": Loss,
     "scenes": Scenes,
 }
 
 
-def _said(sampling: Any) -> dict[str, Any]:
-    """The settings that are not left to the weights."""
-    return {name: value for name, value in vars(sampling).items() if value is not None}
-
-
-def read(arguments: Sequence[str]) -> Any:
-    """The command that a command line asks for; --sweep alone says which."""
-    arguments = list(arguments)
-    asks = any(a == "--sweep" or a.startswith("--sweep=") for a in arguments)
-    if asks and arguments[0] not in COMMANDS:
-        arguments = ["sweep", *arguments]
-    kinds = tuple(Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items())
+def read(arguments: Sequence[str]) -> Command:
+    """Return the command of a command line."""
+    words = list(arguments)
+    if weights := _weights(words):
+        show_defaults_of(weights)
+    kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
     union = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
     return tyro.cli(
         union,
-        prog="python -m glide_jax.evaluation",
-        description=__doc__.splitlines()[0],
-        args=arguments,
+        prog="glide-jax evaluate",
+        description="Measure the images that a model generates.",
+        args=words,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
     )
 
 
-def main() -> None:
-    """The command line."""
-    command = read(sys.argv[1:])
-    with one_line_errors("stopped; the same command goes on with a sweep"):
+def _weights(words: Sequence[str]) -> str:
+    """Return the weights of a command line, whose defaults its help shows; "" if unknown."""
+    for word, following in pairwise((*words, "")):
+        if word == "--weights":
+            return following
+        if word.startswith("--weights="):
+            return word.removeprefix("--weights=")
+    return "" if "scenes" in words[:1] else WEIGHTS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `glide-jax evaluate`, with the arguments of this process by default."""
+    command = read(sys.argv[1:] if arguments is None else arguments)
+    with one_line_errors("stopped; the same command resumes a sweep"):
         enable_compilation_cache()
         command.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""How good the pictures are: measures, and the figures in the documentation."""
+"""Measures of generated images, and the figures in the documentation."""

@@ -1,7 +1,7 @@
-"""What is asked for in an evaluation: cells of concept and style, and captions to choose from.
+"""Records and captions for an evaluation: concept-style pairs, and wrong captions to choose from.
 
-A caption is `"{caption}, {style}"`, one of the forms that the recipe trains with: with the style in
-it, one caption is right of a picture and no other.
+A caption is `"{caption}, {style}"`, one of the forms that the recipe trains with. With the style in
+it, exactly one caption is right for an image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,45 +15,47 @@ from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
 
 HELD_OUT = "test_style"
-# Of them a held-out cell's captions hold at least so many in its own style.
+# The captions for a held-out pair contain at least this many other concepts in the pair's style.
 CONCEPTS_IN_STYLE = 20
 
 
 def prompt_of(record: Mapping[str, Any]) -> str:
-    """`"red heart, Google Noto style"`."""
+    """Return the prompt of a record: `"red heart, Google Noto style"`."""
     return f"{record['caption']}, {record['style']}"
 
 
 def npz_of(config: RunConfig) -> str:
-    """The .npz file of a recipe, whose records have concepts and styles.
+    """Return the .npz file of a recipe; only its records have concepts and styles.
 
     Raises:
-        UsageError: it names other data.
+        UsageError: the recipe names other data.
     """
     if not config.data.source.endswith(".npz"):
         raise UsageError("name the data as an .npz file: --data emoji64.npz")
     return config.data.source
 
 
-def training_cells(config: RunConfig) -> list[dict[str, Any]]:
-    """The records that a recipe trains on.
+def training_pairs(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the records that a recipe trains on, one per concept-style pair.
 
     Raises:
         UsageError, GlideError: see `load_npz`.
     """
-    return _cells(config, config.data.split.split("+"))
+    return _pairs(config, config.data.split.split("+"))
 
 
-def held_out(config: RunConfig) -> list[dict[str, Any]]:
-    """Records of `test_style` among the recipe's concepts and styles: cells not trained on.
+def held_out_pairs(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the records of `test_style` with the recipe's concepts and styles.
+
+    The recipe trains on none of these concept-style pairs.
 
     Raises:
         UsageError: there are none; or see `load_npz`.
     """
-    return _cells(config, [HELD_OUT])
+    return _pairs(config, [HELD_OUT])
 
 
-def _cells(config: RunConfig, splits: Sequence[str]) -> list[dict[str, Any]]:
+def _pairs(config: RunConfig, splits: Sequence[str]) -> list[dict[str, Any]]:
     data = config.data
     source = load_npz(npz_of(config), splits, data.concepts or None, data.styles or None)
     return [source[i] for i in range(len(source))]
@@ -61,11 +63,11 @@ def _cells(config: RunConfig, splits: Sequence[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The concepts and styles of a recipe, from which wrong captions are taken.
+    """The concepts and styles of a recipe, the source of wrong captions.
 
     Attributes:
-        captions: one of each concept.
-        styles: all of them.
+        captions: one caption per concept.
+        styles: all styles.
     """
 
     captions: dict[str, str]
@@ -74,27 +76,27 @@ class Vocabulary:
     def concept_choices(
         self, record: Mapping[str, Any], count: int, rng: np.random.Generator
     ) -> list[str]:
-        """Captions for "which concept?": the record's own first, then other concepts in its style.
+        """Return captions that test the concept: the record's own first, then others in its style.
 
-        Where there are too few concepts, other concepts in other styles fill up.
+        If there are too few concepts, other concepts in other styles follow.
 
         Raises:
-            UsageError: there are not `count` captions.
+            UsageError: there are fewer than `count` captions.
         """
         others, style = self._others(record, rng), record["style"]
         first = [(concept, style) for concept in others]
         return self._captions(record, first, others, count)
 
-    def cell_choices(
+    def pair_choices(
         self, record: Mapping[str, Any], count: int, rng: np.random.Generator
     ) -> list[str]:
-        """Captions for "which concept in which style?", the record's own first.
+        """Return captions that test concept and style: the record's own first.
 
-        Beside it they hold its concept in every other style and 20 other concepts in its style;
-        then those in every other style, and further concepts in all styles.
+        Next come its concept in every other style and 20 other concepts in its style, then these
+        concepts in every other style, then further concepts in all styles.
 
         Raises:
-            UsageError: there are not `count` captions, or they do not hold these.
+            UsageError: there are fewer than `count` captions, or `count` is too small for these.
         """
         others, style = self._others(record, rng), record["style"]
         first = [(record["concept"], other) for other in self.styles if other != style]
@@ -119,13 +121,13 @@ class Vocabulary:
         count: int,
     ) -> list[str]:
         if count < 2:
-            raise UsageError(f"{count} captions leave nothing to choose: ask for two at least")
-        cells = first + [(concept, style) for concept in others for style in self.styles]
+            raise UsageError(f"{count} captions leave nothing to choose: ask for at least two")
+        pairs = first + [(concept, style) for concept in others for style in self.styles]
         found = [
             prompt_of({"caption": self.captions[concept], "style": style})
-            for concept, style in cells
+            for concept, style in pairs
         ]
-        # A concept may have several captions: the right one is what is drawn.
+        # A concept may have several captions: the right one is the prompt of the record.
         found = list(dict.fromkeys([prompt_of(record), *found]))[:count]
         if len(found) < count:
             raise UsageError(
@@ -136,7 +138,7 @@ class Vocabulary:
 
 
 def vocabulary(config: RunConfig) -> Vocabulary:
-    """All concepts and styles of a recipe, whatever the split.
+    """Return all concepts and styles of a recipe, in every split.
 
     Raises:
         UsageError, GlideError: see `read_fields`.
@@ -156,41 +158,41 @@ def vocabulary(config: RunConfig) -> Vocabulary:
 def one_of_each_concept(
     records: Sequence[dict[str, Any]], count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Records of different concepts: concepts drawn at random, then one record of each.
+    """Choose random concepts, and one random record of each.
 
     Raises:
-        UsageError: there are not as many concepts.
+        UsageError: there are fewer than `count` concepts.
     """
     by_concept: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_concept.setdefault(record["concept"], []).append(record)
-    _enough(count, len(by_concept), "concepts")
+    _check_count(count, len(by_concept), "concepts")
     names = list(by_concept)
     chosen = [by_concept[names[i]] for i in rng.choice(len(names), count, replace=False)]
-    return [cells[rng.integers(len(cells))] for cells in chosen]
+    return [same_concept[rng.integers(len(same_concept))] for same_concept in chosen]
 
 
-def some(
+def random_records(
     records: Sequence[dict[str, Any]], count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """So many records drawn at random, each once.
+    """Choose different records at random.
 
     Raises:
-        UsageError: there are not as many.
+        UsageError: there are fewer than `count` records.
     """
-    _enough(count, len(records), "records")
+    _check_count(count, len(records), "records")
     return [records[i] for i in rng.choice(len(records), count, replace=False)]
 
 
 def in_passes(
     records: Sequence[dict[str, Any]], count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """So many records in random order, none a further time before all have been there."""
+    """Return `count` records in random order; none repeats before all have occurred."""
     passes = -(-count // len(records))
     order = np.concatenate([rng.permutation(len(records)) for _ in range(passes)])
     return [records[i] for i in order[:count]]
 
 
-def _enough(count: int, there: int, what: str) -> None:
-    if not 1 <= count <= there:
-        raise UsageError(f"there are {there} {what} to choose from: cannot take {count}")
+def _check_count(count: int, available: int, what: str) -> None:
+    if not 1 <= count <= available:
+        raise UsageError(f"there are {available} {what} to choose from: cannot take {count}")

@@ -1,12 +1,12 @@
-"""Measures a model at many settings: fidelity, diversity, and alignment with the captions.
+"""Sweeps: a model measured at many settings for fidelity, diversity and alignment with captions.
 
-Every point draws the same captions from the same noise. Points are kept in `sweep.json` as they are
-measured, so that the same command goes on after a break; other sweeps of the same weights can be
-added to the same folder, and come into the same figures.
+All points use the same captions and the same noise. Each point is written to `sweep.json` when it
+is measured, so the same command resumes after an interruption. Other sweeps of the same weights can
+use the same folder and appear in the same figures.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,11 @@ from glide_jax.evaluation.captions import (
     in_passes,
     npz_of,
     prompt_of,
-    training_cells,
+    training_pairs,
     vocabulary,
 )
-from glide_jax.evaluation.features import Extractor, Scorer, checksum, similarity
-from glide_jax.evaluation.reports import write_json, write_png
+from glide_jax.evaluation.extractors.extractor import checksum
+from glide_jax.evaluation.features import FeatureSpace, Scorer, similarity
 from glide_jax.evaluation.metrics import (
     frechet_distance,
     inception_score,
@@ -35,9 +35,10 @@ from glide_jax.evaluation.metrics import (
     precision_recall,
     r_precision,
 )
+from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sweep_options import Task
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.images import Images, image_grid, slug, writable
+from glide_jax.pipeline.images import Images, check_writable, image_grid, slug
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import describe
@@ -47,81 +48,84 @@ from glide_jax.weights.registry import Model
 FILE = "sweep.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Experiment:
-    """What all points share.
+    """What all points of a sweep share.
 
     Attributes:
-        pipe, scorer: what draws, and the independent CLIP that judges.
-        spaces: in which distances between sets of pictures are measured.
+        pipe: the model that generates.
+        scorer: the independent CLIP that scores.
+        spaces: the feature spaces for distances between sets of images.
         config: the recipe, with its data.
-        pictures: of each point.
-        captions: among which the right one is ranked.
-        seed: of the choice of captions, and of the pictures.
-        neighbour: which one precision and recall look at.
+        images: number of images of each point.
+        captions: captions to choose from, for each image.
+        seed: selects the captions and seeds the images.
+        batch_size: images generated at a time; see `Pipeline`.
+        neighbour: the k of precision and recall; see `precision_recall`.
     """
 
     pipe: Pipeline
     scorer: Scorer
-    spaces: tuple[Extractor, ...]
+    spaces: tuple[FeatureSpace, ...]
     config: RunConfig
-    pictures: int = 64
+    images: int = 64
     captions: int = 100
     seed: int = 0
     batch_size: int | None = None
     neighbour: int = 3
 
     @cached_property
-    def cells(self) -> list[dict[str, Any]]:
-        """All training cells in random order: the first are drawn, in passes if need be."""
-        records = training_cells(self.config)
+    def pairs(self) -> list[dict[str, Any]]:
+        """All training records in random order, the generated ones first, repeated if need be."""
+        records = training_pairs(self.config)
         rng = np.random.default_rng((self.seed, 0))
-        return in_passes(records, max(self.pictures, len(records)), rng)
+        return in_passes(records, max(self.images, len(records)), rng)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """What is drawn."""
-        return self.cells[: self.pictures]
+        """The record of each generated image."""
+        return self.pairs[: self.images]
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """The real pictures of the cells that are drawn, each once."""
+        """The real images of the generated pairs, each once."""
         return _images({record["index"]: record for record in self.records}.values())
 
     @cached_property
     def choices(self) -> list[list[str]]:
-        """The captions of each picture, the right one first."""
+        """The captions to choose from, for each image, the right one first."""
         words, rng = vocabulary(self.config), np.random.default_rng((self.seed, 1))
         return [words.concept_choices(record, self.captions, rng) for record in self.records]
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """Of the real pictures, in each space."""
+        """The features of the real images, in each space."""
         return {space.name: space(self.reference) for space in self.spaces}
 
     def head(self) -> dict[str, Any]:
-        """What identifies the experiment, as JSON has it.
+        """Return what identifies the experiment, as JSON values.
 
         Raises:
-            UsageError, GlideError: data or captions cannot be had.
+            UsageError, GlideError: the data or the captions cannot be read.
         """
-        if not 1 <= self.neighbour < self.pictures:
+        if not 1 <= self.neighbour < self.images:
             raise UsageError(
-                f"precision and recall look at the neighbour {self.neighbour}: a point needs more "
-                f"pictures than that, not {self.pictures}, and it lies at 1 or above"
+                f"precision and recall use neighbour {self.neighbour}: it must be at least 1 and "
+                f"below the number of images of a point, {self.images}"
             )
-        larger = self.pipe.upsampler
+        upsampler, weak_model = self.pipe.upsampler, self.pipe.weak_model
         return {
             "weights": _identity(self.pipe.model),
-            "upsampler": larger and _identity(larger.model),
+            "upsampler": upsampler and _identity(upsampler.model),
+            "weak_model": weak_model and _identity(weak_model.model),
             "scorer": [self.scorer.clip.name, self.scorer.checksum],
             "views": self.scorer.views,
             "features": [space.name for space in self.spaces],
             "feature_weights": [space.checksum for space in self.spaces],
             "recipe": self.config.name,
             "data": fingerprint(npz_of(self.config)),
-            "pictures": self.pictures,
-            "real_pictures": len(self.reference),
+            "images": self.images,
+            "real_images": len(self.reference),
             "captions": len(self.choices[0]),
             "seed": self.seed,
             "neighbour": self.neighbour,
@@ -129,21 +133,24 @@ class Experiment:
         }
 
     def real(self) -> dict[str, Any]:
-        """The same figures of real pictures: alignment of those that are asked for; and distances
-        to them of as many others, where there are as many."""
+        """Return the same measures for real images.
+
+        Alignment is that of the generated pairs. If the data has as many further pairs, the
+        distances are those of their images to the images of the generated pairs.
+        """
         records = {record["index"]: i for i, record in enumerate(self.records)}
         choices = [self.choices[i] for i in records.values()]
-        found = self._alignment(self.scorer(self.reference), choices)
-        others = self.cells[len(self.reference) : 2 * len(self.reference)]
-        if len(others) == len(self.reference) == self.pictures:
+        found: dict[str, Any] = self._alignment(self.scorer(self.reference), choices)
+        others = self.pairs[len(self.reference) : 2 * len(self.reference)]
+        if len(others) == len(self.reference) == self.images:
             found["distances_of_others"] = self._distances(_images(others))
         return found
 
-    def said(self, task: Task) -> dict[str, Any]:
-        """How a task draws, as JSON has it: its settings, and the CLIP that guides, if one does.
+    def description(self, task: Task) -> dict[str, Any]:
+        """Return how a task generates, as JSON values: its settings, and the guiding CLIP, if any.
 
         Raises:
-            UsageError: it cannot be carried out.
+            UsageError: the settings cannot be used.
         """
         settings = self.pipe.settings.changed(**task.settings)
         guide = self.pipe.clip if settings.clip_scale else None
@@ -159,20 +166,20 @@ class Experiment:
         )
 
     def point(self, task: Task) -> tuple[dict[str, Any], Images]:
-        """Draws and measures.
+        """Generate the images of a task and measure them.
 
         Raises:
-            UsageError: the settings cannot be carried out.
+            UsageError: the settings cannot be used.
         """
         prompts = [prompt_of(record) for record in self.records]
-        drawn = self.pipe(prompts, seed=self.seed, batch_size=self.batch_size, **task.settings)
+        generated = self.pipe(prompts, seed=self.seed, batch_size=self.batch_size, **task.settings)
         return {
             "sweep": task.sweep,
             "value": task.value,
-            **self.said(task),
-            **self._alignment(self.scorer(drawn.images), self.choices),
-            "distances": self._distances(drawn.images),
-        }, drawn
+            **self.description(task),
+            **self._alignment(self.scorer(generated.images), self.choices),
+            "distances": self._distances(generated.images),
+        }, generated
 
     def _alignment(self, features: np.ndarray, choices: list[list[str]]) -> dict[str, float]:
         table = similarity(self.scorer, features, choices)
@@ -185,15 +192,12 @@ class Experiment:
     def _distances(self, images: np.ndarray) -> dict[str, dict[str, float]]:
         found = {}
         for space in self.spaces:
-            real, classes = self.features[space.name], None
-            if getattr(space, "classes", None):
-                drawn, classes = space.both(images)
-            else:
-                drawn = space(images)
-            precision, recall = precision_recall(real, drawn, self.neighbour)
+            real = self.features[space.name]
+            generated, classes = space.both(images)
+            precision, recall = precision_recall(real, generated, self.neighbour)
             found[space.name] = {
-                "frechet_distance": frechet_distance(real, drawn),
-                "kernel_distance": kernel_distance(real, drawn),
+                "frechet_distance": frechet_distance(real, generated),
+                "kernel_distance": kernel_distance(real, generated),
                 "precision": precision,
                 "recall": recall,
             }
@@ -203,18 +207,18 @@ class Experiment:
 
 
 def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, Any]:
-    """Measures what `out` does not hold yet, writing after each point.
+    """Measure the points that `out` does not hold yet; each is written when it is measured.
 
-    Beside `sweep.json` each point leaves a sheet of its pictures in `out/pictures`.
+    Besides `sweep.json`, each point leaves a sheet of its images in `out/images`.
 
     Returns:
-        The contents of the file.
+        The contents of `sweep.json`.
 
     Raises:
-        UsageError: the folder holds another experiment, or a setting cannot be carried out.
-        GlideError: the folder cannot be written, or its file not be read.
+        UsageError: the folder holds another experiment, or a setting cannot be used.
+        GlideError: the folder cannot be written, or its file cannot be read.
     """
-    writable(out / "pictures")
+    check_writable(out / "images")
     head = experiment.head()
     found = read(out)
     if found is None:
@@ -223,22 +227,22 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
         what = wrong[0].replace("_", " ")
         raise UsageError(f"{out} holds a sweep with other {what}: choose another --out")
     measured = {_key(point): point for point in found["points"]}
-    # What cannot be carried out is better said before the first point than after an hour.
-    keys = [_key({"sweep": task.sweep} | experiment.said(task)) for task in todo]
+    # An impossible setting must fail before the first point, not after an hour.
+    keys = [_key({"sweep": task.sweep} | experiment.description(task)) for task in todo]
     left = {key: task for task, key in zip(todo, keys, strict=True) if key not in measured}
-    drawn_before = {drawing: point for (_, drawing), point in measured.items()}
+    by_settings = {settings: point for (_, settings), point in measured.items()}
     with tqdm.tqdm(left.items(), unit="point", desc="sweep", disable=not left) as bar:
-        for (_, drawing), task in bar:
+        for (_, settings), task in bar:
             bar.set_postfix_str(f"{task.sweep} {task.value}")
-            if drawing in drawn_before:
+            if settings in by_settings:
                 # Sweeps cross: the default settings are a point of each.
-                point = drawn_before[drawing] | {"sweep": task.sweep, "value": task.value}
+                point = by_settings[settings] | {"sweep": task.sweep, "value": task.value}
             else:
-                point, drawn = experiment.point(task)
-                drawn_before[drawing] = point
+                point, generated = experiment.point(task)
+                by_settings[settings] = point
                 name = slug(f"{task.sweep} {task.value} {point['settings']['sampler']}")
-                name += f"-{point['settings']['steps']}-{digest([drawing])[:6]}.png"
-                write_png(out / "pictures" / name, Image.fromarray(image_grid(drawn.images)))
+                name += f"-{point['settings']['steps']}-{digest([settings])[:6]}.png"
+                write_png(out / "images" / name, Image.fromarray(image_grid(generated.images)))
             found["points"].append(point)
             write_json(out / FILE, found)
     write_json(out / FILE, found)
@@ -246,10 +250,10 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
 
 
 def read(out: Path) -> dict[str, Any] | None:
-    """What a folder's `sweep.json` holds; None where there is none.
+    """Return the contents of a folder's `sweep.json`; None if there is no such file.
 
     Raises:
-        GlideError: it cannot be read.
+        GlideError: the file cannot be read.
     """
     path = out / FILE
     if not path.exists():
@@ -257,19 +261,19 @@ def read(out: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["points"], list) or not isinstance(found["experiment"], dict):
-            raise ValueError("it is no sweep")
+            raise ValueError("it does not hold a sweep")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GlideError(f"cannot read {path}: {error}") from None
     return found
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """Return a value as JSON would read it back."""
     return json.loads(json.dumps(value))
 
 
 def _key(point: dict[str, Any]) -> tuple[str, str]:
-    """Of a point: what is swept, and how it draws."""
+    """Return what identifies a point: its sweep, and its settings and guiding CLIP as JSON."""
     return point["sweep"], json.dumps([point["settings"], point["clip"]], sort_keys=True)
 
 
@@ -277,5 +281,5 @@ def _identity(weights: Model | CLIP) -> list[str]:
     return [weights.name, checksum(weights.params)]
 
 
-def _images(records: Any) -> np.ndarray:
+def _images(records: Iterable[dict[str, Any]]) -> np.ndarray:
     return np.stack([record["image"] for record in records])

@@ -1,19 +1,20 @@
-"""From pictures to vectors: the independent CLIP that ships, or an extractor from local files."""
+"""From images to feature vectors, by an independent CLIP or by a network from a local file."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from glide_jax.pipeline.batching import batches
 from glide_jax.errors import UsageError
+from glide_jax.evaluation.extractors import Extractor, open_extractor
+from glide_jax.evaluation.extractors.extractor import checksum
 from glide_jax.models.clip import NoisedCLIP
+from glide_jax.pipeline.batching import batches
 from glide_jax.pipeline.clip_guide import CLIP, load_clip
 from glide_jax.pipeline.images import from_uint8
 
@@ -22,31 +23,13 @@ BATCH = 64
 SCORER = "scorer"
 
 
-class Extractor(Protocol):
-    """A feature space, as `glide_jax.evaluation.extractors` has them.
-
-    One that classifies has `classes`, how many, and `both(images)`: features, and probabilities
-    `(N, classes)`.
-
-    Attributes:
-        name: what the features are, for every table and figure.
-        checksum: of its weights.
-    """
-
-    name: str
-    checksum: str
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """`(N, H, W, 3)` uint8 -> `(N, D)` float32."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scorer:
-    """A CLIP as a judge of clean pictures: its image features, and how well captions fit.
+    """A CLIP that scores clean images: image features, and how well captions fit.
 
     Attributes:
-        clip: one that has not guided what it judges.
-        views: of each picture, whose embeddings are averaged: 10, see `ten_views`, or 1.
+        clip: a CLIP that has not guided the images that it scores.
+        views: views of each image whose embeddings are averaged: 10 (see `ten_views`) or 1.
     """
 
     clip: CLIP
@@ -54,55 +37,72 @@ class Scorer:
 
     @property
     def name(self) -> str:
-        """Of the feature space."""
+        """The name of the feature space."""
         return f"{self.clip.name} image embeddings"
 
     @cached_property
     def checksum(self) -> str:
-        """Of its weights."""
+        """The checksum of the weights."""
         return checksum(self.clip.params)
 
     @cached_property
     def scale(self) -> float:
-        """From cosine to logit, the s of GLIDE's CLIP score."""
+        """The factor from cosine to logit, the s of GLIDE's CLIP score."""
         network = self.clip.network
         variables = {"params": network.params}
         return float(network.fn.model.apply(variables, method=NoisedCLIP.scale))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings of length 1, `(N, H, W, 3)` uint8 -> `(N, D)` float32, at noise level 0."""
+        """Return image embeddings of length 1 at noise level 0.
+
+        Args:
+            images: `(N, H, W, 3)` uint8.
+
+        Returns:
+            `(N, D)` float32.
+        """
         size, network = self.clip.config.image_size, self.clip.network
         total = np.float32(0)
         for view in ten_views(images) if self.views > 1 else (images,):
             view = fit(view, size)
-            parts = [
+            encoded = [
                 np.asarray(_encode_image(network.fn.model, network.params, from_uint8(view[index])))
                 for index in batches(len(view), BATCH)
             ]
-            total = total + np.concatenate(parts)[: len(view)]
+            total = total + np.concatenate(encoded)[: len(view)]
         return total / np.linalg.norm(total, axis=1, keepdims=True)
 
+    def both(self, images: np.ndarray) -> tuple[np.ndarray, None]:
+        """Return the features, and None: a CLIP has no classes; see `Extractor.both`."""
+        return self(images), None
+
     def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeddings of captions, `(M, D)` float32, of length 1."""
-        parts = [
-            np.asarray(self.clip.encode_text([captions[i] for i in index]))
+        """Return the embeddings of captions, `(M, D)` float32, of length 1."""
+        encoded = [
+            np.asarray(self.clip.encode_text([captions[int(i)] for i in index]))
             for index in batches(len(captions), BATCH)
         ]
-        return np.concatenate(parts)[: len(captions)]
+        return np.concatenate(encoded)[: len(captions)]
+
+
+# A function from images to features, with a name for tables and figures.
+FeatureSpace = Scorer | Extractor
 
 
 @partial(jax.jit, static_argnums=0)
 def _encode_image(model: NoisedCLIP, params: Any, x: jax.Array) -> jax.Array:
     t = jax.numpy.zeros(len(x), jax.numpy.int32) if model.config.n_timestep else None
-    return model.apply({"params": params}, x, t, method=NoisedCLIP.encode_image)
+    features = model.apply({"params": params}, x, t, method=NoisedCLIP.encode_image)
+    assert isinstance(features, jax.Array)
+    return features
 
 
 def ten_views(images: np.ndarray) -> Iterator[np.ndarray]:
-    """Corners and middle of pictures, 7/8 of the side, and each mirrored.
+    """Yield ten crops: the corners and the centre at 7/8 of the side, and their mirror images.
 
-    What a network finds in a picture depends on how it lies; the mean over these views does less
-    (Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks",
-    sec. 4.1, whose 224 of 256 pixels are these 7/8).
+    The features of an image depend on how it is cropped and mirrored; their mean over these views
+    depends on it less (Krizhevsky et al. 2012, "ImageNet classification with deep convolutional
+    neural networks", sec. 4.1: 224 of 256 pixels are the same 7/8).
 
     Args:
         images: `(N, S, S, 3)`.
@@ -116,7 +116,7 @@ def ten_views(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def fit(images: np.ndarray, size: int) -> np.ndarray:
-    """Images of that side: reduced by averaging areas, enlarged bicubically."""
+    """Resize square images to a side: reduced by area averaging, enlarged bicubically."""
     side = images.shape[1]
     if side == size:
         return images
@@ -127,56 +127,50 @@ def fit(images: np.ndarray, size: int) -> np.ndarray:
 def similarity(
     scorer: Scorer, features: np.ndarray, choices: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """How well each picture's own choice of captions fits it.
+    """Return the cosine similarity of each image with each of its own captions.
 
     Args:
         features: `(N, D)`, of the scorer.
-        choices: of each picture, all of one length.
+        choices: the captions of each image, the same number for all.
 
     Returns:
         Cosines `(N, M)`.
     """
     distinct = list(dict.fromkeys(caption for row in choices for caption in row))
-    place = {caption: i for i, caption in enumerate(distinct)}
-    index = np.array([[place[caption] for caption in row] for row in choices])
+    column = {caption: i for i, caption in enumerate(distinct)}
+    index = np.array([[column[caption] for caption in row] for row in choices])
     return np.take_along_axis(features @ scorer.texts(distinct).T, index, axis=1)
 
 
-def checksum(params: Any) -> str:
-    """Of a tree of arrays."""
-    value = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return f"{value:08x}"
-
-
 def open_scorer(
-    name: str | Path, *, guide: CLIP | None = None, views: int = Scorer.views, **where: Any
+    name: str | Path,
+    *,
+    guide: CLIP | None = None,
+    views: int = 10,
+    dtype: str = "auto",
+    devices: int | str = 1,
 ) -> Scorer:
-    """The independent CLIP.
+    """Load the scorer: a CLIP other than the one that guides.
 
     Args:
-        guide: the CLIP that guides, which must be another one.
-        views: of each picture; see `Scorer`.
+        name: a name, a folder of weights, or a run of `train.py`; see `load_clip`.
+        guide: the CLIP that guides, if any.
+        views: views of each image; see `Scorer`.
+        dtype, devices: see `load_clip`.
 
     Raises:
-        UsageError: they are the same; or see `load_clip`.
+        UsageError: the scorer is the CLIP that guides; or see `load_clip`.
     """
-    scorer = Scorer(load_clip(name, **where), views)
+    scorer = Scorer(load_clip(name, dtype=dtype, devices=devices), views)
     if guide is not None and scorer.checksum == checksum(guide.params):
         raise UsageError(f"{name} cannot score: it is the CLIP that guides")
     return scorer
 
 
-def open_space(name: str, scorer: Scorer) -> Extractor:
-    """A feature space: "scorer", the independent CLIP's, or an extractor's by name or path.
+def open_space(name: str, scorer: Scorer) -> FeatureSpace:
+    """Open a feature space: "scorer" for the embeddings of the scorer, else a weight file.
 
     Raises:
-        UsageError, GlideError: see `glide_jax.evaluation.extractors.open_extractor`.
+        GlideError: see `glide_jax.evaluation.extractors.open_extractor`.
     """
-    if name == SCORER:
-        return scorer
-    from glide_jax.evaluation.extractors import open_extractor
-
-    return open_extractor(name)
+    return scorer if name == SCORER else open_extractor(name)

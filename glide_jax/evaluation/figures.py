@@ -1,4 +1,4 @@
-"""The figures of a sweep: the paper's trade-offs, and one setting against every measure."""
+"""The figures of sweeps: the paper's trade-offs, and one setting against every measure."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.sweep_options import SWEEPS, TRADE_OFF
 
 Point = dict[str, Any]
-# What is plotted, by the name of its axis; of distances, those of a feature space.
+# The measures and their axis labels; distances belong to a feature space.
 AXES = {
     "clip_score": "CLIP score (independent CLIP)",
     "r_precision": "R-precision (independent CLIP)",
@@ -37,15 +37,15 @@ MATCHED = ("precision", "frechet_distance", "clip_score", "r_precision")
 
 
 def measure(point: Point, name: str, space: str) -> float:
-    """A figure of a point, in a feature space if it is a distance."""
+    """Return a measure of a point; distances are those in a feature space."""
     return point[name] if name in ALIGNMENT else point["distances"][space][name]
 
 
 def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[str, list[Point]]:
-    """Points in order, a curve for each sweep and whatever other settings it was made at.
+    """Group points into curves: one for each sweep and each set of its other settings.
 
-    The name of a curve says what is swept, by which sampler in how many steps, and of what else
-    such curves differ in.
+    The name of a curve contains the swept setting, the sampler and the steps, and any other setting
+    in which curves of the same name differ. The points of a curve are in order.
     """
     groups: dict[str, list[Point]] = {}
     for point in points:
@@ -67,14 +67,14 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
 
 
 def _others(point: Point) -> dict[str, Any]:
-    """What of a point is not swept: its settings, and the CLIP that guides, if one does."""
+    """Return the settings of a point that are not swept, and the guiding CLIP, if any."""
     swept = SWEEPS[point["sweep"]].setting
     settings = {name: value for name, value in point["settings"].items() if name != swept}
     return settings | {GUIDE: " ".join(point["clip"] or ())}
 
 
 def _share_unguided(groups: dict[str, list[Point]]) -> None:
-    """Gives the points of CLIP scale 0, which no CLIP guides, to the curve of every CLIP."""
+    """Add the points of CLIP scale 0, which no CLIP guides, to the curve of every CLIP."""
     for key, unguided in list(groups.items()):
         sweep, others = json.loads(key)
         if SWEEPS[sweep].setting != "clip_scale" or others[GUIDE]:
@@ -98,19 +98,20 @@ def _order(point: Point) -> float:
 
 def _label(point: Point) -> str:
     sweep, settings = SWEEPS[point["sweep"]], point["settings"]
-    said = {"sampler": settings["sampler"], "steps": f"{settings['steps']} steps"}
-    said = [text for name, text in said.items() if name != sweep.setting]
+    texts = {"sampler": settings["sampler"], "steps": f"{settings['steps']} steps"}
+    shown = [text for name, text in texts.items() if name != sweep.setting]
     if point["sweep"] not in TRADE_OFF:
-        said.append(f"guidance {settings['guidance_scale']:g}")
-    return f"{sweep.label or point['sweep']}, {', '.join(said)}"
+        shown.append(f"guidance {settings['guidance_scale']:g}")
+    return f"{sweep.label or point['sweep']}, {', '.join(shown)}"
 
 
 def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
-    """Classifier-free against CLIP guidance at equal recall: the paper's comparison.
+    """Compare classifier-free with CLIP guidance at equal recall, as the paper does.
 
-    For every point of a CLIP guidance curve, each place of a classifier-free curve that has the
-    same recall: the scale there and the figures, by linear interpolation between neighbouring
-    scales. Recall can rise and fall with the scale: there may be several such places, or none.
+    For each point of CLIP guidance, and each position on a classifier-free curve with the same
+    recall, it returns scale and measures of both. Those on the curve are interpolated linearly
+    between neighbouring scales. Recall can rise and fall with the scale: there may be several such
+    positions, or none.
     """
     by_sweep = {name: curves(points, (name,)) for name in TRADE_OFF}
     found = []
@@ -119,18 +120,18 @@ def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
         for clip_name, guided in by_sweep["clip-scale"].items():
             for point in guided:
                 at = measure(point, "recall", space)
-                for place in _places_of([measure(p, "recall", space) for p in free], at):
-                    theirs = {"curve": free_name, "scale": _between(scales, place)}
-                    ours = {"curve": clip_name, "scale": float(point["value"])}
+                for position in _crossings([measure(p, "recall", space) for p in free], at):
+                    cfg = {"curve": free_name, "scale": _between(scales, position)}
+                    clip = {"curve": clip_name, "scale": float(point["value"])}
                     for name in MATCHED:
-                        theirs[name] = _between([measure(p, name, space) for p in free], place)
-                        ours[name] = measure(point, name, space)
-                    found.append({"recall": at, "classifier-free": theirs, "clip": ours})
+                        cfg[name] = _between([measure(p, name, space) for p in free], position)
+                        clip[name] = measure(point, name, space)
+                    found.append({"recall": at, "classifier-free": cfg, "clip": clip})
     return found
 
 
-def _places_of(values: Sequence[float], wanted: float) -> list[float]:
-    """Where a line through values at 0, 1, ... has the value wanted."""
+def _crossings(values: Sequence[float], wanted: float) -> list[float]:
+    """Return the positions at which a line through values at 0, 1, ... has the value wanted."""
     found = [float(i) for i, value in enumerate(values) if value == wanted]
     for i, (a, b) in enumerate(itertools.pairwise(values)):
         if (a - wanted) * (b - wanted) < 0:
@@ -138,14 +139,14 @@ def _places_of(values: Sequence[float], wanted: float) -> list[float]:
     return sorted(found)
 
 
-def _between(values: Sequence[float], place: float) -> float:
-    return float(np.interp(place, range(len(values)), values))
+def _between(values: Sequence[float], position: float) -> float:
+    return float(np.interp(position, range(len(values)), values))
 
 
-def draw(found: dict[str, Any], out: Path) -> list[Path]:
-    """Writes `trade_off.png`, and `NAME.png` of every sweep, to `out`.
+def write_figures(found: dict[str, Any], out: Path) -> list[Path]:
+    """Write `trade_off.png`, and one figure for each sweep, to `out`.
 
-    Beside them, where both guidances were swept, `trade_off.json`: `matched` of each space.
+    If both kinds of guidance were swept, `trade_off.json` holds `matched` for each feature space.
 
     Args:
         found: the contents of `sweep.json`.
@@ -154,7 +155,7 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
         The files.
 
     Raises:
-        UsageError: matplotlib is not there.
+        UsageError: matplotlib is not installed.
         GlideError: a file cannot be written.
     """
     spaces, points = found["experiment"]["features"], found["points"]
@@ -172,13 +173,13 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
 
 
 def figure_class() -> Any:
-    """Matplotlib's figure.
+    """Return matplotlib's class `Figure`.
 
     Raises:
-        UsageError: matplotlib is not there.
+        UsageError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError("the figures need matplotlib: pip install '.[eval]'") from None
     return Figure
@@ -193,8 +194,8 @@ def _figure(rows: int, columns: int, title: str) -> Any:
 def _title(found: dict[str, Any]) -> str:
     e = found["experiment"]
     return (
-        f"{e['weights'][0]}: {e['pictures']} pictures a point, seed {e['seed']}; "
-        f"judged by {e['scorer'][0]} among {e['captions']} captions"
+        f"{e['weights'][0]}: {e['images']} images a point, seed {e['seed']}; "
+        f"scored by {e['scorer'][0]} among {e['captions']} captions"
     )
 
 
@@ -208,11 +209,11 @@ def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
                 x, y = ([measure(p, n, space) for p in curve] for n in (across, up))
                 (lines[name],) = axes.plot(x, y, "o-", color=f"C{i}", markersize=4, linewidth=1.2)
                 for point, *at in zip(curve, x, y, strict=True):
-                    where = {"xytext": (3, 3), "textcoords": "offset points"}
-                    axes.annotate(point["value"], at, **where, fontsize=7, color=f"C{i}")
+                    offset = {"xytext": (3, 3), "textcoords": "offset points"}
+                    axes.annotate(point["value"], at, **offset, fontsize=7, color=f"C{i}")
             if across in ALIGNMENT:
                 line = axes.axvline(found["real"][across], color="grey", linestyle=":")
-                lines["real pictures"] = line
+                lines["real images"] = line
             if up in ALIGNMENT:
                 axes.axhline(found["real"][up], color="grey", linestyle=":")
             axes.set(xlabel=AXES[across], ylabel=AXES[up])
@@ -225,8 +226,8 @@ def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
 def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
     panels = [(name, spaces[0]) for name in ALIGNMENT]
     for space in spaces:
-        here = found["points"][0]["distances"][space]
-        panels += [(name, space) for name in AXES if name in here and name != "kernel_distance"]
+        known = found["points"][0]["distances"][space]
+        panels += [(name, space) for name in AXES if name in known and name != "kernel_distance"]
     columns = 3
     rows = -(-len(panels) // columns)
     figure = _figure(rows, columns, _title(found))
@@ -235,16 +236,16 @@ def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> An
     for (name, space), axes in zip(panels, grid, strict=False):
         for i, (label, curve) in enumerate(curves(found["points"], (sweep,)).items()):
             y = [measure(point, name, space) for point in curve]
-            x = _places(curve)
+            x = _positions(curve)
             style = "o-" if sweep in NUMBERS else "o"
             (lines[label],) = axes.plot(x, y, style, color=f"C{i}", markersize=4, linewidth=1.2)
         if name in ALIGNMENT:
             axes.axhline(found["real"][name], color="grey", linestyle=":")
         if sweep not in NUMBERS:
             axes.tick_params(axis="x", rotation=90)
-        where = "" if name in ALIGNMENT else f"\n{space}"
-        axes.set_title(f"{AXES[name]}{where}", fontsize=8)
-        axes.set_xlabel("evaluations a picture" if sweep == "steps" else sweep)
+        suffix = "" if name in ALIGNMENT else f"\n{space}"
+        axes.set_title(f"{AXES[name]}{suffix}", fontsize=8)
+        axes.set_xlabel("network evaluations per image" if sweep == "steps" else sweep)
         axes.grid(alpha=0.3)
     for axes in list(grid):
         axes.remove()
@@ -252,8 +253,8 @@ def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> An
     return figure
 
 
-def _places(curve: Sequence[Point]) -> list[float] | list[str]:
-    """Where points stand on the x axis."""
+def _positions(curve: Sequence[Point]) -> list[float] | list[str]:
+    """Return the positions of points on the x axis."""
     if curve[0]["sweep"] in NUMBERS:
         return [_order(point) for point in curve]
     return [f"{point['value']} ({point['evaluations']})" for point in curve]

@@ -1,4 +1,4 @@
-"""Do pictures show what they were asked for? The nearest training picture tells."""
+"""The nearest training image of each generated image: a test of memorisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,23 +8,28 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from glide_jax.evaluation.captions import held_out, prompt_of, some, training_cells
+from glide_jax.evaluation.captions import (
+    held_out_pairs,
+    prompt_of,
+    random_records,
+    training_pairs,
+)
 from glide_jax.evaluation.features import fit
 from glide_jax.evaluation.reports import write_json
-from glide_jax.pipeline.images import writable
+from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture, what was asked for, and the training picture nearest to it.
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A generated image and the training image nearest to it.
 
     Attributes:
-        prompt, concept, style: what was asked for.
-        image: `(H, W, 3)` uint8.
-        nearest: the training picture at the smallest distance, with its concept and style.
-        distance: root mean square of the difference in pixel values, 0 to 255.
+        prompt, concept, style: of the generated image.
+        image: the generated image, `(H, W, 3)` uint8.
+        nearest: the record of the nearest training image, with its concept and style.
+        distance: root mean square difference of pixel values, from 0 to 255.
     """
 
     prompt: str
@@ -36,35 +41,35 @@ class Drawn:
 
     @property
     def right(self) -> bool:
-        """Whether the nearest training picture shows the concept asked for."""
+        """Whether the nearest training image has the concept of the prompt."""
         return self.nearest["concept"] == self.concept
 
 
 def distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Root mean squared difference of `(N, ...)` and `(M, ...)` uint8 pictures: `(N, M)`."""
+    """Return root mean square differences of uint8 images: `(N, ...)`, `(M, ...)` -> `(N, M)`."""
     a = images.reshape(len(images), -1).astype(np.float64)
     b = references.reshape(len(references), -1).astype(np.float64)
     squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     return np.sqrt(np.maximum(squared, 0) / a.shape[1])
 
 
-def draw_and_compare(
+def generate_and_match(
     pipe: Pipeline,
-    asked: Sequence[dict[str, str]],
-    train: Sequence[dict],
+    records: Sequence[dict[str, Any]],
+    train: Sequence[dict[str, Any]],
     seed: int,
     batch_size: int | None = None,
-) -> list[Drawn]:
-    """Draws one picture of each record's caption in its style, and finds the nearest in `train`.
+) -> list[Match]:
+    """Generate one image for each record's prompt, and find the nearest image in `train`.
 
-    Images of another size than those in `train` are compared at theirs.
+    Generated images of another size are compared at the size of those in `train`.
     """
-    prompts = [prompt_of(record) for record in asked]
-    pictures = pipe(prompts, seed=seed, batch_size=batch_size)
+    prompts = [prompt_of(record) for record in records]
+    generated = pipe(prompts, seed=seed, batch_size=batch_size)
     references = np.stack([record["image"] for record in train])
-    table = distances(fit(pictures.images, references.shape[1]), references)
+    table = distances(fit(generated.images, references.shape[1]), references)
     return [
-        Drawn(
+        Match(
             prompt,
             record["concept"],
             record["style"],
@@ -72,7 +77,9 @@ def draw_and_compare(
             train[int(row.argmin())],
             float(row.min()),
         )
-        for prompt, record, image, row in zip(prompts, asked, pictures.images, table, strict=True)
+        for prompt, record, image, row in zip(
+            prompts, records, generated.images, table, strict=True
+        )
     ]
 
 
@@ -85,56 +92,60 @@ def report(
     captions: int = 10,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Draws captions of the training set and held-out style x concept pairs, as they come.
+    """Generate random training captions and up to five held-out pairs; find the nearest images.
 
-    Writes `training_captions.png`, `held_out_pairs.png` (each picture above the training
-    picture nearest to it) and `nearest.json` to `out`.
+    Writes `training_captions.png` and `held_out_pairs.png` (each generated image above its nearest
+    training image, unselected) and `nearest.json` to `out`.
+
+    Args:
+        seed: selects the captions and seeds the images.
+        captions: number of training captions.
 
     Raises:
-        UsageError: the data are no .npz file, have no styles to hold out, or fewer captions.
+        UsageError: the data is not an .npz file, has no held-out pairs, or has fewer captions.
     """
-    writable(out)
-    train = training_cells(config)
+    check_writable(out)
+    train = training_pairs(config)
     rng = np.random.default_rng(seed)
-    learned = some(train, captions, rng)
-    cells = held_out(config)
-    cells = some(cells, min(5, len(cells)), rng)
+    trained_on = random_records(train, captions, rng)
+    held_out = held_out_pairs(config)
+    held_out = random_records(held_out, min(5, len(held_out)), rng)
 
-    found = {"seed": seed, "weights": pipe.model.name}
-    for name, asked in (("training_captions", learned), ("held_out_pairs", cells)):
-        drawn = draw_and_compare(pipe, asked, train, seed, batch_size)
-        sheet(drawn).save(out / f"{name}.png")
+    found: dict[str, Any] = {"seed": seed, "weights": pipe.model.name}
+    for name, records in (("training_captions", trained_on), ("held_out_pairs", held_out)):
+        matches = generate_and_match(pipe, records, train, seed, batch_size)
+        sheet(matches).save(out / f"{name}.png")
         found[name] = {
-            "right": sum(d.right for d in drawn),
-            "of": len(drawn),
-            "pictures": [
+            "right": sum(match.right for match in matches),
+            "of": len(matches),
+            "images": [
                 {
-                    "prompt": d.prompt,
-                    "nearest": f"{d.nearest['concept']}, {d.nearest['style']}",
-                    "distance": round(d.distance, 1),
+                    "prompt": match.prompt,
+                    "nearest": f"{match.nearest['concept']}, {match.nearest['style']}",
+                    "distance": round(match.distance, 1),
                 }
-                for d in drawn
+                for match in matches
             ],
         }
     write_json(out / "nearest.json", found)
     return found
 
 
-def sheet(drawn: Sequence[Drawn], scale: int = 2, columns: int = 5) -> Image.Image:
-    """Each picture, its prompt, and smaller below it the nearest training picture."""
-    side = len(drawn[0].image) * scale
+def sheet(matches: Sequence[Match], scale: int = 2, columns: int = 5) -> Image.Image:
+    """Return a sheet: each image, its prompt, and below it the nearest training image, smaller."""
+    side = len(matches[0].image) * scale
     width, height = side + 12, side + side // 2 + 44
-    rows = -(-len(drawn) // columns)
+    rows = -(-len(matches) // columns)
     canvas = Image.new("RGB", (columns * width, rows * height), "white")
     pen = ImageDraw.Draw(canvas)
-    for i, d in enumerate(drawn):
+    for i, match in enumerate(matches):
         x, y = i % columns * width + 6, i // columns * height + 4
         canvas.paste(
-            Image.fromarray(d.image).resize((side, side), Image.Resampling.NEAREST), (x, y)
+            Image.fromarray(match.image).resize((side, side), Image.Resampling.NEAREST), (x, y)
         )
-        pen.text((x, y + side + 2), d.concept, fill="black")
-        pen.text((x, y + side + 14), d.style, fill="gray")
-        small = Image.fromarray(d.nearest["image"]).resize((side // 2, side // 2))
+        pen.text((x, y + side + 2), match.concept, fill="black")
+        pen.text((x, y + side + 14), match.style, fill="gray")
+        small = Image.fromarray(match.nearest["image"]).resize((side // 2, side // 2))
         canvas.paste(small, (x, y + side + 30))
         pen.text((x + side // 2 + 4, y + side + 30), "nearest in\ntraining", fill="gray")
     return canvas

@@ -1,7 +1,7 @@
-"""The noise-prediction loss of weights on splits: the same pictures, timesteps and noise each time.
+"""The noise-prediction loss of weights on splits, with fixed images, timesteps and noise.
 
-Of a network that predicts v it is the error of the noise that its output means, so that models
-compare: `E |eps_theta(x_t, t, c) - eps|^2`, timesteps drawn evenly  (DDPM, 2006.11239, eq. 14).
+`E |eps_theta(x_t, t, c) - eps|^2`, timesteps sampled uniformly  (DDPM, 2006.11239, eq. 14). For a
+network that predicts v it is the error of the noise that its output implies: models compare.
 """
 
 from collections.abc import Sequence
@@ -12,40 +12,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.losses import Tables, at, make_tables
 from glide_jax.diffusion.schedule import make_schedule, to_eps
 from glide_jax.models.unet import GLIDE, init_params
-from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.objectives import QUARTILES, Objective, denoising_loss
 from glide_jax.training.validation import Validation
 from glide_jax.weights.registry import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoisePredictor:
-    """A GLIDE model as one whose output is the noise, without a variance.
+    """A GLIDE model as a network whose output is the noise, without a variance.
 
-    Its parameters are `{"model": ..., "captions": whether it is given them}`: with captions and
-    without is one compiled program.
+    Its parameters are `{"model": ..., "captions": bool}`. If `captions` is False, the network gets
+    empty captions: one compiled program serves both.
     """
 
     model: GLIDE
     tables: Tables
     prediction: str
 
-    def apply(self, variables: Any, *inputs: Any, method: Any = None, **given: Any) -> Any:
-        """As `GLIDE.apply`."""
+    def apply(self, variables: Any, *inputs: Any, method: Any = None, **options: Any) -> Any:
+        """Do what `GLIDE.apply` does."""
         params = variables["params"]
         variables = {"params": params["model"]}
         if method is not None:
             tokens, mask = inputs
             mask = mask & params["captions"]
-            return self.model.apply(variables, tokens, mask, method=method, **given)
+            return self.model.apply(variables, tokens, mask, method=method, **options)
         x_t, t, _ = inputs
-        output = self.model.apply(variables, *inputs, **given)[..., : x_t.shape[-1]]
+        output = self.model.apply(variables, *inputs, **options)
+        assert isinstance(output, jax.Array)
         alpha, sigma = at(self.tables.alpha, t), at(self.tables.sigma, t)
-        return to_eps(self.prediction, output, x_t, alpha, sigma)
+        return to_eps(self.prediction, output[..., : x_t.shape[-1]], x_t, alpha, sigma)
 
 
 def noise_loss(
@@ -53,29 +54,31 @@ def noise_loss(
     config: TrainConfig,
     split: str,
     *,
-    pictures: int = 256,
+    images: int = 256,
     batch_size: int = 16,
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """The loss of weights on a split, with the captions and without, also by quarter of the chain.
+    """Return the loss on a split with and without captions, also by quarter of the timesteps.
 
     Args:
-        config: the recipe, for data and captions; the rest is as the weights have it, at
-            the size at which they draw.
-        pictures: at least so many are drawn from the split, in shuffled passes, each with a
-            timestep: whole batches, which a small split makes smaller.
+        config: the recipe, for data and captions. Sizes and schedule are those of the weights, and
+            images have the size at which the weights generate.
+        images: at least this many are read from the split, in shuffled passes, each with one
+            timestep. Only whole batches are measured; a small split makes batches smaller.
+        batch_size: images at a time; it does not change which images are read.
+        dtype: dtype of the trunk; see `glide_jax.load`.
 
     Returns:
-        `{"pictures": how many, "captions": {"loss", "quartiles"}, "no captions": {...}}`; of a
-        quarter without pictures, None.
+        `{"images": how many, "captions": {"loss", "quartiles"}, "no captions": {...}}`. A quarter
+        without images is None.
 
     Raises:
-        UsageError, GlideError: the split cannot be had.
+        UsageError, GlideError: the split does not exist or cannot be read.
     """
     schedule = make_schedule(model.schedule, model.diffusion_steps)
     tables = make_tables(schedule)
     module = GLIDE(model.config, trunk_dtype(dtype))
-    size = min(batch_size, pictures)
+    size = min(batch_size, images)
     recipe = replace(
         config,
         model=model.config,
@@ -88,12 +91,13 @@ def noise_loss(
         accumulate=1,
         validation_split=split,
     )
-    predictor = NoisePredictor(module, tables, model.prediction)
+    # `denoising_loss` names GLIDE as its model, and calls only `apply`.
+    predictor: Any = NoisePredictor(module, tables, model.prediction)
     loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)
-    count = -(-pictures // measure.batch_size)
-    found: dict[str, Any] = {"pictures": count * measure.batch_size}
+    count = -(-images // measure.batch_size)
+    found: dict[str, Any] = {"images": count * measure.batch_size}
     for name, captions in (("captions", True), ("no captions", False)):
         values = measure({"model": params, "captions": jnp.asarray(captions)}, count)
         quartiles = [values.get(f"loss_quartile_{i}") for i in range(QUARTILES)]
@@ -101,6 +105,8 @@ def noise_loss(
     return found
 
 
-def report(model: Model, config: TrainConfig, splits: Sequence[str], **how: Any) -> dict[str, Any]:
-    """`noise_loss` on several splits; see there."""
-    return {split: noise_loss(model, config, split, **how) for split in splits}
+def report(
+    model: Model, config: TrainConfig, splits: Sequence[str], **options: Any
+) -> dict[str, Any]:
+    """Return `noise_loss` of each split; see there for the options."""
+    return {split: noise_loss(model, config, split, **options) for split in splits}

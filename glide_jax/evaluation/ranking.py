@@ -1,7 +1,7 @@
-"""Does the independent CLIP find the caption of a picture among a hundred?
+"""The ranking test: does an independent CLIP rank an image's caption first among a hundred?
 
-The two figures of alignment, each as a share of what the same CLIP reaches on the real pictures of
-the same cells: of training concepts, and of held-out cells of concept and style.
+There are two results, one for training concepts and one for held-out concept-style pairs. Each is
+the ratio to what the same CLIP reaches on the real images of the same pairs.
 """
 
 from collections.abc import Sequence
@@ -14,31 +14,32 @@ import numpy as np
 
 from glide_jax.evaluation.captions import (
     Vocabulary,
-    held_out,
+    held_out_pairs,
     one_of_each_concept,
     prompt_of,
-    some,
-    training_cells,
+    random_records,
+    training_pairs,
     vocabulary,
 )
 from glide_jax.evaluation.features import Scorer, similarity
-from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.metrics import r_precision
+from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pipeline.images import writable
+from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import RunConfig
 
-PARTS = ("training_concepts", "held_out_cells")
+KINDS = ("training_concepts", "held_out_pairs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranks:
-    """Where the right caption stands among a picture's choices, and which stands first.
+    """How a scorer ranks the captions of images.
 
     Attributes:
-        rank: `(N,)`, 1 for the first; a tie counts against it.
-        best: the caption of each picture that fits it best.
+        rank: `(N,)`, the rank of the right caption, 1 for the first; a tie counts against it.
+        best: the caption that fits each image best.
+        rate: share of images whose right caption ranks first.
     """
 
     rank: np.ndarray
@@ -47,40 +48,46 @@ class Ranks:
 
     @property
     def right(self) -> np.ndarray:
-        """`(N,)` bool: the right caption is first, alone."""
+        """Whether the right caption alone ranks first, `(N,)` bool."""
         return self.rank == 1
 
 
 def rank(scorer: Scorer, images: np.ndarray, choices: Sequence[Sequence[str]]) -> Ranks:
-    """Ranks the captions of each picture, of which the first is right.
+    """Rank the captions of each image; the first of them is right.
 
     Args:
         images: `(N, H, W, 3)` uint8.
-        choices: N times as many captions.
+        choices: the captions of each image, the same number for all.
     """
     table = similarity(scorer, scorer(images), choices)
-    best = tuple(row[i] for row, i in zip(choices, table.argmax(axis=1), strict=True))
+    best = tuple(row[int(i)] for row, i in zip(choices, table.argmax(axis=1), strict=True))
     own = np.zeros(len(images), int)
     return Ranks((table >= table[:, :1]).sum(axis=1), best, r_precision(table, own))
 
 
-def asked(
-    config: RunConfig, words: Vocabulary, *, seed: int, pictures: int, captions: int
+def choose_pairs(
+    config: RunConfig, words: Vocabulary, *, seed: int, images: int, captions: int
 ) -> dict[str, tuple[list[dict[str, Any]], list[list[str]]]]:
-    """What each part asks for: its records, and the captions of each, the right one first.
+    """Choose the records of each kind, and the captions of each record, the right one first.
+
+    Args:
+        seed: selects records and captions.
+        images: number of records of each kind.
+        captions: number of captions of each record.
 
     Raises:
-        UsageError: the data have not as many cells or captions.
+        UsageError: the data has too few pairs or captions.
     """
     found = {}
-    for number, part in enumerate(PARTS):
+    for number, kind in enumerate(KINDS):
         rng = np.random.default_rng((seed, number))
-        if part == "training_concepts":
-            records = one_of_each_concept(training_cells(config), pictures, rng)
+        if kind == "training_concepts":
+            records = one_of_each_concept(training_pairs(config), images, rng)
             choose = words.concept_choices
         else:
-            records, choose = some(held_out(config), pictures, rng), words.cell_choices
-        found[part] = records, [choose(record, captions, rng) for record in records]
+            records = random_records(held_out_pairs(config), images, rng)
+            choose = words.pair_choices
+        found[kind] = records, [choose(record, captions, rng) for record in records]
     return found
 
 
@@ -91,25 +98,28 @@ def report(
     out: Path,
     *,
     seed: int = 0,
-    pictures: int = 50,
+    images: int = 50,
     captions: int = 100,
     batch_size: int | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draws both parts, ranks, and writes `ranking.json` and a sheet of each part to `out`.
+    """Generate images of both kinds and rank their captions.
+
+    Writes `ranking.json` and a sheet of each kind to `out`.
 
     Args:
-        seed: of the choice of cells and captions, and of the pictures.
-        pictures: of each part, one a cell.
-        captions: to choose from, of each picture.
-        settings: of sampling, where they are not those of the weights.
+        seed: selects pairs and captions, and seeds the images.
+        images: number of images of each kind, one per pair.
+        captions: captions to choose from, for each image.
+        settings: sampling settings that differ from those of the weights.
 
     Raises:
-        UsageError, GlideError: the data have not as many cells or captions, cannot be read, or the
-            folder not be written.
+        UsageError: the data has too few pairs or captions.
+        GlideError: the data cannot be read, or the folder cannot be written.
     """
-    writable(out)
-    parts = asked(config, vocabulary(config), seed=seed, pictures=pictures, captions=captions)
+    check_writable(out)
+    overrides: dict[str, Any] = settings or {}
+    chosen = choose_pairs(config, vocabulary(config), seed=seed, images=images, captions=captions)
     found: dict[str, Any] = {
         "weights": pipe.model.name,
         "scorer": scorer.clip.name,
@@ -118,30 +128,30 @@ def report(
         "seed": seed,
         "captions": captions,
     }
-    for part, (records, choices) in parts.items():
+    for kind, (records, choices) in chosen.items():
         prompts = [prompt_of(record) for record in records]
-        drawn = pipe(prompts, seed=seed, batch_size=batch_size, **(settings or {}))
+        generated = pipe(prompts, seed=seed, batch_size=batch_size, **overrides)
         real = np.stack([record["image"] for record in records])
-        ranks = rank(scorer, drawn.images, choices), rank(scorer, real, choices)
-        found["settings"] = drawn.settings
-        found[part] = _figures(prompts, *ranks)
-        write_png(out / f"{part}.png", contact_sheet(_tiles(records, drawn.images, *ranks)))
+        ranks = rank(scorer, generated.images, choices), rank(scorer, real, choices)
+        found["settings"] = generated.settings
+        found[kind] = _results(prompts, *ranks)
+        write_png(out / f"{kind}.png", contact_sheet(_tiles(records, generated.images, *ranks)))
     write_json(out / "ranking.json", found)
     return found
 
 
-def _figures(prompts: Sequence[str], drawn: Ranks, real: Ranks) -> dict[str, Any]:
+def _results(prompts: Sequence[str], generated: Ranks, real: Ranks) -> dict[str, Any]:
     return {
         "of": len(prompts),
-        "right": int(drawn.right.sum()),
+        "right": int(generated.right.sum()),
         "right_of_real": int(real.right.sum()),
-        # Of a judge that knows nothing of the real pictures there is no share.
-        "ratio": drawn.rate / real.rate if real.rate else None,
-        "pictures": [
+        # There is no ratio for a scorer that recognises none of the real images.
+        "ratio": generated.rate / real.rate if real.rate else None,
+        "images": [
             {
                 "prompt": prompt,
-                "rank": int(drawn.rank[i]),
-                "first": drawn.best[i],
+                "rank": int(generated.rank[i]),
+                "first": generated.best[i],
                 "real_rank": int(real.rank[i]),
                 "real_first": real.best[i],
             }
@@ -151,20 +161,20 @@ def _figures(prompts: Sequence[str], drawn: Ranks, real: Ranks) -> dict[str, Any
 
 
 def _tiles(
-    records: Sequence[dict[str, Any]], images: np.ndarray, drawn: Ranks, real: Ranks
+    records: Sequence[dict[str, Any]], images: np.ndarray, generated: Ranks, real: Ranks
 ) -> list[Tile]:
     return [
         Tile(
             image=images[i],
-            lines=(record["caption"], record["style"], *wrap(_taken_for(drawn, i), 21)[:2]),
-            right=bool(drawn.right[i]),
+            lines=(record["caption"], record["style"], *wrap(_mistaken_for(generated, i), 21)[:2]),
+            right=bool(generated.right[i]),
             small=record["image"],
-            small_lines=("real", *wrap(_taken_for(real, i), 11)[:4]),
+            small_lines=("real", *wrap(_mistaken_for(real, i), 11)[:4]),
             small_right=bool(real.right[i]),
         )
         for i, record in enumerate(records)
     ]
 
 
-def _taken_for(ranks: Ranks, i: int) -> str:
+def _mistaken_for(ranks: Ranks, i: int) -> str:
     return "" if ranks.right[i] else f"-> {ranks.best[i]}"

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: JSON and PNG."""
+"""Files that an evaluation writes: JSON and PNG."""
 
 import json
 from pathlib import Path
@@ -9,27 +9,28 @@ from PIL import Image
 from glide_jax.errors import GlideError
 
 
-def write_json(path: Path, found: Any) -> None:
-    """Writes JSON at once: a run that is stopped leaves the old file or the new one.
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: an interrupted run leaves the old file or the new one.
 
     Raises:
-        GlideError: it cannot be written.
+        GlideError: the file cannot be written.
     """
-    part = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
-        part.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None
 
 
-def write_png(path: Path, picture: Image.Image) -> None:
-    """Writes a picture.
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image as PNG.
 
     Raises:
-        GlideError: it cannot be written.
+        GlideError: the file cannot be written.
     """
     try:
-        picture.save(path, "PNG", optimize=True)
+        image.save(path, "PNG", optimize=True)
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None

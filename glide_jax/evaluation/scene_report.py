@@ -1,4 +1,4 @@
-"""Draws captions of procedural scenes, and scores exactly what the pictures have right."""
+"""Scores of generated images of procedural scenes, with a report and a sheet."""
 
 from pathlib import Path
 from textwrap import wrap
@@ -11,19 +11,19 @@ from glide_jax.errors import UsageError
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.scene_score import rates, score
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pipeline.images import writable
+from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 
-# Scenes that the sheet shows.
+# Scenes on the sheet.
 SHOWN = 50
-KINDS = ("one thing", "several equal things", "two things in a relation")
+KINDS = ("one object", "several equal objects", "two related objects")
 
 
 def kind_of(scene: Scene) -> str:
-    """Which of the three kinds of scenes it is."""
+    """Return which of the three kinds a scene is."""
     if scene.relation:
         return KINDS[2]
-    return KINDS[len(scene.things) > 1]
+    return KINDS[len(scene.objects) > 1]
 
 
 def report(
@@ -31,33 +31,40 @@ def report(
     out: Path,
     *,
     split: str = "test",
-    pictures: int = 60,
+    images: int = 60,
     seed: int = 0,
     batch_size: int | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draws scenes 0, 1, ... of a split; writes `scenes.json`, and `scenes.png` of the first ones.
+    """Generate the captions of scenes 0, 1, ... of a split, and score the images.
+
+    Writes `scenes.json`, and `scenes.png` with the first images, to `out`.
+
+    Args:
+        images: number of images, one per scene.
+        seed: seeds the images.
+        settings: sampling settings that differ from those of the weights.
 
     Returns:
-        The share of pictures that have each field right, of all and of each kind of scene; beside
-        it what the scorer finds in the true pictures, drawn at the model's size.
+        The share of images that show each detail correctly, in all and by kind of scene. For
+        comparison: the scores of the true images, rendered at the model's size.
 
     Raises:
-        UsageError: there is no such split; or see the pipeline.
+        UsageError: there is no such split; or see `Pipeline`.
         GlideError: the folder cannot be written.
     """
     if split not in SPLITS:
         raise UsageError(f"scenes have the splits {' and '.join(SPLITS)}, not {split!r}")
-    if pictures < 1:
-        raise UsageError(f"draw at least one picture, not {pictures}")
-    writable(out)
-    source = ScenesSource(pictures, pipe.model.config.image_size, split)
-    scenes = [source.scene(i) for i in range(pictures)]
-    true = np.stack([source[i]["image"] for i in range(pictures)])
-    drawn = pipe(
-        [scene.caption for scene in scenes], seed=seed, batch_size=batch_size, **(settings or {})
-    )
-    scores = [score(image, scene) for image, scene in zip(drawn.images, scenes, strict=True)]
+    if images < 1:
+        raise UsageError(f"generate at least one image, not {images}")
+    check_writable(out)
+    overrides: dict[str, Any] = settings or {}
+    source = ScenesSource(images, pipe.model.config.image_size, split)
+    scenes = [source.scene(i) for i in range(images)]
+    true = np.stack([source[i]["image"] for i in range(images)])
+    captions = [scene.caption for scene in scenes]
+    generated = pipe(captions, seed=seed, batch_size=batch_size, **overrides)
+    scores = [score(image, scene) for image, scene in zip(generated.images, scenes, strict=True)]
     by_kind = {
         kind: [s for s, scene in zip(scores, scenes, strict=True) if kind_of(scene) == kind]
         for kind in KINDS
@@ -65,20 +72,20 @@ def report(
     found = {
         "weights": pipe.model.name,
         "split": split,
-        "pictures": pictures,
+        "images": images,
         "seed": seed,
-        "settings": drawn.settings,
+        "settings": generated.settings,
         "right": rates(scores),
         "right_by_kind": {
-            kind: {"of": len(some), **rates(some)} for kind, some in by_kind.items() if some
+            kind: {"of": len(group), **rates(group)} for kind, group in by_kind.items() if group
         },
-        "right_of_true_pictures": rates(
+        "right_of_true_images": rates(
             [score(image, scene) for image, scene in zip(true, scenes, strict=True)]
         ),
     }
     tiles = [
         Tile(
-            image=drawn.images[i],
+            image=generated.images[i],
             lines=tuple(wrap(scene.caption, 22)),
             right=scores[i].all,
             small=true[i],

@@ -1,13 +1,15 @@
-"""Does a picture show what its caption says? An exact answer, for procedural scenes.
+"""An exact score for procedural scenes: which details of a caption does an image show correctly?
 
-Analysis by synthesis: the background is found at the border, things as connected parts that
-differ from it, the colour of each by un-mixing, its shape and size as those whose own drawing
-at that place comes closest.
+The method is analysis by synthesis. The border shows the background. Objects are the connected
+components that differ from it. The colour of a component comes from its inner pixels; its shape and
+size are those whose rendering at the same position is closest.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -18,64 +20,72 @@ from glide_jax.data.scenes import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
     coverage,
 )
 
-# Things cover at least this share of the area of the smallest drawn one.
+# An object covers at least this share of the area of the smallest rendered one.
 SMALLEST = 0.4
 LOOKS = tuple(product(SHAPES, SIZES))
-# Of the distance between the background and a thing's colour, where a pixel counts as covered.
+# A pixel is covered from this share of the distance between background and object colour.
 COVERED = 0.5
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a picture has right of a scene; `all` is everything at once."""
+    """Which details of a scene an image shows correctly.
+
+    Attributes:
+        background: its colour.
+        count: the number of objects.
+        colours, shapes, sizes: each of them over all objects, whatever it is combined with.
+        objects: the combination of colour, shape and size of every object.
+        relation: the relative position of two objects; True if the caption names none.
+    """
 
     background: bool
     count: bool
     colours: bool
     shapes: bool
     sizes: bool
-    things: bool
+    objects: bool
     relation: bool
 
     @property
     def all(self) -> bool:
-        """Whether the picture shows the caption."""
-        return self.background and self.count and self.things and self.relation
+        """Whether the image shows the whole caption."""
+        return self.background and self.count and self.objects and self.relation
 
 
 def score(image: np.ndarray, scene: Scene) -> Score:
-    """Compares a picture `(H, W, 3)` uint8 with what its caption says.
+    """Compare an image, `(S, S, 3)` uint8, with the caption of a scene.
 
-    Places count only where the caption speaks of them.
+    Positions count only if the caption names a relation.
     """
     seen = look(image)
 
-    def same(part) -> bool:
-        return sorted(map(part, seen.things)) == sorted(map(part, scene.things))
+    def same(detail: Callable[[SceneObject], Any]) -> bool:
+        return sorted(map(detail, seen.objects)) == sorted(map(detail, scene.objects))
 
     return Score(
         background=seen.background == scene.background,
-        count=len(seen.things) == len(scene.things),
-        colours=same(lambda thing: thing.colour),
-        shapes=same(lambda thing: thing.shape),
-        sizes=same(lambda thing: thing.size),
-        things=same(lambda thing: (thing.colour, thing.shape, thing.size)),
-        relation=not scene.relation or _stand(seen.things, scene),
+        count=len(seen.objects) == len(scene.objects),
+        colours=same(lambda one: one.colour),
+        shapes=same(lambda one: one.shape),
+        sizes=same(lambda one: one.size),
+        objects=same(lambda one: (one.colour, one.shape, one.size)),
+        relation=not scene.relation or _related(seen.objects, scene),
     )
 
 
 def look(image: np.ndarray) -> Scene:
-    """The scene that a picture `(H, W, 3)` uint8 shows, without a relation.
+    """Return the scene that an image, `(S, S, 3)` uint8, shows, without a relation.
 
     Raises:
-        ValueError: it is no such picture.
+        ValueError: the image has another shape or dtype.
     """
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.dtype != np.uint8:
-        raise ValueError(f"a picture must be (S, S, 3) uint8, not {image.shape} {image.dtype}")
+        raise ValueError(f"an image must be (S, S, 3) uint8, not {image.shape} {image.dtype}")
     # scipy takes a while to import, and only evaluation needs it.
     from scipy import ndimage
 
@@ -84,29 +94,30 @@ def look(image: np.ndarray) -> Scene:
     ground = np.median(border, axis=0)
     background = _nearest(ground, BACKGROUNDS)
     away = np.linalg.norm(pixels - ground, axis=-1)
-    # Half of the way from the background to the nearest colour of a thing.
-    least = min(np.linalg.norm(ground - np.float32(c)) for c in COLOURS.values())
-    labels, count = ndimage.label(away > COVERED * least)
-    things = [_thing(pixels, ground, labels == i + 1) for i in range(count)]
-    return Scene(background, tuple(thing for thing in things if thing is not None))
+    least = min(np.linalg.norm(ground - np.array(c, np.float32)) for c in COLOURS.values())
+    # scipy declares one of several return types; without `output` it is this pair.
+    components: Any = ndimage.label(away > COVERED * least)
+    labels, count = components
+    found = [_object(pixels, ground, labels == i + 1) for i in range(count)]
+    return Scene(background, tuple(one for one in found if one is not None))
 
 
 def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
-    return min(names, key=lambda name: np.linalg.norm(colour - np.float32(names[name])))
+    return min(names, key=lambda name: np.linalg.norm(colour - np.array(names[name], np.float32)))
 
 
-def _thing(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> Thing | None:
-    """What a connected part is; None of a speck."""
-    size = len(part)
-    if part.sum() < SMALLEST * min(_template(*look)[1] for look in LOOKS) * size**2:
+def _object(pixels: np.ndarray, ground: np.ndarray, component: np.ndarray) -> SceneObject | None:
+    """Return the object that a connected component shows; None for a speck."""
+    size = len(component)
+    if component.sum() < SMALLEST * min(_template(*look)[1] for look in LOOKS) * size**2:
         return None
-    # The part's inner pixels have its colour unmixed.
-    away = np.linalg.norm(pixels - ground, axis=-1) * part
-    inner = away >= np.quantile(away[part], 0.6)
+    # Pixels at the edge mix with the background: only the inner ones have the object's colour.
+    away = np.linalg.norm(pixels - ground, axis=-1) * component
+    inner = away >= np.quantile(away[component], 0.6)
     colour_name = _nearest(np.median(pixels[inner], axis=0), COLOURS)
-    # Its cover of each pixel: how far that is on the way to the thing's colour.
+    # The covered share of a pixel: how far its colour is from the background towards the object's.
     way = np.median(pixels[inner], axis=0) - ground
-    near = _grown(part)
+    near = _dilated(component)
     cover = np.clip(((pixels - ground) @ way) / (way @ way), 0, 1) * near
     rows, columns = np.indices(cover.shape) + 0.5
     centre = np.array([(cover * columns).sum(), (cover * rows).sum()]) / cover.sum() / size
@@ -119,54 +130,56 @@ def _thing(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> Thing | 
 
 @cache
 def _template(shape: str, size: str) -> tuple[tuple[float, float], float]:
-    """Where the centre of mass of a shape lies from its centre, and its area; in sides."""
-    cover = coverage(Thing(shape, "red", size), 128)
+    """Return a shape's centre of mass, relative to its centre, and its area, in sides."""
+    cover = coverage(SceneObject(shape, "red", size), 128)
     rows, columns = (np.indices(cover.shape) + 0.5) / 128 - 0.5
     mass = cover.sum()
     return ((cover * columns).sum() / mass, (cover * rows).sum() / mass), mass / 128**2
 
 
-def _placed(look: tuple[str, str], centre: np.ndarray, colour: str) -> Thing:
+def _placed(look: tuple[str, str], centre: np.ndarray, colour: str) -> SceneObject:
+    """Return an object of a shape and size, with its centre of mass at `centre`."""
     (dx, dy), _ = _template(*look)
-    return Thing(look[0], colour, look[1], float(centre[0] - dx), float(centre[1] - dy))
+    return SceneObject(look[0], colour, look[1], float(centre[0] - dx), float(centre[1] - dy))
 
 
-def _grown(part: np.ndarray) -> np.ndarray:
-    """A part and the pixels around it, where its soft edge lies."""
+def _dilated(component: np.ndarray) -> np.ndarray:
+    """Return a component with the pixels around it, which hold its soft edge."""
     from scipy import ndimage
 
-    return ndimage.binary_dilation(part, iterations=2)
+    return ndimage.binary_dilation(component, iterations=2)
 
 
-def _stand(seen: tuple[Thing, ...], scene: Scene) -> bool:
-    """Whether two things stand to each other as the caption says."""
-    wanted = [(thing.colour, thing.shape) for thing in scene.things]
-    found = {(thing.colour, thing.shape): thing for thing in seen}
+def _related(seen: tuple[SceneObject, ...], scene: Scene) -> bool:
+    """Whether two objects have the relation of the caption."""
+    wanted = [(one.colour, one.shape) for one in scene.objects]
+    found = {(one.colour, one.shape): one for one in seen}
     if len(seen) != 2 or any(look not in found for look in wanted):
         return False
     first, second = (found[look] for look in wanted)
     across, down = first.x - second.x, first.y - second.y
     dx, dy = RELATIONS[scene.relation]
-    # On the right side, and more along the relation than across it.
+    # On the correct side, and further apart along the relation than across it.
     along, aside = (across * dx, down) if dx else (down * dy, across)
     return along > abs(aside)
 
 
 def rates(scores: list[Score]) -> dict[str, float]:
-    """The share of pictures that have each field right."""
+    """Return the share of images that show each detail correctly."""
     names = (*Score.__dataclass_fields__, "all")
     return {name: float(np.mean([getattr(s, name) for s in scores])) for name in names}
 
 
 def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one word of its caption changed: what a scorer must refuse."""
-    thing = scene.things[0]
+    """Return the scene with one word of its caption changed, which a scorer must reject."""
+    first = scene.objects[0]
     kinds = [("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)]
     field, names = kinds[rng.integers(len(kinds))]
-    others = [name for name in names if name != getattr(thing, field)]
-    changed = replace(thing, **{field: others[rng.integers(len(others))]})
+    others = [name for name in names if name != getattr(first, field)]
+    changed = replace(first, **{field: others[rng.integers(len(others))]})
     equal = not scene.relation
-    things = tuple(
-        replace(changed, x=t.x, y=t.y) if equal or i == 0 else t for i, t in enumerate(scene.things)
+    objects = tuple(
+        replace(changed, x=one.x, y=one.y) if equal or i == 0 else one
+        for i, one in enumerate(scene.objects)
     )
-    return replace(scene, things=things)
+    return replace(scene, objects=objects)

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures as they came, what was asked for, and whether it is there."""
+"""Contact sheets of unselected samples: each with its prompt and whether the image is right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,22 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 128  # of a picture on the sheet, unless it is larger itself
+SIDE = 128  # of an image on the sheet, unless the image itself is larger
 RIGHT, WRONG = (20, 140, 50), (200, 40, 40)
 FONT_SIZE, LINE = 11, 13
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Tile:
-    """A picture on a sheet.
+    """An image on a sheet.
 
     Attributes:
         image: `(H, W, 3)` uint8.
-        lines: below it.
-        right: whether it is marked as right or as wrong; None: not at all.
-        small: a smaller picture below, with its own lines and mark.
+        lines: the text below it.
+        right: mark it as right or as wrong; None: no mark.
+        small: a smaller image below, with its own text and mark.
     """
 
     image: np.ndarray
@@ -31,7 +33,7 @@ class Tile:
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = 10) -> Image.Image:
-    """Tiles in rows, in the order in which they come."""
+    """Arrange tiles in rows, in their order."""
     columns = min(columns, len(tiles))
     side = max(SIDE, tiles[0].image.shape[0])
     width = side + 12
@@ -55,13 +57,13 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 10) -> Image.Image:
 
 
 def _scaled(image: np.ndarray, side: int) -> Image.Image:
-    # Enlarged pixels stay pixels: the sheet shows what came.
+    # Enlarged without interpolation: the sheet shows the pixels that were generated.
     kind = Image.Resampling.NEAREST if side >= len(image) else Image.Resampling.BOX
     return Image.fromarray(image).resize((side, side), kind)
 
 
 def _mark(pen: ImageDraw.ImageDraw, at: tuple[int, int], right: bool | None) -> None:
-    """A tick, or a cross."""
+    """Paint a tick or a cross in a box; None paints nothing."""
     if right is None:
         return
     x, y = at
@@ -75,14 +77,14 @@ def _mark(pen: ImageDraw.ImageDraw, at: tuple[int, int], right: bool | None) -> 
 
 def _write(
     pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
+    font: Font,
     at: tuple[int, int],
     lines: Sequence[str],
     width: int,
     right: bool | None,
 ) -> None:
     for i, line in enumerate(lines):
-        # The mark stands at the end of the first line, not in the picture.
+        # The mark stands at the end of the first line, outside the image.
         room = width - 16 if i == 0 and right is not None else width
         while line and pen.textlength(line, font=font) > room:
             line = line[:-1]

@@ -1,6 +1,6 @@
-"""What is swept, and at which values.
+"""The sweeps: which setting each varies, and its default values.
 
-Each sweep varies one setting; everything else is as the weights have it, or as it is said for all.
+A sweep varies one setting. All others are those of the weights, unless overridden for all points.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def _word(text: str) -> str:
     return text
 
 
-def _span(text: str) -> tuple[float, float]:
+def _interval(text: str) -> tuple[float, float]:
     if text == "all":
         return EVERYWHERE
     low, high = text.split(":")
@@ -39,10 +39,10 @@ class Sweep:
 
     Attributes:
         setting: the field of `Settings`.
-        values: as they are written on the command line.
-        read: from there to the setting.
-        fixed: settings that go with it unless others are given.
-        label: of its curve.
+        values: the default values, as on the command line.
+        read: converts such a value to the setting.
+        fixed: settings that go with the sweep unless overridden.
+        label: the name of its curve.
     """
 
     setting: str
@@ -57,11 +57,11 @@ SWEEPS = {
         "guidance_scale",
         ("1", "1.5", "2", "3", "4", "6", "8"),
         _number,
-        # Also where the weights take a CLIP beside it.
+        # Some weights use CLIP guidance by default: the sweep compares one guidance alone.
         {"clip_scale": 0.0},
         label="classifier-free guidance",
     ),
-    # As in the paper: of the unguided model, by the ancestral sampler (GLIDE, sec. 2.4 and 5.1).
+    # As in the paper: the unguided model with the ancestral sampler (GLIDE, sec. 2.4 and 5.1).
     "clip-scale": Sweep(
         "clip_scale",
         ("0", "1", "2", "4", "8", "16"),
@@ -73,20 +73,21 @@ SWEEPS = {
     "sampler": Sweep("sampler", tuple(SOLVERS), _word),
     "spacing": Sweep("spacing", ("logsnr", "uniform", "rho", "trailing", "optimised"), _word),
     "guidance-interval": Sweep(
-        "guidance_interval", ("all", "0:5", "0.3:", "0.3:5", "0.3:10", "1:10"), _span
+        "guidance_interval", ("all", "0:5", "0.3:", "0.3:5", "0.3:10", "1:10"), _interval
     ),
 }
-# Those whose curves belong into one figure.
+# The sweeps whose curves share one figure.
 TRADE_OFF = ("guidance-scale", "clip-scale")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A point to be measured.
+    """A point to measure.
 
     Attributes:
-        sweep, value: which; the value as it was written.
-        settings: of `Settings`, that differ from the weights' own.
+        sweep: the name of its sweep.
+        value: the swept value, as on the command line.
+        settings: fields of `Settings` that differ from those of the weights.
     """
 
     sweep: str
@@ -97,35 +98,37 @@ class Task:
 def tasks(
     names: Sequence[str], values: Sequence[str] = (), settings: dict[str, Any] | None = None
 ) -> list[Task]:
-    """The points of some sweeps.
+    """Return the points of sweeps.
 
     Args:
-        values: in the place of the usual ones, of a single sweep.
-        settings: what is said for all.
+        names: the sweeps.
+        values: replace the default values of a single sweep.
+        settings: override the settings of the weights at all points.
 
     Raises:
-        UsageError: there is no such sweep or value, values for several sweeps, or the setting that
-            is swept is said as well.
+        UsageError: there is no such sweep or value, there are values for several sweeps, or the
+            swept setting is also set.
     """
     settings = {k: v for k, v in (settings or {}).items() if v is not None}
     if not names:
         raise UsageError(f"name what to sweep: {', '.join(SWEEPS)}")
     if values and len(names) > 1:
-        raise UsageError("--values are of one sweep: sweep the others with another command")
+        raise UsageError("--values are for one sweep: run one command for each sweep")
     found = []
     for name in names:
         if name not in SWEEPS:
             raise UsageError(
-                f"there is no sweep {name!r}{nearest(name, SWEEPS)}: choose of {', '.join(SWEEPS)}"
+                f"there is no sweep {name!r}{nearest(name, SWEEPS)}: choose from "
+                f"{', '.join(SWEEPS)}"
             )
         sweep = SWEEPS[name]
         if sweep.setting in settings:
             option = sweep.setting.replace("_", "-")
-            raise UsageError(f"--{option} is what is swept: give its --values")
+            raise UsageError(f"--{option} is swept and cannot also be set: give its --values")
         for value in values or sweep.values:
             try:
                 swept = {sweep.setting: sweep.read(value)}
             except ValueError:
-                raise UsageError(f"{value!r} is no value of the sweep {name}") from None
+                raise UsageError(f"{value!r} is not a value of the sweep {name}") from None
             found.append(Task(name, value, sweep.fixed | settings | swept))
     return found

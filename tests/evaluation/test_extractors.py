@@ -1,4 +1,4 @@
-"""Feature extractors give what the PyTorch networks give for the same weights and pictures."""
+"""Feature extractors equal the PyTorch networks with the same weights and images."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from glide_jax.evaluation.extractors.recognise import LETTERS, recognise
 from glide_jax.evaluation.extractors.vit_names import scaled_positions
 from glide_jax.weights import write_torch_file
 from tests.support.commands import ROOT
-from tests.support.extractor_weights import CASES, pictures, tensors_of
+from tests.support.extractor_weights import CASES, random_images, tensors_of
 
 EXPECTED = np.load(ROOT / "tests" / "fixtures" / "extractors" / "outputs.npz")
 SHAPES = json.loads(EXPECTED["shapes"].tobytes())
@@ -35,12 +35,12 @@ def folder(tmp_path_factory):
 
 
 @cache
-def drawn(case):
+def random_tensors(case):
     return tensors_of(SHAPES[case], CASES[case][0])
 
 
 def tensors(case):
-    return dict(drawn(case))
+    return dict(random_tensors(case))
 
 
 def extractor_of(folder, case):
@@ -64,7 +64,7 @@ def test_vision_transformers_equal_the_originals(folder, case):
     assert extractor.name == NAMES[case] and extractor.dimensions == expected.shape[1]
     assert found.dtype == np.float32 and found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
-    # The pictures are told apart by far more than that.
+    # The features of two images differ by far more than that.
     assert np.abs(expected[0] - expected[1]).max() > 0.02 * np.abs(expected).max()
     assert extractor.probabilities(CASES[case][1]) is None
 
@@ -72,8 +72,8 @@ def test_vision_transformers_equal_the_originals(folder, case):
 def test_inception_equals_the_original(folder):
     extractor, images = extractor_of(folder, "inception"), CASES["inception"][1]
     features, probabilities = extractor.both(images)
-    for part, found in (("features", features), ("probabilities", probabilities)):
-        expected = EXPECTED[f"inception.{part}"]
+    for name, found in (("features", features), ("probabilities", probabilities)):
+        expected = EXPECTED[f"inception.{name}"]
         assert found.shape == expected.shape and found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=5e-5 * np.abs(expected).max())
         assert np.abs(expected[0] - expected[1]).max() > 0.02 * np.abs(expected).max()
@@ -82,7 +82,7 @@ def test_inception_equals_the_original(folder):
 
 
 def test_batches_change_nothing(folder):
-    extractor, images = extractor_of(folder, "clip"), pictures(5, 64, 64, seed=0)
+    extractor, images = extractor_of(folder, "clip"), random_images(5, 64, 64, seed=0)
     whole = extractor(images)
     np.testing.assert_allclose(replace(extractor, batch_size=2)(images), whole, atol=1e-5)
     assert extractor(images[:0]).shape == (0, 48)
@@ -90,7 +90,7 @@ def test_batches_change_nothing(folder):
 
 def test_half_precision_and_safetensors_and_folders_are_read(folder):
     halves = {name: array.astype(np.float16) for name, array in tensors("transformers").items()}
-    # As files of transformers had it for years.
+    # Files of older transformers contain it.
     halves["vision_model.embeddings.position_ids"] = np.arange(10)[None]
     there = folder / "clip-tiny"
     there.mkdir()
@@ -101,22 +101,22 @@ def test_half_precision_and_safetensors_and_folders_are_read(folder):
     np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
 
 
-def test_real_sizes_are_named_by_their_letters():
+def test_published_sizes_are_named_by_their_letters():
     # Widths of the papers' S, B, L: 2304.07193, table 17; 2103.00020, table 20.
     assert LETTERS == {384: "S", 768: "B", 1024: "L"}
 
 
-# --- what is given must fit
+# --- wrong input
 
 
-def test_pictures_are_bytes(folder):
+def test_images_must_be_uint8(folder):
     extractor = extractor_of(folder, "dinov2")
     for wrong in (np.zeros((1, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
         with pytest.raises(UsageError, match="uint8, not"):
             extractor(wrong)
 
 
-def test_a_file_of_something_else_says_what_was_expected(folder):
+def test_an_unknown_network_names_what_was_expected(folder):
     path = folder / "other.pt"
     write_torch_file(path, {"layer.weight": np.zeros((2, 2), np.float32)})
     with pytest.raises(GlideError, match=r"layer.weight.*Inception.*CLIP.*DINOv2"):
@@ -124,7 +124,7 @@ def test_a_file_of_something_else_says_what_was_expected(folder):
 
 
 @pytest.mark.parametrize("name", ["nothing.pth", "nothing.safetensors"])
-def test_no_file(folder, name):
+def test_a_file_that_does_not_exist(folder, name):
     with pytest.raises(GlideError, match="does not exist"):
         open_extractor(folder / name)
 
@@ -176,15 +176,15 @@ def test_a_gated_transformer_is_refused():
     assert "lacks blocks.0.mlp.fc1.weight" in refused("dinov2", change)
 
 
-# --- scaling
+# --- resizing
 
 
-def test_a_picture_is_cut_to_its_middle():
+def test_an_image_is_cropped_to_its_centre():
     image = np.zeros((1, 10, 30, 3), np.uint8)
     image[:, :, 10:20] = 255
     assert (resized(image, side=10) == 255).all()
     assert resized(image, side=20).shape == (1, 20, 20, 3)
-    square = pictures(1, 12, 12, seed=0)
+    square = random_images(1, 12, 12, seed=0)
     assert resized(square, side=12) is square
 
 

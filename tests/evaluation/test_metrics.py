@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def exactly(mean, covariance, count=200):
-    """Points whose sample mean and covariance are exactly these."""
+    """Return points with exactly this sample mean and covariance."""
     x = RNG.standard_normal((count, len(mean)))
     x -= x.mean(axis=0)
     x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T)).T)
@@ -23,7 +23,7 @@ def exactly(mean, covariance, count=200):
 
 
 def test_frechet_distance_between_gaussians():
-    """Covariances that commute: `|m|^2 + sum (s_1 - s_2)^2`."""
+    """Covariances that commute give `|m|^2 + sum (s_1 - s_2)^2`."""
     a = exactly(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
     b = exactly(np.array([1.0, 2.0, 0.0]), np.diag([4.0, 4.0, 1.0]), count=150)
     assert frechet_distance(a, b) == pytest.approx(5 + (1 + 0 + 4), rel=1e-9)
@@ -38,7 +38,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_with_fewer_pictures_than_dimensions():
+def test_frechet_distance_with_fewer_images_than_dimensions():
     x = RNG.standard_normal((10, 50))
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x + 1) == pytest.approx(50, rel=1e-9)
@@ -51,13 +51,13 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
 
 
 def test_kernel_distance_by_hand():
-    """One dimension, two points each: all kernel values are cubes of small numbers."""
-    real, drawn = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
+    """One dimension and two points each: all kernel values are cubes of small numbers."""
+    real, generated = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
     expected = 1 + 27 - 2 * np.mean([1, 1, 8, 27])
-    assert kernel_distance(real, drawn) == pytest.approx(expected)
+    assert kernel_distance(real, generated) == pytest.approx(expected)
 
 
-def test_precision_and_recall_of_sets_apart_within_and_equal():
+def test_precision_and_recall_of_distant_nested_and_equal_sets():
     real = RNG.standard_normal((300, 2))
     assert precision_recall(real, real) == (1.0, 1.0)
     assert precision_recall(real, real + 100) == (0.0, 0.0)
@@ -65,16 +65,16 @@ def test_precision_and_recall_of_sets_apart_within_and_equal():
     assert precision > 0.95 and recall < 0.1
 
 
-def test_r_precision_counts_only_the_best():
+def test_r_precision_counts_only_the_most_similar_caption():
     similarity = np.array([[3.0, 1, 2], [1, 1, 0], [0, 1, 2]])
     assert r_precision(similarity, np.array([0, 1, 1])) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
-def test_features_that_do_not_go_together_are_refused(metric):
+def test_features_that_cannot_be_compared_are_refused(metric):
     with pytest.raises(UsageError, match="features"):
         metric(np.zeros((5, 2)), np.zeros((5, 3)))
-    with pytest.raises(UsageError, match="pictures"):
+    with pytest.raises(UsageError, match="two images"):
         metric(np.zeros((5, 2)), np.zeros((1, 2)))
     with pytest.raises(UsageError, match="finite"):
         metric(np.zeros((5, 2)), np.full((5, 2), np.nan))

@@ -1,4 +1,4 @@
-"""The nearest training pictures of drawn ones."""
+"""The nearest training images of generated ones."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,17 +14,17 @@ from tests.support.ranked import SIZE, Painted, make_npz, recipe
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return recipe(make_npz(tmp_path_factory.mktemp("cells")))
+    return recipe(make_npz(tmp_path_factory.mktemp("pairs")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Enlarged(Painted):
-    """Paints pictures of twice the side, exactly, and remembers the batch size."""
+    """Paints images of twice the side, without noise, and records the batch size."""
 
     def __call__(self, prompts, *, seed, batch_size=None):
-        drawn = super().__call__(prompts, seed=seed, guidance_scale=100)
+        painted = super().__call__(prompts, seed=seed, guidance_scale=100)
         self.calls[-1]["batch_size"] = batch_size
-        return replace(drawn, images=drawn.images.repeat(2, axis=1).repeat(2, axis=2))
+        return replace(painted, images=painted.images.repeat(2, axis=1).repeat(2, axis=2))
 
 
 def test_distances_by_hand():
@@ -34,19 +34,19 @@ def test_distances_by_hand():
     assert np.allclose(found, [[0, 10], [50**0.5, 50**0.5]])
 
 
-def test_training_pictures_are_found_and_held_out_ones_are_not_exact(config, tmp_path):
+def test_training_images_are_found_exactly_and_held_out_ones_are_not(config, tmp_path):
     pipe = Enlarged()
     found = report(pipe, config, tmp_path, seed=3, batch_size=7)
-    learned, held_out = found["training_captions"], found["held_out_pairs"]
-    assert (learned["right"], learned["of"], held_out["of"]) == (10, 10, 5)
-    assert all(p["distance"] == 0 and p["nearest"] == p["prompt"] for p in learned["pictures"])
-    assert all(p["distance"] > 0 for p in held_out["pictures"])
+    trained_on, held_out = found["training_captions"], found["held_out_pairs"]
+    assert (trained_on["right"], trained_on["of"], held_out["of"]) == (10, 10, 5)
+    assert all(i["distance"] == 0 and i["nearest"] == i["prompt"] for i in trained_on["images"])
+    assert all(i["distance"] > 0 for i in held_out["images"])
     assert [call["batch_size"] for call in pipe.calls] == [7, 7]
     assert json.loads((tmp_path / "nearest.json").read_text()) == found
     sheet = Image.open(tmp_path / "training_captions.png")
     assert sheet.size == (5 * (4 * SIZE + 12), 2 * (6 * SIZE + 44))
 
 
-def test_more_captions_than_there_are_is_said(config, tmp_path):
+def test_more_captions_than_there_are_are_refused(config, tmp_path):
     with pytest.raises(UsageError, match="there are 90 records to choose from: cannot take 91"):
         report(Enlarged(), config, tmp_path, captions=91)

@@ -1,10 +1,10 @@
-"""Random weights and pictures that are the same everywhere: numpy's frozen generator."""
+"""Random weights and images that are the same everywhere: numpy's frozen generator."""
 
 import numpy as np
 
 
 def tensors_of(shapes: dict[str, list[int]], seed: int) -> dict[str, np.ndarray]:
-    """Weights of a state dict by names and shapes, scaled so that every layer matters."""
+    """Return weights of a state dict by names and shapes, scaled so that every layer matters."""
     random = np.random.RandomState(seed)
     return {name: _tensor(name, tuple(shape), random) for name, shape in shapes.items()}
 
@@ -25,20 +25,20 @@ def _tensor(name: str, shape: tuple[int, ...], random: np.random.RandomState) ->
     return np.float32(0.3) * values
 
 
-def pictures(count: int, height: int, width: int, seed: int) -> np.ndarray:
-    """`(count, height, width, 3)` uint8: blots of colour under noise."""
+def random_images(count: int, height: int, width: int, seed: int) -> np.ndarray:
+    """Return `(count, height, width, 3)` uint8: patches of colour under noise."""
     random = np.random.RandomState(seed)
     coarse = random.randint(0, 200, (count, 4, 4, 3))
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
-    blots = coarse[:, rows][:, :, columns]
-    return (blots + random.randint(0, 56, blots.shape)).astype(np.uint8)
+    patches = coarse[:, rows][:, :, columns]
+    return (patches + random.randint(0, 56, patches.shape)).astype(np.uint8)
 
 
-# Name -> seed of its weights, and its pictures.
+# Name -> seed of its weights, and its images.
 CASES = {
-    "inception": (1, pictures(2, 80, 330, seed=1)),
-    "clip": (2, pictures(3, 40, 56, seed=2)),
-    "transformers": (3, pictures(3, 96, 64, seed=3)),
-    "dinov2": (4, pictures(2, 64, 64, seed=4)),
-    "dinov2_registers": (5, pictures(2, 300, 240, seed=5)),
+    "inception": (1, random_images(2, 80, 330, seed=1)),
+    "clip": (2, random_images(3, 40, 56, seed=2)),
+    "transformers": (3, random_images(3, 96, 64, seed=3)),
+    "dinov2": (4, random_images(2, 64, 64, seed=4)),
+    "dinov2_registers": (5, random_images(2, 300, 240, seed=5)),
 }

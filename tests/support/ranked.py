@@ -1,10 +1,14 @@
-"""A pipeline and a judge without networks, whose figures are known: every cell of concept and style
-has a colour, its real picture shows it, and the judge reads it."""
+"""A pipeline and a scorer without networks, whose results are known.
 
+Each concept-style pair has a colour, its real image shows this colour, and the scorer reads it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -17,54 +21,54 @@ from glide_jax.weights.registry import Model
 from tests.support.commands import TINY
 
 STYLES = ("flat style", "round style", "old style", "new style")
-CONCEPTS = tuple(f"thing {i:02}" for i in range(30))
+CONCEPTS = tuple(f"concept {i:02}" for i in range(30))
 SIZE = 4
 
 
 def colour(caption: str) -> np.ndarray:
-    """`(3,)` uint8, of `"thing 07, flat style"`."""
+    """Return the colour of a caption such as `"concept 07, flat style"`: `(3,)` uint8."""
     concept, style = caption.split(", ")
     number = CONCEPTS.index(concept)
     return np.array([number % 6 * 50, number // 6 * 60, STYLES.index(style) * 80], np.uint8)
 
 
 def split_of(concept: int, style: int) -> str:
-    """Of each concept one style is held out."""
+    """Return the split of a pair: one style of each concept is held out."""
     return "test_style" if concept % len(STYLES) == style else "train"
 
 
-def picture(caption: str) -> np.ndarray:
-    """The real picture of a caption."""
+def real_image(caption: str) -> np.ndarray:
+    """Return the real image of a caption."""
     return np.broadcast_to(colour(caption), (SIZE, SIZE, 3))
 
 
 def make_npz(folder: Path) -> Path:
-    """All cells, as an emoji64 file has them."""
+    """Write all pairs as an .npz file of the emoji data."""
     rows = [
         {"concept": concept, "caption": concept, "style": style, "split": split_of(i, j)}
         for i, concept in enumerate(CONCEPTS)
         for j, style in enumerate(STYLES)
     ]
-    fields = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    images = [picture(f"{row['caption']}, {row['style']}") for row in rows]
+    fields: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    images = [real_image(f"{row['caption']}, {row['style']}") for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "cells.npz", image=np.stack(images), **fields)
-    return folder / "cells.npz"
+    np.savez_compressed(folder / "pairs.npz", image=np.stack(images), **fields)
+    return folder / "pairs.npz"
 
 
 def recipe(npz: Path) -> TrainConfig:
-    """A recipe that trains on them."""
-    return TrainConfig(name="cells", model=TINY, data=DataConfig(source=str(npz)))
+    """Return a recipe that trains on them."""
+    return TrainConfig(name="pairs", model=TINY, data=DataConfig(source=str(npz)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Painted:
-    """Stands for a pipeline: paints what is asked for, but for some captions another.
+    """Replaces a pipeline: paints the image of each prompt, or of another one for some prompts.
 
-    Images have noise of their own, of a size that `guidance_scale` divides; none at 100.
+    Each image has noise with a standard deviation of 8 / `guidance_scale`; none at 100.
 
     Attributes:
-        mistakes: what is painted instead, by caption.
+        mistakes: by prompt, the caption that is painted instead.
         calls: the settings of each call so far.
         fail_at: the call that is interrupted.
     """
@@ -74,6 +78,7 @@ class Painted:
     fail_at: int | None = None
     clip: SimpleNamespace | None = None
     upsampler: None = None
+    weak_model: None = None
     settings: Settings = field(default_factory=Settings)
 
     @cached_property
@@ -84,40 +89,43 @@ class Painted:
     def schedule(self):
         return make_schedule("cosine", 1000)
 
-    def __call__(self, prompts, *, seed, batch_size=None, **settings) -> Images:
+    def __call__(self, prompts: Sequence[str], *, seed, batch_size=None, **settings) -> Images:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(settings)
-        mine = self.settings.changed(**settings)
-        spread = 0 if mine.guidance_scale == 100 else 8 / mine.guidance_scale
+        chosen = self.settings.changed(**settings)
+        deviation = 0 if chosen.guidance_scale == 100 else 8 / chosen.guidance_scale
         images = []
-        for number, prompt in enumerate(prompts):
-            noise = np.random.default_rng((seed, number)).normal(0, 1, (SIZE, SIZE, 3))
-            clean = picture(self.mistakes.get(prompt, prompt)).astype(float)
-            images.append(np.clip(np.round(clean + spread * noise), 0, 255).astype(np.uint8))
-        numbers = tuple(range(len(images)))
+        for index, prompt in enumerate(prompts):
+            noise = np.random.default_rng((seed, index)).normal(0, 1, (SIZE, SIZE, 3))
+            clean = real_image(self.mistakes.get(prompt, prompt)).astype(float)
+            images.append(np.clip(np.round(clean + deviation * noise), 0, 255).astype(np.uint8))
+        indices = tuple(range(len(images)))
         return Images(
-            np.stack(images), tuple(prompts), seed, numbers, self.model.name, describe(mine)
+            np.stack(images), tuple(prompts), seed, indices, self.model.name, describe(chosen)
         )
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Stands for the independent CLIP: compares colours.
+class ColourScorer:
+    """Replaces the independent CLIP: compares colours.
 
     Attributes:
-        blind: captions whose pictures it takes for something else.
+        blind: captions whose images it mistakes for something else.
     """
 
     name: str = "colours"
     checksum: str = "0"
     scale: float = 10.0
     views: int = 1
-    clip: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(name="judge"))
+    clip: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(name="independent"))
     blind: tuple[str, ...] = ()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return sphere(images.reshape(len(images), -1, 3).mean(axis=1))
+
+    def both(self, images: np.ndarray) -> tuple[np.ndarray, None]:
+        return self(images), None
 
     def texts(self, captions) -> np.ndarray:
         colours = np.array([colour(c) for c in captions], float)
@@ -126,6 +134,6 @@ class Judge:
 
 
 def sphere(colours: np.ndarray) -> np.ndarray:
-    """`(N, 3)` in 0..255 -> `(N, 4)` of length 1: equal colours have cosine 1, and no others."""
+    """Map `(N, 3)` in 0..255 to `(N, 4)` of length 1: only equal colours have cosine 1."""
     x = colours / 512
     return np.concatenate([x, np.sqrt(1 - (x**2).sum(axis=1, keepdims=True))], axis=1)

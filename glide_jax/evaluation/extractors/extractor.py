@@ -1,5 +1,6 @@
-"""A network that turns pictures into features, with its weights and its way of scaling pictures."""
+"""A network that turns images into features, with its weights and its way of resizing images."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,28 +13,27 @@ from flax import linen as nn
 from PIL import Image
 
 from glide_jax.errors import UsageError
-from glide_jax.evaluation.features import checksum
 
 
 class Features(NamedTuple):
-    """What a network gives: features `(N, D)` and, where it classifies, probabilities `(N, K)`."""
+    """Output of a network: features `(N, D)` and, if it classifies, probabilities `(N, K)`."""
 
     features: jax.Array
     probabilities: jax.Array | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Extractor:
-    """Images -> features; make one with `open_extractor`.
+    """A function from images to features; make one with `open_extractor`.
 
     Attributes:
-        name: of the network, "Inception v3 (FID)".
-        dimensions: of its features, D.
-        classes: of its probabilities, K; None: it has none.
+        name: of the network, for example "Inception v3 (FID)".
+        dimensions: number of features, D.
+        classes: number of classes, K; None: the network does not classify.
         module: the network, `(N, H, W, 3)` uint8 -> `Features`.
         params: its weights, nested dictionaries of float32 arrays.
-        prepare: scales pictures on the host, uint8 -> uint8.
-        batch_size: pictures at a time.
+        prepare: resizes images on the host, uint8 -> uint8.
+        batch_size: images at a time.
     """
 
     name: str
@@ -46,48 +46,49 @@ class Extractor:
 
     @cached_property
     def checksum(self) -> str:
-        """Of its weights."""
+        """The checksum of the weights."""
         return checksum(self.params)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features `(N, D)` float32 of pictures `(N, H, W, 3)` uint8.
+        """Return the features of images: `(N, H, W, 3)` uint8 -> `(N, D)` float32.
 
         Raises:
-            UsageError: they are of another shape or dtype.
+            UsageError: the images have another shape or dtype.
         """
         return self.both(images)[0]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray | None:
-        """Class probabilities `(N, K)` float32 of pictures `(N, H, W, 3)` uint8, if there are any.
+        """Return the class probabilities of images, `(N, K)` float32; None without classes.
 
         Raises:
-            UsageError: they are of another shape or dtype.
+            UsageError: the images have another shape or dtype.
         """
         return self.both(images)[1]
 
     def both(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Features and probabilities in one pass.
+        """Return features and probabilities in one pass.
 
         Raises:
-            UsageError: the pictures are of another shape or dtype.
+            UsageError: the images have another shape or dtype.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise UsageError(
-                f"features are of (N, H, W, 3) uint8, not {images.shape} {images.dtype}"
+                f"images must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}"
             )
         features = np.empty((len(images), self.dimensions), np.float32)
         classes = None if self.classes is None else np.empty((len(images), self.classes), "f4")
         size = min(self.batch_size, len(images))
         for start in range(0, len(images), max(size, 1)):
-            part = images[start : start + size]
+            batch = images[start : start + size]
             # The last batch is filled up: another size would compile anew.
-            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
+            filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
             found = _apply(self.module, self.params, self.prepare(filled))
-            stop = start + len(part)
-            features[start:stop] = found.features[: len(part)]
+            stop = start + len(batch)
+            features[start:stop] = found.features[: len(batch)]
             if classes is not None:
-                classes[start:stop] = found.probabilities[: len(part)]
+                assert found.probabilities is not None
+                classes[start:stop] = found.probabilities[: len(batch)]
         return features, classes
 
 
@@ -95,11 +96,24 @@ class Extractor:
 def _apply(module: nn.Module, params: Any, images: jax.Array) -> Features:
     # GPUs and TPUs would multiply in fewer bits, and the features would not be the reference's.
     with jax.default_matmul_precision("highest"):
-        return module.apply({"params": params}, images)
+        features = module.apply({"params": params}, images)
+    assert isinstance(features, Features)
+    return features
+
+
+def checksum(params: Any) -> str:
+    """Return the checksum of a tree of arrays, CRC-32 as eight hexadecimal digits."""
+    value = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = zlib.crc32(jax.tree_util.keystr(path).encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+    return f"{value:08x}"
 
 
 def resized(images: np.ndarray, *, side: int) -> np.ndarray:
-    """Images whose shorter side is `side`, bicubic as Pillow does it, cut to their middle.
+    """Resize images so that the shorter side is `side`, and crop the centre.
+
+    The filter is Pillow's bicubic one.
 
     Args:
         images: `(N, H, W, 3)` uint8.
@@ -111,7 +125,7 @@ def resized(images: np.ndarray, *, side: int) -> np.ndarray:
     if (height, width) == (side, side):
         return images
     shorter = min(height, width)
-    # As torchvision rounds: down for the longer side, to even for the corner of the cut.
+    # As torchvision rounds: down for the longer side, to even for the corner of the crop.
     tall, wide = (int(side * n / shorter) for n in (height, width))
     top, left = round((tall - side) / 2), round((wide - side) / 2)
     scaled = (
@@ -122,5 +136,5 @@ def resized(images: np.ndarray, *, side: int) -> np.ndarray:
 
 
 def normalised(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """`(x / 255 - mean) / std` of each colour, float32."""
+    """Return `(x / 255 - mean) / std` for each colour channel, float32."""
     return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)

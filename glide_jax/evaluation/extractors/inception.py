@@ -1,8 +1,8 @@
-"""Inception v3 as FID is measured with it  (1512.00567; TTUR, 1706.08500).
+"""The Inception v3 that FID uses  (1512.00567; TTUR, 1706.08500).
 
-The network of 2015-12-05 that the FID of the literature is computed by, in the layout of
-pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`. It differs from other Inceptions: average
-pooling leaves out the padding, the last block pools by maxima, and there are 1008 classes.
+This is the network of 2015-12-05 behind the FID of the literature, in the layout of pytorch-fid's
+`pt_inception-2015-12-05-6726825d.pth`. It differs from other Inceptions: average pooling leaves
+out the padding, the last block uses max pooling, and there are 1008 classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,14 @@ from glide_jax.evaluation.extractors.extractor import Features
 
 SIDE = 299
 DIMENSIONS, CLASSES = 2048, 1008
-# Of the batch normalisations.
+# One pixel on each side. flax takes it, but declares the argument as text.
+PADDING: Any = ((1, 1), (1, 1))
+# The epsilon of the batch normalisations.
 EPSILON = 1e-3
 
 
 class Convolution(nn.Module):
-    """Convolution, batch normalisation (folded into it, see `from_torch`), ReLU."""
+    """A convolution with ReLU; batch normalisation is folded into it, see `from_torch`."""
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -32,18 +34,19 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`(B, H, W, C) -> (B, H', W', features)`."""
-        padding = [(k // 2 if self.same else 0,) * 2 for k in self.kernel]
+        """Map `(B, H, W, C) -> (B, H', W', features)`."""
+        margins = [k // 2 if self.same else 0 for k in self.kernel]
+        padding = [(margin, margin) for margin in margins]
         return nn.relu(nn.Conv(self.features, self.kernel, self.stride, padding, name="conv")(x))
 
 
 def _mean_around(x: jax.Array) -> jax.Array:
-    """The mean of 3x3 pixels; over the border there are none, rather than zeros."""
-    return nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False)
+    """Average 3x3 pixels; pixels beyond the border are left out, not counted as zeros."""
+    return nn.avg_pool(x, (3, 3), (1, 1), PADDING, count_include_pad=False)
 
 
 def _maximum_around(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+    return nn.max_pool(x, (3, 3), (1, 1), PADDING)
 
 
 def _halved(x: jax.Array) -> jax.Array:
@@ -58,11 +61,12 @@ Block = Callable[..., nn.Module]
 
 
 class Mixed(nn.Module):
-    """Branches side by side, each a chain of convolutions, joined by their channels.
+    """Parallel branches, each a sequence of convolutions, concatenated on the channel axis.
 
     Attributes:
-        branches: of each, its convolutions; a list at the end is a fork, whose ends are joined too.
-        pool: what the last branch begins with.
+        branches: the convolutions of each branch. A tuple of layers at the end is a fork: its
+            outputs are concatenated too.
+        pool: the pooling at the start of the last branch.
     """
 
     branches: tuple[tuple[Layer, ...], ...]
@@ -70,7 +74,7 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`(B, H, W, C) -> (B, H', W', C')`."""
+        """Map `(B, H, W, C) -> (B, H', W', C')`."""
         joined = []
         for i, branch in enumerate(self.branches):
             y = self.pool(x) if i == len(self.branches) - 1 else x
@@ -89,7 +93,7 @@ class Mixed(nn.Module):
 
 
 def _thrice(name: str, last: int = 96, halve: bool = False) -> tuple[Layer, ...]:
-    """Two 3x3 convolutions behind one 1x1."""
+    """Return the layers of a branch: one 1x1 convolution, then two of 3x3."""
     return (
         (f"{name}_1", 64),
         (f"{name}_2", 96, (3, 3)),
@@ -191,30 +195,33 @@ BLOCKS = {
 
 
 class Inception(nn.Module):
-    """Images of any size -> features after the last average ("pool3"), and probabilities."""
+    """The network: images of any size -> features of the last average pooling and probabilities.
+
+    The features are those that TensorFlow calls "pool3".
+    """
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
-        """`(B, H, W, 3)` uint8 -> `(B, 2048)`, `(B, 1008)`."""
+        """Map `(B, H, W, 3)` uint8 -> `(B, 2048)`, `(B, 1008)`."""
         x = images.astype(jnp.float32) / 255
-        # Without filtering where it shrinks, as the reference.
+        # Unfiltered where it shrinks, as in the reference.
         shape = (len(x), SIDE, SIDE, 3)
         x = 2 * jax.image.resize(x, shape, "bilinear", antialias=False) - 1
         for name, block in BLOCKS.items():
             x = block(name=name)(x) if isinstance(block, partial) else block(x)
         pooled = x.mean(axis=(1, 2))
-        # The Inception score is taken without the bias, by its authors and since  (1606.03498).
+        # The Inception score leaves out the bias, in its authors' code and since  (1606.03498).
         logits = nn.Dense(CLASSES, use_bias=False, name="fc")(pooled)
         return Features(pooled, nn.softmax(logits))
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Names and layout of the file -> parameters, `conv/kernel` and `conv/bias` of each block.
+    """Convert the arrays of the file to parameters, `conv/kernel` and `conv/bias` of each block.
 
     Batch normalisation is folded in, in float64: `w g / sqrt(v + e)`, `b - m g / sqrt(v + e)`.
 
     Raises:
-        KeyError: one of the file's names is missing.
+        KeyError: the file lacks a name.
     """
     params: dict[str, Any] = {"fc/kernel": np.asarray(tensors["fc.weight"], np.float32).T}
     for name in tensors:

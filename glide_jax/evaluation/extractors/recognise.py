@@ -1,4 +1,4 @@
-"""From a weight file to an extractor: what it is, by its names and shapes."""
+"""Open a weight file as an extractor; names and shapes of its arrays tell which network it is."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -22,10 +22,10 @@ EXPECTED = (
     "(ViT-B/32, B/16 or L/14, of openai/CLIP or transformers), or DINOv2 (ViT-S/14, B/14 or L/14, "
     "of facebookresearch/dinov2)"
 )
-# Where a folder of transformers has its weights.
+# The weight files of a folder that transformers wrote.
 IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 LETTERS = {384: "S", 768: "B", 1024: "L"}
-# Names that give away what a file is, and what reads it.
+# An array name that only one kind of file has, and the function that reads this kind.
 READERS = {
     "visual.class_embedding": read_clip,
     "vision_model.embeddings.class_embedding": read_transformers,
@@ -35,21 +35,21 @@ INCEPTION_MARK, CLASSIFIER = "Mixed_7c.branch_pool.conv.weight", "fc.weight"
 
 
 def open_extractor(path: str | Path) -> Extractor:
-    """A feature extractor from a local weight file, whose kind is recognised by names and shapes.
+    """Open a local weight file as a feature extractor; names and shapes tell its kind.
 
-    Inception v3 takes pictures of 0 to 1 to 299 pixels as pytorch-fid does (bilinear, unfiltered);
-    CLIP's and DINOv2's are scaled by Pillow's bicubic filter, to 224 pixels or what the file's
-    positions say (CLIP), cut to their middle where they are not square. All run in float32.
+    Inception v3 resizes images to 299 pixels as pytorch-fid does (bilinear, unfiltered). CLIP and
+    DINOv2 resize with Pillow's bicubic filter and crop the centre: DINOv2 to 224 pixels, CLIP to
+    the size of its position embeddings. All run in float32.
 
-    What a file was trained for cannot be seen: a CLIP of others with the same names is taken for
-    OpenAI's, whose activation is not everybody's.
+    A file does not say how it was trained: another CLIP with the same names is read as OpenAI's,
+    with OpenAI's activation `x sigmoid(1.702 x)`.
 
     Args:
-        path: a `.pt`, `.pth` or `.bin` file of a state dict (nothing in it is run), a
-            `.safetensors` file, or a folder of transformers.
+        path: a `.pt`, `.pth` or `.bin` file of a state dict (no code in it is run), a
+            `.safetensors` file, or a folder that transformers wrote.
 
     Raises:
-        GlideError: there is no such file, it is broken, or holds no network that is known.
+        GlideError: the file does not exist, is broken, or holds no known network.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -67,7 +67,7 @@ def open_extractor(path: str | Path) -> Extractor:
 
 
 def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
-    """The extractor of a state dict; `path` is for messages.
+    """Return the extractor of a state dict; `path` is for messages.
 
     Raises:
         GlideError: see `open_extractor`.
@@ -81,15 +81,15 @@ def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
     except KeyError as error:
         raise GlideError(f"{path} lacks {error.args[0]}: expected {EXPECTED}") from None
     except (ValueError, IndexError, TypeError) as error:
-        raise GlideError(f"{path} has shapes of no known network ({error})") from None
-    some = ", ".join(list(tensors)[:3])
-    raise GlideError(f"{path} holds no known network ({some}, ...): expected {EXPECTED}")
+        raise GlideError(f"{path} has the shapes of no known network ({error})") from None
+    names = ", ".join(list(tensors)[:3])
+    raise GlideError(f"{path} holds no known network ({names}, ...): expected {EXPECTED}")
 
 
 def _inception(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
     if (classes := len(tensors[CLASSIFIER])) != CLASSES:
         raise GlideError(
-            f"{path} is an Inception of {classes} classes; FID's has {CLASSES}: "
+            f"{path} is an Inception of {classes} classes; FID's has {CLASSES}: use "
             "pt_inception-2015-12-05-6726825d.pth"
         )
     params, module = from_torch(tensors), Inception()
@@ -98,16 +98,16 @@ def _inception(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
         dimensions=DIMENSIONS,
         classes=CLASSES,
         module=module,
-        params=_fitting(path, module, params, side=299),
-        prepare=_as_it_is,
+        params=_checked(path, module, params, side=299),
+        prepare=_unchanged,
     )
 
 
 def _vit(path: Path, config: ViTConfig, params: dict[str, Any]) -> Extractor:
     if not config.layers or config.width % HEAD or config.side % config.patch:
         raise GlideError(
-            f"{path}: a transformer of {config.layers} layers, width {config.width} and patches "
-            f"of {config.patch} is none of {EXPECTED}"
+            f"{path} is a transformer of {config.layers} layers, width {config.width} and patches "
+            f"of {config.patch}: expected {EXPECTED}"
         )
     module = ViT(config)
     family = "CLIP" if config.clip else "DINOv2"
@@ -119,19 +119,19 @@ def _vit(path: Path, config: ViTConfig, params: dict[str, Any]) -> Extractor:
         dimensions=config.output,
         classes=None,
         module=module,
-        params=_fitting(path, module, params, side=config.side),
+        params=_checked(path, module, params, side=config.side),
         prepare=partial(resized, side=config.side),
     )
 
 
-def _as_it_is(images: np.ndarray) -> np.ndarray:
+def _unchanged(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def _fitting(path: Path, module: nn.Module, params: dict[str, Any], side: int) -> dict[str, Any]:
-    """Parameters as the network has them, checked name by name."""
-    picture = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    wanted = flatten(jax.eval_shape(module.init, jax.random.key(0), picture)["params"])
+def _checked(path: Path, module: nn.Module, params: dict[str, Any], side: int) -> dict[str, Any]:
+    """Return the parameters as a tree on the device, after a check of every name and shape."""
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    wanted = flatten(jax.eval_shape(module.init, jax.random.key(0), image)["params"])
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
     found = {name: leaf.shape for name, leaf in params.items()}
     if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):
@@ -139,5 +139,5 @@ def _fitting(path: Path, module: nn.Module, params: dict[str, Any], side: int) -
             f"{path}: {len(wrong)} parameters are missing, unexpected or of the wrong shape "
             f"({', '.join(wrong[:3])})"
         )
-    # Once, and not with each batch.
+    # Copied to the device once, not with each batch.
     return jax.tree.map(jax.device_put, unflatten(params))

@@ -1,4 +1,4 @@
-"""Vision transformers, as CLIP and DINOv2 have them  (2010.11929; 2103.00020; 2304.07193)."""
+"""The vision transformers of CLIP and DINOv2  (2010.11929; 2103.00020; 2304.07193)."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from glide_jax.evaluation.extractors.extractor import Features, normalised
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Channels of a head, in all of them.
+# Channels of an attention head, the same in all of them.
 HEAD = 64
 
 
@@ -21,11 +21,11 @@ class ViTConfig:
     Attributes:
         kind: "clip" or "dinov2": CLIP normalises before the first block, its GELU is
             `x sigmoid(1.702 x)`, and its features are projected; DINOv2 scales each branch.
-        side: of the pictures.
-        patch: side of a patch.
-        width, layers: of the transformer.
-        output: dimensions of the features.
-        registers: tokens beside class and patches  (2309.16588).
+        side: side of the images, in pixels.
+        patch: side of a patch, in pixels.
+        width, layers: channels and blocks of the transformer.
+        output: number of features.
+        registers: number of register tokens  (2309.16588).
     """
 
     kind: str
@@ -38,28 +38,28 @@ class ViTConfig:
 
     @property
     def clip(self) -> bool:
-        """Is it CLIP's?"""
+        """Whether it is an image encoder of CLIP."""
         return self.kind == "clip"
 
     @property
     def epsilon(self) -> float:
-        """Of the layer normalisations."""
+        """The epsilon of the layer normalisations."""
         return 1e-5 if self.clip else 1e-6
 
     @property
     def tokens(self) -> int:
-        """Class and patches."""
+        """Number of tokens: the class token and the patches."""
         return 1 + (self.side // self.patch) ** 2
 
 
 class Block(nn.Module):
-    """`x + a(norm(x))`, `x + m(norm(x))`: attention, then two dense layers."""
+    """A block: `x + a(norm(x))`, then `x + m(norm(x))`, with attention a and two dense layers m."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`(B, L, W) -> (B, L, W)`."""
+        """Map `(B, L, W) -> (B, L, W)`."""
         config, width = self.config, self.config.width
 
         def scaled(y: jax.Array, name: str) -> jax.Array:
@@ -77,16 +77,16 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images -> the class token after the last normalisation (and projection, in CLIP)."""
+    """The network: images -> class token after the last normalisation (CLIP: and projection)."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
-        """`(B, side, side, 3)` uint8 -> `(B, output)`."""
+        """Map `(B, side, side, 3)` uint8 -> `(B, output)`."""
         config = self.config
-        of_clip, of_imagenet = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
-        x = normalised(images, *(of_clip if config.clip else of_imagenet))
+        clip, imagenet = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD)
+        x = normalised(images, *(clip if config.clip else imagenet))
         patch, zeros = (config.patch, config.patch), nn.initializers.zeros
         x = nn.Conv(config.width, patch, patch, "VALID", use_bias=not config.clip, name="patch")(x)
         x = x.reshape(len(x), -1, config.width)
@@ -98,7 +98,7 @@ class ViT(nn.Module):
         position = self.param("position", zeros, (config.tokens, config.width))
         x = jnp.concatenate([repeated("class", 1), x], axis=1) + position
         if config.registers:
-            # They stand nowhere in the picture, and have no position.
+            # Registers belong to no patch, and have no position embedding.
             extra = repeated("registers", config.registers)
             x = jnp.concatenate([x[:, :1], extra, x[:, 1:]], axis=1)
         if config.clip:

@@ -1,7 +1,8 @@
-"""Weights of vision transformers under the names of their authors -> parameters of `ViT`."""
+"""Conversion of vision transformers, under their authors' names, to parameters of `ViT`."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from glide_jax.evaluation.extractors.vit import ViTConfig
 
 Tensors = Mapping[str, np.ndarray]
 
-# Name of ours -> name in the file; dense layers and normalisations have a weight and a bias.
+# Name in `ViT` -> name in the file; dense layers and normalisations have a weight and a bias.
 CLIP = {
     "patch": "visual.conv1",
     "norm_before": "visual.ln_pre",
@@ -45,13 +46,13 @@ DINOV2_BLOCK = {
     "down": "mlp.fc2",
 }
 
-# The side that DINOv2's features are taken at; it was trained at 518 at last, where its positions
-# are.
+# DINOv2's usual evaluation size. Its last training phase used 518 pixels, the size of its position
+# embeddings.
 DINOV2_SIDE = 224
 
 
 def read_clip(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
-    """The image encoder of openai/CLIP's state dict.
+    """Read the image encoder from a state dict of openai/CLIP.
 
     Raises:
         KeyError: a name is missing.
@@ -74,7 +75,7 @@ def read_clip(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
 
 
 def read_transformers(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
-    """The image encoder of transformers' CLIPModel.
+    """Read the image encoder from a state dict of transformers' CLIPModel.
 
     Raises:
         KeyError: a name is missing.
@@ -99,7 +100,7 @@ def read_transformers(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
 
 
 def read_dinov2(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
-    """facebookresearch/dinov2's state dict, with registers or without.
+    """Read a state dict of facebookresearch/dinov2, with or without registers.
 
     Raises:
         KeyError: a name is missing.
@@ -131,16 +132,17 @@ def read_dinov2(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
 
 
 def scaled_positions(position: np.ndarray, side: int, filtered: bool = False) -> np.ndarray:
-    """Embeddings of positions for another number of patches, by bicubic interpolation.
+    """Resize position embeddings to another number of patches, by bicubic interpolation.
 
-    As DINOv2 does it: without registers, 0.1 is added to the number of patches of a side before
-    the scale is taken (a guard against rounding that its features have depended on since), the
-    cubic's parameter is -0.75, and nothing is filtered; with registers, scale and filter are those
-    of Pillow.
+    This is DINOv2's method. Without registers, 0.1 is added to the number of patches per side
+    before the scale is computed (a guard against rounding on which its features depend), the
+    parameter of the cubic is -0.75, and there is no filter. With registers, scale and filter are
+    Pillow's.
 
     Args:
-        position: `(1 + n^2, W)`, the class first.
-        side: patches of a side.
+        position: `(1 + n^2, W)`, the class token first.
+        side: patches per side.
+        filtered: use the method for networks with registers.
 
     Returns:
         `(1 + side^2, W)`.
@@ -156,7 +158,7 @@ def scaled_positions(position: np.ndarray, side: int, filtered: bool = False) ->
 
 
 def _cubic(old: int, new: int, scale: float, a: float, *, stretch: bool) -> np.ndarray:
-    """Weights `(new, old)` of Keys's cubic; `stretch`: as wide as the pixels that it makes."""
+    """Return the weights `(new, old)` of Keys's cubic; `stretch`: widened where it shrinks."""
     wide = max(1 / scale, 1.0) if stretch else 1.0
     centre = (np.arange(new) + 0.5) / scale - 0.5
     reach = int(np.ceil(2 * wide))
@@ -165,7 +167,7 @@ def _cubic(old: int, new: int, scale: float, a: float, *, stretch: bool) -> np.n
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a
     value = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-    if stretch:  # Pillow leaves out what is over the border, else it is the border's.
+    if stretch:  # Pillow leaves out pixels beyond the border; DINOv2 repeats the border.
         value = np.where((taps >= 0) & (taps < old), value, 0.0)
     weights = np.zeros((new, old))
     rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
@@ -180,17 +182,17 @@ def _clip_config(patch: np.ndarray, position: np.ndarray, output: int) -> ViTCon
 
 
 def _deep(config: ViTConfig, tensors: Tensors, blocks: str) -> ViTConfig:
-    """With as many layers as there are blocks."""
+    """Return the config with as many layers as the file has blocks."""
     skip = len(blocks.split("."))
     numbers = {name.split(".")[skip] for name in tensors if name.startswith(f"{blocks}.")}
     layers = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
-    return ViTConfig(**vars(config) | {"layers": layers})
+    return replace(config, layers=layers)
 
 
 def _common(
     tensors: Tensors, whole: dict[str, str], block: dict[str, str], blocks: str, config: ViTConfig
 ) -> dict[str, Any]:
-    """What is the same in all but for its name."""
+    """Return the parameters whose layout is the same in all three kinds of files."""
     names = dict(whole)
     for i in range(config.layers):
         names |= {f"block_{i}/{n}": f"{blocks}.{i}.{theirs}" for n, theirs in block.items()}
