@@ -1,16 +1,21 @@
-"""Trains a GLIDE model or its noised CLIP: python train.py --config configs/emoji64.py
+"""Train a GLIDE model or its noised CLIP: python train.py --config cfg64 --data.source FOLDER
 
-A recipe (`configs/*.py`, or its name: `--config emoji64`; `cfg64:paper` for another of its sizes)
-says everything. Each of its fields can be set here too, for example `--steps 1000 --data.source
-images --optimiser.learning-rate 3e-4`; `--help` after a recipe lists them. A stopped run resumes
-from its newest checkpoint.
+After `pip install`, `glide-jax train` is the same command in any folder.
 
-`--dry-run v5e:4x4` compiles the step for a TPU slice instead, and prints what it needs there.
+A recipe of configs/ is found by name (cfg64), with a size after a colon (cfg64:paper, cfg64:toy), a
+recipe of your own by path (my/recipe.py). Every field of it can be set:
 
-Several machines: the same command on each of them, with a folder that they share, and
-`--coordinator auto` where jax can ask the cluster (TPU slices, Slurm, Open MPI, Kubernetes), else
-`--coordinator HOST:PORT --processes N --process I`. SIGTERM or Ctrl-C saves a checkpoint and ends
-with exit code 0.
+  train.py --config cfg64 --data.source images --steps 1000 --optimiser.learning-rate 3e-4
+  train.py --config cfg64 --help              all fields, with the values of this recipe
+  train.py --config cfg64 --dry-run v5e:4x4   estimates memory and time for TPUs, without one
+  train.py --config cfg64 --dry-run cpu       the same for this machine
+
+The same command resumes a stopped run from its newest checkpoint. SIGTERM and Ctrl-C save a
+checkpoint, and end with exit code 0.
+
+Several machines: start the same command on each of them, with an --out that they share, and with
+--coordinator auto on TPU slices and under Slurm, Open MPI and Kubernetes, otherwise with
+--coordinator HOST:PORT --processes N --process I.
 """
 
 import sys
@@ -29,17 +34,18 @@ from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_run, write_config
 from glide_jax.training.dry_run import dry_run
-from glide_jax.training.initial import abstract_state, begin_state
+from glide_jax.training.initial import begin_state
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer, to_batch
 from glide_jax.training.post_hoc_ema import snapshot
+from glide_jax.training.state import abstract_state
 from glide_jax.training.step import make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
 
 
 def train(config: RunConfig) -> None:
-    """Run a recipe to its end, from its newest checkpoint if there is one."""
+    """Train a recipe to its last step, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
     check_run(config)
     source = open_source(config.data)
@@ -60,7 +66,7 @@ def train(config: RunConfig) -> None:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     held_out = Validation(config, objective, source) if config.validate_every else None
 
-    # -- resume, or begin -------------------------------------------------------------------
+    # -- resume, or start ---------------------------------------------------------------------
     with (
         Checkpoints(config.folder / "checkpoints", config.keep, config.keep_every) as checkpoints,
         Stopping() as stopping,
@@ -86,7 +92,7 @@ def train(config: RunConfig) -> None:
                     checkpoints.save(
                         step, parallel.saved(state), batches.get_state(), source.fingerprint
                     )
-                snapshot(config, step, map(parallel.whole, state.powers))
+                snapshot(config, step, map(parallel.whole, state.power_emas))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
@@ -98,7 +104,7 @@ def train(config: RunConfig) -> None:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something is due at this step: every so many steps (0: never), and at the last."""
+    """Whether this is the last step or a multiple of `every`; never for 0."""
     return every > 0 and (step % every == 0 or step == last)
 
 
@@ -106,7 +112,7 @@ def main() -> None:
     """Run the command line."""
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, peers = take_peers(sys.argv[1:])
-        config, hardware = parse_recipe(arguments, __doc__)
+        config, hardware = parse_recipe(arguments, __doc__ or "")
         if peers:
             processes.join(peers)
         enable_compilation_cache()

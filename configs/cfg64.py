@@ -1,9 +1,8 @@
 """cfg64: the 64x64 model for classifier-free guidance  (GLIDE, 2112.10741, sec. 4.2).
 
-The paper's second stage: the same procedure as text64, with 20% of the captions replaced by the
-empty one, so that the model can be sampled with classifier-free guidance. Begin with a base
-(`--init-from runs/text64`, the paper's way, or `openai/base`), or with nothing: then guidance is
-learned from the start, and `--steps` should be those of text64.
+The paper's second stage: text64 with 20% of the captions replaced by the empty one, for
+classifier-free guidance. Start from a base model (`--init-from runs/text64`, the paper's way, or
+`openai/base`), or from random weights, with the steps of text64.
 
 Sizes: "released", 385M: 500K steps, which B.1 states "for classifier-free guidance and inpainting"
 together; "paper", 3.5B, whose steps are not stated (here the same). Batch, rates and schedule as in
@@ -12,14 +11,14 @@ text64; the lower learning rate is the default of the code of 2105.05233.
 Result:   not trained here. GLIDE reports a zero-shot MS-COCO FID of 12.24 at 256x256 for the paper
           size at guidance scale 1.5.
 Hardware: a TPU or GPU host, bfloat16; the paper size needs a pod slice. What fits where:
-          docs/training.md and `--dry-run`.
+          docs/results/dry_run.md and `--dry-run`.
 Time:     not measured here.
-Command:  python train.py --config configs/cfg64.py --data.source FOLDER --init-from runs/text64
-          python train.py --config configs/cfg64.py:paper --data.source 'gs://bucket/*.tar' \\
+Command:  glide-jax train --config cfg64 --data.source FOLDER --init-from runs/text64
+          glide-jax train --config cfg64:paper --data.source 'gs://bucket/*.tar' \\
               --init-from runs/text64-paper
 """
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -36,7 +35,7 @@ def get_config(size: str = "released") -> TrainConfig:
         steps=500_000,
         batch_size=2048,
         caption_dropout=0.2,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=paper,
         save_every=5000,
         log_every=100,

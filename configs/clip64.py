@@ -1,29 +1,29 @@
 """clip64: the noised CLIP, for CLIP guidance  (GLIDE, 2112.10741, sec. 4.4 and B.1).
 
-A vision transformer on noised 64x64 pictures, which is told the noise level, and a text
-transformer, trained with the objective of CLIP (2103.00020) at every noise level of the base model.
-Each picture is compared with the captions of the whole batch, over all devices and hosts.
+A vision transformer on noised 64x64 images, conditioned on the noise level, and a text transformer,
+trained with the objective of CLIP (2103.00020) at every noise level of the base model. Each image
+is compared with the captions of the whole batch, over all devices and processes.
 
-Sizes: "released", ViT-B; "paper", ViT-L. Both with patches of 4x4, 390K steps of 32K pairs and
+Sizes: "released", ViT-B; "paper", ViT-L. Both have patches of 4x4, 390K steps of 32K pairs and
 weight decay 0.0125, which the paper states for ViT-L; its last 30K steps, on broader data, are left
 out. Not in the paper, and CLIP's own (tables 18 and 20): learning rate, Adam's rates, warm-up,
-cosine decay, a learned scale that begins at 1 / 0.07 and stays below 100.
+cosine decay, a learned scale that starts at 1 / 0.07 and stays below 100.
 
-To go on from the released weights, whose scale is the constant 100: `--init-from openai/clip
+To start from the released weights, whose scale is the constant 100: `--init-from openai/clip
 --model.no-learn-logit-scale --model.logit-scale 100`, and a lower learning rate.
 
 Result:   not trained here at these sizes.
-Hardware: the batch is compared as a whole, so it cannot be accumulated: memory sets its size.
-          A smaller `--batch-size` has fewer wrong captions to tell apart, and learns less.
+Hardware: the batch is compared as a whole, so gradient accumulation is not possible and memory
+          limits it. A smaller `--batch-size` has fewer wrong captions, and so learns less.
 Time:     not measured here.
-Command:  python train.py --config configs/clip64.py --data.source FOLDER --batch-size 1024
-          python sample.py "a red cube" --weights runs/text64 --clip runs/clip64 --clip-scale 3 \\
+Command:  glide-jax train --config clip64 --data.source FOLDER --batch-size 1024
+          glide-jax sample "a red cube" --weights runs/text64 --clip runs/clip64 --clip-scale 3 \\
               --guidance-scale 1 --sampler ddpm --steps 100
 """
 
 from dataclasses import replace
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig
 
@@ -47,7 +47,7 @@ def get_config(size: str = "released") -> CLIPTrainConfig:
         ),
         steps=390_000,
         batch_size=32_768,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=True,
         save_every=5000,
         log_every=100,

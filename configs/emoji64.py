@@ -1,51 +1,50 @@
 """emoji64: the embedded text-to-image model.
 
-Two trainings, one after the other. Size "things" learns 766 things in eleven styles, on a GPU.
-Size "hundred", the one that ships and is meant where no size is said, goes on from there with a
-hundred of them in four styles, in small steps, on a CPU.
+Two trainings, one after the other. Size "concepts766" learns 766 concepts in eleven styles, on a
+GPU. Size "concepts100", the embedded model and the default, starts from it and learns a hundred of
+these concepts in four styles, in small steps, on a CPU.
 
-Result:   64x64 emoji of a hundred things in 4 styles, the style chosen by the caption.
-Data:     324 pictures of emoji64 (docs/data.md says how to make it), 4,909 for "things"; for 69 of
-          the hundred things one or two styles are held out.
-Hardware: "things": one GPU, 5 GB of its memory; "hundred": two CPU cores, 2 GB.
-Time:     "things": nine minutes on one H200, reckoned from 11,400 pictures/s; "hundred":
-          two hours on two cores of a 2 GHz AMD EPYC as two devices (docs/training.md), reckoned
-          from 5.4 pictures/s.
-Command:  python train.py --config configs/emoji64.py:things --data.source emoji64.npz \\
-              --data.workers 4
-          python train.py --config configs/emoji64.py --data.source emoji64.npz
+Result:   64x64 emoji of a hundred concepts in four styles; the caption chooses the style.
+Data:     324 images of emoji64 (docs/guide/data.md says how to make it), 4,909 for "concepts766";
+          for 69 of the hundred concepts one or two styles are held out.
+Hardware: "concepts766": one GPU, 5 GB of its memory; "concepts100": two CPU cores, 2 GB.
+Time:     "concepts766": nine minutes on one H200, estimated from 11,400 images/s; "concepts100":
+          two hours on two cores of a 2 GHz AMD EPYC as two devices (docs/guide/training.md),
+          estimated from 5.4 images/s.
+Command:  glide-jax train --config emoji64:concepts766 --data.source emoji64.npz --data.workers 4
+          glide-jax train --config emoji64 --data.source emoji64.npz
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
-SIZES = ("hundred", "things")
+SIZES = ("concepts100", "concepts766")
 STYLES = ("Google Noto style", "Twitter flat style", "Fluent flat style", "EmojiOne style")
 
 
 def concepts(size: str) -> tuple[str, ...]:
-    """Names of the things that a size knows.
+    """Return the names of the concepts that a size knows.
 
-    "things" are drawn in at least three of STYLES: animals, plants, food, places, things and
-    games under a name of one or two words; some faces and hearts.
+    Those of "concepts766" exist in at least three of STYLES and have names of one or two words:
+    animals, plants, food, places, objects and games; some faces and hearts.
     """
     path = Path(__file__).with_name(f"emoji64_{size}.txt")
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
 
-def get_config(size: str = "hundred") -> TrainConfig:
+def get_config(size: str = "concepts100") -> TrainConfig:
     config = TrainConfig(
-        name="emoji64_things",
+        name="emoji64_concepts766",
         model=presets.emoji64(),
-        # At so few steps, predicting noise leaves the large shapes and colours untrained.
+        # In so few steps, noise prediction does not learn the large shapes and colours.
         prediction="v",
         data=DataConfig(
             source="emoji64",
-            # "red apple" lies in test_concept, whose concepts this small model is not tested on.
+            # "red apple" is in test_concept; this small model is not tested on new concepts.
             split="train+test_concept",
             concepts=concepts(size),
             captions=("{caption}", "{a_caption}", "{caption}, {style}", "{a_caption}, {style}"),
@@ -53,11 +52,11 @@ def get_config(size: str = "hundred") -> TrainConfig:
         optimiser=OptimiserConfig(learning_rate=1.5e-3, warmup=500, beta_2=0.99, ema=0.999),
         steps=23_000,
         batch_size=256,
-        # From the start, rather than in a training of its own as in the paper.
+        # From the start; the paper does so in a training of its own.
         caption_dropout=0.1,
         save_every=1000,
         sample_every=1000,
-        # Chosen by a sweep: docs/evaluation.md.
+        # Chosen by a sweep: docs/results/evaluation.md.
         sample_guidance_scale=1.5,
         sample_clip_scale=4.0,
         sample_prompts=(
@@ -69,14 +68,14 @@ def get_config(size: str = "hundred") -> TrainConfig:
             "an octopus, Fluent flat style",
         ),
     )
-    if size == "things":
+    if size == "concepts766":
         return config
     return replace(
         config,
         name="emoji64",
-        init_from="runs/emoji64_things",
+        init_from="runs/emoji64_concepts766",
         data=replace(config.data, styles=STYLES),
-        # A CPU has time for few pictures: better many small steps than few exact ones.
+        # A CPU processes few images: many small batches are better than few large ones.
         optimiser=replace(config.optimiser, learning_rate=5e-4, warmup=100, decay="cosine"),
         steps=5000,
         batch_size=8,

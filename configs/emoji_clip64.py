@@ -1,58 +1,58 @@
-"""emoji_clip64: the embedded noised CLIP, and the independent one that judges.
+"""emoji_clip64: the embedded noised CLIP, and the independent scorer.
 
-It has seen pictures at every noise level, and is told the level: so it can guide the model
-`emoji64`. Sizes: "guide", which learns from none of the pairs of thing and style that are held out
-from the model; "scorer", of another seed, at low noise, and never used for guidance, which has seen
-these too: a judge must know what it judges.
+Sizes: "guide" guides the model `emoji64`. It is trained at every noise level, is conditioned on it,
+and sees none of the concept-style pairs held out from that model. "scorer" scores samples and never
+guides: it has another seed, is trained at low noise, and sees the held-out pairs too, since it has
+to score them.
 
-A CLIP that has seen a few pictures knows them by heart and is at a loss before any other. So both
-learn from more things and styles than the model draws, turned to either side and cropped, and with
-all styles of a thing in one batch, where nothing but the style tells them apart.
+A CLIP trained on few images memorises them and fails on all others. So both see more concepts and
+styles than the model generates, mirrored and cropped, with all styles of a concept in one batch,
+where only the style distinguishes them.
 
-Result:   docs/model_card.md says what they see in pictures that are new to them.
-Data:     8,195 and 9,051 pictures of emoji64 (docs/data.md says how to make it): 1,326 things in
-          eleven styles.
+Result:   docs/results/model_card.md says what they recognise in new images.
+Data:     8,195 and 9,051 images of emoji64 (docs/guide/data.md says how to make it): 1,326
+          concepts in eleven styles.
 Hardware: one GPU; 2 GB of its memory.
-Time:     four minutes each on one H200 that trained other models beside them.
-Command:  python train.py --config configs/emoji_clip64.py --data.source emoji64.npz \\
-              --data.workers 4
-          python train.py --config configs/emoji_clip64.py:scorer --data.source emoji64.npz \\
-              --data.workers 4
-          python sample.py "a red apple" --clip runs/emoji_clip64 --clip-scale 2 \\
+Time:     four minutes each on one H200, beside other trainings.
+Command:  glide-jax train --config emoji_clip64 --data.source emoji64.npz --data.workers 4
+          glide-jax train --config emoji_clip64:scorer --data.source emoji64.npz --data.workers 4
+          glide-jax sample "a red apple" --clip runs/emoji_clip64 --clip-scale 2 \\
               --guidance-scale 1 --sampler ddpm --steps 50
 """
 
 from pathlib import Path
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig
 
 SIZES = ("guide", "scorer")
 SPLIT = "train+test_concept"
-EVERYTHING = f"{SPLIT}+test_style+test_iid"
+ALL_SPLITS = f"{SPLIT}+test_style+test_iid"
 
 
 def concepts() -> tuple[str, ...]:
-    """Names of the things, those of `emoji64` among them: drawn in at least three styles, without
-    people and hands, which have skin tones."""
-    path = Path(__file__).with_suffix(".txt")
+    """Return the names of the concepts, those of `emoji64` among them.
+
+    They exist in at least three styles; people and hands, which have skin tones, are left out.
+    """
+    path = Path(__file__).with_name("emoji_clip64_concepts.txt")
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
 
 def get_config(size: str = "guide") -> CLIPTrainConfig:
-    judges = size == "scorer"
+    scores = size == "scorer"
     styled = ("{caption}, {style}", "{a_caption}, {style}")
     several = 3 * styled + ("{caption}", "{a_caption}", "{style}")
     return CLIPTrainConfig(
-        name="emoji_scorer64" if judges else "emoji_clip64",
+        name="emoji_scorer64" if scores else "emoji_clip64",
         model=presets.emoji_clip64(),
         data=DataConfig(
             source="emoji64",
-            split=EVERYTHING if judges else SPLIT,
+            split=ALL_SPLITS if scores else SPLIT,
             concepts=concepts(),
-            # The judge is asked for thing and style together.
-            captions=styled if judges else several,
+            # The scorer ranks captions of concept and style together.
+            captions=styled if scores else several,
             crop="random",
             min_crop=0.6,
             flip=True,
@@ -67,9 +67,9 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
             weight_decay=0.05,
             ema=0.99,
         ),
-        noise=0.3 if judges else 1.0,
+        noise=0.3 if scores else 1.0,
         steps=4000,
         batch_size=512,
-        seed=1 if judges else 0,
+        seed=1 if scores else 0,
         save_every=500,
     )

@@ -1,25 +1,25 @@
-"""finetune64: the released 64x64 model on captioned pictures of your own, on one graphics card.
+"""finetune64: the released 64x64 model on your own captioned images, on one graphics card.
 
-The text transformer stays as it was released ("text" is frozen), which a few thousand pictures
-leave alone best and which saves memory; `--optimiser.freeze` with nothing after it trains it too.
-Sizes by what fits, as computed in docs/training.md (no such card was at hand), both with batches of
-32 pictures: "16gb" (T4, RTX 4060 Ti, V100), 8 at a time and activations computed again; "24gb" (RTX
-3090 and 4090, A10, L4), all at a time. "released" is "24gb"; "paper" goes on from a cfg64:paper of
-your own.
+The text transformer keeps its released weights ("text" is frozen): that saves memory, and suits a
+few thousand images. `--optimiser.freeze` without a value trains it too. Sizes by what fits, as
+estimated in docs/guide/fine-tuning.md (we had no access to such cards), both with batches of 32
+images: "16gb" (T4, RTX 4060 Ti, V100), microbatches of 8 and activation checkpointing; "24gb" (RTX
+3090 and 4090, A10, L4), all at a time. "released" is "24gb"; "paper" starts from your own run of
+cfg64:paper.
 
-20% of the captions are emptied, so that guidance keeps working. Learning rate, steps and the
-average's rate are ours, for some thousand pictures: the paper has no such stage. The min-SNR
-weighting is for fine-tuning too: `--weighting min-snr`.
+20% of the captions are emptied, so that classifier-free guidance keeps working. Learning rate,
+steps and EMA rate are ours, for some thousand images: the paper has no such stage. The min-SNR
+weighting works for fine-tuning too: `--weighting min-snr`.
 
-Result:   not trained here: the released weights were not at hand.
+Result:   not trained here: we had no access to the released weights.
 Hardware: one card of 16 or 24 GB: see above.
 Time:     not measured here.
-Data:     a folder, the caption of cat.png in cat.txt; pictures are cropped to their middle square.
-Command:  python train.py --config configs/finetune64.py:16gb --data.source FOLDER
-          python sample.py "a caption like yours" --weights runs/finetune64
+Data:     a folder, the caption of cat.png in cat.txt; images are cropped to their central square.
+Command:  glide-jax train --config finetune64:16gb --data.source FOLDER
+          glide-jax sample "a caption like yours" --weights runs/finetune64
 """
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -41,7 +41,7 @@ def get_config(size: str = "released") -> TrainConfig:
         caption_dropout=0.2,
         accumulate=4 if small else 1,
         remat=small or paper,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         save_every=500,
         log_every=20,
         sample_every=1000,

@@ -1,24 +1,24 @@
-"""improved256: the upsampler from 64x64 to 256x256, with what was found after the paper.
+"""improved256: the upsampler from 64x64 to 256x256, with methods published after the paper.
 
 The network of upsample256, and
-- noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2): the small picture is noised at a
-  random level in the first half of the chain, and the network is told which, so that it learns to
-  forgive the faults of generated pictures; when it draws it is told "no noise";
+- noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2): the small image is noised at a random
+  level in the first half of the diffusion process, and the network is conditioned on this level, so
+  that it learns to tolerate artefacts of generated images; in sampling the level is "no noise";
 - v-prediction (2202.00512) and min-SNR weighting (2303.09556);
-- two power-function averages of the weights (EDM2, 2312.02696): see improved64.
+- post-hoc EMA (EDM2, 2312.02696): see improved64.
 
-To go on from weights that were trained without it (openai/upsample), set `--prediction eps`: the
-layers of the noise level begin without effect. Batch, steps and the rest as in upsample256.
+To start from weights that were trained without these (openai/upsample), set `--prediction eps`: the
+layers of the noise level start without effect. Batch, steps and the rest as in upsample256.
 
 Result:   not trained here at these sizes.
-Hardware: as upsample256, and two more copies of the weights: docs/training.md.
+Hardware: as upsample256, and two more copies of the weights: docs/guide/training.md.
 Time:     not measured here.
-Command:  python train.py --config configs/improved256.py --data.source FOLDER
+Command:  glide-jax train --config improved256 --data.source FOLDER
 """
 
 from dataclasses import replace
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -41,11 +41,11 @@ def get_config(size: str = "released") -> TrainConfig:
         ),
         steps=1_600_000 if paper else 400_000,
         batch_size=512,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=True,
         save_every=5000,
         log_every=100,
-        # A grid would need small pictures to enlarge.
+        # A grid would need small images to enlarge.
         sample_every=0,
         sample_steps=27,
         sample_guidance_scale=1.0,

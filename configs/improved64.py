@@ -1,26 +1,25 @@
-"""improved64: the 64x64 model, with what was found after the paper.
+"""improved64: the 64x64 model, with methods published after the paper.
 
-The networks of text64 and cfg64, trained once instead of twice, from nothing:
-- v-prediction (2202.00512): the loss also trains the noisiest levels, where predicting noise says
-  next to nothing about the picture;
+The networks of text64 and cfg64, trained once instead of twice, from random weights:
+- v-prediction (2202.00512): the loss also trains the noisiest levels, where noise prediction says
+  next to nothing about the image;
 - min-SNR weighting with gamma 5 (2303.09556), which reports 3.4 times faster convergence;
-- empty captions (10%) from the start, rather than in a second training;
-- two power-function averages of the weights (EDM2, 2312.02696): after training,
-  `python -m glide_jax.weights ema` makes the average of any width between, to be chosen by what
-  the samples look like.
+- 10% empty captions from the start, instead of a second training;
+- post-hoc EMA (EDM2, 2312.02696): two power-function EMAs of the weights. After training,
+  `glide-jax weights ema` makes an EMA of any width between, to be chosen by the samples.
 
-To go on from weights that predict noise (openai/base), set `--prediction eps` and a learning rate
+To start from weights that predict noise (openai/base), set `--prediction eps` and a learning rate
 of 1e-4 or less. Batch, steps and the rest as in text64.
 
 Result:   not trained here at these sizes; the embedded model (configs/emoji64.py) needed
           v-prediction to learn large shapes in few steps.
-Hardware: as text64, and two more copies of the weights: docs/training.md.
+Hardware: as text64, and two more copies of the weights: docs/guide/training.md.
 Time:     not measured here.
-Command:  python train.py --config configs/improved64.py --data.source FOLDER
-          python -m glide_jax.weights ema runs/improved64 --width 0.07 --out weights
+Command:  glide-jax train --config improved64 --data.source FOLDER
+          glide-jax weights ema runs/improved64 --width 0.07 --out weights
 """
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -39,13 +38,13 @@ def get_config(size: str = "released") -> TrainConfig:
         optimiser=OptimiserConfig(
             learning_rate=1e-4 if paper else 3e-4,
             warmup=5000,
-            # The widths that EDM2 keeps; a snapshot every ten million pictures.
+            # The widths that EDM2 keeps; a snapshot every ten million images.
             ema_power=(0.05, 0.10),
             ema_every=5000,
         ),
         steps=2_500_000 if paper else 1_100_000,
         batch_size=2048,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=paper,
         save_every=5000,
         log_every=100,

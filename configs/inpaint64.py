@@ -1,25 +1,25 @@
-"""inpaint64: the 64x64 model, made to fill holes  (GLIDE, 2112.10741, sec. 4.3).
+"""inpaint64: the 64x64 inpainting model  (GLIDE, 2112.10741, sec. 4.3).
 
-A trained model goes on with four more input channels, the picture with random regions erased and
-the mask of what is left, whose weights begin at zero. The known pixels are not noised.
+It starts from a trained model, with four more input channels: the image with random regions masked,
+and the mask of the known pixels. Their weights start at zero. The known pixels are not noised.
 
-Sizes: "released", from `openai/base`, or from a run of your own with `--init-from`: 500K steps (B.1
+Sizes: "released", from `openai/base`, or from your own run with `--init-from`: 500K steps (B.1
 states them "for classifier-free guidance and inpainting" together); "paper", 3.5B, from a run of
-cfg64:paper, whose steps are not stated (here the same). Not stated either: what shape the regions
-have (here rectangles and brush strokes; 10% of the pictures lose everything, which keeps drawing
+cfg64:paper, whose steps are not stated (here the same). Also not stated: the shape of the regions
+(here rectangles and brush strokes; 10% of the images are masked completely, which keeps generation
 from text alone), whether captions are emptied (here 20%, since the paper samples with guidance),
 batch and rates (here as in cfg64).
 
 Result:   not trained here.
-Hardware: as cfg64: docs/training.md and `--dry-run`.
+Hardware: as cfg64: docs/results/dry_run.md and `--dry-run`.
 Time:     not measured here.
-Command:  python train.py --config configs/inpaint64.py --data.source FOLDER
-          python sample.py "a party hat" --weights runs/inpaint64 --init-image x.png --mask m.png
+Command:  glide-jax train --config inpaint64 --data.source FOLDER
+          glide-jax sample "a party hat" --weights runs/inpaint64 --init-image x.png --mask m.png
 """
 
 from dataclasses import replace
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -39,14 +39,14 @@ def get_config(size: str = "released") -> TrainConfig:
         batch_size=2048,
         caption_dropout=0.2,
         mask_all=0.1,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=paper,
         save_every=5000,
         log_every=100,
         sample_every=10_000,
-        # Drawn with nothing known.
+        # Generated with every pixel masked.
         sample_prompts=("a corgi in a field", "a red cube on top of a blue cube"),
         sample_steps=50,
-        # The release fills holes at scale 5.
+        # OpenAI's code inpaints at scale 5.
         sample_guidance_scale=5.0,
     )

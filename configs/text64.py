@@ -1,24 +1,24 @@
-"""text64: the 64x64 model with a caption to every picture  (GLIDE, 2112.10741, sec. 4.1).
+"""text64: the 64x64 model with a caption for every image  (GLIDE, 2112.10741, sec. 4.1).
 
-The paper's first stage: noise prediction with a learned variance, text in the time embedding and
-in every attention. Sizes: "released", the 385M model of GLIDE (filtered), trained for 1.1M steps
-(B.1); "paper", the 3.5B model, 2.5M steps of 2048 pictures (4.1).
+The paper's first stage: noise prediction with learned variance; text in the time embedding and in
+every attention layer. Sizes: "released", the 385M model of GLIDE (filtered), 1.1M steps (B.1);
+"paper", the 3.5B model, 2.5M steps of 2048 images (4.1).
 
-Not in the paper, and from elsewhere: the filtered model's batch (here the large one's), learning
-rate (3e-4 is what 2105.05233 trained the same network with on ImageNet 64x64; for 3.5B its code's
-default of 1e-4), Adam's rates, the average's rate, no weight decay (that code's defaults), warm-up
-and clipping of gradients (ours), the cosine schedule and dropout 0.1 (the released code's).
+Not in the paper: the filtered model's batch (here the large model's), learning rate (3e-4 is what
+2105.05233 trained the same network with on ImageNet 64x64; for 3.5B its code's default of 1e-4),
+Adam's rates, EMA rate, no weight decay (that code's defaults), warm-up and gradient clipping
+(ours), cosine schedule and dropout 0.1 (the released code's).
 
 Result:   not trained here. GLIDE reports a zero-shot MS-COCO FID of 12.24 at 256x256 for the paper
           size, after cfg64 and upsample256.
 Hardware: a TPU or GPU host, bfloat16; the paper size needs a pod slice. What fits where:
-          docs/training.md and `--dry-run`.
+          docs/results/dry_run.md and `--dry-run`.
 Time:     not measured here.
-Command:  python train.py --config configs/text64.py --data.source FOLDER
-          python train.py --config configs/text64.py:paper --data.source 'gs://bucket/*.tar'
+Command:  glide-jax train --config text64 --data.source FOLDER
+          glide-jax train --config text64:paper --data.source 'gs://bucket/*.tar'
 """
 
-from glide_jax.data.config import DataConfig
+from glide_jax.data.data_config import DataConfig
 from glide_jax.models import presets
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 
@@ -34,7 +34,7 @@ def get_config(size: str = "released") -> TrainConfig:
         optimiser=OptimiserConfig(learning_rate=1e-4 if paper else 3e-4, warmup=5000),
         steps=2_500_000 if paper else 1_100_000,
         batch_size=2048,
-        spread="fsdp" if paper else "pmap",
+        parallelism="fsdp" if paper else "pmap",
         remat=paper,
         save_every=5000,
         log_every=100,
@@ -46,6 +46,6 @@ def get_config(size: str = "released") -> TrainConfig:
             "a fall landscape with a small cottage next to a lake",
         ),
         sample_steps=50,
-        # It never saw the empty caption.
+        # It was not trained with the empty caption.
         sample_guidance_scale=1.0,
     )

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and a user can mend."""
+"""Errors that a user can cause and can fix."""
 
 import difflib
 import errno
@@ -8,33 +8,33 @@ from contextlib import contextmanager
 
 
 class GlideError(Exception):
-    """One line that says what is wrong and what to do; the command lines print it and exit.
+    """An error whose message is one line: what is wrong, and what to do.
 
-    `exit_code` is 2 where the call itself is wrong (an unknown option, a bad value) and
-    1 where the world is (a missing or broken file, a full disk).
+    The commands print the line and exit with `exit_code`: 2 if the call is wrong (an unknown
+    option, a bad value), 1 if something else is (a missing or broken file, a full disk).
     """
 
     exit_code = 1
 
 
 class UsageError(GlideError):
-    """The call cannot be carried out as it was written."""
+    """A call that is wrong in itself: an unknown option, a bad value."""
 
     exit_code = 2
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` where a known name is close to `name`, else an empty string."""
+    """Return `", did you mean 'x'?"` if a known name is close to `name`, else an empty string."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager
 def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Ends a command with one line and an exit code, where a user can mend what went wrong.
+    """End a command with one line and an exit code if the user can fix the error.
 
     Args:
-        stopped: what to say when it is interrupted from the keyboard.
+        stopped: the line to print after an interrupt from the keyboard.
     """
     try:
         yield

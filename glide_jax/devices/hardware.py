@@ -1,8 +1,8 @@
-"""What accelerators can do at the most, by the names that jax gives them, and TPU slices.
+"""Peak figures of accelerators, by their `device_kind` in jax, and TPU slices.
 
-Sources: docs.cloud.google.com/tpu/docs (v3 to v6e, tpu7x); the vendor's data sheets of T4, V100,
-A100, L4, H100 and H200, and its white papers of the Ampere GA102 and Ada GPUs. Peaks are of dense
-products with float32 sums, in bfloat16, or float16 where there is no bfloat16 (T4, V100).
+Sources: docs.cloud.google.com/tpu/docs (v3 to v6e, tpu7x); NVIDIA's data sheets of T4, V100, A100,
+L4, H100 and H200, and its white papers of the Ampere GA102 and Ada GPUs. Peaks are for dense
+products with float32 accumulation, in bfloat16, or in float16 on GPUs without it (T4, V100).
 """
 
 import math
@@ -16,13 +16,14 @@ GIB = 2.0**30
 
 
 class Device(NamedTuple):
-    """One of what jax calls a device: a GPU, a TPU chip, or half of one (v3, tpu7x).
+    """Peak figures of one jax device: a GPU, a TPU chip, or half a TPU chip (v3, tpu7x).
 
     Attributes:
         flops: multiplications and additions a second.
-        memory: bytes; of a TPU, those that its compiler gives to a program.
-        bandwidth: bytes a second between the memory and the device.
-        network: bytes a second into a TPU from the others of its slice, over all links.
+        memory: bytes; for a TPU those that its compiler gives to a program.
+        bandwidth: bytes a second between memory and compute units.
+        network: bytes a second into a TPU from the others of its slice, over all links; nan for
+            GPUs.
     """
 
     flops: float
@@ -32,8 +33,8 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    # The memory is what libtpu 0.0.42 says when a program does not fit. The network: half of the
-    # "bidirectional" figure; of v4, six links of 50 GB/s (2304.01433); of v3, four links of
+    # TPU memory is what libtpu 0.0.42 reports when a program does not fit. TPU network is half of
+    # the "bidirectional" figure; v4 has six links of 50 GB/s (2304.01433), v3 four links of
     # 656 Gbit/s (Jouppi et al., CACM 63(7), 2020).
     "TPU v3": Device(123e12 / 2, 15.48 * GIB, 900e9 / 2, 328e9 / 2),
     "TPU v4": Device(275e12, 30.75 * GIB, 1200e9, 300e9),
@@ -58,7 +59,7 @@ DEVICES = {
 
 
 def peak_flops(kind: str) -> float | None:
-    """FLOP/s of a device at the most, by its `device_kind`; None for CPUs and unknown ones."""
+    """Return the peak FLOP/s of a `device_kind`; None for CPUs and unknown devices."""
     return DEVICES[kind].flops if kind in DEVICES else None
 
 
@@ -71,38 +72,38 @@ class Family:
 
     Attributes:
         kind: `device_kind` of its devices.
-        shapes: its slices, or the small ones of a family whose larger ones are made of cubes.
-        most: chips of the largest slice that is made of cubes; 0: none is.
-        cores: devices of a chip.
-        options: for `jax.experimental.topologies.get_topology_desc`.
+        shapes: its slices; only the small ones if larger ones are made of cubes.
+        max_chips: chips of the largest slice made of cubes; 0: there are none.
+        devices_per_chip: number of jax devices of a chip.
+        options: arguments of `jax.experimental.topologies.get_topology_desc`.
     """
 
     kind: str
     shapes: tuple[str, ...]
-    most: int = 0
-    cores: int = 1
+    max_chips: int = 0
+    devices_per_chip: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
 
 FLAT = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
-# The side of a cube: larger slices of the 3D families have sides that are multiples of it.
+# Side of a cube: the sides of larger slices of the 3D families are multiples of it.
 CUBE = 4
 FAMILIES = {
-    "v3": Family("TPU v3", (*FLAT, "16x32", "32x32"), cores=2),
-    # Both cores of a v4 chip are one device, as they are on the machines themselves.
+    "v3": Family("TPU v3", (*FLAT, "16x32", "32x32"), devices_per_chip=2),
+    # Both cores of a v4 chip are one device, as on the machines themselves.
     "v4": Family("TPU v4", SMALL, 4096, options={"chip_config_name": "megacore"}),
     "v5e": Family("TPU v5 lite", ("1x1", "2x4", *FLAT)),
     "v5p": Family("TPU v5", SMALL, 6144),
     "v6e": Family("TPU v6 lite", ("1x1", "2x4", *FLAT)),
-    "tpu7x": Family("TPU7x", SMALL, 9216, cores=2),
+    "tpu7x": Family("TPU7x", SMALL, 9216, devices_per_chip=2),
 }
 EXAMPLES = "cpu, v5e:4x4, v5e:16x16, v5p:2x2x4, v4:2x2x4, v3:4x4, v6e:4x4, tpu7x:2x2x4"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """TPU chips in a grid, `v5e:16x16`."""
+    """A grid of TPU chips, such as `v5e:16x16`."""
 
     name: str
     family: Family
@@ -110,20 +111,20 @@ class Slice:
 
     @property
     def count(self) -> int:
-        """How many chips."""
+        """Number of chips."""
         return math.prod(self.sides)
 
     @property
     def device(self) -> Device:
-        """What each of its devices can do."""
+        """Peak figures of each of its devices."""
         return DEVICES[self.family.kind]
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice of a name `family:sides`.
+    """Return the slice of a name `family:sides`.
 
     Raises:
-        UsageError: no such family, or no such slice of it.
+        UsageError: there is no such family, or it has no such slice.
     """
     family, _, shape = name.partition(":")
     if family not in FAMILIES:
@@ -133,8 +134,8 @@ def parse_slice(name: str) -> Slice:
     kind = FAMILIES[family]
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"\d+(x\d+)+", shape) else ()
     cubes = len(sides) == 3 and all(side and side % CUBE == 0 for side in sides)
-    if shape not in kind.shapes and not (cubes and math.prod(sides) <= kind.most):
-        more = f", and multiples of {CUBE} up to {kind.most} chips" if kind.most else ""
+    if shape not in kind.shapes and not (cubes and math.prod(sides) <= kind.max_chips):
+        more = f", and multiples of {CUBE} up to {kind.max_chips} chips" if kind.max_chips else ""
         raise UsageError(
             f"{family} has no slice {shape!r}: choose one of {', '.join(kind.shapes)}{more}"
         )

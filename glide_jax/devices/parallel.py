@@ -135,9 +135,7 @@ class PMap:
 
     def saved(self, state: Any) -> Any:
         # Not through `unreplicate`: a second copy of a state may not fit on the device.
-        return jax.tree.map(
-            lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), state
-        )
+        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), state)
 
     def layout(self, abstract: Any) -> Any:
         # Untouched zeros cost no memory.

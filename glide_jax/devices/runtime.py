@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from glide_jax.folders import cache_folder
 from glide_jax.errors import UsageError
+from glide_jax.folders import cache_folder
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -14,7 +14,7 @@ def enable_compilation_cache() -> None:
 
     Does nothing where `JAX_COMPILATION_CACHE_DIR` is set, or where the folder cannot be created.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)

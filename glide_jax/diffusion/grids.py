@@ -41,10 +41,11 @@ def make_grid(
     steps = int(steps)
     if steps < 1:
         raise UsageError(f"sampling needs at least one step, not {steps}")
-    known = (*SPACINGS, OPTIMISED)
-    if spacing not in known:
+    names = (*SPACINGS, OPTIMISED)
+    if spacing not in names:
         raise UsageError(
-            f"unknown spacing {spacing!r}{nearest(spacing, known)}: choose one of {', '.join(known)}"
+            f"unknown spacing {spacing!r}{nearest(spacing, names)}: "
+            f"choose one of {', '.join(names)}"
         )
     if steps > len(schedule):
         length = len(schedule)

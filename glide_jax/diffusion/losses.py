@@ -1,4 +1,4 @@
-"""What training minimises: L_simple, and L_vlb for the learned variance."""
+"""Training losses: L_simple, and the variational bound L_vlb for the learned variance."""
 
 from typing import NamedTuple
 
@@ -8,24 +8,36 @@ import numpy as np
 
 from glide_jax.diffusion.schedule import Schedule, posterior, to_eps
 
-# How L_simple weighs the noise levels, and what the paper of "min-snr" recommends.
+# Weightings of L_simple over noise levels.
 WEIGHTINGS = ("none", "min-snr")
+# The value that the paper recommends (2303.09556).
 MIN_SNR_GAMMA = 5.0
 
 
 class Tables(NamedTuple):
-    """What the losses read at a step `t`: each `(T,)` float32, from float64 on the host."""
+    """The coefficients of the losses at each timestep: `(T,)` float32, rounded from float64.
 
-    alpha: jax.Array
-    sigma: jax.Array
-    log_beta: jax.Array
-    log_beta_tilde: jax.Array
-    mean_x_0: jax.Array
-    mean_x_t: jax.Array
+    Attributes:
+        alpha, sigma: `x_t = alpha x_0 + sigma eps`.
+        log_beta, log_beta_tilde, mean_x_0, mean_x_t: see `Posterior`.
+    """
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+    log_beta: np.ndarray
+    log_beta_tilde: np.ndarray
+    mean_x_0: np.ndarray
+    mean_x_t: np.ndarray
 
 
 class Terms(NamedTuple):
-    """Each `(B,)`: the loss of a picture and its two parts."""
+    """The loss of each image and its two terms, `(B,)` float32.
+
+    Attributes:
+        loss: the weighted `mse` plus `vlb`.
+        mse: the squared error of the prediction, not weighted.
+        vlb: the variational bound times its weight; zero where no variance is learned.
+    """
 
     loss: jax.Array
     mse: jax.Array
@@ -33,7 +45,7 @@ class Terms(NamedTuple):
 
 
 def make_tables(schedule: Schedule) -> Tables:
-    """The float32 tables of a schedule (as numpy arrays: constants of the compiled step)."""
+    """Return the tables of a schedule: numpy arrays, that is constants of the compiled step."""
     q = posterior(schedule.betas)
     columns = (
         np.sqrt(schedule.alpha_bar),
@@ -46,8 +58,8 @@ def make_tables(schedule: Schedule) -> Tables:
     return Tables(*(column.astype(np.float32) for column in columns))
 
 
-def at(table: jax.Array, t: jax.Array) -> jax.Array:
-    """`table[t]` shaped `(B, 1, 1, 1)`."""
+def at(table: np.ndarray, t: jax.Array) -> jax.Array:
+    """Return `table[t]` as `(B, 1, 1, 1)`, to multiply images with."""
     return jnp.asarray(table)[t][:, None, None, None]
 
 
@@ -57,11 +69,13 @@ def q_sample(tables: Tables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> ja
 
 
 def mean_flat(x: jax.Array) -> jax.Array:
-    """Mean over all but the batch axis: `(B, ...) -> (B,)`."""
+    """Return the mean over all axes but the first: `(B, ...) -> (B,)`."""
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
-def normal_kl(mean_1, log_var_1, mean_2, log_var_2) -> jax.Array:
+def normal_kl(
+    mean_1: jax.Array, log_var_1: jax.Array, mean_2: jax.Array, log_var_2: jax.Array
+) -> jax.Array:
     """`KL(N_1 || N_2)` in nats, elementwise."""
     return 0.5 * (
         -1.0
@@ -73,18 +87,18 @@ def normal_kl(mean_1, log_var_1, mean_2, log_var_2) -> jax.Array:
 
 
 def _normal_logit(x: jax.Array) -> jax.Array:
-    # The tanh form of the normal's distribution, as Improved DDPM trained with:
+    # The tanh approximation of the normal distribution function, as in the code of Improved DDPM:
     # (1 + tanh(z)) / 2 = sigmoid(2 z).
     return 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
 
 
 def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log-probability in nats of the 8-bit value `x` in [-1, 1]  (DDPM, eq. 13)."""
+    """Return the log-probability in nats of the 8-bit value `x` in [-1, 1]  (DDPM, eq. 13)."""
     centred, inverse = x - mean, jnp.exp(-log_scale)
     above = _normal_logit(inverse * (centred + 1 / 255))
     below = _normal_logit(inverse * (centred - 1 / 255))
-    # log(sigmoid(a) - sigmoid(b)): as a difference it, and more so its gradient, would be rounding
-    # alone in the tails.
+    # log(sigmoid(above) - sigmoid(below)). Computed as a difference, its value and above all its
+    # gradient would be nothing but rounding in the tails.
     up_to, beyond = jax.nn.log_sigmoid(above), jax.nn.log_sigmoid(-below)
     width = jnp.maximum(-jnp.expm1(below - above), 1e-30)  # the logarithm's gradient stays finite
     inner = up_to + beyond + jnp.log(width)
@@ -93,23 +107,29 @@ def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
 
 
 def vlb_terms(
-    tables: Tables, x_0: jax.Array, x_t: jax.Array, t: jax.Array, eps: jax.Array, v: jax.Array
+    tables: Tables,
+    x_0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    variance_output: jax.Array,
 ) -> jax.Array:
-    """One term of the variational bound, in bits a dimension  (Improved DDPM, 2102.09672, eq. 4-7).
+    """`L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`, in bits per dimension.
 
-    `KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`, and the negative log-likelihood at t = 0.
+    At t = 0 it is the negative log-likelihood of x_0  (Improved DDPM, 2102.09672, eqs. 4-7).
 
     Args:
-        x_0, x_t, eps, v: `(B, H, W, C)`; `eps` predicted, `v` the variance output, whose fraction
-            `(v + 1) / 2` lies between `beta_tilde` (0) and `beta` (1) on a log scale.
+        x_0, x_t, eps: `(B, H, W, C)`; `eps` is the predicted noise.
         t: `(B,)` integers.
+        variance_output: `(B, H, W, C)`, the network's variance output. `(variance_output + 1) / 2`
+            is a fraction between `beta_tilde` (0) and `beta` (1) on a log scale.
 
     Returns:
         `(B,)` float32.
     """
-    frac = (v + 1) / 2
+    variance_fraction = (variance_output + 1) / 2
     low, high = at(tables.log_beta_tilde, t), at(tables.log_beta, t)
-    log_variance = frac * high + (1 - frac) * low
+    log_variance = variance_fraction * high + (1 - variance_fraction) * low
     predicted_x_0 = (x_t - at(tables.sigma, t) * eps) / at(tables.alpha, t)
     mean = at(tables.mean_x_0, t) * predicted_x_0 + at(tables.mean_x_t, t) * x_t
     true_mean = at(tables.mean_x_0, t) * x_0 + at(tables.mean_x_t, t) * x_t
@@ -120,10 +140,10 @@ def vlb_terms(
 
 
 def min_snr_weight(alpha: jax.Array, sigma: jax.Array, prediction: str) -> jax.Array:
-    """`min(SNR, gamma)`, as a factor on the loss of the prediction  (Min-SNR, 2303.09556).
+    """Return the Min-SNR weight of the squared error of eps or v  (2303.09556).
 
-    The squared error of x_0 times `min(SNR, gamma)`; that of eps is SNR times as large, that of
-    v SNR + 1 times.
+    The weight of the squared error of x_0 is `min(SNR, gamma)`. The squared error of eps is SNR
+    times that of x_0, the squared error of v SNR + 1 times: their weights are smaller by as much.
     """
     snr = (alpha / sigma) ** 2
     return jnp.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "eps" else snr + 1)
@@ -143,35 +163,36 @@ def hybrid_loss(
 ) -> Terms:
     """`L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
 
-    The bound trains the variance alone: no gradient flows from it into the noise prediction.
+    L_vlb trains the variance alone: no gradient flows from it into the noise prediction.
 
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the true noise.
         t: `(B,)` integers.
-        output: `(B, H, W, 2C)` prediction and variance, or `(B, H, W, C)` prediction alone (no
-            bound then).
-        prediction: what the network predicts: "eps", or "v" = `alpha eps - sigma x_0`
+        output: the network's output: `(B, H, W, 2C)`, prediction and variance output, or
+            `(B, H, W, C)`, the prediction alone; L_vlb is zero then.
+        prediction: meaning of the prediction: "eps", or "v" = `alpha eps - sigma x_0`
             (2202.00512).
-        weighting: of L_simple over noise levels: "none", or "min-snr".
-        vlb_weight: None for T / 1000, that is 0.001 times the estimate `T L_t` of the whole bound.
+        weighting: weighting of L_simple over noise levels: "none" or "min-snr".
+        vlb_weight: weight of L_vlb; None: T / 1000, that is 0.001 times T, since `T L_t` estimates
+            the whole bound.
 
     Returns:
-        `Terms`, in the mean over all dimensions of a picture; `mse` unweighted.
+        `Terms`, each the mean over all dimensions of an image.
     """
     channels = x_0.shape[-1]
-    predicted, variance = output[..., :channels], output[..., channels:]
+    predicted, variance_output = output[..., :channels], output[..., channels:]
     alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
     target = eps if prediction == "eps" else alpha * eps - sigma * x_0
     mse = mean_flat((predicted - target) ** 2)
     simple = mse
     if weighting == "min-snr":
         simple = mse * min_snr_weight(alpha, sigma, prediction)[:, 0, 0, 0]
-    if not variance.shape[-1]:
+    if not variance_output.shape[-1]:
         return Terms(simple, mse, jnp.zeros_like(mse))
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
     vlb = vlb_weight * vlb_terms(
-        tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance
+        tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance_output
     )
     return Terms(simple + vlb, mse, vlb)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax import lax
 
 from glide_jax.diffusion.guidance.predictor import Network, Point, Predict, noise_predictor
 from glide_jax.diffusion.guidance.record import Guidance, apply, branches_of
@@ -21,8 +20,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
 
-ALWAYS = (0.0, float("inf"))
-
+# An interval that restricts nothing.
 ALWAYS = (0.0, float("inf"))
 
 
@@ -202,7 +200,7 @@ def run_rows(
         for guidances in active
     ]
 
-    def step(state: State, inputs: tuple[Table, jax.Array | None]) -> tuple[State, None]:
+    def step(state: State, inputs: tuple[Table[jax.Array], jax.Array | None]) -> tuple[State, None]:
         row, z = inputs
         x, y, history, memory, _ = state
         memory = jax.tree.map(lambda m: m * row.keep, memory)

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from glide_jax.errors import UsageError
 
-# Of both schedules (2102.09672, sec. 3.2): a step that left nothing of x_0 could not be gone back.
+# The cap of both schedules (2102.09672, sec. 3.2): with beta 1 nothing of x_0 would be left, and no
+# step could reverse that.
 MOST_BETA = 0.999
 
 
 def linear_betas(steps: int) -> np.ndarray:
     """`beta` from 1e-4 to 0.02 over 1000 steps, scaled to other lengths  (DDPM, 2006.11239).
 
-    Chains of 20 steps and fewer would pass 1: they are capped where the cosine schedule is.
+    With 20 steps or fewer, beta would reach 1: it is capped like that of the cosine schedule.
     """
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
@@ -28,7 +30,7 @@ def linear_betas(steps: int) -> np.ndarray:
 def cosine_betas(steps: int) -> np.ndarray:
     """`alpha_bar(u) ~ cos^2((u + 0.008) / 1.008 * pi / 2)`, beta <= 0.999  (2102.09672, eq. 17)."""
 
-    def f(u):
+    def f(u: np.ndarray) -> np.ndarray:
         return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
 
     i = np.arange(steps, dtype=np.float64)
@@ -38,9 +40,9 @@ def cosine_betas(steps: int) -> np.ndarray:
 BETAS: dict[str, Callable[[int], np.ndarray]] = {"cosine": cosine_betas, "linear": linear_betas}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise levels of a chain of `len(betas)` steps; integer `t` is an index into it.
+    """The noise levels of a diffusion process of T steps; an integer `t` is an index into them.
 
     Attributes:
         betas: `(T,)` float64, in (0, 1).
@@ -50,7 +52,7 @@ class Schedule:
     betas: np.ndarray
     alpha_bar: np.ndarray = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise UsageError("betas must be a list of numbers in (0, 1)")
@@ -60,40 +62,42 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def log_snr(self, t: np.ndarray | float) -> np.ndarray:
-        """`log(alpha / sigma)` at `t`, linear in `t` between the steps of the chain."""
+    def log_snr(self, t: ArrayLike) -> np.ndarray:
+        """Return `log(alpha / sigma)` at `t`, interpolated linearly between integers."""
         levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
-        return np.interp(t, np.arange(len(self)), levels)
+        return np.interp(np.asarray(t), np.arange(len(self)), levels)
 
-    def at_log_snr(self, log_snr: np.ndarray | float) -> np.ndarray:
-        """The fractional `t` whose log-SNR this is (the inverse of `log_snr`)."""
+    def at_log_snr(self, log_snr: ArrayLike) -> np.ndarray:
+        """Return the fractional `t` with this log-SNR: the inverse of `log_snr`."""
         levels = self.log_snr(np.arange(len(self)))
         return np.interp(-np.asarray(log_snr), -levels, np.arange(len(self)))
 
-    def alpha_bar_at(self, t: np.ndarray | float) -> np.ndarray:
-        """`alpha_bar` at `t`; exact at integers, through the log-SNR between them."""
+    def alpha_bar_at(self, t: ArrayLike) -> np.ndarray:
+        """Return `alpha_bar` at `t`: exact at integers, from `log_snr` between them."""
         t = np.asarray(t, np.float64)
         exact = self.alpha_bar[np.clip(np.round(t).astype(int), 0, len(self) - 1)]
         between = 1 / (1 + np.exp(-2 * self.log_snr(t)))
         return np.where(t == np.round(t), exact, between)
 
 
+# What a network may predict: the noise, or v = alpha eps - sigma x_0.
 PREDICTIONS = ("eps", "v")
 
 
 def to_eps(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
-    """The noise that a network's output means: itself, or `alpha v + sigma x_t`  (2202.00512)."""
+    """Return eps from the prediction: `eps` itself, or `alpha v + sigma x_t`  (2202.00512)."""
     return output if prediction == "eps" else alpha * output + sigma * x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Posterior:
-    """`q(x_{t-1} | x_t, x_0)` of every step of a chain  (DDPM, eqs. 6-7).
+    """`q(x_{t-1} | x_t, x_0)` at every step, `(N,)` float64  (DDPM, eqs. 6-7).
 
     Attributes:
         log_beta: `log beta`, the upper end of a learned variance.
-        log_beta_tilde: log of the posterior variance, its lower end; the first entry, whose
-            variance is zero, repeats the second (Improved DDPM), or `log_beta` in a chain of one.
+        beta_tilde: the variance; zero at the first step.
+        log_beta_tilde: `log beta_tilde`, the lower end of a learned variance. The first entry
+            repeats the second, as in Improved DDPM; with a single step it is `log_beta`.
         mean_x_0, mean_x_t: the mean is `mean_x_0 x_0 + mean_x_t x_t`.
     """
 
@@ -105,7 +109,7 @@ class Posterior:
 
 
 def posterior(betas: np.ndarray) -> Posterior:
-    """The posterior of a chain, from its betas `(N,)`, each result `(N,)` float64."""
+    """Return the posterior of a diffusion process from its betas `(N,)`, cleanest first."""
     alpha_bar = np.cumprod(1 - betas)
     previous = np.append(1.0, alpha_bar[:-1])
     beta_tilde = betas * (1 - previous) / (1 - alpha_bar)
@@ -120,14 +124,14 @@ def posterior(betas: np.ndarray) -> Posterior:
 
 
 def make_schedule(name: str, steps: int = 1000) -> Schedule:
-    """The named schedule.
+    """Return the noise schedule of that name.
 
     Args:
         name: "cosine" (64x64 models) or "linear" (upsamplers).
-        steps: length T of the chain.
+        steps: number of timesteps T.
 
     Raises:
-        UsageError: an unknown name, or fewer than one step.
+        UsageError: the name is unknown, or there is no step.
     """
     if name not in BETAS:
         raise UsageError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")

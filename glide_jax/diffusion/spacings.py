@@ -38,7 +38,7 @@ def respaced_steps(length: int, spec: str) -> np.ndarray:
         counts = [int(part) for part in spec.split(",")]
     except ValueError:
         raise UsageError(
-            f"unknown spacing {spec!r}: write a number (100), one for each section "
+            f"cannot read steps {spec!r}: write a number (100), a number per section "
             "(10,10,3,2,2), ddim50 or fast27"
         ) from None
     sections = np.array_split(np.arange(length), len(counts))
@@ -55,7 +55,7 @@ def _strided(length: int, count: int) -> np.ndarray:
 def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:
     if not 1 <= count <= len(section):
         raise UsageError(
-            f"spacing {spec!r} asks for {count} of {len(section)} timesteps: take between 1 and all"
+            f"steps {spec!r} asks for {count} of {len(section)} timesteps: take between 1 and all"
         )
     # A running sum and round-half-to-even, since the released grids are made of exactly these.
     stride = 1 if count == 1 else (len(section) - 1) / (count - 1)
@@ -98,7 +98,7 @@ def uniform(schedule: Schedule, steps: int) -> np.ndarray:
 def rho(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
     roots = np.exp(-np.array(end_levels(schedule)) / 7)
-    return schedule.at_log_snr(-7 * np.log(np.linspace(*roots, steps)))
+    return schedule.at_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
 
 
 def trailing(schedule: Schedule, steps: int) -> np.ndarray:

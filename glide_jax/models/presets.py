@@ -23,17 +23,21 @@ class ModelConfig:
         num_res_blocks: residual blocks per level.
         attention_ds: downsampling factors at which there is attention.
         num_head_channels: channels per attention head; -1: `num_heads` heads everywhere.
-        num_heads, num_heads_upsample: heads if `num_head_channels` is -1; the second is for the
-            decoder, where -1 means the same number.
+        num_heads: attention heads if `num_head_channels` is -1.
+        num_heads_upsample: attention heads of the decoder if `num_head_channels` is -1; -1: the
+            same number.
         dropout: dropout rate of the residual blocks, in training only.
         use_scale_shift_norm: whether the time embedding scales and shifts the second norm of a
             residual block; otherwise it is added.
         resblock_updown: whether residual blocks do the resampling; otherwise convolutions do.
         out_channels: 6 with learned variance, 3 without.
-        text_ctx, n_vocab: length of a caption in tokens, and size of the vocabulary.
-        xf_width, xf_layers, xf_heads: sizes of the text transformer; width 0: no text.
-        xf_final_ln, xf_padding: whether the text transformer has a final norm, and a learned
-            embedding at padded positions.
+        text_ctx: length of a caption in tokens.
+        n_vocab: size of the vocabulary.
+        xf_width: width of the text transformer; 0: no text.
+        xf_layers: layers of the text transformer.
+        xf_heads: attention heads of the text transformer.
+        xf_final_ln: whether the text transformer has a final norm.
+        xf_padding: whether padded positions have a learned embedding.
         low_res_level: for upsamplers: whether the level of the noise that was added to the
             low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
             has it.
@@ -171,12 +175,16 @@ class CLIPConfig:
     """The sizes of a noised CLIP, which determine the shapes of its weights.
 
     Attributes:
-        image_size, patch_size: sides of the square images and of their patches, in pixels.
+        image_size: side of the square images, in pixels.
+        patch_size: side of the patches, in pixels.
         n_timestep: rows of the table of timesteps; 0: a CLIP that takes no timestep.
-        image_width, image_layers: sizes of the image transformer.
-        text_width, text_layers: sizes of the text transformer.
+        image_width: width of the image transformer.
+        image_layers: layers of the image transformer.
+        text_width: width of the text transformer.
+        text_layers: layers of the text transformer.
         head_size: channels per attention head; a width over it is the number of heads.
-        n_vocab, max_text_len: size of the vocabulary, and length of a caption in tokens.
+        n_vocab: size of the vocabulary.
+        max_text_len: length of a caption in tokens.
         embed_width: width of the embeddings that are compared.
         logit_scale: factor of the cosine of two embeddings; the initial value if it is learned
             (CLIP starts at 1 / 0.07).

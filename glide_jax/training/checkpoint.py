@@ -1,7 +1,7 @@
-"""Checkpoints of a run: its state, its place in the data, and checksums of both, through orbax.
+"""Checkpoints of a run: state, position in the data, and checksums of both, through orbax.
 
-Of `checkpoints/<step>/`, `state` is orbax's; `record` names each array with its dtype, shape and
-checksum, says where in which data the run stood, and has a digest of its own.
+In `checkpoints/<step>/`, `state` is orbax's. `manifest` is JSON: the dtype, shape and checksum of
+each array, the data's fingerprint and position, and a digest of the manifest itself.
 """
 
 import hashlib
@@ -20,34 +20,35 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from glide_jax.errors import GlideError
 from glide_jax.devices.processes import on_first, shared_text
+from glide_jax.errors import GlideError
 from glide_jax.training.state import TrainState
 
-STATE, RECORD = "state", "record"
+STATE, MANIFEST = "state", "manifest"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint held.
+    """The contents of a checkpoint.
 
     Attributes:
         step: the number of steps done.
-        data: the state of the data's iterator.
+        state: the training state.
+        position: the state of the data iterator.
     """
 
     step: int
     state: TrainState
-    data: dict[str, Any]
+    position: dict[str, Any]
 
 
 # --- checksums
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """`sum_k b_k (2 k + 1) mod 2^32` of each array by its path, b its values as whole numbers.
+    """Return `sum_k b_k (2 k + 1) mod 2^32` of each array by its path, b its values as integers.
 
-    The same however an array is sharded, over devices and processes. One altered value always
-    changes it, several do but for a chance of 2^-32.
+    The sum does not depend on sharding over devices and processes. One altered value always changes
+    it; several leave it unchanged with a probability of 2^-32.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     own = np.array([_own_sum(leaf) for _, leaf in leaves], np.uint32)
@@ -57,30 +58,30 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def _own_sum(x: jax.Array | np.ndarray) -> int:
-    """The sum over what this process has of an array."""
+    """Return the sum over this process's part of an array."""
     if not isinstance(x, jax.Array):
         return _box_sum(np.asarray(x), (0,) * np.ndim(x), np.shape(x))
     total = 0
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
-            begin = [span.start or 0 for span in shard.index]
+            begin = [part.start or 0 for part in shard.index]
             total += _box_sum(np.asarray(shard.data), begin, x.shape)
     return total % 2**32
 
 
 def _box_sum(x: np.ndarray, begin: Sequence[int], shape: Sequence[int]) -> int:
-    """The sum over a box of an array of some shape, from its corner `begin` on."""
+    """Return the sum over a box `x` of an array of a shape; the box begins at index `begin`."""
     last = x.shape[-1] if x.ndim else 1
     values = np.ascontiguousarray(x).view(f"u{x.itemsize}").astype(np.uint32, copy=False)
     rows = values.reshape(-1, last)
-    # Of the first value of each row, in the whole array; all is modulo 2^32.
-    place = np.zeros(1, np.uint32)
+    # Flat index, in the whole array, of the first value of each row; all is modulo 2^32.
+    index = np.zeros(1, np.uint32)
     for size, first, count in zip(shape, begin, x.shape, strict=True):
         here = np.arange(first, first + count, dtype=np.uint32)
-        place = (place[:, None] * np.uint32(size) + here).reshape(-1)
-    place = place.reshape(-1, last)[:, 0]
+        index = (index[:, None] * np.uint32(size) + here).reshape(-1)
+    index = index.reshape(-1, last)[:, 0]
     weights = 2 * np.arange(last, dtype=np.uint32) + 1
-    return int((rows @ weights + 2 * place * rows.sum(axis=1, dtype=np.uint32)).sum()) % 2**32
+    return int((rows @ weights + 2 * index * rows.sum(axis=1, dtype=np.uint32)).sum()) % 2**32
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -88,7 +89,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _arrays(tree: Any) -> dict[str, list[Any]]:
-    """Dtype and shape of each array by its path, as JSON has them."""
+    """Return dtype and shape of each array by its path, as JSON values."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
 
@@ -97,22 +98,23 @@ def _arrays(tree: Any) -> dict[str, list[Any]]:
 
 
 class BrokenCheckpoint(Exception):
-    """A checkpoint is not what was saved."""
+    """A checkpoint is incomplete, or differs from what was saved."""
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of which a folder has checkpoints, newest first."""
+    """Return the steps whose checkpoints a folder has, newest first."""
     if not folder.is_dir():
         return []
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
 
 
 def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], list[int]]:
-    """The newest whole state, its record, and the steps of newer checkpoints, which are broken.
+    """Return the newest whole state, its manifest, and the steps of newer, broken checkpoints.
 
-    Those are named on stderr. In a run of several processes all of them must call this.
+    Broken checkpoints are named on stderr. All processes of a run must call this.
 
     Args:
+        folder: holds a folder for each step.
         like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
 
     Raises:
@@ -122,7 +124,8 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     broken: dict[int, str] = {}
     for step in steps_in(folder):
         try:
-            return *read(folder / str(step), like), list(broken)
+            state, manifest = read(folder / str(step), like)
+            return state, manifest, list(broken)
         except BrokenCheckpoint as error:
             broken[step] = str(error)
         if jax.process_index() == 0:
@@ -136,27 +139,27 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
 
 
 def read(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the record of a checkpoint.
+    """Return the state and the manifest of a checkpoint.
 
     Raises:
-        BrokenCheckpoint: it is incomplete or altered; in all processes, whichever met it.
+        BrokenCheckpoint: it is incomplete or altered; raised in all processes if one finds it so.
         GlideError: it is whole, and of another recipe.
     """
-    record = _together(lambda: _read_record(folder / RECORD))
-    saved, wanted = record["arrays"], _arrays(like)
+    manifest = _together(lambda: _read_manifest(folder / MANIFEST))
+    saved, wanted = manifest["arrays"], _arrays(like)
     if different := sorted(p for p in wanted | saved if wanted.get(p) != saved.get(p)):
         raise GlideError(
-            f"cannot go on from step {folder.name} in {folder.parent}: it was made by another "
+            f"cannot resume from step {folder.name} in {folder.parent}: it was made by another "
             f"recipe ({len(different)} arrays differ: {', '.join(different[:3])}); choose another "
             "folder with --out"
         )
     state = _together(lambda: _read_state(folder / STATE, like))
-    _together(lambda: _check_values(state, record))
-    return state, record
+    _together(lambda: _check_values(state, manifest))
+    return state, manifest
 
 
 def _together(do: Callable[[], Any]) -> Any:
-    """What a function returns; raises BrokenCheckpoint if it does so in any process."""
+    """Return a function's result; raise BrokenCheckpoint if it does so in any process."""
     result, problem = None, ""
     try:
         result = do()
@@ -167,52 +170,52 @@ def _together(do: Callable[[], Any]) -> Any:
     return result
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / "metadata").read_bytes())
-        digest = record.pop("digest")
+        manifest = json.loads((folder / "metadata").read_bytes())
+        digest = manifest.pop("digest")
     except OSError as error:
-        raise BrokenCheckpoint(f"its record: {error.strerror}") from None
+        raise BrokenCheckpoint(f"its manifest: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        digest, record = "", {}
-    if digest != _digest(record):
-        raise BrokenCheckpoint("its record was altered")
-    return record
+        digest, manifest = "", {}
+    if digest != _digest(manifest):
+        raise BrokenCheckpoint("its manifest was altered")
+    return manifest
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_state(folder: Path, like: TrainState) -> TrainState:
-    # The handler itself: the manager's `restore` waits for other processes, which may have failed.
-    handler = ocp.StandardCheckpointHandler()
+    # Not the manager's `restore`: it waits for other processes, which may have failed.
+    handler: Any = ocp.StandardCheckpointHandler()
     try:
         return handler.restore(folder, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # Of any type: they come from all of orbax and tensorstore.
+    except Exception as error:  # orbax and tensorstore raise many types
         raise BrokenCheckpoint(f"cannot be read: {_first_line(error)}") from None
     finally:
         handler.close()
 
 
-def _check_values(state: TrainState, record: dict[str, Any]) -> None:
-    now, then = checksums(state), record["checksums"]
+def _check_values(state: TrainState, manifest: dict[str, Any]) -> None:
+    now, then = checksums(state), manifest["checksums"]
     if wrong := sorted(path for path in now if now[path] != then[path]):
-        raise BrokenCheckpoint(f"values of {', '.join(wrong[:3])} are not what was saved")
+        raise BrokenCheckpoint(f"values of {', '.join(wrong[:3])} differ from those saved")
 
 
 def _first_line(error: Exception) -> str:
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    # Tensorstore says what it was doing to which of many files, and at the end why it could not.
+    # tensorstore names the operation and many files first, and the cause at the end.
     return line if len(line) <= 160 else f"{line[:50]}...{line[-110:]}"
 
 
 @cache
 def _quieten() -> None:
-    """Leaves errors to those who catch them, once and for all.
+    """Silence the tracebacks of orbax, asyncio and tensorstore in this process.
 
-    Where a read or a write fails, orbax, asyncio and the threads of tensorstore would each print
-    tracebacks too, one for each array that was under way.
+    If a read or write fails, they print one for each array, in addition to the error that is
+    raised.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -229,17 +232,18 @@ def _quieten() -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run; saving goes on in the background.
+    """The checkpoints of one run, written in the background.
 
-    A context manager: leaving it waits for what is still being written.
+    A context manager: leaving it waits until everything is written.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
-        """Opens a folder for writing, and clears away what a killed run was writing.
+        """Open a folder for writing, and remove unfinished checkpoints of a killed run.
 
         Args:
-            keep: how many of the newest stay.
-            keep_every: of which steps they stay for good (multiples; 0: of none).
+            folder: of the checkpoints; it is created.
+            keep: number of newest checkpoints that are kept.
+            keep_every: checkpoints at multiples of this step are kept for good; 0: none.
 
         Raises:
             GlideError: the folder cannot be written.
@@ -250,7 +254,7 @@ class Checkpoints:
             max_to_keep=keep,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
-            # The steps' own files say nothing that is needed here, and may be broken.
+            # The metadata of the steps is not needed here, and may be broken.
             lightweight_initialize=True,
         )
         with self._writing():
@@ -260,10 +264,10 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: tensorstore's, of any cause.
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError for any cause
             raise GlideError(
                 f"cannot write a checkpoint to {self._folder} ({_first_line(error)}); "
-                "those that were there are left"
+                "older ones are kept"
             ) from None
 
     def __enter__(self) -> "Checkpoints":
@@ -276,12 +280,12 @@ class Checkpoints:
         except GlideError as error:
             if kind is None:
                 raise
-            # What ended the run matters more.
+            # The error that ended the run is more important.
             print(f"warning: {error}", file=sys.stderr)
 
     @property
     def latest(self) -> int | None:
-        """The newest saved step, None before the first.
+        """Newest saved step; None before the first.
 
         Raises:
             GlideError: it could not be written.
@@ -291,11 +295,13 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], source: str) -> None:
-        """Writes the state after `step` updates; nothing if it is there.
+    def save(self, step: int, state: TrainState, position: dict[str, Any], source: str) -> None:
+        """Write the state after `step` updates, unless it is there already.
 
         Args:
-            data: the state of the data's iterator, after as many steps.
+            step: number of steps done.
+            state: the training state.
+            position: the state of the data iterator after as many steps.
             source: the data's fingerprint.
 
         Raises:
@@ -303,18 +309,18 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
-        record = {"arrays": _arrays(state), "checksums": checksums(state)}
-        record |= {"data": data, "source": source}
-        record |= {"digest": _digest(record)}
-        items = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
+        manifest: dict[str, Any] = {"arrays": _arrays(state), "checksums": checksums(state)}
+        manifest |= {"data": position, "source": source}
+        manifest |= {"digest": _digest(manifest)}
+        items = {STATE: ocp.args.StandardSave(state), MANIFEST: ocp.args.JsonSave(manifest)}
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: TrainState, source: str) -> Saved:
-        """The newest whole checkpoint.
+        """Return the newest whole checkpoint.
 
-        One that is incomplete or altered is named, put aside in `broken/`, and the one before is
-        used. Says so if the data are not those that the run was trained on.
+        A checkpoint that is incomplete or altered is named on stderr and moved to `broken/`, and
+        the one before it is used. A warning names data that differ from those trained on before.
 
         Args:
             like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
@@ -323,19 +329,20 @@ class Checkpoints:
         Raises:
             GlideError: the checkpoints are of another model or optimiser, or all are broken.
         """
-        state, record, broken = newest(self._folder, like)
+        state, manifest, broken = newest(self._folder, like)
         if broken:
-            on_first(lambda: self._put_aside(broken))
+            on_first(lambda: self._set_aside(broken))
             self._manager.reload()
-        if source != record["source"] and jax.process_index() == 0:
+        before = manifest["source"]
+        if source != before and jax.process_index() == 0:
             print(
-                f"warning: the run goes on with other data: {source}; they were {record['source']}",
+                f"warning: the run resumes with other data: {source}; they were {before}",
                 file=sys.stderr,
             )
-        return Saved(int(state.step), state, record["data"])
+        return Saved(int(state.step), state, manifest["data"])
 
-    def _put_aside(self, steps: Sequence[int]) -> None:
-        """Moves checkpoints out of the run's way, to `broken/` beside the others."""
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Move checkpoints to `broken/` in the run's folder."""
         aside = self._folder.parent / "broken"
         try:
             aside.mkdir(exist_ok=True)
@@ -343,4 +350,4 @@ class Checkpoints:
                 target = aside / f"{step}-{len(list(aside.iterdir()))}"
                 (self._folder / str(step)).rename(target)
         except OSError as error:
-            raise GlideError(f"cannot move a broken checkpoint aside: {error}") from None
+            raise GlideError(f"cannot set a broken checkpoint aside: {error}") from None

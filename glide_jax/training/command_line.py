@@ -1,36 +1,42 @@
-"""`--config recipe.py --any.field value`: a recipe from a file, changed on the command line."""
+"""The command line of training: `--config recipe --any.field value`."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
-from glide_jax.errors import UsageError
 from glide_jax.devices.processes import Peers
+from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
 
 
 def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig, str | None]:
-    """The recipe named by `--config`, with the other arguments set on it; and `--dry-run`'s value.
+    """Return the recipe that `--config` names, with the other arguments set, and `--dry-run`.
 
-    Unknown fields and values of the wrong type end the program with exit code 2 and a
-    message that names the nearest field.
+    Unknown fields and values of the wrong type end the program with exit code 2 and a message that
+    names the nearest field. `--help` lists every field with the recipe's own values.
+
+    Args:
+        arguments: of the command line, without the program.
+        description: text at the top of `--help`.
 
     Raises:
         UsageError: no recipe is named, or there is none of that name.
     """
-    arguments = list(arguments)
-    path = _take(arguments, "--config")
+    arguments, program = list(arguments), called_as()
+    name = _take(arguments, "--config")
     hardware = _take(arguments, "--dry-run")
-    if path is None:
+    if name is None:
         if "-h" in arguments or "--help" in arguments:
-            print(description.strip())
+            print(f"usage: {program} --config RECIPE [OPTIONS]\n\n{description.strip()}")
             raise SystemExit(0)
-        raise UsageError("name a recipe: python train.py --config configs/emoji64.py")
-    recipe = load_recipe(path)
+        raise UsageError(f"name a recipe: {program} --config emoji64")
+    recipe = load_recipe(name)
     config = tyro.cli(
         type(recipe),
-        prog=f"train.py --config {path}",
+        prog=f"{program} --config {name}",
         description=description,
         default=recipe,
         args=arguments,
@@ -38,11 +44,20 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
     return config, hardware
 
 
+def called_as() -> str:
+    """Return the command of this process: `python train.py`, or `glide-jax train`."""
+    program = Path(sys.argv[0]).name
+    return f"python {program}" if program.endswith(".py") else program
+
+
 def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
-    """The arguments without those that say how processes find each other, and what they say.
+    """Split off the options by which processes find each other.
+
+    Returns:
+        The other arguments; and the peers, None if there are none.
 
     Raises:
-        UsageError: these are incomplete, or no numbers where numbers belong.
+        UsageError: the options are incomplete, or not numbers where numbers belong.
     """
     arguments = list(arguments)
     coordinator = _take(arguments, "--coordinator")
@@ -51,7 +66,8 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
         return arguments, None
     if coordinator == "auto" and numbers == [None, None]:
         return arguments, Peers(coordinator)
-    host, _, port = (coordinator or "").rpartition(":")
+    coordinator = coordinator or ""
+    host, _, port = coordinator.rpartition(":")
     try:
         count, index = (int(number or "") for number in numbers)
     except ValueError:
@@ -65,7 +81,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
 
 
 def _take(arguments: list[str], option: str) -> str | None:
-    """Takes `--option value` or `--option=value` out of the arguments."""
+    """Remove `--option value` or `--option=value` from the arguments, and return the value."""
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
             value = arguments[i + 1]

@@ -1,4 +1,4 @@
-"""What a training run is made of; `configs/*.py` return a `TrainConfig` or a `CLIPTrainConfig`."""
+"""The fields of a training run; `configs/*.py` return a `TrainConfig` or a `CLIPTrainConfig`."""
 
 import dataclasses
 import json
@@ -14,35 +14,48 @@ from glide_jax.models.presets import CLIPConfig, ModelConfig
 
 PARALLELISMS = ("pmap", "fsdp")
 ON_BAD_STEP = ("stop", "skip")
-
-
 # 1 / sqrt(12): the width of the plain mean of all steps.
-WIDEST = 0.28
+MAX_WIDTH = 0.28
 
 
 def check_width(width: float) -> None:
-    """Raises UsageError unless an average over a power function can have this relative width."""
-    if not 0 < width < WIDEST:
-        raise UsageError(f"the width of an average is between 0 and {WIDEST}, not {width}")
+    """Check the relative width of a power-function EMA.
+
+    Raises:
+        UsageError: no such EMA has this width.
+    """
+    if not 0 < width < MAX_WIDTH:
+        raise UsageError(f"the width of an EMA is between 0 and {MAX_WIDTH}, not {width}")
 
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, its learning rate over time, and the moving averages of the weights.
+    """AdamW, its learning rate over time, and the EMA of the weights.
 
     Attributes:
-        decay: "constant", or "cosine": from `learning_rate` to zero over the run.
-        warmup: steps of linear warm-up.
-        moments: dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
-        grad_clip: largest global norm of the gradient; larger gradients are scaled down; 0: off.
-        freeze: parts of the network that stay as they began, by the start of their path: "text"
-            (the text transformer), "unet/down". They cost neither gradients nor optimiser state.
-        ema: rate of the moving average that is sampled from; it starts lower, as
-            `min(ema, (1 + step) / (10 + step))`, so that short runs are not all initialisation.
-        ema_power: relative widths of power-function averages to keep beside it (EDM2, 2312.02696,
-            sec. 3.1), e.g. 0.05 0.10; from their snapshots `python -m glide_jax.weights ema` makes
-            an average of any width after training.
-        ema_every: steps between snapshots of these.
+        learning_rate: Peak learning rate, above 0; larger learns faster and less stably.
+        decay: Learning rate after the warm-up: "constant", or "cosine", which falls to 0 at the
+            last step.
+        warmup: Steps of linear warm-up from 0; more is stabler at a high learning rate.
+        beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
+        beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
+        epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
+        weight_decay: Weight decay of AdamW; larger keeps the weights smaller; 0: off.
+        moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
+        grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
+            no clipping.
+        freeze: Parts of the network that keep their first weights, by the start of their path:
+            "text" (the text transformer), "unet/down". They cost neither gradients nor optimiser
+            state. Empty: everything is trained.
+        ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
+            steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
+            forget their first weights.
+        ema_power: Relative widths of power-function EMAs to keep beside it, for example 0.05 0.10,
+            each between 0 and 0.28; larger averages over more of the training. From their snapshots
+            `glide-jax weights ema` makes the EMA of any width (post-hoc EMA: EDM2, 2312.02696,
+            sec. 3.1).
+        ema_every: Steps between these snapshots, at least 1; larger needs less disk space, and
+            makes the post-hoc EMA less exact.
     """
 
     learning_rate: float = 1e-4
@@ -74,36 +87,50 @@ class OptimiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every recipe says.
+    """The fields of every recipe.
 
     Attributes:
-        name: of the run; its folder is `runs/<name>` unless `out` says otherwise.
-        schedule, diffusion_steps: the noise schedule that is trained.
-        steps: updates, in all.
-        batch_size: pictures a step, over all devices of all hosts.
-        accumulate: parts that a batch is worked through in, one after the other, to save memory.
-        parallelism: over devices: "pmap" (parameters on every device) or "fsdp" (parameters, optimiser
-            and averages sharded: models that one device cannot hold).
-        dtype: of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
+        name: Name of the run; its folder is `runs/<name>` unless `out` is set.
+        model: Sizes of the network.
+        schedule: Noise schedule: "cosine" or "linear".
+        diffusion_steps: Timesteps of the diffusion process; the paper has 1000.
+        data: Source of the images and captions.
+        optimiser: AdamW, its learning rate, and the EMA of the weights.
+        steps: Updates in all; larger trains longer.
+        batch_size: Images per step, over all devices of all processes; larger gives gradients with
+            less noise, and needs more memory.
+        accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs
+            less memory. It divides `batch_size`.
+        parallelism: "pmap": the state (parameters, optimiser, EMA) on every device; "fsdp": the
+            state sharded over all devices, for models that one device cannot hold.
+        seed: Seed of the first weights, the noise and the order of the data.
+        dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these.
-        remat: compute activations again in the backward pass: less memory, a third more time.
-        init_from: weights to begin with: a name, a folder, a `.pt` file, another run (not the
-            state of a run: that is resumed without asking).
-        out: folder of the run.
-        on_bad_step: after a loss or gradient that is not finite, or a loss `spike` times its
-            average: "stop", or "skip" the update and go on; the update is never made.
-        spike: see `on_bad_step`; 0: only what is not finite is bad.
-        save_every, keep, keep_every: steps between checkpoints, how many of the newest stay, and
-            of which steps they stay for good (multiples; 0: none).
-        log_every, sample_every, validate_every: steps between log lines, grids of samples, and
-            measurements of the held-out loss (0: none).
-        validation_split: of the data source, for the held-out loss.
-        validation_batches: how many batches of it.
-        profile: steps "first:last" to trace for TensorBoard's profiler.
-        wandb: project to log to beside TensorBoard (needs `pip install wandb`).
+        remat: Activation checkpointing: less memory, a third more time.
+        init_from: Weights to start from: a name, a folder, a `.pt` file or a run; empty: random
+            weights. A stopped run is resumed without it.
+        out: Folder of the run; empty: `runs/<name>`.
+        on_bad_step: "stop" the run at a bad step, or "skip" its update. A step is bad if its loss
+            or gradient is not finite, or by `spike`. A bad update is never made.
+        spike: A step is bad if its loss is this many times the running mean; larger tolerates
+            more; 0: only a loss or gradient that is not finite is bad.
+        save_every: Steps between checkpoints, at least 1; fewer lose less work when a run is
+            killed.
+        keep: Number of newest checkpoints that are kept, at least 1.
+        keep_every: Checkpoints at multiples of this step are kept for good; 0: none.
+        log_every: Steps between log lines, at least 1.
+        sample_every: Steps between grids of samples; 0: none.
+        validate_every: Steps between measurements of the held-out loss; 0: none.
+        validation_split: Split of the data source for the held-out loss.
+        validation_batches: Batches per measurement; more is slower and less noisy.
+        profile: Steps to trace for TensorBoard's profiler, "first:last", from step 2 on; empty:
+            none.
+        wandb: Project of Weights & Biases to log to beside TensorBoard (pip install wandb); empty:
+            none.
     """
 
     name: str
+    model: ModelConfig | CLIPConfig
     schedule: str = "cosine"
     diffusion_steps: int = 1000
     data: DataConfig = field(default_factory=DataConfig)
@@ -139,7 +166,7 @@ class RunConfig:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:
             raise UsageError(
-                f"a batch of {self.batch_size} does not divide into {self.accumulate} parts"
+                f"a batch of {self.batch_size} does not divide into {self.accumulate} microbatches"
             )
         for name, known in (("parallelism", PARALLELISMS), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
@@ -147,12 +174,12 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps its checkpoints, logs and samples."""
+        """Folder of the run's checkpoints, logs and samples."""
         return Path(self.out or Path("runs") / self.name).expanduser().absolute()
 
     @property
     def side(self) -> int:
-        """Of the squares that the network learns from, in pixels."""
+        """Side of the training images, in pixels."""
         return self.model.image_size
 
 
@@ -161,22 +188,31 @@ class TrainConfig(RunConfig):
     """A recipe of a GLIDE model: base, upsampler or inpainting, by its `model.variant`.
 
     Attributes:
-        prediction: what the network predicts: "eps", the noise (the released models), or "v", which
-            weighs all noise levels alike (2202.00512).
-        weighting: of the loss over noise levels: "none" (the paper), or "min-snr" (2303.09556,
-            gamma 5).
-        caption_dropout: share of captions that is emptied, for classifier-free guidance.
-        low_res_noise: upsamplers with `model.low_res_level`: noise is added to the small picture
-            at timesteps below this share of the chain (CDM, 2106.15282); 0: none.
-        mask_all: inpainting: share of pictures of which nothing is known, which keeps the model's
-            drawing from text alone.
-        train_size: side of the squares that it learns from, where it is not the size it draws at: a
-            network of convolutions learns from parts, or from smaller pictures; 0: the same.
-        sample_prompts, sample_steps, sample_guidance_scale: what the grids show, and how.
-        sample_clip_scale: CLIP guidance that suits the weights, where a noised CLIP is loaded with
-            them; the grids do without.
-        sample_strength: upsamplers: the share of the steps, the last ones, that are taken, from the
-            small picture enlarged; None: all of them, from noise.
+        model: Sizes of the network.
+        prediction: What the network predicts: "eps", the noise (the released models), or "v"
+            (2202.00512), whose loss trains the noisiest levels as well.
+        weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr"
+            (2303.09556, gamma 5).
+        caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
+            classifier-free guidance; larger trains the unconditional model more.
+        low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation (CDM,
+            2106.15282). The small image is noised at a random timestep below this share of the
+            diffusion process, up to 1; larger tolerates worse small images; 0: none.
+        mask_all: Inpainting: share of images that are masked completely, from 0 to 1; larger
+            trains generation from text alone more.
+        train_size: Side of the training images in pixels, if it is not `model.image_size`: the
+            network is convolutional, so it can learn from crops or smaller images. 0:
+            `model.image_size`.
+        sample_prompts: Prompts of the grids of samples.
+        sample_steps: Sampling steps, for the grids and recommended with the weights; more is
+            slower and closer to the limit.
+        sample_guidance_scale: Classifier-free guidance scale, for the grids and recommended with
+            the weights; 1 = off, larger follows the prompt more closely with less variety.
+        sample_clip_scale: CLIP guidance scale recommended with the weights, used where a noised
+            CLIP is loaded; 0 = off, larger follows the prompt more closely. The grids use none.
+        sample_strength: Upsamplers: recommended share of the steps to run, the last ones, from the
+            enlarged small image, above 0 and up to 1; larger changes it more. None: all steps,
+            from noise.
     """
 
     model: ModelConfig
@@ -203,24 +239,26 @@ class TrainConfig(RunConfig):
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
-        # Each level but the last halves the picture; the small picture has a quarter of the side.
+        # Each level but the last halves the image; the small image has a quarter of the side.
         step = max(2 ** (len(self.model.channel_mult) - 1), 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
 
     @property
     def side(self) -> int:
-        """Of the squares that the network learns from, in pixels."""
+        """Side of the training images, in pixels."""
         return self.train_size or self.model.image_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTrainConfig(RunConfig):
-    """A recipe of a noised CLIP: captions against pictures of every noise level.
+    """A recipe of a noised CLIP: captions against images of every noise level.
 
     Attributes:
-        noise: noise levels are those of timesteps below this share of the chain: 1, all of them,
-            to guide; less for a CLIP that is to judge clean pictures.
+        model: Sizes of the CLIP.
+        noise: Share of the timesteps that images are noised at, from the least noise on, above 0
+            and up to 1. 1, every noise level, for CLIP guidance; less for a CLIP that scores
+            clean images.
     """
 
     model: CLIPConfig
@@ -238,7 +276,7 @@ KINDS: dict[str, type[RunConfig]] = {"glide": TrainConfig, "clip": CLIPTrainConf
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes a recipe as JSON (atomically: a killed run leaves the old file or the new one)."""
+    """Write a recipe as JSON, atomically: a killed run leaves the old file or the new one."""
     kind = next(k for k, t in KINDS.items() if type(config) is t)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1))
@@ -246,9 +284,9 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuses a folder in which another model is being trained.
+    """Check that the folder of a run holds no run of another model.
 
-    The picture size may change: the network is convolutional.
+    The image size may differ: the network is convolutional.
 
     Raises:
         UsageError: the folder holds a run of another model.
@@ -266,7 +304,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Writes the recipe into the run's folder.
+    """Write the recipe into the run's folder.
 
     Raises:
         GlideError: it cannot be written.
@@ -280,7 +318,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The recipe that `save_config` wrote.
+    """Return the recipe that `save_config` wrote.
 
     Raises:
         GlideError: the file is missing or is no such recipe.
@@ -298,7 +336,8 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
         raise ValueError(f"unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
     built = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(known[name]):
-            value = _build(known[name], value)
+        field_type = known[name]
+        if isinstance(field_type, type) and dataclasses.is_dataclass(field_type):
+            value = _build(field_type, value)
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)

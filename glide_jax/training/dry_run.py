@@ -1,7 +1,7 @@
-"""What a recipe needs on hardware that is not there: `train.py --config ... --dry-run v5e:16x16`.
+"""Estimates of what a recipe needs: `train.py --config ... --dry-run v5e:16x16`.
 
-The step of training is compiled, by the TPU's own compiler where a TPU slice is named, and
-nothing is run or allocated. `cpu` compiles it for this machine.
+The training step is compiled for a TPU slice by the TPU compiler, which needs no TPU; nothing runs
+and no array is allocated. `cpu` compiles the step for this machine.
 """
 
 import importlib.util
@@ -18,64 +18,62 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glide_jax.errors import GlideError, UsageError
 from glide_jax.devices.hardware import GIB, Device, Slice, parse_slice
 from glide_jax.devices.parallel import AXIS, device_mesh, fsdp_step, state_sharding
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.initial import abstract_state
-from glide_jax.training.objectives import Batch, make_objective, make_tokenizer
-from glide_jax.training.state import TrainState
+from glide_jax.training.objectives import Batch, abstract_batch, make_objective
+from glide_jax.training.state import TrainState, abstract_state
 from glide_jax.training.step import make_step
 
-# libtpu looks for a TPU's machine, and lets one process alone load it; this one needs no TPU.
+# libtpu looks for a TPU machine, and allows one process only; a dry run needs neither.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# The default effort took 3.6 times as long for 250M parameters, and asked for 15% more memory.
+# The default effort took 3.6 times as long for 250M parameters, and allocated 15% more memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Share of the peak that a network of this shape was seen to reach: NVIDIA's Imagen base of 500M
-# (JAX-Toolbox, 107 pictures a second on an A100 in bfloat16, batches of 64).
-SEEN_SHARE = 0.4
-# How a TPU's compiler says that a program does not fit.
+# Model FLOP utilisation reported for a network of this shape: NVIDIA's Imagen base of 500M
+# (JAX-Toolbox, 107 images a second on an A100 in bfloat16, batches of 64).
+UTILISATION = 0.4
+# Messages of the TPU compiler about a program that does not fit.
 TOO_LARGE = (
     re.compile(r"HLO temporaries \((?P<number>[\d.]+)(?P<unit>[KMGT]?)\) exceeds available HBM"),
     re.compile(r"Used (?P<number>[\d.]+)(?P<unit>[KMGT]?) of [\d.]+[KMGT]? hbm"),
 )
-# Seconds between two looks at the clock: in a file, and on a terminal.
+# Seconds between two lines of the clock, by whether stderr is a terminal.
 PERIODS = {False: 30.0, True: 1.0}
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a step needs, as its compiler says; memory, and traffic, of one device, in bytes.
+    """What a training step needs, as compiled; memory and traffic are bytes of one device.
 
     Attributes:
-        parameters: how many the model has.
-        devices: over which the step is spread.
-        pictures: that one device works on at the same time.
-        state: parameters, optimiser and averages.
-        gradients: which are part of the temporaries, and do not grow with the pictures.
-        temporaries: all else that a step makes.
+        parameters: number of parameters of the model.
+        devices: number of devices that share the step.
+        microbatch: images that one device processes at a time.
+        state: parameters, optimiser and EMA.
+        gradients: the part of `temporaries` that does not grow with the microbatch.
+        temporaries: everything else that the step allocates.
         program: the code.
-        model_flops: of the whole step, without what is computed again.
+        model_flops: of the whole step, without recomputed activations.
         flops: of one device, as compiled.
-        moved: between memory and device, if no intermediate value stayed on the chip.
+        moved: between memory and compute units, if no intermediate value stays on the chip.
         network: into a device from the others.
-        seconds: that compiling took.
+        seconds: compile time.
     """
 
     parameters: int
     devices: int
-    pictures: int
+    microbatch: int
     state: float
     gradients: float
     temporaries: float
@@ -88,15 +86,16 @@ class Needs:
 
     @property
     def memory(self) -> float:
-        """Of a device, in all."""
+        """Total memory of a device."""
         return self.state + self.temporaries + self.program
 
 
 def dry_run(config: RunConfig, hardware: str) -> str:
-    """Compiles a recipe's step for hardware that need not be there, and tells what it needs.
+    """Compile a recipe's step for some hardware, and return a report of what it needs.
 
     Args:
-        hardware: a TPU slice, such as "v5e:16x16", or "cpu".
+        config: the recipe.
+        hardware: a TPU slice, such as "v5e:16x16", which need not exist, or "cpu".
 
     Raises:
         UsageError: no such hardware, or the batch does not divide over its devices.
@@ -113,23 +112,24 @@ def dry_run(config: RunConfig, hardware: str) -> str:
 
 
 def slice_devices(chips: Slice) -> list[jax.Device]:
-    """The devices of a TPU slice, to compile for: they cannot run anything.
+    """Return the devices of a TPU slice, to compile for; they cannot run anything.
 
     Raises:
         GlideError: there is no TPU compiler.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise GlideError("the TPU's compiler is not installed: pip install '.[tpu]'")
+        raise GlideError("the TPU compiler is not installed: pip install '.[tpu]'")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # A slice of one chip is a part of a machine, which has four.
-    host = {"chips_per_host_bounds": (1, 1, 1)} if chips.count == 1 else {}
-    options = {"platform": "tpu", "topology_name": chips.name}
-    return topologies.get_topology_desc(**options, **chips.family.options, **host).devices
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": chips.name}
+    if chips.count == 1:
+        # A host has four chips, and this slice is a part of it.
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return list(topologies.get_topology_desc(**options, **chips.family.options).devices)
 
 
 def measure(config: RunConfig, chips: Slice | None) -> Needs:
-    """What a recipe's step needs, spread over a TPU slice, or over this machine's CPU (None).
+    """Return what a recipe's step needs on a TPU slice, or on this machine's CPU (None).
 
     Raises:
         UsageError: the batch does not divide over the devices.
@@ -137,34 +137,34 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     """
     devices = slice_devices(chips) if chips else jax.devices("cpu")
     if config.dtype == "auto":
-        # What "auto" would be there; here it asks this machine.
+        # "auto" depends on the devices of this machine, not on those compiled for.
         config = replace(config, dtype="bfloat16" if chips else "float32")
-    count, parts = len(devices), config.accumulate
-    pictures = images_per_device(config, count)
+    count, microbatches = len(devices), config.accumulate
+    microbatch = images_per_device(config, count)
     begun = time.monotonic()
     with clock(f"compiling {config.name} for {chips.name if chips else 'cpu'}"):
-        program, arguments = spread_step(config, device_mesh(devices))
+        program, arguments = parallel_step(config, device_mesh(devices))
         flops, moved, code = math.nan, math.nan, 0
         try:
             compiled = program.lower(*arguments).compile(compiler_options=QUICK if chips else None)
         except jax.errors.JaxRuntimeError as error:
-            temporaries = told_temporaries(str(error))
+            temporaries = reported_temporaries(str(error))
         else:
             memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
             temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-            # The loop over the parts is counted as if it turned once.
-            flops, moved = parts * cost["flops"], parts * cost["bytes accessed"]
+            # The compiler counts one iteration of the loop over microbatches.
+            flops, moved = microbatches * cost["flops"], microbatches * cost["bytes accessed"]
         seconds = time.monotonic() - begun
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    # All gradients are summed once; or, in each part, all parameters gathered for the forward
-    # and for the backward pass and all gradients summed.
-    passes = 3 * parts if config.parallelism == "fsdp" else 2
+    # pmap sums all gradients once. fsdp, in each microbatch, gathers all parameters for the forward
+    # and for the backward pass, and sums all gradients.
+    passes = 3 * microbatches if config.parallelism == "fsdp" else 2
     return Needs(
         parameters=parameters,
         devices=count,
-        pictures=pictures,
+        microbatch=microbatch,
         state=bytes_of_one(state),
         gradients=bytes_of_one(state.params),
         temporaries=temporaries,
@@ -178,23 +178,28 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
 
 
 def images_per_device(config: RunConfig, devices: int) -> int:
-    """How many pictures each device works on at a time.
+    """Return the images that each device processes at a time.
 
     Raises:
         UsageError: the batch does not divide over the devices.
     """
     pieces = devices * config.accumulate
     if config.batch_size % pieces:
-        parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
         raise UsageError(
-            f"a batch of {config.batch_size}{parts} does not divide over {devices} devices: try "
-            f"--batch-size {pieces * math.ceil(config.batch_size / pieces)}"
+            f"a batch of {config.batch_size}{_microbatches(config)} does not divide over {devices} "
+            f"devices: try --batch-size {pieces * math.ceil(config.batch_size / pieces)}"
         )
     return config.batch_size // pieces
 
 
-def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Batch, jax.Array]]:
-    """A recipe's jitted step, spread as in training, and its arguments without values."""
+def _microbatches(config: RunConfig) -> str:
+    return f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
+
+
+def parallel_step(
+    config: RunConfig, mesh: Mesh
+) -> tuple[Any, tuple[TrainState, Batch, jax.ShapeDtypeStruct]]:
+    """Return a recipe's jitted step over a mesh, as in training, and its abstract arguments."""
     objective = make_objective(config)
     step, state = make_step(config, objective), abstract_state(config, objective)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -202,32 +207,19 @@ def spread_step(config: RunConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, B
     if config.parallelism == "fsdp":
         program, where = fsdp_step(step, mesh), state_sharding(state, mesh)
     else:
-        # What `jax.pmap` makes of a step: that itself takes none but this machine's devices.
-        parts, copies = PartitionSpec(AXIS), PartitionSpec()
+        # The same program as from `jax.pmap`, which takes this machine's devices only.
+        split, copies = PartitionSpec(AXIS), PartitionSpec()
         mapped = jax.shard_map(
             partial(step, axis=AXIS),
             mesh=mesh,
-            in_specs=(copies, parts, copies),
+            in_specs=(copies, split, copies),
             out_specs=copies,
             check_vma=False,
         )
         program, where = jax.jit(mapped, donate_argnums=0), jax.tree.map(lambda _: whole, state)
     state = jax.tree.map(_placed, state, where)
-    batch = jax.tree.map(partial(_placed, where=rows), abstract_batch(config))
+    batch = jax.tree.map(partial(_placed, where=rows), abstract_batch(config, config.batch_size))
     return program, (state, batch, _placed(key, whole))
-
-
-def abstract_batch(config: RunConfig) -> Batch:
-    """The shapes of a recipe's batch."""
-    size, context = config.side, make_tokenizer(config).context
-    shapes = Batch((size, size, 3), (context,), (context,), ())
-    dtypes = Batch(np.uint8, np.int32, np.bool_, np.int32)
-    return Batch(
-        *(
-            jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-        )
-    )
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -235,30 +227,30 @@ def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStru
 
 
 def bytes_of_one(tree: Any) -> int:
-    """Of the parts of a tree of placed arrays that lie on one device."""
+    """Return the bytes that a tree of sharded arrays takes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def told_temporaries(message: str) -> float:
-    """Bytes that the compiler says a step needs on a device beside its state, where it has less.
+def reported_temporaries(message: str) -> float:
+    """Return the bytes of temporaries in the compiler's error about a step that does not fit.
 
     Raises:
-        GlideError: it says something else.
+        GlideError: it is another error.
     """
     for pattern in TOO_LARGE:
-        if told := pattern.search(message):
-            return float(told["number"]) * UNITS[told["unit"]]
+        if match := pattern.search(message):
+            return float(match["number"]) * UNITS[match["unit"]]
     raise GlideError(f"the compiler failed: {message.strip().splitlines()[0]}")
 
 
 @contextmanager
 def clock(what: str) -> Iterator[None]:
-    """A clock on stderr while something goes on: each second on a terminal, else each half minute.
+    """Show the elapsed time on stderr: each second on a terminal, otherwise each half minute.
 
-    It is a line of its own, which is overwritten on a terminal.
+    On a terminal the line is overwritten.
     """
     terminal = sys.stderr.isatty()
     begun, done = time.monotonic(), threading.Event()
@@ -280,20 +272,20 @@ def clock(what: str) -> Iterator[None]:
         thread.join()
 
 
-# --- telling
+# --- reporting
 
 
-def fitting(needs: Needs, memory: float) -> int:
-    """About how many pictures a device can work on at a time, with `memory` bytes.
+def largest_microbatch(needs: Needs, memory: float) -> int:
+    """Estimate how many images a device with `memory` bytes can process at a time.
 
-    Taken is that all temporaries but the gradients grow with the pictures.
+    Assumes that all temporaries except the gradients grow with the microbatch.
     """
     room = memory - needs.state - needs.program - needs.gradients
-    return max(math.floor(needs.pictures * room / (needs.temporaries - needs.gradients)), 0)
+    return max(math.floor(needs.microbatch * room / (needs.temporaries - needs.gradients)), 0)
 
 
 def step_seconds(needs: Needs, device: Device) -> dict[str, float]:
-    """Seconds of a step if nothing but one thing took time: compute, memory, network."""
+    """Return lower bounds of the time of a step: from compute, memory and network alone."""
     return {
         "compute": needs.flops / device.flops,
         "memory": needs.moved / device.bandwidth,
@@ -301,26 +293,26 @@ def step_seconds(needs: Needs, device: Device) -> dict[str, float]:
     }
 
 
-def guessed_seconds(needs: Needs, device: Device) -> float:
-    """Seconds of a step at the share of the peak that was seen elsewhere, or at these bounds."""
-    seen = needs.model_flops / (needs.devices * device.flops * SEEN_SHARE)
-    return max(seen, *step_seconds(needs, device).values())
+def estimated_seconds(needs: Needs, device: Device) -> float:
+    """Estimate the time of a step: at `UTILISATION` of the peak, but not below the bounds."""
+    usual = needs.model_flops / (needs.devices * device.flops * UTILISATION)
+    return max(usual, *step_seconds(needs, device).values())
 
 
 def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
-    """ "needs X of Y GiB", and what a user can do."""
+    """Return "needs X of Y GiB", and the options that help."""
     memory = chips.device.memory
     ways = [] if config.remat else ["--remat"]
     if config.parallelism == "pmap" and needs.devices > 1:
         ways.append("--parallelism fsdp")
-    if pictures := fitting(needs, memory):
-        least = math.ceil(needs.pictures / pictures) * config.accumulate
+    if largest := largest_microbatch(needs, memory):
+        least = math.ceil(needs.microbatch / largest) * config.accumulate
         rows = config.batch_size // needs.devices
-        parts = next(n for n in range(least, rows + 1) if rows % n == 0)
+        microbatches = next(n for n in range(least, rows + 1) if rows % n == 0)
         ways.append(
-            f"--batch-size {needs.devices * pictures}"
+            f"--batch-size {needs.devices * largest}"
             if isinstance(config, CLIPTrainConfig)
-            else f"--accumulate {parts}"
+            else f"--accumulate {microbatches}"
         )
     if needs.state > memory / 2 and config.optimiser.moments == "float32":
         ways.append("--optimiser.moments bfloat16")
@@ -332,15 +324,15 @@ def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
 
 
 def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
-    """A block of lines about a step that fits a slice, or that is for this machine's CPU (None)."""
-    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
-    remat = ", activations computed again" if config.remat else ""
+    """Return the report of a step on a slice, or on this machine's CPU (None), as lines."""
+    remat = ", activation checkpointing" if config.remat else ""
     limit = f" of {gib(chips.device.memory)}" if chips else ""
     lines = {
         "model": f"{config.name}, {needs.parameters:,} parameters",
         "hardware": "this machine's CPU",
-        "spread": f"{config.parallelism} over {needs.devices} devices{remat}",
-        "batch": f"{config.batch_size:,}{parts}: {needs.pictures} a device at a time",
+        "parallelism": f"{config.parallelism} over {needs.devices} devices{remat}",
+        "batch": f"{config.batch_size:,}{_microbatches(config)}: {needs.microbatch} images a "
+        "device at a time",
         "memory a device": f"state {gib(needs.state)} + temporaries {gib(needs.temporaries)} + "
         f"program {gib(needs.program)} = {gib(needs.memory)}{limit} GiB",
         "FLOPs a step": f"{needs.model_flops:.3g}; as compiled {needs.flops:.3g} a device",
@@ -353,29 +345,29 @@ def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
 
 def _on_slice(config: RunConfig, needs: Needs, chips: Slice) -> dict[str, str]:
     device = chips.device
-    pictures = fitting(needs, device.memory)
-    batch = pictures * needs.devices * config.accumulate
+    largest = largest_microbatch(needs, device.memory)
+    batch = largest * needs.devices * config.accumulate
     bounds = step_seconds(needs, device)
-    least, guess = max(bounds.values()), guessed_seconds(needs, device)
+    least, usual = max(bounds.values()), estimated_seconds(needs, device)
     each = ", ".join(f"{name} {value:.2g}" for name, value in bounds.items())
-    days = guess * config.steps / 86_400
+    days = usual * config.steps / 86_400
     return {
         "hardware": f"{chips.name}, {chips.count} chips; a device ({chips.family.kind}): "
         f"{gib(device.memory)} GiB, {device.flops / 1e12:g} TFLOP/s, memory "
         f"{device.bandwidth / 1e9:g} GB/s, network {device.network / 1e9:g} GB/s",
-        "batch that fits": f"about {pictures} a device at a time: --batch-size {batch} (estimate)",
+        "batch that fits": f"about {largest} a device at a time: --batch-size {batch} (estimate)",
         "step time": f"at least {least:.2g} s ({each}): "
-        f"{config.batch_size / least:,.0f} pictures a second",
-        "": f"a guess, at {SEEN_SHARE:.0%} of the peak or at the bound: {guess:.2g} s, "
-        f"{config.batch_size / guess:,.0f} pictures a second, {days:,.1f} days in all",
+        f"{config.batch_size / least:,.0f} images a second",
+        "": f"estimate, at {UTILISATION:.0%} of the peak or at the bound: {usual:.2g} s, "
+        f"{config.batch_size / usual:,.0f} images a second, {days:,.1f} days in all",
     }
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{size / GIB:.2f}" if size >= GIB or not size else f"{size / GIB:.2g}"
 
 
 def minutes(seconds: float) -> str:
-    """`m:ss`."""
+    """Format seconds as `m:ss`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

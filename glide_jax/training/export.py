@@ -1,4 +1,4 @@
-"""Runs of `train.py` as models: loaded where they are, or exported to be passed on."""
+"""Runs of `train.py` as weights to pass on."""
 
 import json
 from dataclasses import asdict
@@ -9,70 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.errors import GlideError
-from glide_jax.models.presets import CLIPConfig
-from glide_jax.training.checkpoint import newest, steps_in
-from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, read_config
-from glide_jax.training.initial import abstract_state
-from glide_jax.training.objectives import make_objective
-from glide_jax.training.runs import is_run, model_of, run_defaults
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
+from glide_jax.training.runs import is_run, restore_run, run_defaults
 from glide_jax.training.state import TrainState
-from glide_jax.weights.token_rows import ROWS, TABLE, compact
-from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT, Model
+from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT
 from glide_jax.weights.store import flatten, load_weights, save_weights
-
-
-def load_run(folder: Path) -> Model:
-    """The newest averaged weights of a training run.
-
-    Raises:
-        GlideError: the run has saved nothing yet, or cannot be read.
-    """
-    config, state = restore_run(folder)
-    if not isinstance(config, TrainConfig):
-        raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
-    return model_of(config, state.ema, str(folder))
-
-
-def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
-    """Sizes and newest averaged weights of a training run of a noised CLIP.
-
-    Raises:
-        GlideError: the run has saved nothing yet, cannot be read, or is of another kind.
-    """
-    config, state = restore_run(folder)
-    if not isinstance(config, CLIPTrainConfig):
-        raise GlideError(
-            f"{folder} is a run of a {config.model.variant} model, not of a noised CLIP"
-        )
-    return config.model, state.ema
-
-
-def restore_run(folder: Path) -> tuple[RunConfig, TrainState]:
-    """The recipe of a run and its newest state, as numpy arrays."""
-    config = read_config(folder / "config.json")
-    like = _zeros(abstract_state(config, make_objective(config)))
-    checkpoints = folder.absolute() / "checkpoints"
-    if not steps_in(checkpoints):
-        raise GlideError(f"{folder} has no checkpoint yet: let train.py save one first")
-    state, _, _ = newest(checkpoints, like)
-    return config, state
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+from glide_jax.weights.token_rows import ROWS, TABLE, compact
 
 
 def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
-    """`(n_vocab,)` bool: token rows that training has seen, in this run or in what it began from.
+    """Return the token rows that training has seen, in this run or in the weights it started from.
 
-    Adam's second moment knows which had a gradient. None where any row may mean something: the run
-    began from weights with a whole table, or the table was frozen as it was drawn.
+    Adam's second moment is zero for rows that never had a gradient.
+
+    Returns:
+        `(n_vocab,)` bool; None if any row may matter: the run started from weights with a whole
+        table, or the table was frozen.
     """
     seen = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
         if jax.tree_util.keystr(path, simple=True, separator="/").endswith(f"nu/{TABLE}"):
-            seen = np.asarray(leaf).any(axis=1)
+            seen = np.atleast_1d(np.asarray(leaf).any(axis=1))
     if not config.init_from:
         return seen
     before = _seen_before(config.init_from, config.model.n_vocab)
@@ -80,7 +37,7 @@ def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
 
 
 def _seen_before(weights: str, n_vocab: int) -> np.ndarray | None:
-    """`seen_tokens` of the weights that a run began from."""
+    """`seen_tokens` of the weights that a run started from."""
     embedded = weights in (*EMBEDDED, *EMBEDDED_CLIPS)
     folder = ASSETS / weights if embedded else Path(weights).expanduser()
     if is_run(folder):
@@ -96,7 +53,9 @@ def _seen_before(weights: str, n_vocab: int) -> np.ndarray | None:
 
 
 def export(run: Path, to: Path) -> int:
-    """Writes a run's averaged weights as a folder of bfloat16 safetensors, ready to ship.
+    """Write the EMA weights of a run as a folder of bfloat16 safetensors.
+
+    Token rows that training never saw are left out where that is known.
 
     Returns:
         The number of parameters written.
@@ -120,7 +79,7 @@ def export(run: Path, to: Path) -> int:
 
 
 def description(config: RunConfig, step: int) -> dict[str, Any]:
-    """`config.json` of weights that a run made, as JSON holds it."""
+    """Return the `config.json` of weights that a run made, as plain JSON values."""
     made_by = {"format": FORMAT, "recipe": config.name, "steps": step}
     return json.loads(json.dumps(made_by | _sizes(config)))
 
@@ -128,6 +87,7 @@ def description(config: RunConfig, step: int) -> dict[str, Any]:
 def _sizes(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, CLIPTrainConfig):
         return {"clip": asdict(config.model)}
+    assert isinstance(config, TrainConfig)
     return {
         "model": asdict(config.model),
         "schedule": config.schedule,

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, curves, grids of samples, a trace for the profiler."""
+"""The progress of a run: a bar, curves, grids of samples, a trace for the profiler."""
 
 import math
 import time
@@ -8,19 +8,20 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 import tqdm
+from PIL import Image
 
-from glide_jax.errors import GlideError, UsageError
 from glide_jax.devices.hardware import peak_flops
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import RunConfig, TrainConfig
-from glide_jax.training.runs import model_of
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params, finish
+from glide_jax.training.runs import model_of
 from glide_jax.training.state import learning_rate
 from glide_jax.training.writers import open_writer
 
-
-# `(model, prompts, *, seed, dtype) -> PIL image`; the pipeline has one.
-SampleGrid = Callable[..., Any]
+# `(model, prompts, *, seed, dtype) -> image`, such as `glide_jax.pipeline.loading.sample_grid`: an
+# argument, since training does not import the pipeline.
+SampleGrid = Callable[..., Image.Image]
 
 
 class Logger:
@@ -35,9 +36,10 @@ class Logger:
         """Open the logs of a run.
 
         Args:
+            config: the recipe.
             first: number of steps done before.
-            records: size of the data.
-            sample_grid: makes a grid of samples, for recipes that ask for some.
+            records: number of images in the data.
+            sample_grid: makes the grids of samples; None: there are none.
         """
         self._config, self._sample_grid = config, sample_grid
         self._main = jax.process_index() == 0
@@ -48,12 +50,12 @@ class Logger:
         self._since, self._from, self._first = time.monotonic(), first, first
         self._rate = learning_rate(config.optimiser, config.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
-        # What the devices could do a second, where that is known.
+        # FLOP/s of all devices; nan if unknown.
         self._peak = count * (peak_flops(kind) or math.nan)
         self._flops = math.nan if math.isnan(self._peak) else flops_per_image(config)
         if self._main:
             print(
-                f"{config.name}: {records:,} pictures, {config.batch_size} a step on {count} "
+                f"{config.name}: {records:,} images, {config.batch_size} a step on {count} "
                 f"{kind}; step {first:,} of {config.steps:,} -> {config.folder}"
             )
         self._bar = tqdm.tqdm(
@@ -72,13 +74,18 @@ class Logger:
         self._writer.close()
 
     def step(self, step: int, metrics: Metrics, saved: int | None = None) -> None:
-        """Takes the metrics of a step, scalars on the device; `saved` is the newest saved step.
+        """Record the metrics of a step.
+
+        Args:
+            step: number of steps done.
+            metrics: arrays on the device.
+            saved: the newest saved step.
 
         Raises:
-            GlideError: a step of the last window was bad and the recipe says to stop.
+            GlideError: a step of the last window was bad, and `on_bad_step` is "stop".
         """
         self._bar.update()
-        # A window is read when the step after it is on its way: nothing waits for the device.
+        # A window is read once the next step is running, so the device never waits.
         self._read(saved)
         self._window.append(metrics)
         if step % self._config.log_every == 0 or step in (self._first + 1, self._config.steps):
@@ -100,7 +107,7 @@ class Logger:
         self._since, self._from = now, step
         values |= {
             "images_per_second": rate,
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(np.asarray(self._rate(step - 1))),
             "model_flop_utilisation": rate * self._flops / self._peak,
         }
         values |= device_memory()
@@ -109,7 +116,7 @@ class Logger:
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
 
     def _trace(self, step: int, metrics: Metrics) -> None:
-        """Starts and ends the trace for TensorBoard's profiler."""
+        """Start and end the trace for TensorBoard's profiler."""
         if self._profile is None:
             return
         begin, end = self._profile
@@ -121,22 +128,20 @@ class Logger:
             jax.profiler.stop_trace()
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
-        """Takes the held-out loss and its parts."""
+        """Record the held-out loss and its terms."""
         self._writer.scalars({f"held_out/{name}": value for name, value in values.items()}, step)
         self._pause(step)
 
     def samples(self, step: int, ema: Params) -> None:
-        """Sample the recipe's prompts with the EMA weights: `samples/step_000500.png`.
+        """Sample the recipe's prompts with the EMA weights, into `samples/step_000500.png`.
 
-        For models that generate from text alone.
+        Does nothing for models that need more than a prompt.
         """
         config = self._config
         if self._sample_grid is None or not self._main or not generates_from_text(config):
             return
         model = model_of(config, ema)
-        grid = self._sample_grid(
-            model, config.sample_prompts, seed=config.seed, dtype=config.dtype
-        )
+        grid = self._sample_grid(model, config.sample_prompts, seed=config.seed, dtype=config.dtype)
         folder = config.folder / "samples"
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step_{step:06}.png")
@@ -144,7 +149,7 @@ class Logger:
         self._pause(step)
 
     def _pause(self, step: int) -> None:
-        # Drawing and validating are no part of the training speed.
+        # Sampling and validation do not count as training time.
         self._since, self._from = time.monotonic(), step
 
 
@@ -158,7 +163,7 @@ def generates_from_text(config: RunConfig) -> TypeGuard[TrainConfig]:
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:
-    """The first and last step of "10:20"; None of "".
+    """Return the first and last step of "10:20"; None for "".
 
     Raises:
         UsageError: it is no such range, or begins before step 2.
@@ -175,27 +180,32 @@ def profiled_steps(text: str) -> tuple[int, int] | None:
 
 
 def device_memory() -> dict[str, float]:
-    """Gigabytes in use and at the peak on the first local device, where it says."""
+    """Return gigabytes in use and at the peak on the first local device, if it reports them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "memory_gb", "peak_bytes_in_use": "memory_peak_gb"}
     return {ours: stats[theirs] / 1e9 for theirs, ours in names.items() if theirs in stats}
 
 
 def mean_metrics(window: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Means over steps; those of updates that were not made count in `bad` alone."""
+    """Return means over steps; steps without an update count in `bad` alone."""
     good = [m for m in window if not m["bad"]] or window
     means = {name: np.mean([m[name] for m in good], axis=0) for name in window[0]}
-    return means | {"bad": np.mean([m["bad"] for m in window])}
+    return means | {"bad": np.asarray(np.mean([m["bad"] for m in window]))}
 
 
 def raise_if_bad(
     config: RunConfig, step: int, window: list[dict[str, np.ndarray]], saved: int | None
 ) -> None:
-    """Raises GlideError where an update could not be made and the recipe says to stop.
+    """Stop the run at a bad step, if `on_bad_step` is "stop".
 
     Args:
-        step: of the last of the window.
-        saved: the newest saved step; it holds no bad update, since none was made.
+        config: the recipe.
+        step: the last step of the window.
+        window: metrics of consecutive steps.
+        saved: the newest saved step; it has no bad update, since none was made.
+
+    Raises:
+        GlideError: an update of the window was left out.
     """
     if config.on_bad_step == "skip":
         return
@@ -206,6 +216,6 @@ def raise_if_bad(
             raise GlideError(
                 f"step {at}: loss {float(metrics['loss']):.3g}, gradient norm "
                 f"{float(metrics['grad_norm']):.3g}; this update was not made, step {at - 1} was "
-                f"the last good one, and {newest}. Go on with a lower "
+                f"the last good one, and {newest}. Resume with a lower "
                 "--optimiser.learning-rate, or with --on-bad-step skip"
             )

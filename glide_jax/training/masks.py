@@ -1,20 +1,20 @@
-"""Which part of a picture an inpainting model is shown in training."""
+"""Random masks for training an inpainting model."""
 
 import jax
 import jax.numpy as jnp
 
-# GLIDE (sec. 4.3) erases "random regions" and says no more: rectangles and brush strokes.
+# GLIDE (sec. 4.3) erases "random regions" and states no shapes: rectangles and brush strokes here.
 RECTANGLES, STROKES, POINTS = 3, 2, 4
-# Of the masks, as many keep what others erase: so that a picture can be continued around an object.
+# Share of inverted masks, so that an image can be continued around an object.
 OUTSIDE = 1 / 8
 
 
 def random_mask(key: jax.Array, *, size: int, share_all: float = 0.0) -> jax.Array:
-    """`(size, size, 1)` float32, 1 where the picture stays known.
+    """Return a mask `(size, size, 1)` float32, 1 where the pixel is known.
 
-    One to three rectangles, with sides from an eighth to three quarters of the picture, or one or
-    two brush strokes of a few straight pieces are erased; or, at a chance of an eighth, all but
-    these; at a chance of `share_all`, everything.
+    Unknown are one to three rectangles, with sides from an eighth to three quarters of the image,
+    or one or two brush strokes of a few straight segments. An eighth of the masks are inverted, and
+    a share `share_all` knows no pixel.
     """
     kind_key, box_key, stroke_key, outside_key, all_key = jax.random.split(key, 5)
     boxes = _rectangles(box_key, size)
@@ -26,7 +26,7 @@ def random_mask(key: jax.Array, *, size: int, share_all: float = 0.0) -> jax.Arr
 
 
 def _grid(size: int) -> jax.Array:
-    """`(size, size, 2)`: centres of pixels, in [0, 1]."""
+    """Return the centres of the pixels in [0, 1], `(size, size, 2)`."""
     centres = (jnp.arange(size) + 0.5) / size
     return jnp.stack(jnp.meshgrid(centres, centres, indexing="ij"), axis=-1)
 
@@ -37,8 +37,8 @@ def _rectangles(key: jax.Array, size: int) -> jax.Array:
     corner = jax.random.uniform(place_key, (RECTANGLES, 2)) * (1 - side)
     grid = _grid(size)[:, :, None]
     inside = ((grid >= corner) & (grid < corner + side)).all(axis=-1)
-    drawn = jnp.arange(RECTANGLES) < jax.random.randint(count_key, (), 1, RECTANGLES + 1)
-    return (inside & drawn).any(axis=-1)
+    used = jnp.arange(RECTANGLES) < jax.random.randint(count_key, (), 1, RECTANGLES + 1)
+    return (inside & used).any(axis=-1)
 
 
 def _strokes(key: jax.Array, size: int) -> jax.Array:
@@ -47,8 +47,8 @@ def _strokes(key: jax.Array, size: int) -> jax.Array:
     radius = jax.random.uniform(width_key, (STROKES,), minval=1 / 24, maxval=1 / 8)
     start, along = points[:, :-1], points[:, 1:] - points[:, :-1]
     to = _grid(size)[:, :, None, None] - start
-    # The nearest place on each straight piece.
+    # Position of the nearest point on each segment, from 0 to 1.
     where = (to * along).sum(-1) / jnp.maximum((along**2).sum(-1), 1e-6)
     distance = jnp.linalg.norm(to - jnp.clip(where, 0, 1)[..., None] * along, axis=-1)
-    drawn = jnp.arange(STROKES) < jax.random.randint(count_key, (), 1, STROKES + 1)
-    return ((distance < radius[:, None]).any(axis=-1) & drawn).any(axis=-1)
+    used = jnp.arange(STROKES) < jax.random.randint(count_key, (), 1, STROKES + 1)
+    return ((distance < radius[:, None]).any(axis=-1) & used).any(axis=-1)

@@ -1,37 +1,38 @@
-"""Recipe files: `configs/cfg64.py`, or `configs/cfg64.py:paper` for one of its sizes."""
+"""Recipes by name or by path: `cfg64`, `cfg64:paper`, `my/recipe.py`, `my/recipe.py:toy`."""
 
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from glide_jax.errors import UsageError, nearest
+from glide_jax.folders import RECIPES
 from glide_jax.models.presets import toy_clip, toy_model
-from glide_jax.training.config import CLIPTrainConfig, RunConfig
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 
 # A size that every recipe has.
 TOY = "toy"
 
 
 def load_recipe(name: str | Path) -> RunConfig:
-    """What `get_config` of a recipe file returns.
+    """Return the config that a recipe's `get_config` makes.
 
     Args:
-        name: a path, and after a colon one of the sizes that the recipe lists in `SIZES`, or
-            "toy"; without one, the recipe's own choice.
+        name: a recipe of `configs/` without its ending, or the path of a `.py` file; then
+            optionally a colon and a size, one of the recipe's `SIZES` or "toy". Without a size the
+            recipe chooses one.
 
     Raises:
-        UsageError: there is no such file or size, or it has no `get_config`.
+        UsageError: there is no such recipe or size, or the file has no `get_config`.
     """
-    path, colon, size = str(name).rpartition(":")
-    if not colon or not path.endswith(".py"):
-        path, size = str(name), ""
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = f": {path.parent} has {', '.join(near)}" if near else ""
-        raise UsageError(f"there is no recipe {path}{hint}")
+    text, colon, size = str(name).rpartition(":")
+    if not colon or size.endswith(".py"):
+        text, size = str(name), ""
+    path = find_recipe(text)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -43,41 +44,68 @@ def load_recipe(name: str | Path) -> RunConfig:
     sizes = (*getattr(module, "SIZES", ()), TOY)
     if size not in sizes or not inspect.signature(module.get_config).parameters:
         hint = nearest(size, sizes)
-        raise UsageError(f"{path} has no size {size!r}: choose one of {', '.join(sizes)}{hint}")
+        choose = f"choose one of {', '.join(sizes)}"
+        raise UsageError(f"{text} has no size {size!r}{hint or ':'} {choose}")
     return module.get_config(size)
 
 
-def toy(config: RunConfig) -> RunConfig:
-    """The same recipe with a small network, at rates and lengths that suit it.
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: the name itself if it ends in `.py`, else one of `configs/`.
 
-    Two CPU cores overfit sixteen pictures with it in a minute or two. What is trained, and how it
-    is weighted, averaged, frozen and spread, stays the recipe's. Weights to begin with are yours
-    to name: those of the recipe do not fit.
+    Raises:
+        UsageError: there is no such file.
     """
-    clip = isinstance(config, CLIPTrainConfig)
-    upsamples = not clip and config.model.upsamples
-    inpaints = not clip and config.model.inpaints
+    by_path = name.endswith(".py")
+    path = Path(name) if by_path else RECIPES / f"{name}.py"
+    if path.is_file():
+        return path
+    folder = path.parent if by_path else RECIPES
+    known = sorted(p.name if by_path else p.stem for p in folder.glob("*.py"))
+    if not known:
+        raise UsageError(f"there is no recipe {name}: name one (cfg64), or the path of a .py file")
+    hint = nearest(Path(name).name, known)
+    choose = f"choose one of {', '.join(known)}"
+    where = f" in {folder}" if by_path else ", or name a .py file"
+    raise UsageError(f"there is no recipe {name}{hint or ':'} {choose}{where}")
+
+
+def toy(config: RunConfig) -> RunConfig:
+    """Return the same recipe with a small network, and with rates and lengths that suit it.
+
+    Two CPU cores overfit it to sixteen images in a minute or two. Objective, weighting, EMA, frozen
+    parts and parallelism stay those of the recipe. The weights that the recipe starts from do not
+    fit: `init_from` is empty.
+    """
+    late = bool(config.optimiser.freeze)  # with a frozen text transformer captions take longer
+    own: Mapping[str, Any]
+    if isinstance(config, CLIPTrainConfig):
+        own = {"model": toy_clip(config.model), "steps": 300, "batch_size": 16}
+    else:
+        assert isinstance(config, TrainConfig)
+        model = config.model
+        own = {
+            "model": toy_model(model),
+            "steps": 300 if late or model.inpaints else 150,
+            "batch_size": 8 if model.upsamples else 16,
+            "train_size": 0,
+        }
     return replace(
         config,
         name=f"{config.name}-toy",
-        model=toy_clip(config.model) if clip else toy_model(config.model),
         data=replace(config.data, workers=0),
         optimiser=replace(
             config.optimiser,
-            learning_rate=1e-3 if clip else 2e-3,
+            learning_rate=1e-3 if isinstance(config, CLIPTrainConfig) else 2e-3,
             decay="constant",
             warmup=10,
             ema=0.95,
             ema_every=15,
         ),
-        # Where the text transformer is frozen, captions are learned late.
-        steps=300 if clip or inpaints or config.optimiser.freeze else 150,
-        batch_size=8 if upsamples else 16,
         accumulate=min(config.accumulate, 2),
         remat=False,
         init_from="",
         save_every=50,
         log_every=10,
         sample_every=0,
-        **({} if clip else {"train_size": 0}),
+        **own,
     )

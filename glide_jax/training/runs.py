@@ -1,12 +1,18 @@
-"""Weights by name, folder or file, or those of a training run: what `glide.load` opens."""
+"""Weights of training runs, and of everything else that a weights argument can name."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from glide_jax.errors import GlideError
-from glide_jax.training.config import TrainConfig, read_config
+from glide_jax.models.presets import CLIPConfig
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, read_config
 from glide_jax.weights.clip_registry import CLIPModel, load_clip_model
 from glide_jax.weights.registry import Model, defaults_of, load_model
+
+if TYPE_CHECKING:
+    from glide_jax.training.state import TrainState
 
 
 def is_run(folder: str | Path) -> bool:
@@ -21,12 +27,7 @@ def open_model(weights: str | Path) -> Model:
         UsageError: there is no such name, folder or file.
         GlideError: the files are missing, broken, or do not fit together.
     """
-    if not is_run(weights):
-        return load_model(weights)
-    # Orbax takes most of a second to import, and only runs need it.
-    from glide_jax.training.export import load_run
-
-    return load_run(Path(weights).expanduser())
+    return load_run(Path(weights).expanduser()) if is_run(weights) else load_model(weights)
 
 
 def open_clip(weights: str | Path) -> CLIPModel:
@@ -38,9 +39,57 @@ def open_clip(weights: str | Path) -> CLIPModel:
     """
     if not is_run(weights):
         return load_clip_model(weights)
-    from glide_jax.training.export import load_clip_run
-
     return CLIPModel(str(weights), *load_clip_run(Path(weights).expanduser()))
+
+
+def load_run(folder: Path) -> Model:
+    """Return the newest EMA weights of a training run.
+
+    Raises:
+        GlideError: the run has saved nothing yet, or cannot be read.
+    """
+    config, state = restore_run(folder)
+    if not isinstance(config, TrainConfig):
+        raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
+    return model_of(config, state.ema, str(folder))
+
+
+def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
+    """Return sizes and newest EMA weights of a training run of a noised CLIP.
+
+    Raises:
+        GlideError: the run has saved nothing yet, cannot be read, or is of another kind.
+    """
+    config, state = restore_run(folder)
+    if isinstance(config, TrainConfig):
+        raise GlideError(
+            f"{folder} is a run of a {config.model.variant} model, not of a noised CLIP"
+        )
+    assert isinstance(config, CLIPTrainConfig)
+    return config.model, state.ema
+
+
+def restore_run(folder: Path) -> tuple[RunConfig, "TrainState"]:
+    """Return the recipe of a run and its newest state, as numpy arrays.
+
+    Raises:
+        GlideError: the run has saved nothing yet, or cannot be read.
+    """
+    # Orbax takes most of a second to import, and only runs need it.
+    import jax
+
+    from glide_jax.training.checkpoint import newest, steps_in
+    from glide_jax.training.objectives import make_objective
+    from glide_jax.training.state import abstract_state
+
+    config = read_config(folder / "config.json")
+    shapes = abstract_state(config, make_objective(config))
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    checkpoints = folder.absolute() / "checkpoints"
+    if not steps_in(checkpoints):
+        raise GlideError(f"{folder} has no checkpoint yet: let train.py save one first")
+    state, _, _ = newest(checkpoints, like)
+    return config, state
 
 
 def model_of(config: TrainConfig, params: Any, name: str = "") -> Model:
@@ -73,7 +122,7 @@ def run_defaults(config: TrainConfig) -> dict[str, Any]:
 def sampling_defaults(weights: str | Path) -> dict[str, Any]:
     """Return the sampling settings that weights or a run bring, without reading their arrays.
 
-    Empty where there are none, or where the weights cannot be read.
+    Empty if there are none, or if the weights cannot be read.
     """
     try:
         if not is_run(weights):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,20 @@ from glide_jax.training.config import OptimiserConfig, RunConfig
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
 from glide_jax.training.state import TrainState, make_optimiser
 
-# The running mean of the loss that a spike is measured by, and the steps before it means much.
+# Decay rate of the running mean of the loss, and the steps before spikes are measured by it.
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
-# Dynamic loss scaling of float16, as a power of two: it grows so in ADM's code, and falls by one
-# on overflow. Below the lowest, it is not the scale that is wrong.
+# Dynamic loss scaling of float16, as a power of two: the growth per step is that of ADM's code, an
+# overflow lowers it by one. An overflow at the lowest scale has another cause than the scale.
 LOSS_SCALE_GROWTH, LOWEST_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A recipe's `train_step`: a function of `state`, `batch`, `key` and `axis`."""
+    """Return a recipe's `train_step`, a function of `state`, `batch`, `key` and `axis`."""
     return partial(
         train_step,
         loss=objective.loss,
         optimiser=make_optimiser(config.optimiser, config.steps),
-        averages=config.optimiser,
+        config=config.optimiser,
         accumulate=config.accumulate,
         spike=config.spike,
     )
@@ -39,23 +40,26 @@ def train_step(
     *,
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
-    averages: OptimiserConfig,
+    config: OptimiserConfig,
     accumulate: int = 1,
     spike: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update of parameters and of their moving averages.
+    """Update parameters, optimiser and EMAs once.
 
-    An update whose loss or gradient is not finite, or whose loss is `spike` times its running
-    mean, is not made: the state stays as it was but for its count, and metric `bad` is 1. An
-    overflow of scaled float16 gradients is not bad: the next step's scale is half as large.
+    The update is left out if the loss or gradient is not finite, or the loss is `spike` times its
+    running mean: only the step is counted, and metric `bad` is 1. An overflow of scaled float16
+    gradients is not bad: the update is left out, and the next step's scale is half as large.
 
     Args:
-        batch: this device's part, or the whole where `axis` is None.
-        key: of the run; the step and each record's place are folded in here.
+        state: before the step.
+        batch: this device's part, or the whole batch if `axis` is None.
+        key: of the run; the step and each record's row are folded in here.
         loss: see `glide_jax.training.objectives.Objective`.
-        averages: which moving averages to keep.
-        accumulate: parts that the batch is worked through in.
+        optimiser: see `glide_jax.training.state.make_optimiser`.
+        config: rates and widths of the EMAs.
+        accumulate: number of microbatches (gradient accumulation).
+        spike: see `RunConfig.spike`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -67,14 +71,14 @@ def train_step(
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
     scale = 2.0**state.loss_scale
 
-    def gradient(params: Params, part: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
         def scaled(params: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(params, part, record_key, dropout_key=dropout_key, axis=axis)
+            value, metrics = loss(params, rows, record_key, dropout_key=dropout_key, axis=axis)
             return value * scale, metrics
 
         return jax.grad(scaled, has_aux=True)(params)
 
-    grads, metrics = _accumulated(gradient, state.params, batch, dropout_key, accumulate)
+    grads, metrics = _accumulate(gradient, state.params, batch, dropout_key, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = jax.tree.map(lambda g: g / scale, grads)
@@ -85,81 +89,86 @@ def train_step(
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
-    new = _updated(state, grads, metrics["loss"], optimiser, averages)
-    state = jax.tree.map(partial(jnp.where, bad | overflow), _stayed(state, overflow), new)
+    new = _update(state, grads, metrics["loss"], optimiser, config)
+    state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
     return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
 
 
-def _accumulated(
-    gradient: Callable, params: Params, batch: Batch, dropout_key: jax.Array, parts: int
+def _accumulate(
+    gradient: Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]],
+    params: Params,
+    batch: Batch,
+    dropout_key: jax.Array,
+    count: int,
 ) -> tuple[Params, Metrics]:
-    """Mean gradient and metrics over parts of a batch, one after the other."""
-    if parts == 1:
+    """Return the mean gradient and metrics over `count` microbatches, one after the other."""
+    if count == 1:
         return gradient(params, batch, dropout_key)
-    # Every parts-th row, so that a batch that is sharded stays where it is.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(dropout_key, parts)
+    # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(dropout_key, count)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), keys[0]),
     )
 
-    def add(total, part):
-        # Else sharded parameters would be gathered before the loop, to lie whole all through it.
-        held, part = jax.lax.optimization_barrier((params, part))
-        return jax.tree.map(jnp.add, total, gradient(held, *part)), None
+    def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        # Otherwise sharded parameters are gathered before the loop and stay whole during it.
+        held, microbatch = jax.lax.optimization_barrier((params, microbatch))
+        return jax.tree.map(jnp.add, total, gradient(held, *microbatch)), None
 
     total, _ = jax.lax.scan(add, zeros, (split, keys))
-    return jax.tree.map(lambda x: x / parts, total)
+    return jax.tree.map(lambda x: x / count, total)
 
 
-def _updated(
+def _update(
     state: TrainState,
     grads: Params,
     loss: jax.Array,
     optimiser: optax.GradientTransformation,
-    averages: OptimiserConfig,
+    config: OptimiserConfig,
 ) -> TrainState:
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    rate = jnp.minimum(averages.ema, (1 + step) / (10 + step))
-    powers = tuple(
-        _towards(average, params, power_rate(step, width))
-        for average, width in zip(state.powers, averages.ema_power, strict=True)
+    rate = jnp.minimum(config.ema, (1 + step) / (10 + step))
+    power_emas = tuple(
+        _decay(ema, params, power_rate(step, width))
+        for ema, width in zip(state.power_emas, config.ema_power, strict=True)
     )
     memory = jnp.minimum(SPIKE_MEMORY, state.step / step)
     return TrainState(
         step=step,
         params=params,
-        ema=_towards(state.ema, params, rate),
-        powers=powers,
+        ema=_decay(state.ema, params, rate),
+        power_emas=power_emas,
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
         loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
     )
 
 
-def _stayed(state: TrainState, overflow: jax.Array) -> TrainState:
-    """The state after an update that was not made."""
+def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
+    """Return the state after a step without an update."""
     return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
 
 
-def _towards(average: Params, params: Params, rate: jax.Array) -> Params:
-    return jax.tree.map(lambda a, p: a + (1 - rate) * (p - a), average, params)
+def _decay(ema: Params, params: Params, rate: jax.Array) -> Params:
+    """`ema <- rate ema + (1 - rate) params`."""
+    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)
 
 
 def power_rate(step: jax.Array, width: float) -> jax.Array:
-    """`(1 - 1 / t)^(gamma + 1)`, for an average over a power function  (EDM2, 2312.02696).
+    """`(1 - 1 / t)^(gamma + 1)`, the decay rate of a power-function EMA  (EDM2, 2312.02696).
 
     Args:
         step: t, from 1.
-        width: standard deviation of the profile, as a share of the training's length.
+        width: standard deviation of its profile, as a share of the steps so far.
     """
     return (1 - 1 / step) ** (power_exponent(width) + 1)
 
 
 def power_exponent(width: float) -> float:
-    """Gamma of a relative width: `width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`  (EDM2)."""
+    """Return gamma of `width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`  (EDM2)."""
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
     return float(roots.real.max())

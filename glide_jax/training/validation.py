@@ -1,4 +1,4 @@
-"""The held-out loss: the same pictures, timesteps and noise each time, so that it is a curve."""
+"""The held-out loss, with the same images, timesteps and noise each time."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,40 +8,41 @@ import jax
 import numpy as np
 
 from glide_jax.data.batches import make_batches
-from glide_jax.training.objectives import to_batch
 from glide_jax.data.records import Source
 from glide_jax.data.sources import open_source
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
-from glide_jax.training.objectives import Objective, Params, finish, make_tokenizer
+from glide_jax.training.objectives import Objective, Params, finish, make_tokenizer, to_batch
 
 
 class Validation:
-    """The loss of the averaged weights on pictures that training does not see.
+    """The loss of the EMA weights on images that training does not see.
 
-    A picture's timestep and noise come from its place in the order, whatever the batch size.
+    An image's timestep and noise depend on its position in the order, not on the batch size.
 
     Attributes:
-        batch_size: pictures worked out at a time.
+        batch_size: images processed at a time.
     """
 
     def __init__(self, config: RunConfig, objective: Objective, trained_on: Source | None = None):
-        """Opens the held-out split.
+        """Open the held-out split.
 
         Args:
-            trained_on: what the pictures must not be; None: any split may be measured.
+            config: the recipe.
+            objective: its loss.
+            trained_on: the training data, which must differ; None: any split may be measured.
 
         Raises:
-            UsageError: the source has no such split, or it is what is trained on.
+            UsageError: the source has no such split, or it is the training data.
         """
         data = replace(config.data, split=config.validation_split, workers=0)
         source = open_source(data)
         if trained_on is not None and source.fingerprint == trained_on.fingerprint:
             raise UsageError(
-                "validate_every needs pictures that are not trained on: "
+                "validate_every needs images that are not trained on: "
                 f"{config.data.source} has no split {config.validation_split!r} of its own"
             )
-        # What one device can hold, since one device works it out.
+        # One device computes it, so the batch is a device's microbatch.
         share = config.batch_size // config.accumulate // jax.device_count()
         size = min(max(share, 1), len(source))
         self._data, self._source, self.batch_size = data, source, size
@@ -49,7 +50,12 @@ class Validation:
         self._loss = jax.jit(partial(objective.loss, dropout_key=None, axis=None))
 
     def __call__(self, params: Params, count: int | None = None) -> dict[str, float]:
-        """Mean loss and its parts, over `count` batches, or the recipe's `validation_batches`."""
+        """Return the mean loss and its terms over `count` batches.
+
+        Args:
+            params: the weights.
+            count: number of batches; None: the recipe's `validation_batches`.
+        """
         config = self._config
         batches = make_batches(
             self._source,

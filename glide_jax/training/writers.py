@@ -1,9 +1,10 @@
-"""Where the figures of a run go: TensorBoard, and wandb where a recipe names a project."""
+"""Writers of a run's curves and images: TensorBoard, and wandb if a recipe names a project."""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -13,41 +14,44 @@ from glide_jax.training.config import RunConfig
 
 
 class Writer(Protocol):
-    """Takes numbers and pictures, by name and step."""
+    """Writes numbers and images by name and step."""
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        ...
 
-    def image(self, name: str, image: np.ndarray, step: int) -> None: ...
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Add an image `(H, W, 3)` uint8."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is buffered, and close."""
+        ...
 
 
 class TensorBoard:
-    """Curves and pictures below the run's `logs/`."""
+    """Curves and images in the run's folder `logs/`."""
 
     def __init__(self, folder: Path):
         self._writer = SummaryWriter(str(folder), flush_secs=30)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Adds one point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Adds a picture `(H, W, 3)` uint8."""
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Writes what is left."""
         self._writer.close()
 
 
 class Wandb:
-    """A run of Weights & Biases that goes on where it was."""
+    """A run of Weights & Biases, which is resumed with the training."""
 
     def __init__(self, config: RunConfig):
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ModuleNotFoundError:
             raise UsageError("--wandb needs the package: pip install wandb") from None
         self._wandb = wandb
@@ -61,60 +65,54 @@ class Wandb:
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Adds one point to each curve."""
         self._run.log(dict(values), step=step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Adds a picture `(H, W, 3)` uint8."""
         self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Writes what is left."""
         self._run.finish()
 
 
-class Nowhere:
-    """Takes everything and keeps nothing: for processes that are not the first."""
+class Silent:
+    """Writes nothing: for all processes but the first."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        pass
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
 class Both:
     """Several writers as one."""
 
-    def __init__(self, *writers: Any):
+    def __init__(self, *writers: Writer):
         self._writers = writers
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """To each of them."""
         for writer in self._writers:
             writer.scalars(values, step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """To each of them."""
         for writer in self._writers:
             writer.image(name, image, step)
 
     def close(self) -> None:
-        """Each of them."""
         for writer in self._writers:
             writer.close()
 
 
 def open_writer(config: RunConfig, *, first_process: bool = True) -> Writer:
-    """The writer that a recipe asks for.
+    """Return the writer that a recipe asks for.
 
     Raises:
         UsageError: it asks for wandb, which is not installed.
     """
     if not first_process:
-        return Nowhere()
+        return Silent()
     board = TensorBoard(config.folder / "logs")
     return Both(board, Wandb(config)) if config.wandb else board

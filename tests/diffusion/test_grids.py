@@ -1,4 +1,4 @@
-"""Spacings, and the grids that are optimised on exact statistics of images."""
+"""Spacings, and the grids optimised on exact statistics of images."""
 
 import subprocess
 import sys
@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.solvers import optimised
 from glide_jax.diffusion.grids import SPACINGS, make_grid
-from glide_jax.diffusion.spacings import end_levels, respaced, trailing
+from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.diffusion.solvers import SOLVERS, optimised, restart
+from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
 from glide_jax.diffusion.solvers.optimised import (
     SHIPPED_STEPS,
     image_error,
@@ -18,22 +19,21 @@ from glide_jax.diffusion.solvers.optimised import (
     optimised_grid,
     standard_deviations,
 )
-from glide_jax.diffusion.solvers.restart import restart
-from glide_jax.diffusion.schedule import Schedule, make_schedule
-from glide_jax.diffusion.solvers import SOLVERS, dpm_solver_2m, sa_solver
+from glide_jax.diffusion.spacings import end_levels, respaced, trailing
 from glide_jax.errors import UsageError
 from tests.support.commands import environment
-from tests.support.oracles import SCHEDULE, denoise_gaussian, spread, table_of
+from tests.support.oracles import SCHEDULE, denoise_gaussian, mean_and_variance, table_of
 
-EITHER = pytest.mark.parametrize("name", ["cosine", "linear"])
+each_schedule = pytest.mark.parametrize("name", ["cosine", "linear"])
+each_spacing = pytest.mark.parametrize("spacing", [*SPACINGS, "optimised"])
 
 # --- spacings
 
 
-@EITHER
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_spacing_falls_strictly_within_the_chain(name, spacing):
-    # Not every number of steps: those that are not shipped take a while to optimise.
+@each_schedule
+@each_spacing
+def test_every_spacing_falls_strictly_within_the_process(name, spacing):
+    # Grids that are not shipped take a while to optimise.
     numbers = (1, *SHIPPED_STEPS) if spacing == "optimised" else (1, 2, 3, 8, 27, 250, 999, 1000)
     for steps in numbers:
         grid = make_grid(make_schedule(name), steps, spacing)
@@ -43,16 +43,16 @@ def test_every_spacing_falls_strictly_within_the_chain(name, spacing):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 50, 333])
-def test_short_chains_are_spaced_too(length):
+def test_short_processes_are_spaced_too(length):
     schedule = make_schedule("cosine", length)
-    for spacing in set(SPACINGS) - {"optimised"}:
+    for spacing in SPACINGS:
         for steps in range(1, length + 1):
             grid = make_grid(schedule, steps, spacing)
             assert len(grid) == steps and (np.diff(grid) < 0).all()
             assert grid.min() >= 0 and grid.max() <= length - 1
 
 
-@EITHER
+@each_schedule
 def test_rho_grid(name):
     """`(sigma / alpha)^(1/7)` in even steps, between the ends of the log-SNR grid (EDM, eq. 5)."""
     schedule = make_schedule(name)
@@ -63,26 +63,29 @@ def test_rho_grid(name):
 
 
 def test_trailing_grid():
-    """From the end of the chain (2305.08891); where two would be rounded together, they are not."""
+    """Starts at the last timestep (2305.08891); rounding never makes two levels equal."""
     np.testing.assert_array_equal(trailing(SCHEDULE, 5), [999, 799, 599, 399, 199])
     np.testing.assert_array_equal(trailing(SCHEDULE, 3), [999, 666, 332])
     np.testing.assert_array_equal(trailing(make_schedule("cosine", 6), 4), [5, 4, 2, 1])
     np.testing.assert_array_equal(trailing(SCHEDULE, 1000), np.arange(1000)[::-1])
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@each_spacing
 @pytest.mark.parametrize(
     ("steps", "message"), [(0, "at least one step"), (-1, "at least one step"), (41, "41 of 40")]
 )
-def test_numbers_of_steps_that_cannot_be(spacing, steps, message):
+def test_refused_numbers_of_steps(spacing, steps, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_grid(make_schedule("cosine", 40), steps, spacing)
     assert str(caught.value).isprintable()
 
 
-def test_an_unknown_spacing_names_the_nearest():
-    with pytest.raises(UsageError, match="unknown spacing 'trailling', did you mean 'trailing'"):
-        make_grid(SCHEDULE, 10, "trailling")
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("trailling", "trailing"), ("optimized", "optimised")]
+)
+def test_an_unknown_spacing_names_the_nearest(name, nearest):
+    with pytest.raises(UsageError, match=f"unknown spacing {name!r}, did you mean {nearest!r}"):
+        make_grid(SCHEDULE, 10, name)
 
 
 # --- exact statistics of images
@@ -90,12 +93,12 @@ def test_an_unknown_spacing_names_the_nearest():
 NATURAL = natural_images(64)
 
 
-def test_natural_images_have_half_a_unit_a_pixel():
+def test_natural_images_have_a_standard_deviation_of_one_half():
     assert NATURAL.share.sum() == pytest.approx(1)
     assert NATURAL.share @ NATURAL.variance == pytest.approx(0.25)
     # Twice the frequency, a quarter of the power; the mean counts as the lowest frequency.
     assert NATURAL.variance[0] == NATURAL.variance[1] == pytest.approx(4 * NATURAL.variance[3])
-    # What is left to an upsampler of four times the size.
+    # The frequencies that an upsampler adds, at four times the size.
     residual = natural_images(256, known=32)
     assert residual.variance.max() == pytest.approx(natural_images(256).variance[0] / 32**2)
 
@@ -115,7 +118,7 @@ def test_natural_images_have_half_a_unit_a_pixel():
     ],
 )  # fmt: skip
 def test_errors_on_natural_images(steps, spacing, errors):
-    """In 1/1000, as an implementation of its own, with other formulas for the solvers, has them."""
+    """In 1/1000; the values are from a separate implementation with other formulas."""
     grid = make_grid(SCHEDULE, steps, spacing)
     for name, wanted in errors.items():
         found = 1000 * image_error(SCHEDULE, grid, SOLVERS[name])
@@ -123,35 +126,35 @@ def test_errors_on_natural_images(steps, spacing, errors):
 
 
 @pytest.mark.parametrize("name", ["unipc2", "sa", "ddpm-small", "heun", "restart"])
-def test_what_a_table_ends_with_is_what_the_oracle_says(name):
+def test_standard_deviations_equal_those_of_the_oracle(name):
     solver = restart(SOLVERS["ddim"], [(0.2, 3.0, 2)]) if name == "restart" else SOLVERS[name]
     table = table_of(solver, make_grid(SCHEDULE, 8))
     found = standard_deviations(table, NATURAL)
     for i in (0, 3, 100, -1):
         std = np.sqrt(NATURAL.variance[i])
-        _, variance = spread(table, denoise_gaussian(0.0, std), 0.0, 1.0)
+        _, variance = mean_and_variance(table, denoise_gaussian(0.0, std), 0.0, 1.0)
         assert found[i] == pytest.approx(np.sqrt(variance[-1]), rel=1e-9)
 
 
-def test_a_hundred_steps_of_the_best_learned_variance_beat_either_end_for_one_frequency():
-    """On one Gaussian learned variance is exact, so only where it starts from shows."""
+def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
+    """On one Gaussian the learned variance is exact: only the starting level adds an error."""
     one = optimised.Spectrum(np.array([0.25]), np.array([1.0]))
     grid = make_grid(SCHEDULE, 10)
     errors = {
         name: image_error(SCHEDULE, grid, SOLVERS[name], one)
         for name in ("ddpm", "ddpm-small", "ddpm-large")
     }
-    # The last step returns the prediction, without its uncertainty.
+    # The last step returns the prediction, without noise.
     assert errors["ddpm"] < 1e-4 < min(errors["ddpm-small"], errors["ddpm-large"])
 
 
 # --- optimised grids
 
 
-@EITHER
+@each_schedule
 @pytest.mark.parametrize("steps", SHIPPED_STEPS)
-def test_shipped_grids_err_least(name, steps):
-    """From 8 steps on by less than a tenth of what an 8-bit picture can hold, 1/255."""
+def test_shipped_grids_have_small_errors(name, steps):
+    """With 8 steps or more, less than a tenth of a level of an 8-bit image, 1/255."""
     schedule = make_schedule(name)
     error = image_error(schedule, make_grid(schedule, steps, "optimised"), dpm_solver_2m)
     even = image_error(schedule, make_grid(schedule, steps), dpm_solver_2m)
@@ -163,16 +166,16 @@ def test_shipped_grids_err_least(name, steps):
 
 
 @pytest.mark.parametrize(("name", "steps"), [("cosine", 5), ("linear", 6)])
-def test_the_optimiser_makes_the_shipped_grids_again(name, steps):
+def test_the_optimiser_reproduces_the_shipped_grids(name, steps):
     schedule = make_schedule(name)
     made, shipped = optimise_grid(schedule, steps), optimised_grid(schedule, steps)
-    # The valley is flat: with other rounding (jax 0.11) the way down ends elsewhere in it.
+    # The minimum is flat: with other rounding (jax 0.11) the optimiser ends elsewhere in it.
     np.testing.assert_allclose(schedule.log_snr(made), schedule.log_snr(shipped), atol=0.3)
     errors = [image_error(schedule, grid, dpm_solver_2m) for grid in (made, shipped)]
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_other_solvers_and_chains_are_optimised_on_the_fly():
+def test_other_solvers_and_schedules_are_optimised_on_the_fly():
     for schedule, solver in (
         (SCHEDULE, SOLVERS["unipc2"]),
         (SCHEDULE, partial(sa_solver, eta=0.5)),
@@ -185,7 +188,7 @@ def test_other_solvers_and_chains_are_optimised_on_the_fly():
 
 
 def test_a_grid_is_optimised_once():
-    """Also where its solver is made anew, as settings do."""
+    """Also where its solver is a new object, as settings make one."""
     first = make_grid(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
     before = optimised._optimised.cache_info().misses
     again = make_grid(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
@@ -194,11 +197,11 @@ def test_a_grid_is_optimised_once():
 
 
 def test_many_steps_are_not_optimised():
-    with pytest.raises(UsageError, match="1 to 50 steps, not 51: take spacing logsnr"):
+    with pytest.raises(UsageError, match="1 to 50 steps, not 51: choose spacing logsnr"):
         make_grid(SCHEDULE, 51, "optimised")
 
 
-def test_scipy_waits_until_a_grid_is_optimised():
+def test_scipy_is_not_imported_for_a_shipped_grid():
     code = (
         "import sys, glide_jax as g; from glide_jax.diffusion.grids import make_grid\n"
         "make_grid(g.make_schedule('cosine'), 10, 'optimised')\n"
@@ -210,12 +213,12 @@ def test_scipy_waits_until_a_grid_is_optimised():
     assert result.returncode == 0, result.stderr
 
 
-# --- chains that are short
+# --- short processes
 
 
 @pytest.mark.parametrize("steps", [1, 5, 19, 20, 21])
-def test_no_step_of_a_short_linear_chain_leaves_nothing(steps):
-    """At 20 steps the last beta would be 1, and below it more."""
+def test_short_linear_schedules_are_capped(steps):
+    """With 20 steps the last beta would be 1, with fewer even more."""
     schedule = make_schedule("linear", steps)
     assert schedule.betas.max() <= 0.999 and schedule.alpha_bar.min() > 0
     grid = make_grid(schedule, steps)
@@ -224,7 +227,7 @@ def test_no_step_of_a_short_linear_chain_leaves_nothing(steps):
         assert all(np.isfinite(column).all() for column in table)
 
 
-def test_longer_linear_chains_are_not_capped():
+def test_longer_linear_schedules_are_not_capped():
     for steps in (21, 1000, 4000):
         scale = 1000 / steps
         wanted = np.linspace(scale * 1e-4, scale * 0.02, steps)
@@ -236,8 +239,8 @@ def test_a_beta_of_one_is_refused():
         Schedule([0.1, 1.0])
 
 
-def test_strings_of_the_release_take_no_spacing():
-    for spacing in SPACINGS:
+def test_respacing_strings_ignore_the_spacing():
+    for spacing in (*SPACINGS, "optimised"):
         np.testing.assert_array_equal(
             make_grid(SCHEDULE, "fast27", spacing), respaced(SCHEDULE, "fast27")
         )

@@ -1,5 +1,6 @@
 """Guidance and the two drivers on a toy network: what runs, what compiles, what is equal."""
 
+import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -9,12 +10,21 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.guidance import Branch, Network, guidance
-from glide_jax.diffusion.guidance.linear import classifier_free, clip
+from glide_jax.diffusion.guidance import (
+    NULL,
+    Branch,
+    Network,
+    apg,
+    autoguidance,
+    classifier_free,
+    clip_x0,
+    compose,
+    guidance,
+)
 from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
-from glide_jax.diffusion.solvers import dpm_solver_2m
+from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close, rows
 
@@ -28,11 +38,11 @@ CONDS = {
 EACH_SOLVER = pytest.mark.parametrize(
     "solver", [ddpm, partial(ddim, eta=0.7), dpm_solver_2m], ids=["ddpm", "ddim", "2m"]
 )
-SPAN = (0.3, 5.0)
+INTERVAL = (0.3, 5.0)
 
 
 def toy(params, x, t, cond):
-    """Noise and variance, of every argument."""
+    """Predict noise and variance, from every argument."""
     cond, t = (column[:, None, None, None] for column in (cond, t))
     return jnp.concatenate([jnp.tanh(params * x + cond + t / 1000), jnp.cos(x)], axis=-1)
 
@@ -41,7 +51,7 @@ TOY = {"main": Network(toy, np.float32(0.9))}
 
 
 def keys(seed=0, some=slice(None)):
-    """One key a picture."""
+    """One key per image."""
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(4)[some])
 
 
@@ -55,7 +65,7 @@ def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
 @EACH_SOLVER
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_streaming_and_compiled_driver_agree(solver, at_a_time):
-    run = run_of(solver, [classifier_free(scale=3.0).within(*SPAN), clip()])
+    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x0()])
     whole = sample(TOY, CONDS, run, X, keys())
     done = list(stream(TOY, CONDS, run, X, keys(), rows=at_a_time))
     assert [n for n, _ in done] == ([1, 2, 3, 4, 5, 6] if at_a_time == 1 else [4, 6])
@@ -64,26 +74,25 @@ def test_streaming_and_compiled_driver_agree(solver, at_a_time):
 
 
 @EACH_SOLVER
-def test_a_tape_of_noise_is_what_the_keys_draw(solver):
+def test_a_tape_of_noise_equals_the_noise_of_the_keys(solver):
     run = run_of(solver)
     tape = np.stack([noise_at(keys(), i, SHAPE) for i in range(len(run))])
     assert len(np.unique(tape)) == tape.size == 6 * np.prod(SHAPE)
     assert abs(tape.mean()) < 0.3 and abs(tape.std() - 1) < 0.2
-    drawn = sample(TOY, CONDS, run, X, keys())
-    assert_close(sample(TOY, CONDS, run, X, tape).x, drawn.x, 1e-6)
+    from_keys = sample(TOY, CONDS, run, X, keys())
+    assert_close(sample(TOY, CONDS, run, X, tape).x, from_keys.x, 1e-6)
     stochastic = solver is not dpm_solver_2m
-    assert stochastic == bool((sample(TOY, CONDS, run, X, keys(1)).x != drawn.x).any())
+    assert stochastic == bool((sample(TOY, CONDS, run, X, keys(1)).x != from_keys.x).any())
 
 
 @EACH_SOLVER
-def test_a_picture_can_be_made_again_alone(solver):
-    run = run_of(solver, [classifier_free(scale=3.0).within(*SPAN), clip()])
+def test_one_image_of_a_batch_can_be_generated_alone(solver):
+    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x0()])
     batch = sample(TOY, CONDS, run, X, keys()).x
     for i in range(4):
         one = slice(i, i + 1)
-        alone = sample(
-            TOY, {name: c[one] for name, c in CONDS.items()}, run, X[one], keys(some=one)
-        )
+        conds = {name: cond[one] for name, cond in CONDS.items()}
+        alone = sample(TOY, conds, run, X[one], keys(some=one))
         np.testing.assert_array_equal(alone.x[0], batch[i])
 
 
@@ -93,33 +102,33 @@ def test_a_picture_can_be_made_again_alone(solver):
 @EACH_SOLVER
 def test_scale_one_changes_no_bit(solver):
     plain = sample(TOY, CONDS, run_of(solver), X, keys()).x
-    guided = sample(TOY, CONDS, run_of(solver, [classifier_free(scale=1.0)]), X, keys()).x
+    guided = sample(TOY, CONDS, run_of(solver, [classifier_free(1.0)]), X, keys()).x
     np.testing.assert_array_equal(plain, guided)
 
 
 def test_scale_zero_is_the_empty_caption():
-    """But for a learned variance, which is that of the caption: so does the release."""
-    empty = sample(TOY, {"cond": CONDS["null"]}, run_of(guidances=[clip()]), X, keys()).x
-    run = run_of(guidances=[classifier_free(scale=0.0), clip()])
+    """A learned variance stays that of the caption, as in OpenAI's code."""
+    empty = sample(TOY, {"cond": CONDS["null"]}, run_of(guidances=[clip_x0()]), X, keys()).x
+    run = run_of(guidances=[classifier_free(0.0), clip_x0()])
     assert_close(sample(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
 
 
-def test_a_scale_for_each_picture():
+def test_a_scale_for_each_image():
     scales = [0.0, 1.0, 2.5, 7.0]
-    run = run_of(ddpm, [classifier_free(scale=scales), clip()])
+    run = run_of(ddpm, [classifier_free(scales), clip_x0()])
     together = sample(TOY, CONDS, run, X, keys()).x
     for i, scale in enumerate(scales):
-        run = run_of(ddpm, [classifier_free(scale=scale), clip()])
+        run = run_of(ddpm, [classifier_free(scale), clip_x0()])
         assert_close(together[i], sample(TOY, CONDS, run, X, keys()).x[i], 1e-5)
 
 
 def test_a_network_that_predicts_v():
-    """`eps = alpha v + sigma x_t`, of every branch  (2202.00512)."""
+    """`eps = alpha v + sigma x_t`, for every branch  (2202.00512)."""
 
     def echo(params, x, t, cond):
         return cond
 
-    run = rows(run_of(guidances=[classifier_free(scale=3.0)]), slice(2, 3))
+    run = rows(run_of(guidances=[classifier_free(3.0)]), slice(2, 3))
     eps = {name: jnp.sin(X + i) for i, name in enumerate(CONDS)}
     v = jax.tree.map(lambda e: (e - run.table.sigma[0] * X) / run.table.alpha[0], eps)
     wanted = sample({"main": Network(echo, None)}, eps, run, X, keys())
@@ -128,8 +137,8 @@ def test_a_network_that_predicts_v():
     assert_close(found.x_0, wanted.x_0, 1e-5)
 
 
-def test_clipping_is_of_the_prediction():
-    """And the noise is made to agree with it, for the step and for whatever guidance follows."""
+def test_clipping_changes_x_0_and_its_noise():
+    """The noise agrees with the clipped x_0, in the step and in every later guidance."""
 
     @guidance()
     def eps_seen(predict, x, point):
@@ -138,7 +147,7 @@ def test_clipping_is_of_the_prediction():
 
     low, high = -0.25, np.float32([0.1, 0.2, 0.3, 0.4])
     _, plain = next(stream(TOY, CONDS, run_of(), X, keys()))
-    clipping = clip(low=low, high=high)
+    clipping = clip_x0(low, high)
     run = run_of(guidances=[clipping])
     _, clipped = next(stream(TOY, CONDS, run, X, keys()))
     wanted = np.clip(plain.x_0, low, high[:, None, None, None])
@@ -161,26 +170,26 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
         return toy(params, x, t, cond)
 
     networks = {"main": Network(counting, np.float32(0.9))}
-    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN)], steps=8)
+    run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL)], steps=8)
     assert run.programs == ((), (0,))
     jax.block_until_ready(sample(networks, CONDS, run, X, keys()))
     jax.effects_barrier()
     noise_level = np.exp(-SCHEDULE.log_snr(run.table.t))
-    wanted = np.where((noise_level > SPAN[0]) & (noise_level <= SPAN[1]), 8, 4)
+    wanted = np.where((noise_level > INTERVAL[0]) & (noise_level <= INTERVAL[1]), 8, 4)
     assert {4, 8} == set(wanted.tolist())
     assert sorted(batches, reverse=True) == list(zip(run.table.t.tolist(), wanted, strict=True))
 
 
-@pytest.mark.parametrize(("span", "conditionals"), [(SPAN, 1), ((0, np.inf), 0)])
-def test_one_conditional_in_the_program(span, conditionals):
-    run = run_of(guidances=[classifier_free(scale=3.0).within(*span), clip()])
+@pytest.mark.parametrize(("interval", "conditionals"), [(INTERVAL, 1), ((0, np.inf), 0)])
+def test_one_conditional_in_the_program(interval, conditionals):
+    run = run_of(guidances=[classifier_free(3.0).within(*interval), clip_x0()])
     compiled = run_rows.lower(TOY, CONDS, run, start(run, X), keys()).compile()
     assert compiled.as_text().count(" conditional(") == conditionals
 
 
-def test_a_change_of_guidance_makes_the_solver_begin_anew():
-    """Both ways; and what guidance remembers is forgotten there."""
-    run = run_of(dpm_solver_2m, [classifier_free(scale=3.0).within(*SPAN)], steps=12)
+def test_a_change_of_guidance_resets_the_solver():
+    """At both ends of the interval; the memory of guidance is reset there too."""
+    run = run_of(dpm_solver_2m, [classifier_free(3.0).within(*INTERVAL)], steps=12)
     program = run.table.program
     switched = np.append(False, program[1:] != program[:-1])
     assert switched.sum() == 2
@@ -192,13 +201,13 @@ def test_a_change_of_guidance_makes_the_solver_begin_anew():
 
 @guidance(remembers=("rows",))
 def counts(predict, x, point):
-    """Remembers how often it has acted since it began anew."""
+    """Remember how often it has acted since the last reset."""
     p = predict(x, point)
     return p._replace(memory={**p.memory, "rows": p.memory["rows"] + 1})
 
 
-def test_what_guidance_remembers():
-    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN), counts()], steps=12)
+def test_the_memory_of_guidance():
+    run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL), counts()], steps=12)
     found = [state.memory["rows"].max().item() for _, state in stream(TOY, CONDS, run, X, keys())]
     wanted, since = [], 0
     for i, program in enumerate(run.table.program):
@@ -221,23 +230,32 @@ def test_guidance_adds_up_in_any_order():
             toy(0.9, x, t, cond) * 3.5 - toy(0.9, x, t, 0 * cond) * 2 - toy(0.5, x, t, cond) * 0.5
         )
 
-    wanted = sample({"main": Network(both, None)}, CONDS, run_of(guidances=[clip()]), X, keys()).x
+    plain = run_of(guidances=[clip_x0()])
+    wanted = sample({"main": Network(both, None)}, CONDS, plain, X, keys()).x
     networks = TOY | {"weak": Network(toy, np.float32(0.5))}
     conds = CONDS | {"weak": CONDS["cond"]}
-    guidances = [classifier_free(scale=3.0), away_from_weak(scale=0.5)]
+    guidances = [classifier_free(3.0), away_from_weak(0.5)]
     for order in (guidances, guidances[::-1]):
-        run = run_of(guidances=[*order, clip()])
+        run = run_of(guidances=[*order, clip_x0()])
         assert_close(sample(networks, conds, run, X, keys()).x, wanted, 1e-5)
 
 
 # --- what compiles
 
 
-def test_what_does_not_compile_again():
-    """Numbers, tables and which rows are guided are arguments of the compiled function."""
+def test_numbers_and_tables_do_not_compile_again():
+    """They are arguments of the compiled function, and so is the set of guided rows."""
 
-    def run(solver=ddim, scale=3.0, span=SPAN, spacing="logsnr", conds=CONDS, seed=0, clipped=1.0):
-        guidances = [classifier_free(scale=scale).within(*span), clip(high=clipped)]
+    def run(
+        solver=ddim,
+        scale=3.0,
+        interval=INTERVAL,
+        spacing="logsnr",
+        conds=CONDS,
+        seed=0,
+        clipped=1.0,
+    ):
+        guidances = [classifier_free(scale).within(*interval), clip_x0(high=clipped)]
         made = run_of(solver, guidances, steps=12, spacing=spacing)
         assert made.programs == ((0, 1), (1,))
         sample(TOY, conds, made, X, keys(seed))
@@ -250,8 +268,8 @@ def test_what_does_not_compile_again():
         {"clipped": 2.0},
         {"seed": 5},
         {"conds": {name: cond + 1 for name, cond in CONDS.items()}},
-        {"span": (0.1, 2.0)},
-        {"span": (0.0, 1.0)},
+        {"interval": (0.1, 2.0)},
+        {"interval": (0.0, 1.0)},
         {"spacing": "uniform"},
         {"solver": partial(ddim, eta=0.3)},
         {"solver": partial(ddim, released=True)},
@@ -268,12 +286,105 @@ def test_streaming_compiles_one_program_for_every_number_of_steps():
     for steps in (1, 5, 9):
         list(stream(TOY, CONDS, run_of(steps=steps), X, keys()))
     assert run_rows._cache_size() == first
-    # Else the test would say nothing.
+    # Proves that the cache size counts programs.
     list(stream(TOY, CONDS, run_of(steps=4), X, keys(), rows=2))
     assert run_rows._cache_size() == first + 1
 
 
-# --- what is refused
+# --- constructors
+
+
+@guidance(NULL, weight=(0, 2))
+def weighted(predict, x, point, *, amount, weight=1.0, offset=0.0):
+    """A guidance with several parameters."""
+    return predict(x, point)
+
+
+@pytest.mark.parametrize(
+    ("by_position", "by_name"),
+    [
+        (lambda: classifier_free(3.0), lambda: classifier_free(scale=3.0)),
+        (lambda: clip_x0(-0.5, 0.5), lambda: clip_x0(low=-0.5, high=0.5)),
+        (lambda: apg(4.0, 0.3, 0.5), lambda: apg(scale=4.0, eta=0.3, momentum=0.5)),
+        (lambda: apg(4.0, radius=1.5), lambda: apg(radius=1.5, scale=4.0)),
+        (lambda: weighted(0.5, 2.0, 1.0), lambda: weighted(offset=1.0, weight=2.0, amount=0.5)),
+    ],
+)
+def test_parameters_by_position_and_by_name_are_equal(by_position, by_name):
+    one, other = by_position(), by_name()
+    assert one.args == other.args and list(one.args) == list(other.args)
+    assert (one.fn, one.needs, one.remembers) == (other.fn, other.needs, other.remembers)
+
+
+def test_editors_see_the_parameters():
+    assert list(inspect.signature(apg).parameters) == ["scale", "eta", "momentum", "radius"]
+    assert inspect.signature(apg).parameters["radius"].default == 2.5
+    assert apg.__doc__ is not None and "adaptive projected guidance" in apg.__doc__
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: classifier_free(), "classifier_free needs a value for scale"),
+        (lambda: classifier_free(strength=3.0), "classifier_free takes scale, not strength"),
+        (lambda: classifier_free(3.0, 2.0), "too many values: classifier_free takes scale"),
+        (lambda: classifier_free(3.0, scale=2.0), "got scale twice: by position and by name"),
+        (lambda: apg(3.0, 0.1, eta=0.2), "apg got eta twice: by position and by name"),
+        (lambda: weighted(1.0, 3.0), "weighted needs 0 <= weight <= 2, not 3.0"),
+        (lambda: weighted(weight=1.0), "weighted needs a value for amount"),
+        (lambda: counts(1.0), "too many values: counts takes no parameters"),
+        (lambda: counts(rows=1), "counts takes no parameters, not rows"),
+    ],
+)
+def test_parameters_that_a_guidance_refuses(make, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert str(caught.value).isprintable()
+
+
+# --- a negative prompt
+
+
+def test_a_negative_prompt_is_the_caption_of_the_null_branch():
+    guided = classifier_free(3.0).within(*INTERVAL).against("ugly")
+    assert guided.needs == (Branch("null", prompt="ugly"),)
+    assert guided.interval == INTERVAL and guided.args == {"scale": 3.0}
+
+
+def test_a_composition_is_against_a_prompt_in_all_its_members():
+    free, weak = classifier_free(3.0), autoguidance(2.0)
+    nested = compose(compose(free.within(*INTERVAL), clip_x0()), weak).against("ugly")
+    flat = [free.within(*INTERVAL).against("ugly"), clip_x0(), weak]
+    assert [part.needs for part in nested.parts()] == [part.needs for part in flat]
+    assert [part.interval for part in nested.parts()] == [part.interval for part in flat]
+    assert Branch("null", prompt="ugly") in nested.needs and NULL not in nested.needs
+
+
+@pytest.mark.parametrize(
+    ("guided", "message"),
+    [
+        (autoguidance(2.0), "autoguidance has no empty prompt that 'ugly' could replace"),
+        (clip_x0(), "clip_x0 has no empty prompt"),
+        (classifier_free(3.0).against("bad"), "classifier_free has no empty prompt"),
+        (compose(clip_x0()), "compose has no empty prompt"),
+    ],
+)
+def test_guidance_without_the_empty_prompt_takes_no_negative_one(guided, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        guided.against("ugly")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("other", [apg(2.0), apg(2.0).against("blurred")])
+def test_one_run_has_one_negative_prompt(other):
+    guidances = [classifier_free(3.0).against("ugly"), other]
+    with pytest.raises(UsageError, match="two different branches are both called 'null'"):
+        run_of(guidances=guidances)
+    with pytest.raises(UsageError, match="two different branches are both called 'null'"):
+        compose(*guidances)
+
+
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -293,23 +404,16 @@ def test_grids_that_cannot_be_sampled(grid, message):
         plan(SCHEDULE, grid, ddim)
 
 
-@pytest.mark.parametrize("span", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])
-def test_spans_that_are_none(span):
-    with pytest.raises(UsageError, match="a span needs"):
-        classifier_free(scale=3.0).within(*span)
+@pytest.mark.parametrize("interval", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])
+def test_invalid_intervals(interval):
+    with pytest.raises(UsageError, match="an interval needs"):
+        classifier_free(3.0).within(*interval)
 
 
-def test_a_span_holds_its_upper_end():
-    guided = classifier_free(scale=3.0).within(1.0, 2.0)
+def test_an_interval_contains_its_upper_end():
+    guided = classifier_free(3.0).within(1.0, 2.0)
     assert [guided.acts_at(level) for level in (1.0, 1.5, 2.0, 2.5)] == [False, True, True, False]
-    assert classifier_free(scale=3.0).acts_at(1e6)
-
-
-def test_numbers_that_a_guidance_does_not_take():
-    with pytest.raises(UsageError, match="classifier_free takes scale, not strength"):
-        classifier_free(strength=3.0)
-    with pytest.raises(UsageError, match="classifier_free needs a value for scale"):
-        classifier_free()
+    assert classifier_free(3.0).acts_at(1e6)
 
 
 def test_one_name_cannot_mean_two_branches():
@@ -318,12 +422,12 @@ def test_one_name_cannot_mean_two_branches():
         return predict(x, point)
 
     with pytest.raises(UsageError, match="both called 'null'"):
-        run_of(guidances=[classifier_free(scale=3.0), negative()])
+        run_of(guidances=[classifier_free(3.0), negative()])
 
 
-def test_spans_and_prompts_are_spent_by_the_plan():
-    """So that they are no part of what is compiled."""
-    run = run_of(guidances=[classifier_free(scale=3.0).within(*SPAN)])
-    assert run.guidance[0].span is None
+def test_a_plan_has_no_intervals_and_no_prompts():
+    """They would be part of what is compiled."""
+    run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL)])
+    assert run.guidance[0].interval == (0.0, np.inf)
     assert run.guidance[0].needs == (Branch("null"),)
-    assert replace(run.guidance[0], span=SPAN).acts_at(1.0)
+    assert replace(run.guidance[0], interval=INTERVAL).acts_at(1.0)

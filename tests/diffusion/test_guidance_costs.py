@@ -1,4 +1,4 @@
-"""What guidance costs: the evaluations that run, what compiles again, and what is refused."""
+"""The cost of guidance: the evaluations that run, what compiles again, and what is refused."""
 
 import re
 
@@ -7,20 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.guidance import Network, compose, dynamic_threshold, gradient, guidance, image_loss, rescale
-from glide_jax.diffusion.guidance.linear import all_of, apg, autoguidance, cfg_plus_plus, classifier_free, clip, negative
-from glide_jax.diffusion.solvers.restart import restart
+from glide_jax.diffusion.guidance import (
+    Network,
+    all_of,
+    apg,
+    autoguidance,
+    cfg_plus_plus,
+    classifier_free,
+    clip_x0,
+    compose,
+    dynamic_threshold,
+    gradient,
+    guidance,
+    image_loss,
+    rescale,
+)
 from glide_jax.diffusion.sampling import run_rows, sample, start
-from glide_jax.diffusion.solvers import SOLVERS, dpm_solver_2m
-from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse, ddpm
+from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
+from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close
 from tests.support.guidances import (
     BOWL,
     CONDS,
+    INTERVAL,
     NETWORKS,
     SHAPE,
-    SPAN,
     X,
     bowl,
     keys,
@@ -34,7 +47,7 @@ from tests.support.guidances import (
 
 
 def evaluations(guidances, solver=ddim):
-    """Images that each network is given, a list for each program, in pictures of the batch."""
+    """List `(network, images in units of the batch)` for each evaluation of each program."""
     seen = []
 
     def counting(name, fn):
@@ -46,49 +59,50 @@ def evaluations(guidances, solver=ddim):
         return Network(count, np.float32(0.9))
 
     networks = {name: counting(name, toy) for name in NETWORKS}
-    given = guidances(counting("other", bowl)) if callable(guidances) else guidances
-    run = run_of(given, solver)
+    guidances = guidances(counting("other", bowl)) if callable(guidances) else guidances
+    run = run_of(guidances, solver)
     run_rows.lower(networks, CONDS, run, start(run, X), keys())
     return seen
 
 
-FREE = classifier_free(scale=3.0)
+FREE = classifier_free(3.0)
 COSTS = {
     "no guidance": ([], [("main", 1)]),
-    "maps of x_0": ([rescale(), dynamic_threshold(), clip()], [("main", 1)]),
+    "maps of x_0": ([rescale(), dynamic_threshold(), clip_x0()], [("main", 1)]),
     "classifier_free": ([FREE], [("main", 2)]),
-    "negative": ([negative(prompt="ugly", scale=3.0)], [("main", 2)]),
-    "and of one": ([all_of(prompts=[None], weights=[3.0])], [("main", 2)]),
+    "negative": ([FREE.against("ugly")], [("main", 2)]),
+    "all_of one prompt": ([all_of([None], [3.0])], [("main", 2)]),
     "all_of": ([made("all_of")], [("main", 4)]),
-    "all_of but the caption": ([all_of(prompts=["a"], weights=[3.0])], [("main", 3)]),
-    "shared empty prompt": ([FREE, made("all_of"), apg(scale=2.0)], [("main", 4)]),
+    "all_of without the caption": ([all_of(["a"], [3.0])], [("main", 3)]),
+    "shared empty prompt": ([FREE, made("all_of"), apg(2.0)], [("main", 4)]),
+    "shared negative prompt": ([FREE.against("a"), apg(2.0).against("a")], [("main", 2)]),
     "cfg_plus_plus": ([made("cfg_plus_plus")], [("main", 2)]),
-    "apg": ([apg(scale=3.0)], [("main", 2)]),
-    "autoguidance": ([autoguidance(scale=2.0)], [("main", 1), ("guide", 1)]),
-    "both": ([FREE, autoguidance(scale=2.0)], [("main", 2), ("guide", 1)]),
+    "apg": ([apg(3.0)], [("main", 2)]),
+    "autoguidance": ([autoguidance(2.0)], [("main", 1), ("weak", 1)]),
+    "both": ([FREE, autoguidance(2.0)], [("main", 2), ("weak", 1)]),
     "gradient": (
-        lambda other: [FREE, gradient(log_prob=other, cond=CONDS["cond"], scale=1.0)],
+        lambda other: [FREE, gradient(other, CONDS["cond"], 1.0)],
         [("main", 2), ("other", 1)],
     ),
     "image_loss": (
-        lambda other: [FREE, image_loss(loss=other, cond=CONDS["cond"], scale=1.0)],
+        lambda other: [FREE, image_loss(other, CONDS["cond"], 1.0)],
         [("main", 2), ("other", 1)],
     ),
     "image_loss beside": (
-        lambda other: [image_loss(loss=other, cond=CONDS["cond"], scale=1.0, through=False)],
+        lambda other: [image_loss(other, CONDS["cond"], 1.0, through=False)],
         [("main", 1), ("other", 1)],
     ),
-    "a span": ([FREE.within(*SPAN)], [("main", 1), ("main", 2)]),
-    "two spans": (
-        [FREE.within(*SPAN), autoguidance(scale=2.0).within(1.0, np.inf)],
-        [("main", 1), ("guide", 1), ("main", 1), ("main", 2), ("main", 2), ("guide", 1)],
+    "an interval": ([FREE.within(*INTERVAL)], [("main", 1), ("main", 2)]),
+    "two intervals": (
+        [FREE.within(*INTERVAL), autoguidance(2.0).within(1.0, np.inf)],
+        [("main", 1), ("weak", 1), ("main", 1), ("main", 2), ("main", 2), ("weak", 1)],
     ),
 }
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_is_evaluated(name):
-    """One batched pass a network of each program, of no branch that it does not need."""
+def test_evaluations_of_each_program(name):
+    """One batched pass per network and program, with the branches that it needs and no others."""
     guidances, wanted = COSTS[name]
     assert sorted(evaluations(guidances)) == sorted(wanted)
 
@@ -102,14 +116,14 @@ def dense(params, x, t, cond):
     [
         ([], [1]),
         ([FREE], [2]),
-        ([FREE.within(*SPAN)], [1, 2]),
-        ([FREE.within(*SPAN), clip()], [1, 2]),
-        ([made("all_of").within(*SPAN)], [1, 4]),
+        ([FREE.within(*INTERVAL)], [1, 2]),
+        ([FREE.within(*INTERVAL), clip_x0()], [1, 2]),
+        ([made("all_of").within(*INTERVAL)], [1, 4]),
     ],
-    ids=["none", "everywhere", "span", "span and clip", "prompts"],
+    ids=["none", "everywhere", "interval", "interval and clip", "prompts"],
 )
-def test_the_compiled_program_multiplies_no_more(guidances, wanted):
-    """Matrix products of the network in the compiled program, by the pictures they are of."""
+def test_matrix_products_of_the_compiled_program(guidances, wanted):
+    """The products of the network, by their number of images in units of the batch."""
     size = int(np.prod(SHAPE[1:]))
     networks = {"main": Network(dense, np.eye(size, dtype=np.float32))}
     run = run_of(guidances)
@@ -123,7 +137,7 @@ def test_the_compiled_program_multiplies_no_more(guidances, wanted):
 
 
 def test_no_number_and_no_prompt_compiles_again():
-    def run(seed=0, spacing="logsnr", solver=ddim, span=SPAN, words=("a", "b"), **numbers):
+    def run(seed=0, spacing="logsnr", solver=ddim, interval=INTERVAL, words=("a", "b"), **numbers):
         n = {
             "weights": (2.0, -1.0),
             "scale": 3.0,
@@ -135,17 +149,19 @@ def test_no_number_and_no_prompt_compiles_again():
             "high": 1.0,
             "slope": 1.0,
         } | numbers
-        prompts = {"prompts": [None, words[0]], "weights": n["weights"]}
+        linear = [
+            all_of([None, words[0]], n["weights"]).within(*interval),
+            classifier_free(n["scale"]).within(*interval),
+            apg(n["scale"], n["eta"], n["momentum"], n["radius"]),
+        ]
         guidances = [
-            autoguidance(scale=n["scale"]),
-            all_of(**prompts).within(*span),
-            negative(prompt=words[1], scale=n["scale"]).within(*span),
-            apg(scale=n["scale"], eta=n["eta"], momentum=n["momentum"], radius=n["radius"]),
-            rescale(amount=n["amount"]),
-            dynamic_threshold(quantile=n["quantile"]),
-            clip(high=n["high"]),
-            gradient(log_prob=BOWL, cond=CONDS["cond"], scale=n["slope"]),
-            image_loss(loss=BOWL, cond=CONDS["cond"], scale=n["slope"]),
+            autoguidance(n["scale"]),
+            *(g.against(words[1]) for g in linear),
+            rescale(n["amount"]),
+            dynamic_threshold(n["quantile"]),
+            clip_x0(high=n["high"]),
+            gradient(BOWL, CONDS["cond"], n["slope"]),
+            image_loss(BOWL, CONDS["cond"], n["slope"]),
         ]
         made = run_of(guidances, solver, steps=8, spacing=spacing)
         sample(NETWORKS, CONDS, made, X, keys(seed))
@@ -154,6 +170,7 @@ def test_no_number_and_no_prompt_compiles_again():
     first = run()
     changes = (
         {"words": ("c", "d")},
+        {"words": ("c", "")},
         {"weights": (1, 2.5)},
         {"weights": np.float64([1, 2.5])},
         {"scale": 7},
@@ -162,7 +179,7 @@ def test_no_number_and_no_prompt_compiles_again():
         {"quantile": 0.9},
         {"high": np.float64(2.0)},
         {"slope": 0.0},
-        {"span": (0.1, 2.0)},
+        {"interval": (0.1, 2.0)},
         {"spacing": "uniform"},
         {"solver": ddpm},
         {"seed": 3},
@@ -172,32 +189,32 @@ def test_no_number_and_no_prompt_compiles_again():
 
 def test_networks_of_guidance_keep_their_weights():
     weights = {"half": jnp.ones(3, jnp.bfloat16), "count": np.arange(3)}
-    run = run_of([gradient(log_prob=Network(bowl, weights), cond=CONDS["cond"], scale=1)])
+    run = run_of([gradient(Network(bowl, weights), CONDS["cond"], 1)])
     kept = run.guidance[0].args["log_prob"].params
     assert kept is weights
     assert run.guidance[0].args["scale"].dtype == jnp.float32
 
 
-# --- what is refused
+# --- refusals
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dynamic_threshold(quantile=99.5), "needs 0 <= quantile <= 1, not 99.5"),
+        (lambda: dynamic_threshold(99.5), "needs 0 <= quantile <= 1, not 99.5"),
         (lambda: dynamic_threshold(quantile=[0.5, np.nan]), "needs 0 <= quantile <= 1"),
         (lambda: rescale(amount=-0.1), "rescale needs 0 <= amount <= 1"),
-        (lambda: apg(scale=3.0, radius=-1.0), "apg needs 0 <= radius"),
-        (lambda: apg(scale=3.0, momentum=2.0), "apg needs -1 <= momentum <= 1"),
+        (lambda: apg(3.0, radius=-1.0), "apg needs 0 <= radius"),
+        (lambda: apg(3.0, momentum=2.0), "apg needs -1 <= momentum <= 1"),
         (lambda: apg(), "apg needs a value for scale"),
-        (lambda: all_of(prompts=["a", "b"], weights=[1.0]), "2 prompts but 1 weights"),
+        (lambda: all_of(["a", "b"], [1.0]), "2 prompts but 1 weights"),
         (
-            lambda: compose(negative(prompt="a", scale=1), negative(prompt="b", scale=1)),
-            "both called 'negative'",
+            lambda: compose(FREE.against("a"), FREE.against("b")),
+            "two different branches are both called 'null'",
         ),
     ],
 )
-def test_guidances_that_are_none(make, message):
+def test_guidances_that_cannot_be_built(make, message):
     with pytest.raises(UsageError, match=message):
         make()
 
@@ -205,15 +222,15 @@ def test_guidances_that_are_none(make, message):
 @pytest.mark.parametrize(
     ("guidances", "message"),
     [
-        ([negative(prompt="a", scale=1), negative(prompt="b", scale=1)], "called 'negative'"),
         (
-            [
-                all_of(prompts=["a"], weights=[1]).within(0, 1),
-                all_of(prompts=["b"], weights=[1]).within(1, 2),
-            ],
-            "called 'prompt 0'",
+            [FREE.against("a"), FREE.against("b")],
+            "two different branches are both called 'null'",
         ),
-        ([apg(scale=2.0), apg(scale=3.0)], "two guidances remember 'apg'"),
+        (
+            [all_of(["a"], [1]).within(0, 1), all_of(["b"], [1]).within(1, 2)],
+            "both called 'prompt 0'",
+        ),
+        ([apg(2.0), apg(3.0)], "two guidances remember 'apg'"),
     ],
 )
 def test_guidances_that_contradict_each_other(guidances, message):
@@ -222,44 +239,45 @@ def test_guidances_that_contradict_each_other(guidances, message):
 
 
 def test_the_same_guidance_at_two_noise_levels():
-    """Two prompts of two names; and two momenta of one name, which never meet."""
-    early = all_of(prompts=["a"], weights=[3.0], name="early").within(1.0, np.inf)
-    late = all_of(prompts=["b"], weights=[3.0], name="late").within(0.0, 1.0)
+    """Two prompts with two names; and two momenta with one name, which never act together."""
+    early = all_of(["a"], [3.0], name="early").within(1.0, np.inf)
+    late = all_of(["b"], [3.0], name="late").within(0.0, 1.0)
     assert [g.needs[1].name for g in run_of([early, late]).guidance] == ["early 0", "late 0"]
-    run_of([apg(scale=2.0).within(1.0, np.inf), apg(scale=3.0).within(0.0, 1.0)])
+    run_of([apg(2.0).within(1.0, np.inf), apg(3.0).within(0.0, 1.0)])
 
 
 @pytest.mark.parametrize(
     "solver",
     [*(SOLVERS[name] for name in ("heun", "dpm++2s", "prk", "plms")), ddim_reverse],
 )
-def test_samplers_without_a_weight_for_cfg_plus_plus(solver):
-    with pytest.raises(UsageError, match="cfg_plus_plus needs a sampler of one evaluation a step"):
-        run_of([cfg_plus_plus(scale=0.6)], solver, steps=8)
+def test_samplers_that_cfg_plus_plus_cannot_use(solver):
+    message = "cfg_plus_plus needs a sampler with one evaluation per step, each to a cleaner level"
+    with pytest.raises(UsageError, match=message):
+        run_of([cfg_plus_plus(0.6)], solver, steps=8)
 
 
 @pytest.mark.parametrize(
     "solver", [dpm_solver_2m, ddpm, restart(ddim, [(0.5, 1.2, 2), (0.2, 5.0, 1)])]
 )
-def test_samplers_with_a_weight_for_cfg_plus_plus(solver):
-    """Going back to a step is no second evaluation of it."""
-    run = run_of([cfg_plus_plus(scale=0.6), clip()], solver, steps=12)
+def test_samplers_that_cfg_plus_plus_can_use(solver):
+    """A step that is repeated has still one evaluation each time."""
+    run = run_of([cfg_plus_plus(0.6), clip_x0()], solver, steps=12)
     assert np.isfinite(sample(NETWORKS, CONDS, run, X, keys()).x).all()
 
 
 @pytest.mark.parametrize(
     ("networks", "conds", "message"),
     [
-        ({"main": NETWORKS["main"]}, CONDS, "branch 'guide' needs a network 'guide'"),
-        (NETWORKS, {"cond": CONDS["cond"]}, "branch 'guide' has no conditioning"),
+        ({"main": NETWORKS["main"]}, CONDS, "branch 'weak' needs a network 'weak'"),
+        (NETWORKS, {"cond": CONDS["cond"]}, "branch 'weak' has no conditioning"),
     ],
 )
 def test_a_branch_that_cannot_be_evaluated(networks, conds, message):
     with pytest.raises(UsageError, match=message):
-        sample(networks, conds, run_of([autoguidance(scale=2.0)]), X, keys())
+        sample(networks, conds, run_of([autoguidance(2.0)]), X, keys())
 
 
-def test_a_guidance_of_ones_own_with_a_range():
+def test_a_new_guidance_with_a_range():
     @guidance(strength=(0, 2))
     def shrink(predict, x, point, *, strength=1.0):
         p = predict(x, point)

@@ -1,7 +1,7 @@
 """Guidance where the guided distribution is known exactly: no trained network, float64.
 
-Of pictures of one pixel that are distributed as a mixture of Gaussians, the denoiser, the
-probability of a class and the posterior of an observation are known at every noise level.
+The images have one pixel, whose distribution is a mixture of Gaussians. The denoiser, the
+probability of a class and the posterior of an observation are then known at every noise level.
 """
 
 import jax
@@ -11,22 +11,28 @@ import pytest
 from scipy.special import ndtri
 
 from glide_jax.diffusion import sampling
-from glide_jax.diffusion.guidance import Network, gradient, image_loss
-from glide_jax.diffusion.guidance.linear import all_of, autoguidance, classifier_free
+from glide_jax.diffusion.guidance import (
+    Network,
+    all_of,
+    autoguidance,
+    classifier_free,
+    gradient,
+    image_loss,
+)
 from glide_jax.diffusion.sampling import plan, sample
 from glide_jax.diffusion.solvers.ancestral import ddpm
-from glide_jax.diffusion.solvers import dpm_solver_2m
+from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
 from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_grid
 
 LOG_SNR = SCHEDULE.log_snr(np.arange(len(SCHEDULE)))
-# Of the standard normal distribution, evenly; their mean is zero.
+# Even quantiles of the standard normal distribution; their mean is zero.
 QUANTILES = ndtri((np.arange(40) + 0.5) / 40)
 
 
 @pytest.fixture(autouse=True)
 def double(monkeypatch):
-    """The shipped sampler in float64: tables are no longer rounded on their way to the device."""
+    """Run the sampler in float64: tables are not rounded on their way to the device."""
     monkeypatch.setattr(sampling, "_to_device_dtype", lambda column: column)
     with jax.enable_x64(True):
         yield
@@ -37,18 +43,18 @@ def alpha_sigma(log_snr):
 
 
 def levels_of(log_snr, t):
-    """`alpha, sigma` of each picture, `(B, 1, 1, 1)`."""
+    """`alpha, sigma` of each image, `(B, 1, 1, 1)`."""
     return alpha_sigma(jnp.interp(t, jnp.arange(len(log_snr)), log_snr)[:, None, None, None])
 
 
 def log_densities(x, alpha, sigma):
-    """Of each component with its weight, at a noise level: `(B, 1, 1, 3)`."""
+    """Log-density of each component times its weight, at a noise level: `(B, 1, 1, 3)`."""
     variance = alpha**2 * STDS**2 + sigma**2
     return jnp.log(WEIGHTS) - jnp.log(variance) / 2 - (x - alpha * MEANS) ** 2 / variance / 2
 
 
 def noise_of_mixture(log_snr, x, t, cond):
-    """`-sigma grad log p(x_t)`: of all components, or of the one that cond names from 1 on."""
+    """`-sigma grad log p(x_t)`: of the mixture (cond 0), or of component 1, 2 or 3."""
     alpha, sigma = levels_of(log_snr, t)
     logs = log_densities(x, alpha, sigma)
     chosen = cond[:, None, None, None] == jnp.arange(1, 4)
@@ -69,7 +75,7 @@ CLASSIFIER = Network(log_class, LOG_SNR)
 
 
 def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
-    """`x (B,)` from one log-SNR to another, along the flow of the guided prediction."""
+    """Take `x (B,)` from one log-SNR to another, along the flow of the guided prediction."""
     grid = log_snr_grid(low, high, steps)
     run = rows(plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
@@ -78,7 +84,7 @@ def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=d
 
 
 def gaussian(log_snr, mean, std):
-    """Quantiles of a Gaussian that is noised to a level."""
+    """Return the quantiles of a Gaussian noised to a level."""
     alpha, sigma = map(float, alpha_sigma(log_snr))
     return alpha * mean + np.sqrt(alpha**2 * std**2 + sigma**2) * QUANTILES
 
@@ -88,30 +94,29 @@ def everywhere(value, dtype=int):
 
 
 @pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_classifier_guidance_draws_from_the_posterior(chosen):
-    """Of the class: its mean, its width, and each quantile; by the unconditional flow, which alone
-    draws from the mixture."""
+def test_classifier_guidance_samples_from_the_posterior(chosen):
+    """The unconditional flow, guided, gives the mean and each quantile of the class."""
     mean, std = MEANS[chosen - 1], STDS[chosen - 1]
     x = gaussian(-4.0, mean, std)
-    guided = gradient(log_prob=CLASSIFIER, cond=everywhere(chosen), scale=1.0)
+    guided = gradient(CLASSIFIER, everywhere(chosen), 1.0)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)})
     assert_close(found.mean(), gaussian(5.0, mean, std).mean(), 2e-4)
     assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 2e-3)
 
 
 def test_classifier_guidance_is_the_conditional_network():
-    """By Bayes, at any scale: the same as classifier-free guidance of exact networks."""
+    """At any scale it equals classifier-free guidance with exact networks, by Bayes' rule."""
     chosen = everywhere(2)
     x = gaussian(-4.0, 0.0, 0.7)
-    guided = gradient(log_prob=CLASSIFIER, cond=chosen, scale=2.5)
+    guided = gradient(CLASSIFIER, chosen, 2.5)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)}, steps=20)
-    free = classifier_free(scale=2.5)
+    free = classifier_free(2.5)
     wanted = solve(MIXTURE, x, [free], {"cond": chosen, "null": everywhere(0)}, steps=20)
     assert_close(found, wanted, 1e-9)
 
 
 def test_classifier_guidance_of_ancestral_sampling():
-    """The mean of the posterior of an observation `y = x_0 + n`, with the steps' first order."""
+    """The mean converges to the posterior mean of an observation `y = x_0 + n`, in first order."""
     mean, std, blur, y = 0.3, 0.5, 0.4, 1.1
     gain = std**2 / (std**2 + blur**2)
     posterior = mean + gain * (y - mean)
@@ -124,14 +129,14 @@ def test_classifier_guidance_of_ancestral_sampling():
         alpha, sigma = levels_of(log_snr, t)
         variance = alpha**2 * std**2 + sigma**2
         clean = mean + alpha * std**2 / variance * (x - alpha * mean)
-        spread = blur**2 + std**2 * sigma**2 / variance
-        return -(((cond[:, None, None, None] - clean) ** 2) / spread / 2)[:, 0, 0, 0]
+        width = blur**2 + std**2 * sigma**2 / variance
+        return -(((cond[:, None, None, None] - clean) ** 2) / width / 2)[:, 0, 0, 0]
 
     networks = {"main": Network(noise, LOG_SNR)}
-    observed = gradient(log_prob=Network(log_likelihood, LOG_SNR), cond=np.array([y]), scale=1.0)
+    observed = gradient(Network(log_likelihood, LOG_SNR), np.array([y]), 1.0)
 
     def error(steps):
-        # Without noise the linear recursion carries the mean.
+        # Without noise the linear recursion maps the mean.
         start, end = (float(alpha_sigma(level)[0]) * posterior for level in (-4.0, 5.0))
         conds = {"cond": np.zeros(1)}
         found = solve(networks, [start], [observed], conds, steps=steps, solver=ddpm)
@@ -154,17 +159,17 @@ def shifted(params, x, t, cond):
 @pytest.mark.parametrize(
     ("guidances", "mean"),
     [
-        ([classifier_free(scale=3.0)], 0.2 + 3 * 0.5),
-        ([all_of(prompts=[None, "a"], weights=[2.0, -1.0])], 0.2 + 2 * 0.5 - 1 * 0.9),
-        ([classifier_free(scale=3.0), autoguidance(scale=1.5)], 0.2 + 3 * 0.5 + 0.5 * 0.8),
+        ([classifier_free(3.0)], 0.2 + 3 * 0.5),
+        ([all_of([None, "a"], [2.0, -1.0])], 0.2 + 2 * 0.5 - 1 * 0.9),
+        ([classifier_free(3.0), autoguidance(1.5)], 0.2 + 3 * 0.5 + 0.5 * 0.8),
     ],
-    ids=["classifier-free", "and not", "with a worse network"],
+    ids=["classifier-free", "and not", "with a weak model"],
 )
 def test_linear_guidance_of_gaussians(guidances, mean):
-    """Of Gaussians of one width: a Gaussian whose mean is the weighted one."""
+    """For Gaussians of one width, the result is a Gaussian with the weighted mean."""
     std = 0.4
-    networks = {name: Network(shifted, (LOG_SNR, std)) for name in ("main", "guide")}
-    means = {"cond": 0.7, "null": 0.2, "prompt 0": 1.1, "guide": -0.1}
+    networks = {name: Network(shifted, (LOG_SNR, std)) for name in ("main", "weak")}
+    means = {"cond": 0.7, "null": 0.2, "prompt 0": 1.1, "weak": -0.1}
     conds = {name: everywhere(value, float) for name, value in means.items()}
     x = gaussian(-4.0, mean, std)
     found = solve(networks, x, guidances, conds)
@@ -172,8 +177,8 @@ def test_linear_guidance_of_gaussians(guidances, mean):
 
 
 @pytest.mark.parametrize("through", [True, False])
-def test_a_loss_of_the_clean_picture_of_gaussians(through):
-    """`x_0` is linear in `x_t`: its slope is known, and what is taken for it is `1 / alpha`."""
+def test_a_loss_on_the_clean_image_of_gaussians(through):
+    """`x_0` is linear in `x_t` with a known slope; without the network's, `1 / alpha` is used."""
     mean, std, y, scale = 0.25, 0.5, 1.125, 0.75
 
     def half_square(params, x_0, t, cond):

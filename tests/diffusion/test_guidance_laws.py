@@ -1,4 +1,4 @@
-"""What each guidance computes: its equation, and the laws it obeys."""
+"""The equation of each guidance, and the laws that it obeys."""
 
 from functools import partial
 
@@ -7,23 +7,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.guidance import Network, compose, dynamic_threshold, image_loss, known_pixels, rescale
-from glide_jax.diffusion.guidance.linear import all_of, apg, autoguidance, cfg_plus_plus, classifier_free, clip, negative
-from glide_jax.diffusion.guidance import branches_of
+from glide_jax.diffusion.guidance import (
+    Network,
+    all_of,
+    apg,
+    autoguidance,
+    branches_of,
+    cfg_plus_plus,
+    classifier_free,
+    clip_x0,
+    compose,
+    dynamic_threshold,
+    image_loss,
+    known_pixels,
+    rescale,
+)
 from glide_jax.diffusion.sampling import sample, stream
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from tests.support.golden import assert_close, rows
 from tests.support.guidances import (
+    AGAINST,
     ALPHA,
     BOWL,
     CONDS,
     EACH,
     GOAL,
+    INTERVAL,
     MEMORY,
     NETWORKS,
     SHAPE,
     SIGMA,
-    SPAN,
     X,
     eps_of,
     keys,
@@ -39,28 +52,28 @@ each_guidance = pytest.mark.parametrize("name", EACH)
 # --- equations
 
 
-def test_negative_prompt_takes_the_place_of_the_empty_one():
+def test_a_negative_prompt_replaces_the_empty_one():
     wanted = eps_of("negative") + 3 * (eps_of("cond") - eps_of("negative"))
-    assert_close(predicted(negative(prompt="ugly", scale=3.0)).eps, wanted, 1e-5)
+    assert_close(predicted(made("negative"), conds=AGAINST).eps, wanted, 1e-5)
 
 
 def test_weighted_prompts():
-    """AND of the picture's caption and another, NOT a third."""
+    """The image's caption AND another, NOT a third."""
     null = eps_of("null")
     pushes = [eps_of(name) - null for name in ("cond", "prompt 0", "prompt 1")]
     wanted = null + 2 * pushes[0] + 1.5 * pushes[1] - 0.5 * pushes[2]
     assert_close(predicted(made("all_of")).eps, wanted, 1e-5)
-    without = all_of(prompts=["a", "b"], weights=[1.5, -0.5])
+    without = all_of(["a", "b"], [1.5, -0.5])
     assert_close(predicted(without).eps, null + 1.5 * pushes[1] - 0.5 * pushes[2], 1e-5)
 
 
-def test_autoguidance_goes_away_from_the_worse_network():
-    wanted = eps_of("guide") + 2 * (eps_of("cond") - eps_of("guide"))
-    assert_close(predicted(autoguidance(scale=2.0)).eps, wanted, 1e-5)
+def test_autoguidance_leads_away_from_the_weak_model():
+    wanted = eps_of("weak") + 2 * (eps_of("cond") - eps_of("weak"))
+    assert_close(predicted(autoguidance(2.0)).eps, wanted, 1e-5)
 
 
 def adaptive(memory, scale, eta, momentum, radius):
-    """Adaptive projected guidance, picture by picture: `(x_0, memory)`."""
+    """Adaptive projected guidance, image by image: `(x_0, memory)`."""
     cond, null = (np.float64(x_0_of(eps_of(name))).reshape(3, -1) for name in ("cond", "null"))
     memory = cond - null + momentum * memory.reshape(3, -1)
     found = []
@@ -82,35 +95,35 @@ def test_adaptive_projected_guidance(radius):
     assert_close(p.memory["other"], X, 0)
 
 
-def test_adaptive_projected_guidance_without_its_parts_is_classifier_free():
-    plain = apg(scale=3.0, eta=1.0, momentum=0.0, radius=np.inf)
-    assert_close(predicted(plain).x_0, predicted(classifier_free(scale=3.0)).x_0, 1e-5)
+def test_neutral_adaptive_projected_guidance_is_classifier_free():
+    plain = apg(3.0, eta=1.0, momentum=0.0, radius=np.inf)
+    assert_close(predicted(plain).x_0, predicted(classifier_free(3.0)).x_0, 1e-5)
 
 
-def test_adaptive_projected_guidance_of_no_push():
-    """Where both captions are one, and where the radius is none: no NaN."""
+def test_adaptive_projected_guidance_without_a_push():
+    """No NaN where both captions are the same, or where the radius is 0."""
     conds, none = CONDS | {"null": CONDS["cond"]}, {"apg": 0 * X}
     for found in (
-        predicted(apg(scale=4.0), conds=conds, memory=none),
-        predicted(apg(scale=4.0, radius=0.0), conds=conds, memory=none),
-        predicted(apg(scale=4.0, radius=0.0)),
+        predicted(apg(4.0), conds=conds, memory=none),
+        predicted(apg(4.0, radius=0.0), conds=conds, memory=none),
+        predicted(apg(4.0, radius=0.0)),
     ):
         assert_close(found.x_0, x_0_of(eps_of("cond")), 1e-5)
 
 
 def test_rescaling():
-    free = classifier_free(scale=5.0)
+    free = classifier_free(5.0)
     guided, cond = predicted(free).x_0, x_0_of(eps_of("cond"))
     std = partial(np.std, axis=(1, 2, 3), keepdims=True)
     wanted = 0.7 * guided * std(cond) / std(guided) + 0.3 * guided
     assert_close(predicted(free, rescale()).x_0, wanted, 1e-5)
-    assert_close(std(predicted(free, rescale(amount=1.0)).x_0), std(cond), 1e-5)
+    assert_close(std(predicted(free, rescale(1.0)).x_0), std(cond), 1e-5)
 
 
 def test_dynamic_thresholding():
     quantiles = np.float32([0.0, 0.71, 1.0])
     x_0 = np.float64(predicted().x_0)
-    found = predicted(dynamic_threshold(quantile=quantiles)).x_0
+    found = predicted(dynamic_threshold(quantiles)).x_0
     bounds = [max(1, np.quantile(abs(a), q)) for a, q in zip(x_0, quantiles, strict=True)]
     assert bounds[0] == 1 < bounds[1] < bounds[2]
     for a, wanted, bound in zip(found, x_0, bounds, strict=True):
@@ -120,7 +133,7 @@ def test_dynamic_thresholding():
 def test_cfg_plus_plus_is_the_update_of_its_paper():
     """`x' = alpha' x_0(s) + sigma' eps(null)`, x_0 from `eps(null) + s (eps(c) - eps(null))`."""
     scales = np.array([0.1, 0.6, 1.0])
-    run = run_of([cfg_plus_plus(scale=scales)])
+    run = run_of([cfg_plus_plus(scales)])
     x, column = np.float64(X), scales[:, None, None, None]
     for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
         t, alpha, sigma, next_alpha, next_sigma = (c[i] for c in run.table[:5])
@@ -131,8 +144,8 @@ def test_cfg_plus_plus_is_the_update_of_its_paper():
     assert i == 5
 
 
-def test_a_gradient_moves_the_score_alone():
-    """And two of them add up."""
+def test_a_gradient_changes_the_score_alone():
+    """Two of them add up."""
     once, plain = made("gradient"), predicted()
     wanted = 0.3 * (GOAL[:, None, None, None] - X)
     assert_close(predicted(once).score, wanted, 1e-6)
@@ -141,9 +154,9 @@ def test_a_gradient_moves_the_score_alone():
 
 
 @pytest.mark.parametrize("through", [True, False])
-def test_a_loss_of_the_clean_picture(through):
-    """Of the guided one; through the network, and with its Jacobian left out."""
-    free = classifier_free(scale=3.0)
+def test_a_loss_on_the_clean_image(through):
+    """The loss sees the guided x_0; with and without the Jacobian of the network."""
+    free = classifier_free(3.0)
     y = GOAL[:, None, None, None]
 
     def x_0(x):
@@ -153,8 +166,8 @@ def test_a_loss_of_the_clean_picture(through):
 
     clean, pull = jax.vjp(x_0, X)
     (slope,) = pull(clean - y) if through else ((clean - y) / ALPHA,)
-    # The bowl is minus a loss.
-    guided = image_loss(loss=BOWL, cond=GOAL, scale=-2.0, through=through)
+    # The bowl is a loss with the sign reversed.
+    guided = image_loss(BOWL, GOAL, -2.0, through=through)
     p = predicted(free, guided)
     assert_close(p.score, -2 * slope, 1e-4)
     assert_close(p.x_0, clean, 1e-5)
@@ -162,9 +175,9 @@ def test_a_loss_of_the_clean_picture(through):
     assert_close(predicted(free, guided, guided).score, -4 * slope, 2e-4)
 
 
-def test_no_slope_where_the_clean_picture_is_clipped():
-    loss = image_loss(loss=BOWL, cond=GOAL, scale=1.0)
-    low = clip(low=-0.5, high=0.5)
+def test_no_gradient_where_the_clean_image_is_clipped():
+    loss = image_loss(BOWL, GOAL, 1.0)
+    low = clip_x0(-0.5, 0.5)
     pixelwise = {"main": Network(lambda params, x, t, cond: jnp.tanh(x), None)}
     clipped = np.abs(predicted(networks=pixelwise).x_0) > 0.5
     found = predicted(low, loss, networks=pixelwise).score
@@ -181,7 +194,7 @@ NEUTRAL = {
     "all_of": {"own": 1, "a": 0, "b": 0},
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
-    "clip": {"low": -1e9, "high": 1e9},
+    "clip_x0": {"low": -1e9, "high": 1e9},
     "gradient": {"scale": 0},
     "image_loss": {"scale": 0},
     "image_loss beside": {"scale": 0},
@@ -189,62 +202,62 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_the_number_that_is_no_guidance_changes_nothing(name):
+def test_the_neutral_number_changes_nothing(name):
     p, plain = predicted(made(name, **NEUTRAL[name])), predicted()
     np.testing.assert_array_equal(p.score, plain.score)
-    # Bit by bit, where nothing is differentiated.
+    # Bit for bit, where nothing is differentiated.
     assert_close(p.x_0, plain.x_0, 1e-6 if name == "image_loss" else 0)
     assert_close(p.eps, plain.eps, 1e-6)
 
 
-def test_no_rescaling_and_thresholding_of_what_fits_change_nothing():
-    free = classifier_free(scale=3.0)
-    np.testing.assert_array_equal(predicted(free, rescale(amount=0)).x_0, predicted(free).x_0)
-    once = [free, clip()]
+def test_rescaling_by_zero_and_thresholds_without_outliers_change_nothing():
+    free = classifier_free(3.0)
+    np.testing.assert_array_equal(predicted(free, rescale(0)).x_0, predicted(free).x_0)
+    once = [free, clip_x0()]
     np.testing.assert_array_equal(predicted(*once, dynamic_threshold()).x_0, predicted(*once).x_0)
 
 
 @pytest.mark.parametrize("scale", [3.3, np.array([0.0, 1.1, 7.7])], ids=["one", "each"])
-def test_and_of_one_prompt_is_classifier_free(scale):
-    wanted = predicted(classifier_free(scale=np.float32(scale))).eps
+def test_all_of_one_prompt_is_classifier_free(scale):
+    wanted = predicted(classifier_free(np.float32(scale))).eps
     for prompts, weights in (([None], [scale]), ([None, ""], [scale, 5.0])):
-        found = predicted(all_of(prompts=prompts, weights=weights)).eps
+        found = predicted(all_of(prompts, weights)).eps
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_prompt_named_twice_is_one():
-    twice = all_of(prompts=["a", None, "b", "a"], weights=[1.0, 2.0, -0.5, 0.5])
+def test_the_weights_of_a_repeated_prompt_add_up():
+    twice = all_of(["a", None, "b", "a"], [1.0, 2.0, -0.5, 0.5])
     assert twice.needs == made("all_of").needs
     assert_close(predicted(twice).eps, predicted(made("all_of")).eps, 1e-6)
 
 
 def test_the_empty_negative_prompt_changes_nothing():
-    conds = CONDS | {"negative": CONDS["null"]}
-    found = predicted(negative(prompt="", scale=3.3), conds=conds).eps
-    np.testing.assert_array_equal(found, predicted(classifier_free(scale=3.3)).eps)
+    plain, against = classifier_free(3.3), classifier_free(3.3).against("")
+    assert against.needs == plain.needs
+    np.testing.assert_array_equal(predicted(against).eps, predicted(plain).eps)
 
 
 def test_a_negative_prompt_is_a_weighted_sum():
     conds = CONDS | {"prompt 0": CONDS["negative"]}
-    weighted = all_of(prompts=[None, "ugly"], weights=[3.0, 1 - 3.0])
-    found = predicted(negative(prompt="ugly", scale=3.0)).eps
+    weighted = all_of([None, "ugly"], [3.0, 1 - 3.0])
+    found = predicted(classifier_free(3.0).against("ugly"), conds=AGAINST).eps
     assert_close(predicted(weighted, conds=conds).eps, found, 1e-5)
 
 
 def assert_same_plan(found, wanted):
-    """To the last bit, and to what is compiled."""
+    """To the last bit, with the same compiled program."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @each_guidance
-def test_a_span_over_everything_is_none(name):
+def test_an_interval_over_everything_restricts_nothing(name):
     assert_same_plan(run_of([made(name).within(0, np.inf)]), run_of([made(name)]))
 
 
-def test_guidance_acts_within_its_span_alone():
-    """Every kind of it; below the span a picture goes on as if unguided."""
+def test_guidance_acts_within_its_interval_alone():
+    """Every kind of guidance; below the interval the run continues unguided."""
     every = compose(*(made(name) for name in EACH if name not in ("negative", "cfg_plus_plus")))
     run = run_of([every.within(0.3, np.inf)], ddpm, steps=8)
     guided = int((run.table.sigma / run.table.alpha > 0.3).sum())
@@ -260,7 +273,7 @@ def test_guidance_acts_within_its_span_alone():
 
 @each_guidance
 def test_numbers_for_each_image(name):
-    """Together as each alone; and each number matters."""
+    """A batch equals its images one by one, and every number has an effect."""
     for number, value in EACH[name][1].items():
         values = value * np.array([0.5, 1.0, 1.2])
         together = predicted(made(name, **{number: values}))
@@ -275,14 +288,14 @@ def test_numbers_for_each_image(name):
 
 
 def only(name, i):
-    """The conditioning of one picture, where a guidance carries its own."""
+    """Return the conditioning of one image, for guidances that carry their own."""
     own = name.startswith(("gradient", "image_loss"))
     return {"cond": GOAL[i : i + 1]} if own else {}
 
 
 def test_the_order_is_left_to_right_innermost_first():
-    low = clip(low=-0.25, high=0.25)
-    free = classifier_free(scale=3.0)
+    low = clip_x0(-0.25, 0.25)
+    free = classifier_free(3.0)
     clipped, push = np.clip(predicted().x_0, -0.25, 0.25), eps_of("cond") - eps_of("null")
     wanted = clipped - 2 * SIGMA / ALPHA * push
     assert_close(predicted(low, free).x_0, wanted, 1e-5)
@@ -292,35 +305,35 @@ def test_the_order_is_left_to_right_innermost_first():
 
 def test_known_pixels_are_kept_whatever_came_before():
     rng = np.random.default_rng(1)
-    image, mask = np.float32(rng.uniform(-1, 1, SHAPE)), np.float32(rng.integers(0, 2, SHAPE))
-    guidances = [classifier_free(scale=9.0), dynamic_threshold(), rescale()]
-    run = run_of([*guidances, known_pixels(image=image, mask=mask), clip()])
+    image, known = np.float32(rng.uniform(-1, 1, SHAPE)), np.float32(rng.integers(0, 2, SHAPE))
+    guidances = [classifier_free(9.0), dynamic_threshold(), rescale()]
+    run = run_of([*guidances, known_pixels(image=image, known=known), clip_x0()])
     found = np.asarray(sample(NETWORKS, CONDS, run, X, keys()).x)
-    assert_close(found * mask, image * mask, 1e-6)
-    assert np.abs((found - image) * (1 - mask)).max() > 0.1
+    assert_close(found * known, image * known, 1e-6)
+    assert np.abs((found - image) * (1 - known)).max() > 0.1
 
 
 def test_composition_is_a_guidance():
-    """Nested, with a span of its own beside those of its members."""
-    free, loud, last = classifier_free(scale=3.0), made("gradient"), clip()
+    """Compositions nest, and have an interval of their own beside those of their members."""
+    free, loud, last = classifier_free(3.0), made("gradient"), clip_x0()
     flat = [free.within(0.3, 5.0), loud, last]
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):
         assert_same_plan(run_of(made_of), run_of(flat))
-    spans = [part.span for part in nested.within(1.0, 9.0).parts()]
-    assert spans == [(1.0, 5.0), (1.0, 9.0), (1.0, 9.0)]
-    assert nested.within(0.1, 9.0).parts()[0].span == (0.3, 5.0)
-    spans = [part.span for part in nested.within(6.0, 9.0).parts()]
-    assert spans[0] == (6.0, 5.0) and not nested.within(6.0, 9.0).parts()[0].acts_at(6.0)
+    intervals = [part.interval for part in nested.within(1.0, 9.0).parts()]
+    assert intervals == [(1.0, 5.0), (1.0, 9.0), (1.0, 9.0)]
+    assert nested.within(0.1, 9.0).parts()[0].interval == (0.3, 5.0)
+    intervals = [part.interval for part in nested.within(6.0, 9.0).parts()]
+    assert intervals[0] == (6.0, 5.0) and not nested.within(6.0, 9.0).parts()[0].acts_at(6.0)
     assert branches_of([nested]) == branches_of(flat)
-    # Spans aside, it is a function like any other.
+    # Intervals aside, it is a function like any other.
     assert_close(predicted(compose(free, last)).x_0, predicted(free, last).x_0, 0)
 
 
-def test_momentum_begins_anew_where_guidance_changes():
-    """The push of each row, and of the row before unless another program ran there."""
-    free = classifier_free(scale=1.0).within(*SPAN)
-    run = run_of([apg(scale=1.0, momentum=-0.5), free, clip()], steps=12)
+def test_momentum_is_reset_where_guidance_changes():
+    """Each row adds the push of the row before, unless another program ran there."""
+    free = classifier_free(1.0).within(*INTERVAL)
+    run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
     table = run.table
     x, memory = X, np.zeros(SHAPE)
     for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
@@ -328,8 +341,8 @@ def test_momentum_begins_anew_where_guidance_changes():
             toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1] for name in ("cond", "null")
         )
         push = table.sigma[i] / table.alpha[i] * (null - cond)
-        anew = i > 0 and table.program[i] != table.program[i - 1]
-        memory = push - 0.5 * memory * (not anew)
+        reset = i > 0 and table.program[i] != table.program[i - 1]
+        memory = push - 0.5 * memory * (not reset)
         assert_close(state.memory["apg"], memory, 1e-5 * max(1, np.abs(memory).max()))
         x = state.x
     assert (np.diff(table.program) != 0).sum() == 2

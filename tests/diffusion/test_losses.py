@@ -1,4 +1,4 @@
-"""Losses, their gradients, and one whole update, against the original training code."""
+"""Losses, their gradients and one whole update, against the original training code."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from glide_jax.diffusion.spacings import respaced
 from glide_jax.diffusion.losses import (
     Tables,
     discretised_log_likelihood,
@@ -21,56 +20,58 @@ from glide_jax.diffusion.losses import (
 )
 from glide_jax.diffusion.schedule import Schedule, make_schedule, to_eps
 from glide_jax.diffusion.solvers.table import step_betas
+from glide_jax.diffusion.spacings import respaced
 from glide_jax.training import objectives
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.state import init_state, make_optimiser
 from glide_jax.training.step import train_step
 from glide_jax.weights import to_released
-from tests import golden
+from tests.support import golden
 from tests.support.golden import assert_close, assert_relative, load, nhwc
 
-# Of the largest value of a reference: zero does not pass.
+# Tolerance relative to the largest value of a reference: zeros do not pass.
 RELATIVE = 1e-4
-each_chain = pytest.mark.parametrize("chain", ["none", "100"])
+# "none" is the process of 1000 steps, "100" the process respaced to 100 steps.
+each_respacing = pytest.mark.parametrize("respacing", ["none", "100"])
 each_schedule = pytest.mark.parametrize("name", ["linear", "cosine"])
 
 
-def reference_tables(name: str, chain: str) -> Tables:
+def reference_tables(name: str, respacing: str) -> Tables:
     schedule = make_schedule(name)
-    if chain != "none":
-        schedule = Schedule(step_betas(schedule, respaced(schedule, chain)))
+    if respacing != "none":
+        schedule = Schedule(step_betas(schedule, respaced(schedule, respacing)))
     return make_tables(schedule)
 
 
-def inputs(name: str, chain: str):
-    """`x_0, x_t, t, eps, output` of the reference batch."""
+def inputs(name: str, respacing: str):
+    """Return `x_0, x_t, t, eps, output` of the reference batch."""
     reference = load("training_losses")
-    x_t, t = reference[f"{name}|{chain}|x_t"], reference[f"{chain}|t"]
+    x_t, t = reference[f"{name}|{respacing}|x_t"], reference[f"{respacing}|t"]
     x_0, eps, output = (nhwc(reference[k]) for k in ("x0", "noise", "model_output"))
     return x_0, nhwc(x_t), t, eps, output
 
 
-# --- pieces
+# --- functions
 
 
-@each_chain
+@each_respacing
 @each_schedule
-def test_q_sample(name, chain):
-    x_0, x_t, t, eps, _ = inputs(name, chain)
-    assert_close(q_sample(reference_tables(name, chain), x_0, t, eps), x_t, 1e-6)
+def test_q_sample(name, respacing):
+    x_0, x_t, t, eps, _ = inputs(name, respacing)
+    assert_close(q_sample(reference_tables(name, respacing), x_0, t, eps), x_t, 1e-6)
 
 
 def test_normal_kl():
     reference = load("training_losses")
-    x_0, noise, v = reference["x0"], reference["noise"], reference["model_output"][:, 3:]
-    assert_close(normal_kl(x_0, 0.3 * noise, noise, v), reference["kl"], 1e-5)
+    x_0, noise, variance = reference["x0"], reference["noise"], reference["model_output"][:, 3:]
+    assert_close(normal_kl(x_0, 0.3 * noise, noise, variance), reference["kl"], 1e-5)
 
 
 def test_discretised_log_likelihood():
     reference = load("training_losses")
-    x_0, noise, v = reference["x0"], reference["noise"], reference["model_output"][:, 3:]
-    found = discretised_log_likelihood(x_0, x_0 + 0.2 * noise, v - 3)
-    # In the tails float32 leaves no more than the clamp at 1e-12: there the probability must do.
+    x_0, noise, variance = reference["x0"], reference["noise"], reference["model_output"][:, 3:]
+    found = discretised_log_likelihood(x_0, x_0 + 0.2 * noise, variance - 3)
+    # In the tails float32 leaves only the clamp at 1e-12: there the probability is compared.
     likely = reference["dgll"] > -5
     assert 0.4 < likely.mean() < 0.6
     assert_close(found[likely], reference["dgll"][likely], 5e-5)
@@ -88,31 +89,31 @@ def test_the_256_values_of_a_pixel_have_probability_one(mean, log_scale):
 
 
 def assert_terms(found, wanted, t):
-    """Of each picture; in the tails of the likelihood at t = 0 float32 leaves three digits."""
+    """Compare each image; in the tails of the likelihood at t = 0 float32 leaves three digits."""
     tolerance = np.where(t == 0, 1e-3, 1e-5)
     assert (np.abs(found / wanted - 1) <= tolerance).all()
 
 
 def assert_gradients(found, wanted, t):
-    """Noise and variance apart, since either would hide a wrong gradient of the other.
+    """Compare noise and variance apart: each would hide a wrong gradient of the other.
 
     At t = 0 some pixels in the tails of the likelihood are left out: the reference's own rounding
     is 10% there, against float64.
     """
-    for part in (slice(0, 3), slice(3, 6)):
-        a, b = np.asarray(found)[..., part], wanted[..., part]
+    for channels in (slice(0, 3), slice(3, 6)):
+        a, b = np.asarray(found)[..., channels], wanted[..., channels]
         assert_close(a[t > 0], b[t > 0], RELATIVE * np.abs(b[t > 0]).max())
         off = np.abs(a - b)[t == 0] / np.abs(b[t == 0]).max(axis=(1, 2, 3), keepdims=True)
         assert np.quantile(off, 0.95) <= RELATIVE
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("RESCALED_MSE", None), ("MSE", 1.0)])
-@each_chain
+@each_respacing
 @each_schedule
-def test_hybrid_loss(name, chain, kind, weight):
-    """`None` is T / 1000: 1 for the whole chain, 0.1 for a chain of 100."""
-    reference, tables = load("training_losses"), reference_tables(name, chain)
-    x_0, x_t, t, eps, output = inputs(name, chain)
+def test_hybrid_loss(name, respacing, kind, weight):
+    """Weight None is T / 1000: 1 for 1000 timesteps, 0.1 for 100."""
+    reference, tables = load("training_losses"), reference_tables(name, respacing)
+    x_0, x_t, t, eps, output = inputs(name, respacing)
 
     @jax.jit
     def total(output):
@@ -120,19 +121,19 @@ def test_hybrid_loss(name, chain, kind, weight):
         return terms.loss.sum(), terms
 
     grad, terms = jax.grad(total, has_aux=True)(output)
-    key = f"{name}|{kind}|{chain}"
+    key = f"{name}|{kind}|{respacing}"
     assert_terms(terms.loss, reference[f"{key}|loss"], t)
     assert_relative(terms.mse, reference[f"{key}|mse"], 1e-5)
     assert_terms(terms.vlb, reference[f"{key}|vb"], t)
     assert_gradients(grad, nhwc(reference[f"{key}|grad_model_output"]), t)
 
 
-@each_chain
+@each_respacing
 @each_schedule
-def test_bound_alone(name, chain):
+def test_bound_alone(name, respacing):
     """With its gradient into the noise prediction, which the hybrid loss stops."""
-    reference, tables = load("training_losses"), reference_tables(name, chain)
-    x_0, x_t, t, _, output = inputs(name, chain)
+    reference, tables = load("training_losses"), reference_tables(name, respacing)
+    x_0, x_t, t, _, output = inputs(name, respacing)
 
     @jax.jit
     def total(output):
@@ -140,7 +141,7 @@ def test_bound_alone(name, chain):
         return bound.sum(), bound
 
     grad, bound = jax.grad(total, has_aux=True)(output)
-    key = f"{name}|KL|{chain}"
+    key = f"{name}|KL|{respacing}"
     assert_terms(bound, reference[f"{key}|loss"], t)
     assert_gradients(grad, nhwc(reference[f"{key}|grad_model_output"]), t)
 
@@ -167,7 +168,7 @@ def test_predicting_v_is_the_same_bound_and_a_loss_of_v():
     assert_close(terms.mse, np.full(len(t), 0.01), 1e-6)
     meant = np.concatenate([eps + 0.1 * alpha, output[..., 3:]], axis=-1)
     same = hybrid_loss(tables, x_0, x_t, t, eps, meant)
-    # At t = 999 alpha is 5e-5, and rounding is all that is left of it.
+    # At t = 999 alpha is 5e-5: nothing but rounding is left.
     assert_relative(terms.vlb[:-1], same.vlb[:-1], 1e-4)
 
 
@@ -176,9 +177,9 @@ def test_predicting_v_is_the_same_bound_and_a_loss_of_v():
 
 @cache
 def update():
-    """One `train_step` with the reference's timesteps and noise: `(grads, new state, metrics)`."""
+    """Run `train_step` with the reference's timesteps and noise: `(grads, state, metrics)`."""
     reference = load("train_grads")
-    optimiser = OptimiserConfig(learning_rate=1e-4, clip=0.0)
+    optimiser = OptimiserConfig(learning_rate=1e-4, grad_clip=0.0)
     config = TrainConfig(
         name="golden",
         model=replace(golden.config("base"), dropout=0.0),
@@ -190,18 +191,18 @@ def update():
         image=(nhwc(reference["x0"]) + 1) * 127.5,
         tokens=np.asarray(reference["tokens"], np.int32),
         mask=reference["mask"],
-        position=np.arange(4),
+        row=np.arange(4),
     )
     keys = jax.random.split(jax.random.key(0), 4)
-    drawn = objectives.Draw(reference["t"], nhwc(reference["noise"]), keys)
+    noise = objectives.Noise(reference["t"], nhwc(reference["noise"]), keys)
     adamw = make_optimiser(optimiser, steps=1)
     fresh = init_state(jax.tree.map(jnp.asarray, golden.weights("base")), adamw, optimiser)
-    # Late enough for the moving average to have reached its final rate.
+    # So late that the EMA has reached its final rate.
     state = replace(fresh, step=jnp.int32(200_000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "draw", lambda key, batch, steps: drawn)
+        patch.setattr(objectives, "sample_noise", lambda key, batch, steps: noise)
         loss = objectives.make_objective(config).loss
-        one = partial(train_step, loss=loss, optimiser=adamw, averages=optimiser)
+        one = partial(train_step, loss=loss, optimiser=adamw, config=optimiser)
         state, metrics = jax.jit(one)(state, batch, jax.random.key(0))
     # After one step Adam's first moment is the gradient times 1 - beta_1.
     moments = optax.tree.get(state.opt_state, "mu")
@@ -220,7 +221,7 @@ def test_gradient_of_every_parameter():
     norms = np.array(
         [np.linalg.norm(grads[name].astype(np.float64)) for name in reference["names"]]
     )
-    # A bias before a norm of single channels has no gradient but rounding, 1e-8.
+    # The gradient of a bias before a norm of single channels is rounding alone, 1e-8.
     np.testing.assert_allclose(norms, reference["grad_norms"], rtol=2e-5, atol=1e-7)
     total = np.linalg.norm(reference["grad_norms"])
     assert float(metrics["grad_norm"]) == pytest.approx(total, rel=RELATIVE)
@@ -236,12 +237,12 @@ def test_gradient(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_and_their_average_after_one_step(name):
+def test_parameters_and_their_ema_after_one_step(name):
     """Adam's first step is the learning rate in the direction of the gradient's sign."""
     grads, state, _ = update()
     before = np.asarray(golden.state_dict("base")[name], np.float64)
     moved = REFERENCE[f"adamw1|{name}"] - before
-    # Adam makes noise of a gradient that is zero but for rounding (the bias of the keys).
+    # Where the gradient is rounding alone (the bias of the keys), Adam's step is noise.
     sure = np.abs(REFERENCE[f"grad|{name}"]) > 1e-5 * np.abs(grads[name]).max()
     assert sure.mean() > 0.6
     found = to_released(state.params)[name] - before

@@ -1,7 +1,7 @@
-"""Whole short runs of the release's procedures, step by step, against the original code.
+"""Short runs of the procedures of OpenAI's code, step by step, against that code.
 
-Reference loops carry the noise of four pictures: two conditional, then two unconditional, which
-the release draws and discards; here the first two are used.
+The reference loops have the noise of four images: two conditional ones, then two unconditional
+ones, whose noise OpenAI's code samples and discards. The first two are used here.
 """
 
 from functools import cache, partial
@@ -12,23 +12,28 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.guidance import Network, gradient, known_pixels
-from glide_jax.diffusion.guidance.linear import classifier_free, clip
+from glide_jax.diffusion.guidance import (
+    Network,
+    classifier_free,
+    clip_x0,
+    gradient,
+    known_pixels,
+)
 from glide_jax.diffusion.sampling import plan, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.pipeline.clip_guide import Similarity
-from tests import golden
-from tests.support.golden import assert_close, assert_relative, load, nhwc, steps_nhwc
 from tests.models.test_clip import config as clip_config
 from tests.models.test_clip import params as clip_params
+from tests.support import golden
+from tests.support.golden import assert_close, assert_relative, load, nhwc, steps_nhwc
 
 
 @cache
 def features(name: str):
-    """Text features of the loops' four captions: two given, two empty."""
+    """Return the text features of the loops' four captions: two prompts, two empty ones."""
     loops = load("loops")
     return golden.encode(name, loops["tokens"], loops["mask"])
 
@@ -41,7 +46,7 @@ def conditions(name: str, **images) -> dict:
 
 
 def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
-    """The states after each step (not each row), `(steps, B, H, W, C)`, and the last state."""
+    """Return x after each step (not each row), `(steps, B, H, W, C)`, and the last state."""
     schedule = make_schedule(schedule)
     p = plan(schedule, make_grid(schedule, str(steps), "uniform"), solver, guidance)
     x = jnp.asarray(x)
@@ -55,23 +60,23 @@ def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
 
 
 def start(prefix: str = "base") -> tuple[np.ndarray, np.ndarray]:
-    """`x_T` and the noise tape of the first two pictures."""
+    """Return `x_T` and the noise tape of the first two images."""
     loops = load("loops")
     return nhwc(loops[f"{prefix}.x_T"])[:2], steps_nhwc(loops[f"{prefix}.noise"])[:, :2]
 
 
-def known(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+def image_and_known(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image and its known pixels (1: kept), as two images."""
     loops = load("loops")
-    image, mask = nhwc(loops[f"{prefix}.image"]), nhwc(loops[f"{prefix}.mask"])
-    return np.broadcast_to(image, (2, *image.shape[1:])), np.broadcast_to(
-        mask, (2, *mask.shape[1:])
-    )
+    arrays = (nhwc(loops[f"{prefix}.{name}"]) for name in ("image", "mask"))
+    image, known = (np.broadcast_to(array, (2, *array.shape[1:])) for array in arrays)
+    return image, known
 
 
 @pytest.mark.parametrize("solver", ["plms", "prk"])
 def test_pseudo_linear_multistep_on_the_tiny_model(solver):
-    scale = classifier_free(scale=3.0)
-    found, _ = run("base", "cosine", 10, SOLVERS[solver], [scale], start()[0])
+    guidance = [classifier_free(3.0)]
+    found, _ = run("base", "cosine", 10, SOLVERS[solver], guidance, start()[0])
     assert_close(found, steps_nhwc(load("loops")[f"base_{solver}.steps"]), 5e-3)
 
 
@@ -94,7 +99,7 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
         if done == len(p) or p.table.step[done] != p.table.step[done - 1]:
             found.append(np.asarray(state.x))
     assert_close(np.stack(found), steps_nhwc(reference[f"{key}|x"]), 7e-4)
-    # What the last slope says of the clean picture; x_0 of the last evaluation in plms.
+    # The reference takes x_0 from the last slope in prk, from the last evaluation in plms.
     at = p.table.step == p.table.step[-1]
     alpha, sigma = p.table.alpha[at][0], p.table.sigma[at][0]
     before = found[-2]
@@ -103,25 +108,25 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
     assert_close(np.clip(x_0, -1, 1), nhwc(reference[f"{key}|pred_xstart"]), 1e-5)
 
 
-def test_inpainting_keeps_and_guides():
-    image, mask = known("inpaint")
-    guidance = [classifier_free(scale=5.0), known_pixels(image=image, mask=mask), clip()]
-    images = {"inpaint_image": image, "inpaint_mask": mask}
+def test_inpainting_keeps_known_pixels_and_guides():
+    image, known = image_and_known("inpaint")
+    guidance = [classifier_free(5.0), known_pixels(image, known), clip_x0()]
+    images = {"inpaint_image": image, "inpaint_mask": known}
     x, noise = start()
     found, state = run("inpaint", "cosine", 6, SOLVERS["ddpm"], guidance, x, noise, **images)
     assert_close(found, steps_nhwc(load("loops")["inpaint_p.steps"]), 3e-4)
-    keep = np.broadcast_to(mask == 1, image.shape)
+    keep = np.broadcast_to(known == 1, image.shape)
     assert_close(np.asarray(state.x)[keep], image[keep], 1e-6)
 
 
 def test_inpainting_through_the_upsampler():
-    loops, (image, mask) = load("loops"), known("up_inpaint")
+    loops, (image, known) = load("loops"), image_and_known("up_inpaint")
     images = {
         "inpaint_image": image,
-        "inpaint_mask": mask,
+        "inpaint_mask": known,
         "low_res": nhwc(loops["up.low_res"]),
     }
-    guidance = [known_pixels(image=image, mask=mask), clip()]
+    guidance = [known_pixels(image, known), clip_x0()]
     x, noise = start("up")
     solver = SOLVERS["ddpm"]
     found, _ = run("superres_inpaint", "linear", 4, solver, guidance, x, noise, **images)
@@ -133,25 +138,25 @@ def clip_guidance(scale: float):
     model = NoisedCLIP(clip_config())
     tokens, lengths = (loops[f"clipguided.clip_{k}"].astype(np.int32) for k in ("tokens", "lens"))
     text = model.apply({"params": clip_params()}, tokens, lengths, method="encode_text")
-    return gradient(log_prob=Network(Similarity(model), clip_params()), cond=text, scale=scale)
+    return gradient(Network(Similarity(model), clip_params()), text, scale)
 
 
 def test_clip_guidance_moves_the_mean_by_the_learned_variance():
     x, noise = start()
-    found, _ = run("base", "cosine", 6, SOLVERS["ddpm"], [clip(), clip_guidance(3.0)], x, noise)
+    found, _ = run("base", "cosine", 6, SOLVERS["ddpm"], [clip_x0(), clip_guidance(3.0)], x, noise)
     assert_close(found, steps_nhwc(load("loops")["clipguided_p.steps"]), 2e-4)
 
 
 def test_clip_guidance_of_the_deterministic_sampler():
     solver = partial(ddim, released=True)
-    found, _ = run("base", "cosine", 4, solver, [clip(), clip_guidance(3.0)], start()[0])
-    # Without a second clip the noisiest step explodes, as it does in the original.
+    found, _ = run("base", "cosine", 4, solver, [clip_x0(), clip_guidance(3.0)], start()[0])
+    # x_0 is not clipped again after the score: the noisiest step grows huge, as in the original.
     assert_relative(found, steps_nhwc(load("loops")["clipguided_ddim.steps"]), 2e-4)
 
 
-def test_reverse_ddim_turns_a_picture_into_noise():
+def test_ddim_inversion_turns_an_image_into_noise():
     loops = load("loops")
     x = nhwc(loops["ddim_reverse.x0"])
     reference = steps_nhwc(loops["ddim_reverse.steps"])
-    found, _ = run("base", "cosine", 4, ddim_reverse, [clip()], x)
+    found, _ = run("base", "cosine", 4, ddim_reverse, [clip_x0()], x)
     assert_close(found[: len(reference)], reference, 2e-4)

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.spacings import respaced, respaced_steps
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
-from glide_jax.diffusion.solvers.table import levels, step_betas
-from glide_jax.diffusion.solvers.table import one_row_per_step
+from glide_jax.diffusion.solvers.table import levels, one_row_per_step, step_betas
+from glide_jax.diffusion.spacings import respaced, respaced_steps
 from glide_jax.errors import UsageError
 from tests.support.golden import SCHEDULES, load
 
@@ -38,17 +37,17 @@ def test_betas(name, steps):
     same(make_schedule(SCHEDULES[name], steps).betas, tables(name, steps, "none")["betas"])
 
 
-def test_our_cosine_is_that_of_improved_ddpm():
+def test_the_cosine_schedule_is_that_of_improved_ddpm():
     same(make_schedule("cosine").betas[::10], load("tables")["guided_cosine|1000"])
 
 
 @each_spacing
 @each_schedule
-def test_respaced_chain(name, spacing):
+def test_respaced_process(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
     grid = respaced(schedule, string(spacing))
     np.testing.assert_array_equal(grid[::-1], wanted["timestep_map"])
-    # The original multiplies the betas of the shorter chain again, and rounds again.
+    # The original multiplies the betas of the respaced process again, and rounds again.
     same(schedule.alpha_bar_at(grid[::-1]), wanted["alphas_cumprod"], atol=1e-17)
     betas = step_betas(schedule, grid)
     same(betas, wanted["betas"])
@@ -57,7 +56,7 @@ def test_respaced_chain(name, spacing):
 
 @pytest.mark.parametrize("spacing", ["none", "fast27"])
 @each_schedule
-def test_what_the_solvers_read_of_a_chain(name, spacing):
+def test_the_levels_that_solvers_read(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
     grid = respaced(schedule, string(spacing))
     alpha, sigma, log_snr = (column[-2::-1] for column in levels(schedule, grid))
@@ -78,7 +77,7 @@ def test_what_the_solvers_read_of_a_chain(name, spacing):
     same(table.log_beta_tilde[::-1], wanted["posterior_log_variance_clipped"])
     if spacing != "none":
         same(table.next_alpha[::-1] ** 2, wanted["alphas_cumprod_prev"])
-        # The original's table of the level before goes to pure noise at the noisy end.
+        # The original's table of noisier levels ends in pure noise.
         same(table.alpha[-2::-1] ** 2, wanted["alphas_cumprod_next"][:-1])
 
 
@@ -91,8 +90,8 @@ def test_released_levels_are_rounded_to_float32():
     np.testing.assert_array_equal(sigma, np.sqrt(1 - np.append(rounded, 1)))
 
 
-def test_posterior_of_a_chain_of_one():
-    """Where the original has no answer (an IndexError)."""
+def test_posterior_of_a_single_step():
+    """The original raises an IndexError here."""
     q = posterior(np.array([0.7]))
     assert q.log_beta_tilde == q.log_beta == np.log(0.7)
     assert (q.mean_x_0, q.mean_x_t, q.beta_tilde) == (1, 0, 0)
@@ -102,13 +101,13 @@ def test_posterior_of_a_chain_of_one():
     ("name", "steps", "message"),
     [("sigmoid", 1000, "unknown noise schedule 'sigmoid'"), ("cosine", 0, "at least one step")],
 )
-def test_schedules_that_there_are_not(name, steps, message):
+def test_refused_schedules(name, steps, message):
     with pytest.raises(UsageError, match=message):
         make_schedule(name, steps)
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.1], [[0.1]], [0.1, np.nan]])
-def test_betas_that_are_none(betas):
+def test_refused_betas(betas):
     with pytest.raises(UsageError, match="betas must be"):
         Schedule(np.array(betas))
 
@@ -131,7 +130,7 @@ def test_log_snr_and_its_inverse(name):
 
 
 @pytest.mark.parametrize("key", [k for k in load("tables") if k.startswith("space|")])
-def test_steps_that_the_release_keeps(key):
+def test_timesteps_that_the_original_keeps(key):
     _, length, spec = key.split("|")
     np.testing.assert_array_equal(respaced_steps(int(length), spec), load("tables")[key])
 
@@ -143,7 +142,7 @@ def test_halves_are_rounded_to_even_steps():
 @each_schedule
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
-def test_grids_fall_strictly_and_stay_in_the_chain(name, spacing, steps):
+def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
     grid = make_grid(make_schedule(SCHEDULES[name]), steps, spacing)
     assert grid.shape == (steps,) and grid.dtype == np.float64
     assert (np.diff(grid) < 0).all()
@@ -152,7 +151,7 @@ def test_grids_fall_strictly_and_stay_in_the_chain(name, spacing, steps):
 
 @each_schedule
 def test_log_snr_grid(name):
-    """Even steps in log-SNR, from what float32 can bear (t = 997 of cosine is -5.77)."""
+    """Even steps in log-SNR; float32 sets the noisiest level (cosine has -5.77 at t = 997)."""
     schedule = make_schedule(SCHEDULES[name])
     log_snr = schedule.log_snr(make_grid(schedule, 12))
     np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-9)
@@ -166,7 +165,7 @@ def test_a_number_in_a_string_is_a_number():
     np.testing.assert_array_equal(
         make_grid(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
     )
-    # Strings of the release need no spacing.
+    # A respacing string ignores the spacing.
     np.testing.assert_array_equal(make_grid(schedule, "fast27"), respaced(schedule, "fast27"))
 
 
@@ -179,19 +178,19 @@ def test_a_number_in_a_string_is_a_number():
         (1001, "logsnr", "at most 1000"),
         (1001, "uniform", "1001 of 1000"),
         (10, "karras", "unknown spacing 'karras'"),
-        ("quick", "logsnr", "unknown spacing 'quick'"),
-        ("10,", "logsnr", "unknown spacing '10,'"),
-        ("10;10", "logsnr", "unknown spacing"),
-        ("²", "logsnr", "unknown spacing"),
-        ("10,0", "logsnr", "0 of 500 steps"),
-        ("10,-1", "logsnr", "-1 of 500 steps"),
-        ("600,10", "logsnr", "600 of 500 steps"),
-        ("ddim", "logsnr", "unknown spacing 'ddim'"),
-        ("ddim0", "logsnr", "no whole stride takes 0"),
-        ("ddim400", "logsnr", "no whole stride takes 400"),
+        ("quick", "logsnr", "cannot read steps 'quick'"),
+        ("10,", "logsnr", "cannot read steps '10,'"),
+        ("10;10", "logsnr", "cannot read steps '10;10'"),
+        ("²", "logsnr", "cannot read steps '²'"),
+        ("10,0", "logsnr", "0 of 500 timesteps"),
+        ("10,-1", "logsnr", "-1 of 500 timesteps"),
+        ("600,10", "logsnr", "600 of 500 timesteps"),
+        ("ddim", "logsnr", "cannot read steps 'ddim'"),
+        ("ddim0", "logsnr", "no integer stride takes 0 of 1000 timesteps"),
+        ("ddim400", "logsnr", "no integer stride takes 400 of 1000 timesteps"),
     ],
 )
-def test_grids_that_cannot_be(steps, spacing, message):
+def test_refused_grids(steps, spacing, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_grid(make_schedule("cosine"), steps, spacing)
     assert str(caught.value).isprintable()

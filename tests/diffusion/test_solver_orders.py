@@ -1,12 +1,17 @@
-"""How fast the solvers converge, and what they solve exactly: deterministic cases."""
+"""Order of convergence of the solvers, and the cases that they solve exactly, without noise."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.solvers.multistep import exponential, noise_multistep
-from glide_jax.diffusion.solvers import SOLVERS, sa_solver, sde_dpm_solver_2m
+from glide_jax.diffusion.solvers import SOLVERS
+from glide_jax.diffusion.solvers.multistep import (
+    exponential,
+    noise_multistep,
+    sa_solver,
+    sde_dpm_solver_2m,
+)
 from glide_jax.diffusion.solvers.table import HISTORY, Table
 from tests.support.oracles import (
     SCHEDULE,
@@ -33,19 +38,19 @@ def even(low, high):
     return lambda steps: np.linspace(low, high, steps + 1)
 
 
-def in_turn_short_and_long(steps):
-    """Each second step is twice as long as the one before: a wrong ratio of steps does not hide."""
+def short_and_long_in_turn(steps):
+    """Every second step is twice as long as the one before, to expose a wrong ratio of steps."""
     along = np.cumsum(np.append(0, np.tile([1, 2], steps // 2)))
     return -2.5 + 4.5 * along / along[-1]
 
 
 def even_in_noise(steps):
-    """Even steps in sigma / alpha, which constant weights are made for."""
+    """Even steps in sigma / alpha, for which constant weights are exact."""
     return -np.log(np.linspace(1.5, 0.25, steps + 1))
 
 
 def exact_history(table: Table, log_snr: np.ndarray, known: int) -> np.ndarray:
-    """What the flow itself would have left in the history before row `known`."""
+    """Return the history before row `known` that the exact flow leaves."""
     history = np.zeros((HISTORY, len(mixture_at(0.0))))
     for back in range(known):
         row = table.rows(known - 1 - back)
@@ -54,24 +59,24 @@ def exact_history(table: Table, log_snr: np.ndarray, known: int) -> np.ndarray:
     return history
 
 
-# What a solver of third order begins with, a step of first, would leave it at second: those are
-# given the flow's own past.
+# A third-order solver starts with a step of first order, which limits it to second order. Here such
+# solvers start from the exact history instead.
 @pytest.mark.parametrize(
     ("name", "expected", "levels", "known", "coarse"),
     [
-        ("ddim", 1, in_turn_short_and_long, 0, 64),
-        ("dpm++2m", 2, in_turn_short_and_long, 0, 64),
+        ("ddim", 1, short_and_long_in_turn, 0, 64),
+        ("dpm++2m", 2, short_and_long_in_turn, 0, 64),
         ("dpm++2m", 2, even(-2.5, 2.0), 0, 64),
-        ("dpm++2m-sde", 2, in_turn_short_and_long, 0, 64),
-        ("dpm++2s", 2, in_turn_short_and_long, 0, 64),
-        ("heun", 2, in_turn_short_and_long, 0, 64),
-        ("dpm++3m", 3, in_turn_short_and_long, 2, 128),
+        ("dpm++2m-sde", 2, short_and_long_in_turn, 0, 64),
+        ("dpm++2s", 2, short_and_long_in_turn, 0, 64),
+        ("heun", 2, short_and_long_in_turn, 0, 64),
+        ("dpm++3m", 3, short_and_long_in_turn, 2, 128),
         ("dpm++3m", 2, even(-2.5, 2.0), 0, 512),
-        ("unipc2", 3, in_turn_short_and_long, 0, 64),
+        ("unipc2", 3, short_and_long_in_turn, 0, 64),
         ("unipc3", 4, even(-2.0, 1.0), 0, 64),
         ("sa-22", 2, even(-2.0, 1.0), 0, 256),
         ("sa", 4, even(-2.0, 1.0), 0, 64),
-        ("lms", 4, in_turn_short_and_long, 3, 128),
+        ("lms", 4, short_and_long_in_turn, 3, 128),
         ("deis", 3, even(-2.5, 2.0), 2, 128),
         ("ipndm", 2, even(-2.5, 2.0), 0, 64),
         ("ipndm", 4, even_in_noise, 3, 128),
@@ -85,7 +90,7 @@ def test_order_of_convergence(name, expected, levels, known, coarse):
     def error(steps):
         log_snr = levels(steps)
         table = table_of(FLOW[name], SCHEDULE.at_log_snr(log_snr))
-        # PLMS and PRK begin at the second level, and do not go on to the clean picture.
+        # PLMS and PRK start at the second level and end before the clean image.
         table = table if name in ("plms", "prk") else without_last_step(table)
         start = mixture_at(log_snr[table.step[0] + known])
         history = exact_history(table, log_snr, known)
@@ -96,17 +101,17 @@ def test_order_of_convergence(name, expected, levels, known, coarse):
 
 
 def test_the_published_third_order_formula_is_of_second_order():
-    """With half of the second difference (2211.01095's code): why ours is not that one."""
+    """Half of the second difference (the code of 2211.01095) costs an order."""
 
     def published(schedule, grid, breaks):
         table = SOLVERS["dpm++3m"](schedule, grid, breaks)
         line = exponential(schedule, grid, breaks, predictor=2)
-        # What the parabola adds to the line is the second difference alone.
+        # The parabola adds nothing but the second difference to the line.
         half = line.E[:, :3] + (table.E[:, :3] - line.E[:, :3]) / 2
         return table._replace(E=np.pad(half, ((0, 0), (0, 1))))
 
     def error(steps):
-        log_snr = in_turn_short_and_long(steps)
+        log_snr = short_and_long_in_turn(steps)
         table = without_last_step(table_of(published, SCHEDULE.at_log_snr(log_snr)))
         history = exact_history(table, log_snr, 2)
         found = interpret(table, denoise_mixture, mixture_at(log_snr[2]), history=history, first=2)
@@ -140,13 +145,13 @@ def exact_data(p, x, start, end):
 
 
 def after_one_step(solver, denoise, entry, x, at):
-    """x after step `at` of an uneven grid and y of the next row, the history being exact."""
+    """Return x after step `at` of an uneven grid and y of the next row, from an exact history."""
     table = table_of(solver, SCHEDULE.at_log_snr(UNEVEN))
     history = np.zeros((HISTORY, 1))
     for back in range(HISTORY):
         history[back] = entry(table.rows(at - 1 - back))
     B = table.B.copy()
-    B[at] = 0  # x is exact as it is.
+    B[at] = 0  # x is exact: nothing to correct.
     found = interpret(
         table._replace(B=B).rows(slice(0, at + 2)), denoise, [x], history=history, first=at
     )
@@ -155,8 +160,8 @@ def after_one_step(solver, denoise, entry, x, at):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("degree", [0, 1, 2, 3, 4])
-def test_as_many_predictions_integrate_polynomials_of_lower_degree(count, degree):
-    """Exactly: `p` predictions to degree `p - 1`, and no further."""
+def test_predictions_integrate_polynomials_of_lower_degree(count, degree):
+    """`p` predictions are exact up to degree `p - 1`, and no further."""
     p, x, at = of_degree(degree), 0.7, 4
     denoise = predicted_polynomial(p)
     solver = partial(exponential, predictor=count)
@@ -191,7 +196,7 @@ def test_polynomials_that_each_solver_integrates(name, exact, corrected, degree)
 @pytest.mark.parametrize(("variable", "order"), [("rho", 4), ("t", 3), ("step", 4)])
 @pytest.mark.parametrize("degree", [0, 1, 2, 3, 4])
 def test_polynomials_of_the_noise(variable, order, degree):
-    """In sigma / alpha (LMS), in time (DEIS), in the number of the step (iPNDM)."""
+    """In sigma / alpha (LMS), in time (DEIS), in the step's number (iPNDM)."""
     p, at = of_degree(degree), 4
     table = table_of(SOLVERS["ddim"], SCHEDULE.at_log_snr(UNEVEN))
     rho = table.sigma / table.alpha
@@ -228,20 +233,20 @@ def test_ipndm_has_the_weights_of_adams_and_bashforth():
 
 # --- guidance
 
-SPREAD = 0.5
+STD = 0.5
 
 
 def test_classifier_free_guidance_of_equal_gaussians_flows_as_one():
-    """At `null + scale (cond - null)`; UniPC-3 to nine digits in 400 steps."""
+    """Its mean is `null + scale (cond - null)`; UniPC-3 gives nine digits in 400 steps."""
     cond, null, scale, x = 0.4, -0.3, 3.0, np.linspace(-2, 2, 9)
 
     def denoise(x, row):
-        with_caption, without = (denoise_gaussian(mean, SPREAD)(x, row) for mean in (cond, null))
+        with_caption, without = (denoise_gaussian(mean, STD)(x, row) for mean in (cond, null))
         return without + scale * (with_caption - without)
 
     table = table_of(SOLVERS["unipc3"], SCHEDULE.at_log_snr(np.linspace(-2.5, 2.0, 401)))
     found = interpret(without_last_step(table), denoise, x).x[-1]
-    wanted = gaussian_flow(x, null + scale * (cond - null), SPREAD, -2.5, 2.0)
+    wanted = gaussian_flow(x, null + scale * (cond - null), STD, -2.5, 2.0)
     np.testing.assert_allclose(found, wanted, atol=2e-9)
 
 
@@ -252,38 +257,38 @@ def test_classifier_free_guidance_of_equal_gaussians_flows_as_one():
         ("unipc3", 3), ("sa-22", 2), ("deis", 2), ("lms", 2), ("ipndm", 2),
     ],
 )  # fmt: skip
-def test_a_span_of_guidance_keeps_the_order(name, expected):
-    """Where the history begins anew at its ends; looking back over them it would be first order.
+def test_an_interval_of_guidance_keeps_the_order(name, expected):
+    """The history is reset at both ends; a history across them would be of first order.
 
-    What begins anew with a step of first order stays at second, or third where that step is
-    corrected, whatever it rises to.
+    Each reset starts with a step of first order, which limits the order to two, or to three where
+    that step is corrected.
     """
-    error = span_error(FLOW[name], anew=True)
+    error = interval_error(FLOW[name], reset=True)
     assert order(error, 256) == pytest.approx(expected, abs=0.25 if expected == 3 else 0.15)
     if name not in ("ddim", "dpm++2s", "heun"):
-        carried_over = span_error(FLOW[name], anew=False)
+        carried_over = interval_error(FLOW[name], reset=False)
         assert order(carried_over, 256) < 1.4
         assert carried_over(512) > 4 * error(512)
 
 
-def span_error(solver, anew):
-    """Error after `steps`, a multiple of 8, with guidance in the middle half of the levels."""
+def interval_error(solver, reset):
+    """Return the error after `steps` (a multiple of 8), guided in the middle half of the levels."""
     low, high, x = -2.5, 2.0, np.linspace(-2, 2, 9)
     cond, guided = 0.4, 1.8
     enter, leave = np.linspace(low, high, 9)[[2, 6]]
     wanted = x
     for mean, start, end in ((cond, low, enter), (guided, enter, leave), (cond, leave, high)):
-        wanted = gaussian_flow(wanted, mean, SPREAD, start, end)
+        wanted = gaussian_flow(wanted, mean, STD, start, end)
 
     def error(steps):
         switches = np.array([steps * 2 // 8, steps * 6 // 8])
         grid = SCHEDULE.at_log_snr(np.linspace(low, high, steps + 1))
-        table = without_last_step(table_of(solver, grid, switches if anew else ()))
+        table = without_last_step(table_of(solver, grid, switches if reset else ()))
 
         def denoise(x, row):
-            # Guidance belongs to the step, of both its evaluations.
+            # Guidance belongs to the step, that is to both of its evaluations.
             mean = guided if switches[0] <= row.step < switches[1] else cond
-            return denoise_gaussian(mean, SPREAD)(x, row)
+            return denoise_gaussian(mean, STD)(x, row)
 
         return rms(interpret(table, denoise, x).x[-1] - wanted)
 

@@ -1,4 +1,4 @@
-"""What noise does: mean and variance of a Gaussian, exactly, without drawing any."""
+"""Solvers that add noise: exact mean and variance of a Gaussian, without sampling."""
 
 from functools import partial
 
@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.solvers.restart import repaint, restart
-from glide_jax.diffusion.solvers import SOLVERS, sa_solver, sde_dpm_solver_2m
+from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.multistep import sa_solver, sde_dpm_solver_2m
 from tests.support.oracles import (
     SCHEDULE,
     alpha_sigma,
-    best_frac,
+    best_fraction,
     denoise_gaussian,
     interpret,
     levels_after,
     log_snr_grid,
+    mean_and_variance,
     order,
-    spread,
     table_of,
     without_last_step,
 )
 
 POINT = 0.3
-SPAN = (0.2, 3.0, 2)
-# Fixed at beta the variance is that of a unit Gaussian, not of a point.
+INTERVAL = (0.2, 3.0, 2)
+# A variance fixed at beta is right for a unit Gaussian, not for a point.
 ON_A_POINT = {name: solver for name, solver in SOLVERS.items() if name != "ddpm-large"} | {
     "ddim-half": partial(ddim, eta=0.5),
     "ddim-one": partial(ddim, eta=1.0),
@@ -35,9 +35,10 @@ ON_A_POINT = {name: solver for name, solver in SOLVERS.items() if name != "ddpm-
 
 
 def assert_gaussian_at_each_row(table, mean, std, rtol=1e-11, **more):
-    """x begins as `N(mean, std^2)` noised to the first level, and is so at every later one."""
+    """x starts as `N(mean, std^2)` noised to the first level, and is that at every later level."""
     a, s = table.alpha[0], table.sigma[0]
-    found = spread(table, denoise_gaussian(mean, std), a * mean, a**2 * std**2 + s**2, **more)
+    denoise = denoise_gaussian(mean, std)
+    found = mean_and_variance(table, denoise, a * mean, a**2 * std**2 + s**2, **more)
     alpha, sigma = levels_after(table)
     np.testing.assert_allclose(found[0], alpha * mean, atol=1e-11)
     np.testing.assert_allclose(found[1], alpha**2 * std**2 + sigma**2, rtol=rtol, atol=1e-14)
@@ -46,7 +47,7 @@ def assert_gaussian_at_each_row(table, mean, std, rtol=1e-11, **more):
 @pytest.mark.parametrize("steps", [3, 7, 24])
 @pytest.mark.parametrize("name", ON_A_POINT)
 def test_a_point_is_exact_in_any_number_of_steps(name, steps):
-    """`x_t = alpha_t c + sigma_t / sigma_s (x_s - alpha_s c)`, or as much noise anew."""
+    """`x_t = alpha_t c + sigma_t / sigma_s (x_s - alpha_s c)`, or as much fresh noise."""
     table = table_of(ON_A_POINT[name], make_grid(SCHEDULE, steps))
     assert_gaussian_at_each_row(table, POINT, 0.0)
 
@@ -54,7 +55,7 @@ def test_a_point_is_exact_in_any_number_of_steps(name, steps):
 @pytest.mark.parametrize("steps", [1, 2, 8])
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("plms", "prk")])
 def test_the_last_step_returns_the_prediction(name, steps):
-    """Without noise, whatever was drawn, and in a single step too."""
+    """It adds no noise, also in a run of a single step."""
     table = table_of(SOLVERS[name], make_grid(SCHEDULE, steps))
     noise = np.random.default_rng(0).normal(size=len(table.t))
     predictions = []
@@ -83,15 +84,14 @@ def test_plms_leaves_the_noise_of_the_cleanest_level():
 def test_ancestral_sampling_of_a_gaussian_is_exact_in_any_number_of_steps(
     variance, mean, std, steps
 ):
-    """With the best variance; "small" is the best of a point, "large" of a unit Gaussian
-    (DDPM, sec. 3.2)."""
+    """With the best variance: "small" for a point, "large" for a unit Gaussian (DDPM, sec. 3.2)."""
     table = table_of(partial(ddpm, variance=variance), log_snr_grid(-4.0, 1.5, steps))
     table = without_last_step(table)
-    assert_gaussian_at_each_row(table, mean, std, frac=best_frac(std))
+    assert_gaussian_at_each_row(table, mean, std, variance_fraction=best_fraction(std))
 
 
-def test_a_fixed_variance_is_what_a_score_enters_by():
-    """Whatever the network says of it."""
+def test_a_fixed_variance_scales_the_score_too():
+    """The network's variance output has no effect."""
     grid = make_grid(SCHEDULE, 6)
     learned, small, large = (
         table_of(SOLVERS[name], grid) for name in ("ddpm", "ddpm-small", "ddpm-large")
@@ -103,7 +103,7 @@ def test_a_fixed_variance_is_what_a_score_enters_by():
         assert table.s[-1] == 0 and not table.s_learned.any()
 
 
-# --- weak order: what the variance converges to
+# --- weak order: convergence of the variance
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_fixed_variance_is_what_a_score_enters_by():
     ],
 )
 def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
-    """The mean of a Gaussian is exact from the first step on; the variance tells them apart."""
+    """The mean of a Gaussian is exact in any number of steps; the variance shows the order."""
     mean, std, low, high = 0.4, 0.5, -1.0, 1.0
     (a, s), (b, t) = alpha_sigma(low), alpha_sigma(high)
 
@@ -128,7 +128,7 @@ def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
         table = without_last_step(table_of(solver, log_snr_grid(low, high, steps)))
         assert table.s.all()
         start = a**2 * std**2 + s**2
-        means, variances = spread(table, denoise_gaussian(mean, std), a * mean, start)
+        means, variances = mean_and_variance(table, denoise_gaussian(mean, std), a * mean, start)
         assert means[-1] == pytest.approx(b * mean, abs=1e-12)
         return abs(variances[-1] - (b**2 * std**2 + t**2))
 
@@ -136,7 +136,7 @@ def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
 
 
 @pytest.mark.parametrize("name", ["dpm++2m-sde", "sa"])
-def test_without_noise_they_are_the_solvers_of_the_flow(name):
+def test_without_noise_they_solve_the_flow(name):
     grid = make_grid(SCHEDULE, 9)
     table = table_of(partial(SOLVERS[name], eta=0.0), grid)
     other = table_of(SOLVERS["dpm++2m"], grid)
@@ -146,50 +146,50 @@ def test_without_noise_they_are_the_solvers_of_the_flow(name):
             np.testing.assert_array_equal(found, wanted)
 
 
-def test_sa_solver_adds_noise_in_the_middle_of_the_chain():
-    """Where 200 <= t <= 800, and more with eta."""
+def test_sa_solver_adds_noise_in_the_middle_of_the_process():
+    """Where 200 <= t <= 800; a larger eta adds more."""
     grid = np.array([900.0, 801, 800, 500, 200, 199, 20])
     table, half = (table_of(partial(sa_solver, eta=eta), grid) for eta in (1.0, 0.5))
     np.testing.assert_array_equal(table.s > 0, [False, False, True, True, True, False, False])
     assert (half.s[2:5] < table.s[2:5]).all() and (half.s[2:5] > 0).all()
 
 
-# --- going back
+# --- Restart and RePaint
 
 
-def test_repaint_visits_each_jump_so_many_times():
+def test_repaint_takes_each_jump_so_many_times():
     table = table_of(repaint(SOLVERS["ddim"], jump=2, times=3), make_grid(SCHEDULE, 6))
     assert table.step.tolist() == [0, 1, 2, *[1, 2] * 2, 3, 4, *[3, 4] * 2, 5]
     np.testing.assert_array_equal(table.index, np.arange(14))
     assert np.flatnonzero(table.keep == 0).tolist() == [3, 5, 9, 11]
 
 
-def test_restart_goes_back_from_the_nearest_levels():
-    """By noise level sigma / alpha, whatever the order of the spans; all rows of a step with it."""
+def test_restart_uses_the_nearest_levels_of_the_grid():
+    """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
     grid = SCHEDULE.at_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
-    spans = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
-    table = table_of(restart(SOLVERS["ddim"], spans), grid)
+    intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
+    table = table_of(restart(SOLVERS["ddim"], intervals), grid)
     assert table.step.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]
-    table = table_of(restart(SOLVERS["heun"], spans[:1]), grid)
+    table = table_of(restart(SOLVERS["heun"], intervals[:1]), grid)
     assert table.step.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5]
     assert np.flatnonzero(table.keep == 0).tolist() == [8]
 
 
 @pytest.mark.parametrize("name", ON_A_POINT)
 @pytest.mark.parametrize(
-    "wrap", [partial(restart, spans=[SPAN]), partial(repaint, jump=3, times=2)]
+    "wrap", [partial(restart, intervals=[INTERVAL]), partial(repaint, jump=3, times=2)]
 )
-def test_whoever_goes_back_stands_where_the_noise_says(wrap, name):
+def test_jumps_end_at_the_right_noise_level(wrap, name):
     table = table_of(wrap(ON_A_POINT[name]), make_grid(SCHEDULE, 8))
     plain = table_of(ON_A_POINT[name], make_grid(SCHEDULE, 8))
     assert len(table.t) > len(plain.t) and (np.diff(table.alpha) < 0).any()
     assert_gaussian_at_each_row(table, POINT, 0.0)
 
 
-def test_history_begins_anew_where_it_goes_back():
+def test_a_jump_resets_the_history():
     """The rows after a jump are those of a solver that starts there."""
     grid = make_grid(SCHEDULE, 8)
-    table = table_of(restart(SOLVERS["unipc3"], [SPAN]), grid)
+    table = table_of(restart(SOLVERS["unipc3"], [INTERVAL]), grid)
     jump = int(np.flatnonzero(np.diff(table.step) < 0)[-1]) + 1
     top = table.step[jump]
     alone = SOLVERS["unipc3"](SCHEDULE, grid[top:], np.zeros(8 - top, bool))
@@ -199,7 +199,7 @@ def test_history_begins_anew_where_it_goes_back():
         )
 
 
-def test_breaks_stay_where_it_goes_over_them_again():
+def test_breaks_stay_when_their_step_is_repeated():
     grid = make_grid(SCHEDULE, 8)
     again = repaint(SOLVERS["dpm++2m"], jump=4, times=2)
     first_order = table_of(again, grid, breaks=[5])
@@ -212,13 +212,14 @@ def test_breaks_stay_where_it_goes_over_them_again():
     ("std", "steps", "rtol"), [(0.0, 9, 1e-11), (1.0, 9, 1e-11), (0.3, 9, 2e-2), (0.3, 33, 6e-3)]
 )
 def test_a_learned_variance_and_the_noise_of_a_jump_add_up(std, steps, rtol):
-    """Exactly at either end of what is learned; between them a logarithm is taken as straight."""
+    """Exact at both ends of the learned range; between them a logarithm is taken as linear."""
     table = table_of(repaint(SOLVERS["ddpm"], jump=2, times=3), make_grid(SCHEDULE, steps))
-    assert_gaussian_at_each_row(without_last_step(table), 0.0, std, rtol, frac=best_frac(std))
+    table = without_last_step(table)
+    assert_gaussian_at_each_row(table, 0.0, std, rtol, variance_fraction=best_fraction(std))
 
 
-def test_a_score_enters_by_the_learned_variance_where_it_goes_back():
-    """Scaled as the mean is; the fresh noise has no part in it."""
+def test_a_jump_scales_the_score_by_the_learned_variance():
+    """It is scaled like the mean; the fresh noise has no effect."""
     grid = make_grid(SCHEDULE, 9)
     plain = table_of(SOLVERS["ddpm"], grid)
     table = table_of(repaint(SOLVERS["ddpm"], jump=1, times=2), grid)

@@ -1,6 +1,6 @@
-"""Every solver in the shipped sampler, and what their tables hold.
+"""Every solver in the compiled sampler, and the contents of the tables.
 
-What the solvers solve, and how fast, is in test_solver_orders.py and test_solver_stochastic.py.
+Accuracy and order of the solvers: see test_solver_orders.py and test_solver_stochastic.py.
 """
 
 from functools import partial
@@ -12,14 +12,13 @@ import pytest
 
 from glide_jax.diffusion import sampling
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.spacings import respaced
-from glide_jax.diffusion.guidance import Network
-from glide_jax.diffusion.guidance.linear import classifier_free
-from glide_jax.diffusion.solvers.restart import repaint, restart
+from glide_jax.diffusion.guidance import Network, classifier_free
 from glide_jax.diffusion.sampling import plan, run_rows, stream
-from glide_jax.diffusion.solvers import SOLVERS, unipc
+from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.multistep import unipc
 from glide_jax.diffusion.solvers.table import HISTORY, Table
+from glide_jax.diffusion.spacings import respaced
 from glide_jax.errors import UsageError
 from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 
@@ -32,17 +31,16 @@ EVERY = SOLVERS | {
 # --- the compiled sampler
 
 PUSH = {"cond": 0.3, "null": -0.2}
-SCALE, SPAN = 3.0, (0.3, 4.0)
+SCALE, INTERVAL = 3.0, (0.3, 4.0)
 
 
 def output(xp, x, t, push):
-    """Of a toy network: a noise, and a learned variance fraction on its scale of [-1, 1]."""
+    """Return noise and variance output in [-1, 1] of a toy network; `xp` is numpy or jax.numpy."""
     return xp.tanh(0.8 * x + t / 2000 + push), xp.sin(2 * x)
 
 
 def toy(params, x, t, cond):
-    eps, frac = output(jnp, x, t[:, None, None, None], cond)
-    return jnp.concatenate([eps, frac], axis=-1)
+    return jnp.concatenate(output(jnp, x, t[:, None, None, None], cond), axis=-1)
 
 
 TOY = {"main": Network(toy, None)}
@@ -55,49 +53,49 @@ def conds():
 
 @pytest.fixture
 def double(monkeypatch):
-    """The shipped sampler in float64: tables are no longer rounded on their way to the device."""
+    """Run the sampler in float64: tables are not rounded on their way to the device."""
     monkeypatch.setattr(sampling, "_to_device_dtype", lambda column: column)
     with jax.enable_x64(True):
         yield
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_compiled_sampler_does_what_the_table_says(name, double):
-    """With guidance in a span, which belongs to whole steps, a learned variance, and noise."""
+def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
+    """With guidance in an interval (of whole steps), a learned variance, and noise."""
     grid = make_grid(SCHEDULE, 8)
-    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(scale=SCALE).within(*SPAN)])
+    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
     level = np.exp(-SCHEDULE.log_snr(grid))
 
     def denoise(x, row):
         eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
-        acts = SPAN[0] < level[row.step] <= SPAN[1]
+        acts = INTERVAL[0] < level[row.step] <= INTERVAL[1]
         guided = eps["null"] + (SCALE if acts else 1) * (eps["cond"] - eps["null"])
         return (x - row.sigma * guided) / row.alpha
 
-    def frac(x, row):
+    def fraction(x, row):
         return (output(np, x, row.t, PUSH["cond"])[1] + 1) / 2
 
-    # The plan's own table: it has asked the solver to begin anew at both ends of the span.
-    wanted = interpret(run.table, denoise, X, noise, frac=frac)
+    # The table of the plan: there the solver is reset at both ends of the interval.
+    wanted = interpret(run.table, denoise, X, noise, variance_fraction=fraction)
     states = [state for _, state in stream(TOY, conds(), run, jnp.asarray(X), jnp.asarray(noise))]
     for field in ("x", "y", "history"):
         found = np.stack([getattr(state, field) for state in states])
         np.testing.assert_allclose(found, getattr(wanted, field)[1:], rtol=1e-9, atol=1e-9)
 
 
-def test_no_sampler_compiles_anew():
-    """Their tables are of one shape and type: a program serves all that have as many rows."""
+def test_samplers_share_a_compiled_program():
+    """All tables have the same columns: one program serves all with the same number of rows."""
     x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
 
-    def draw(name):
-        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(scale=SCALE)])
-        return list(stream(TOY, conds(), run, x, keys))[-1][1]
+    def generate(name):
+        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)])
+        return list(stream(TOY, conds(), run, x, keys))[-1][1].x
 
-    draw("dpm++2m")
+    generate("dpm++2m")
     compiled = run_rows._cache_size()
     for name in EVERY:
-        assert np.isfinite(draw(name).x).all()
+        assert np.isfinite(generate(name)).all()
     assert run_rows._cache_size() == compiled
 
 
@@ -106,7 +104,7 @@ def test_no_sampler_compiles_anew():
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("steps", [3, 4, 25])
-def test_tables_are_finite_float64_and_of_one_shape(name, steps):
+def test_tables_are_finite_and_have_the_same_columns(name, steps):
     if name == "repaint":
         steps += 1
     table = table_of(EVERY[name], make_grid(SCHEDULE, steps))
@@ -115,10 +113,10 @@ def test_tables_are_finite_float64_and_of_one_shape(name, steps):
     for field, column in table._asdict().items():
         shape = {"S": (HISTORY, HISTORY + 1), "B": (HISTORY,), "E": (HISTORY,)}.get(field, ())
         assert column.shape == (n, *shape) and np.isfinite(column).all(), field
-        whole = field in ("index", "step", "program")
-        assert column.dtype == (int if whole else np.float64), field
+        integer = field in ("index", "step", "program")
+        assert column.dtype == (int if integer else np.float64), field
     np.testing.assert_array_equal(table.index, np.arange(n))
-    # A score enters x_0 at the row's own level, or the mean of ancestral sampling.
+    # A score moves x_0 at the row's own level, or the mean of ancestral sampling.
     ancestral = name.startswith("ddpm") or name == "repaint"
     wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
     np.testing.assert_allclose(table.score_x_0, wanted, rtol=1e-12)
@@ -134,7 +132,7 @@ def test_evaluations_of_nine_levels(name, evaluations):
     assert len(table_of(EVERY[name], make_grid(SCHEDULE, 9)).t) == evaluations
 
 
-def test_both_evaluations_of_a_step_are_told_where_it_goes():
+def test_all_evaluations_of_a_step_have_its_next_level():
     for name in ("heun", "dpm++2s", "prk"):
         table = table_of(SOLVERS[name], make_grid(SCHEDULE, 5))
         for step in set(table.step):
@@ -142,8 +140,11 @@ def test_both_evaluations_of_a_step_are_told_where_it_goes():
 
 
 def test_2m_is_the_published_midpoint_form():
-    """`D = (1 + 1/2r) D_i - 1/2r D_{i-1}`, `r = h_{i-1} / h_i` (2211.01095, algorithm 2): with r
-    upside down its errors would cancel from step to step, and the order stay 2."""
+    """`D = (1 + 1/2r) D_i - 1/2r D_{i-1}`, `r = h_{i-1} / h_i`  (2211.01095, algorithm 2).
+
+    The order of convergence cannot show it: with r inverted the errors would cancel from step to
+    step, and the order would still be 2.
+    """
     log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
     table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_log_snr(log_snr))
     alpha, sigma = alpha_sigma(log_snr)
@@ -158,14 +159,17 @@ def test_2m_is_the_published_midpoint_form():
 
 @pytest.mark.parametrize("p", [2, 3])
 def test_unipc_is_the_published_form(p):
-    """bh2 of 2302.04867: `x - alpha B(h) sum_m rho_m (D_m - D_0) / r_m`, the rho from the system of
-    its equation for h in terms of phi functions, predictor of order 2 and first corrector 1/2."""
+    """bh2 of 2302.04867: `x - alpha B(h) sum_m rho_m (D_m - D_0) / r_m`.
+
+    The rho solve the paper's linear system in phi functions; a single rho, that of the predictor of
+    order 2 and of the first corrector, is 1/2.
+    """
     log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
     table = table_of(partial(unipc, order=p), SCHEDULE.at_log_snr(log_snr))
     alpha, _ = alpha_sigma(log_snr)
 
     def rho(r, h):
-        """For data prediction, where h enters with its sign turned."""
+        """For data prediction, where h has the opposite sign."""
         phi, factorial, b = np.expm1(-h) / -h - 1, 1, []
         for k in range(1, len(r) + 1):
             b.append(phi * factorial / np.expm1(-h))
@@ -174,7 +178,7 @@ def test_unipc_is_the_published_form(p):
         return np.linalg.solve(np.vander(r, increasing=True).T, b) if len(r) > 1 else [0.5]
 
     def weights(r, h, to):
-        """On D_0 and on each D_m: of the whole of `x' - (sigma' / sigma) x`."""
+        """Return the weights on D_0 and on each D_m in `x' - (sigma' / sigma) x`."""
         B = np.expm1(-h)
         each = -alpha[to] * B * np.array(rho(r, h)) / r
         return np.append(-alpha[to] * B - each.sum(), each)
@@ -198,16 +202,16 @@ def test_3m_is_the_parabola_through_three_predictions():
     fall = 1 - np.exp(-h)
     phi = 1 - fall / h
     r0, r1 = h1 / h, h0 / h
-    for place, D in enumerate(np.eye(3)):
+    for i, D in enumerate(np.eye(3)):
         a1, a2 = (D[0] - D[1]) / r0, (D[1] - D[2]) / r1
         c2 = (a1 - a2) / (r0 + r1)
         wanted = alpha[3] * (fall * D[0] + phi * (a1 + r0 * c2) + (1 - 2 * phi / h) * c2)
-        assert table.E[2, place] == pytest.approx(wanted, rel=1e-8)
+        assert table.E[2, i] == pytest.approx(wanted, rel=1e-8)
 
 
 @pytest.mark.parametrize("spacing", ["1", "6", "8", "27", "100", "ddim50"])
 def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
-    """(2010.02502, sec. 4.1); and no rounding makes it NaN, as the original's does."""
+    """(2010.02502, sec. 4.1); rounding makes no NaN, as it does in the original code."""
     grid = respaced(SCHEDULE, spacing)
     one = table_of(partial(ddim, eta=1.0), grid)
     other = table_of(SOLVERS["ddpm-small"], grid)
@@ -218,7 +222,7 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     assert all(np.isfinite(column).all() for column in rounded)
 
 
-# --- what cannot be
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -226,24 +230,33 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     [
         (lambda: table_of(partial(ddpm, variance="smal"), [5.0]), "did you mean 'small'"),
         (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "at least three levels, not 2"),
-        (lambda: table_of(partial(unipc, order=4), [5.0, 1.0]), "1 to 3 predictions .* 4 and 5"),
+        (
+            lambda: table_of(partial(unipc, order=4), [5.0, 1.0]),
+            "uses 1 to 3 predictions .* 4 and 5",
+        ),
         (lambda: table_of(partial(SOLVERS["sa"], predictor=0), [5.0]), "not 0 and 4"),
-        (lambda: table_of(partial(SOLVERS["lms"], order=5), [5.0]), "1 to 4 noises, not 5"),
+        (
+            lambda: table_of(partial(SOLVERS["lms"], order=5), [5.0]),
+            "1 to 4 noise predictions, not 5",
+        ),
         (lambda: restart(ddim, [(2.0, 1.0, 1)]), "0 < low < high"),
         (lambda: restart(ddim, [(0.0, 1.0, 1)]), "0 < low < high"),
-        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "at least one time"),
-        (lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]), "no step there"),
+        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "times of at least 1"),
+        (
+            lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]),
+            "no step lies between them",
+        ),
         (lambda: repaint(ddim, jump=0), "jump and times of at least 1"),
         (lambda: repaint(ddim, times=0), "jump and times of at least 1"),
-        (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more than 3"),
+        (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more steps than 3"),
         (
             lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
-            "no step between two levels",
+            "no step between the two levels of a jump",
         ),
         (lambda: plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
     ],
 )
-def test_samplers_that_cannot_be(make, message):
+def test_refused_samplers(make, message):
     with pytest.raises(UsageError, match=message) as caught:
         make()
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""Running the project's command lines, and tiny models and data for them."""
+"""The project's commands as processes, and tiny models and data for them."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from glide_jax.devices.parallel import quickly
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
-from glide_jax.devices.parallel import quickly
 from glide_jax.weights.registry import FORMAT
 from glide_jax.weights.store import flatten, save_weights
 from tests.support.quick import QUICK
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "fixtures" / "tiny_recipe.py"
 
 TINY = ModelConfig(
@@ -36,13 +36,13 @@ TINY = ModelConfig(
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a command on the CPU, as if it had so many devices."""
+    """Return the environment of a command on the CPU, with so many virtual devices."""
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}" if devices > 1 else QUICK
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 
 def run(*arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs `python <arguments>` from the root of the project; output as text."""
+    """Run `python <arguments>` from the root of the project; output as text."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -55,7 +55,7 @@ def run(*arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Co
 
 
 def one_line(result: subprocess.CompletedProcess, code: int) -> str:
-    """The error of a command that must fail with one clear line."""
+    """Return the error of a command that must fail with one line."""
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -64,7 +64,7 @@ def one_line(result: subprocess.CompletedProcess, code: int) -> str:
 
 
 def make_images(folder: Path, size: int = 16, count: int = 12) -> Path:
-    """A folder of plain pictures with captions."""
+    """Write a folder of plain images with captions, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     colours = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
     for i in range(count):
@@ -77,18 +77,18 @@ def make_images(folder: Path, size: int = 16, count: int = 12) -> Path:
 
 
 def quick_key(seed: int) -> jax.Array:
-    """A key to draw weights with: the usual kind takes longer to compile."""
+    """Return a key for random weights: the usual kind takes longer to compile."""
     return jax.random.key(seed, impl="rbg")
 
 
 def first_weights(init: Callable[..., Any], model: Any, seed: int = 0) -> Any:
-    """First weights `init(model, key)`, quickly compiled."""
+    """Return random weights `init(model, key)`, compiled quickly."""
     jitted = jax.jit(init, static_argnums=0, compiler_options=quickly())
     return jitted(model, quick_key(seed))
 
 
 def make_weights(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Path:
-    """A folder of random weights (not zero anywhere, so that everything matters)."""
+    """Write a folder of random weights, none of them zero, and return it."""
     leaves, tree = jax.tree.flatten(first_weights(init_params, GLIDE(config), seed))
     rng = np.random.default_rng(seed)
     leaves = [np.asarray(a) + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves]

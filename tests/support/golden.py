@@ -1,8 +1,8 @@
 """Reference values: outputs of the original PyTorch code (float32 on a CPU, dropout off).
 
-`fixtures/golden/*.npz` hold inputs and outputs of openai/glide-text2im and openai/guided-diffusion
-for tiny networks with random weights, in torch's layout: images `(B, C, H, W)`, sequences
-`(B, W, L)`, convolutions OIHW. The helpers here turn them into ours.
+`fixtures/golden/*.npz` contain inputs and outputs of openai/glide-text2im and
+openai/guided-diffusion for tiny networks with random weights, in torch's layout: images
+`(B, C, H, W)`, sequences `(B, W, L)`, convolutions OIHW. The helpers here convert them.
 """
 
 import json
@@ -24,20 +24,20 @@ from glide_jax.models.presets import ModelConfig, model_config
 from glide_jax.models.unet import GLIDE
 from glide_jax.weights.released import from_released
 
-FOLDER = Path(__file__).parent / "fixtures" / "golden"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "golden"
 SCHEDULES = {"squaredcos_cap_v2": "cosine", "cosine": "cosine", "linear": "linear"}
-# A variant's file of weights holds its stem alone; all else is shared.
+# The weights of these variants are those of another one, except for the first convolution.
 SHARED_WEIGHTS = {"inpaint": "base", "superres_inpaint": "superres"}
 TEXT_SIDE = ("transformer", "token_embedding", "positional_embedding", "final_ln")
 
 
-# Which array of which file owns some memory: `{id of the owner: (file, key)}`.
+# The array of a file that owns some memory: `{id of the owner: (file, key)}`.
 _OWNERS: dict[int, tuple[str, str]] = {}
 
 
 @cache
 def load(name: str) -> MappingProxyType:
-    """All arrays of `fixtures/golden/<name>.npz`, read-only."""
+    """Return all arrays of `fixtures/golden/<name>.npz`, read-only."""
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
     for key, array in arrays.items():
@@ -47,31 +47,31 @@ def load(name: str) -> MappingProxyType:
 
 
 def _owner(array: np.ndarray) -> np.ndarray:
-    """What a view is a view of."""
+    """Return the array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
-    """Channels last, from `(B, C, H, W)` or `(B, W, L)`."""
+    """Move the channels of `(B, C, H, W)` or `(B, W, L)` to the end."""
     return np.moveaxis(x, 1, -1)
 
 
 def steps_nhwc(x: np.ndarray) -> np.ndarray:
-    """Channels last, from `(N, B, C, H, W)`."""
+    """Move the channels of `(N, B, C, H, W)` to the end."""
     return np.moveaxis(x, 2, -1)
 
 
 def error(found, wanted) -> float:
-    """`max |found - wanted|`; shapes must agree, and nothing may be NaN."""
+    """`max |found - wanted|`; the shapes must be equal. NaN gives NaN, which is never close."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape
     return np.abs(found - wanted).max()
 
 
 class Comparison(NamedTuple):
-    """What an assertion found; `file` and `key` name the reference, where it is a view of one."""
+    """The result of an assertion; `file` and `key` name the golden array of the comparison."""
 
     test: str
     file: str
@@ -80,12 +80,12 @@ class Comparison(NamedTuple):
     tolerance: float
 
 
-# For the report of `python -m tests.tools.parity`.
+# All comparisons of this process, for the report of `python -m tests.tools.parity`.
 COMPARISONS: list[Comparison] = []
 
 
 def note(wanted, worst: float, tolerance: float) -> None:
-    """Remembers a comparison."""
+    """Add a comparison to `COMPARISONS`."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
     file, key = "", ""
     if isinstance(wanted, np.ndarray):
@@ -94,16 +94,16 @@ def note(wanted, worst: float, tolerance: float) -> None:
 
 
 def assert_close(found, wanted, tolerance: float) -> None:
-    """`|found - wanted| <= tolerance` everywhere."""
+    """Assert `|found - wanted| <= tolerance` everywhere."""
     worst = error(found, wanted)
     note(wanted, worst, tolerance)
     assert worst <= tolerance, f"off by {worst:.2e}, more than {tolerance:.0e}"
 
 
 def assert_relative(found, wanted, tolerance: float, floor: float = 0.0) -> None:
-    """`|found - wanted| <= tolerance max|wanted|`, for each entry of the first axis on its own.
+    """Assert `|found - wanted| <= tolerance max|wanted|` for each entry of the first axis.
 
-    Row by row, since pictures at noisy steps are thousands of times larger than the others.
+    Each entry has its own maximum: images at noisy steps are thousands of times larger than others.
     """
     assert len(found) == len(wanted)
     for row, (a, b) in enumerate(zip(found, wanted, strict=True)):
@@ -114,15 +114,15 @@ def assert_relative(found, wanted, tolerance: float, floor: float = 0.0) -> None
 
 
 def config(name: str) -> ModelConfig:
-    """The tiny model of that name in configs.json."""
-    given = json.loads((FOLDER / "configs.json").read_text())[name]
+    """Return the config of a tiny model in configs.json."""
+    values = json.loads((FOLDER / "configs.json").read_text())[name]
     known = {field.name for field in fields(ModelConfig)}
-    return model_config({"image_size": 16} | {k: v for k, v in given.items() if k in known})
+    return model_config({"image_size": 16} | {k: v for k, v in values.items() if k in known})
 
 
 @cache
 def state_dict(name: str) -> MappingProxyType:
-    """Its weights, under the released names."""
+    """Return the weights of a tiny model under OpenAI's parameter names."""
     if name.startswith("alt"):
         arrays = load("unet_alt_add")
         found = {k.removeprefix("sd."): v for k, v in arrays.items() if k.startswith("sd.")}
@@ -140,13 +140,13 @@ def state_dict(name: str) -> MappingProxyType:
 
 @cache
 def weights(name: str) -> dict:
-    """Its weights as our tree."""
+    """Return the weights of a tiny model as a parameter tree."""
     return from_released(config(name), state_dict(name))
 
 
 @cache
 def model(name: str, dtype: str = "float32") -> GLIDE:
-    """The tiny model of that name, its trunk in `dtype`."""
+    """Return a tiny model with its trunk in `dtype`."""
     return GLIDE(config(name), jnp.dtype(dtype))
 
 
@@ -161,13 +161,13 @@ def _forward(network: GLIDE, variables, x, t, text, images):
 
 
 def encode(name: str, tokens, mask, dtype: str = "float32"):
-    """Text features from the reference's tokens."""
+    """Return the text features of tokens."""
     variables = {"params": weights(name)}
     return _encode(model(name, dtype), variables, np.asarray(tokens, np.int32), mask)
 
 
 def forward(name: str, x, t, text, *, params=None, dtype="float32", **images) -> np.ndarray:
-    """The network's output, channels last; `x` and `images` are channels first."""
+    """Return the output of a tiny model, channels last; `x` and `images` are channels first."""
     variables = {"params": weights(name) if params is None else params}
     images = {key: nhwc(image) for key, image in images.items()}
     return np.asarray(_forward(model(name, dtype), variables, nhwc(x), t, text, images))
@@ -179,7 +179,7 @@ def _apply(network: GLIDE, params, x, t, cond):
 
 
 def network(name: str, dtype: str = "float32") -> Network:
-    """The tiny model as the sampler wants it; its conditioning is `(text, images)`."""
+    """Return a tiny model as a network of the sampler; its conditioning is `(text, images)`."""
     return Network(_network_fn(name, dtype), weights(name))
 
 
@@ -189,5 +189,5 @@ def _network_fn(name: str, dtype: str):
 
 
 def rows(plan: Plan, some: slice) -> Plan:
-    """Some rows of a plan, as a plan."""
+    """Return a plan with some of the rows of another."""
     return replace(plan, table=Table(*(column[some] for column in plan.table)))

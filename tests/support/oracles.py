@@ -1,12 +1,13 @@
-"""Exact cases for the solvers: no network, no sampler of ours, float64.
+"""Exact cases for the solvers, in float64: no network, and not the project's sampler.
 
-The recursion is written here a second time, in numpy, and reads nothing but the `Table`.
+The recursion is written here a second time, in numpy; it reads nothing but the `Table`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
 from glide_jax.diffusion.schedule import make_schedule
@@ -26,63 +27,75 @@ class Trace(NamedTuple):
     history: np.ndarray
 
 
-def no_frac(x, row) -> float:
+def no_variance(x, row) -> float:
+    """The variance fraction of a network that predicts `beta_tilde` everywhere."""
     return 0.0
 
 
 def interpret(
-    table: Table, denoise: Denoise, x, noise=None, *, frac=no_frac, history=None, first: int = 0
+    table: Table,
+    denoise: Denoise,
+    start: ArrayLike,
+    noise: np.ndarray | None = None,
+    *,
+    variance_fraction: Callable = no_variance,
+    history: np.ndarray | None = None,
+    first: int = 0,
 ) -> Trace:
-    """What a table does to `x`, any shape, with noise `(N, ...)`.
+    """Run a table.
 
     Args:
-        frac: learned variance, `(x, row)`; history: `(4, ...)`, if not empty; first: row to begin
-            at.
+        start: x before the first row, of any shape.
+        noise: `(N, ...)`, the noise of each row.
+        variance_fraction: the learned variance, `(x, row)`.
+        history: `(4, ...)`; None: zeros.
+        first: the row to start at.
     """
-    x = np.asarray(x, np.float64)
+    x = np.asarray(start, np.float64)
     y, H = np.zeros_like(x), np.zeros((HISTORY, *x.shape)) if history is None else history
     trace = [(x, y, H)]
     for i in range(first, len(table.t)):
         row = table.rows(i)
-        v, entry = frac(x, row), row.u * x + row.v * denoise(x, row)
+        fraction, entry = variance_fraction(x, row), row.u * x + row.v * denoise(x, row)
         H = np.tensordot(row.S, np.stack([entry, *H]), axes=1)
         y = row.Py * y + row.Px * x + np.tensordot(row.B, H, axes=1)
         x = row.Qy * y + row.Qx * x + np.tensordot(row.E, H, axes=1)
         if noise is not None:
-            log_variance = v * row.log_beta + (1 - v) * row.log_beta_tilde
+            log_variance = fraction * row.log_beta + (1 - fraction) * row.log_beta_tilde
             x = x + (row.s + row.s_learned * np.exp(log_variance / 2)) * noise[i]
         trace.append((x, y, H))
     return Trace(*map(np.stack, zip(*trace, strict=True)))
 
 
-def table_of(solver: Solver, grid: np.ndarray, breaks=()) -> Table:
-    """The solver's table on the cosine schedule, its history begun anew at the steps `breaks`."""
-    return solver(SCHEDULE, np.asarray(grid), np.isin(np.arange(len(grid)), breaks))
+def table_of(solver: Solver, grid: ArrayLike, breaks: Sequence[int] | np.ndarray = ()) -> Table:
+    """Return the solver's table on the cosine schedule, its history reset at the steps `breaks`."""
+    grid = np.asarray(grid)
+    return solver(SCHEDULE, grid, np.isin(np.arange(len(grid)), breaks))
 
 
 def without_last_step(table: Table) -> Table:
-    """From the first level of a grid to its last; not on to the clean picture, whither every solver
-    takes one step of first order."""
+    """Remove the step from the last level of the grid to the clean image: it is of first order."""
     return table.rows(table.step < table.step[-1])
 
 
 def log_snr_grid(low: float, high: float, steps: int) -> np.ndarray:
-    """`steps` even steps, `steps + 1` levels."""
+    """Return the `steps + 1` levels of `steps` even steps in log-SNR."""
     return SCHEDULE.at_log_snr(np.linspace(low, high, steps + 1))
 
 
-def alpha_sigma(log_snr) -> tuple[np.ndarray, np.ndarray]:
-    """Of variance-preserving diffusion."""
+def alpha_sigma(log_snr: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return alpha and sigma of variance-preserving diffusion."""
     log_snr = np.asarray(log_snr, np.float64)
     return (1 + np.exp(-2 * log_snr)) ** -0.5, (1 + np.exp(2 * log_snr)) ** -0.5
 
 
 def order(error: Callable[[int], float], coarse: int) -> float:
-    """How fast `error(steps)` falls when steps are doubled."""
+    """Return the order of convergence: how fast `error(steps)` falls when the steps double."""
     return float(np.log2(error(coarse) / error(2 * coarse)))
 
 
 def rms(difference: np.ndarray) -> float:
+    """Return the root mean square."""
     return float(np.sqrt((difference**2).mean()))
 
 
@@ -97,7 +110,7 @@ QUANTILES = np.linspace(0.02, 0.98, 33)
 
 
 def denoise_mixture(x: np.ndarray, row: Table) -> np.ndarray:
-    """`E[x_0 | x_t]`, each mode's posterior mean weighted by its posterior probability."""
+    """`E[x_0 | x_t]`: each mode's posterior mean, weighted by its posterior probability."""
     x = np.asarray(x)[..., None]
     variance = row.alpha**2 * STDS**2 + row.sigma**2
     logit = np.log(WEIGHTS) - np.log(variance) / 2 - (x - row.alpha * MEANS) ** 2 / (2 * variance)
@@ -107,7 +120,7 @@ def denoise_mixture(x: np.ndarray, row: Table) -> np.ndarray:
 
 
 def mixture_at(log_snr: float, quantiles: np.ndarray = QUANTILES) -> np.ndarray:
-    """Where the mixture, noised to this level, has these cumulative probabilities; by bisection."""
+    """Return the quantiles of the mixture noised to a level, by bisection."""
     alpha, sigma = alpha_sigma(log_snr)
     std = np.sqrt(alpha**2 * STDS**2 + sigma**2)
     low, high = np.full_like(quantiles, -20.0), np.full_like(quantiles, 20.0)
@@ -121,8 +134,8 @@ def mixture_at(log_snr: float, quantiles: np.ndarray = QUANTILES) -> np.ndarray:
 # --- one Gaussian
 
 
-def denoise_gaussian(mean, std) -> Denoise:
-    """`E[x_0 | x_t]` of `N(mean, std^2)`; numbers, or arrays that go with x."""
+def denoise_gaussian(mean: float, std: float) -> Denoise:
+    """Return `E[x_0 | x_t]` of `N(mean, std^2)`; both numbers, or arrays that broadcast with x."""
 
     def denoise(x, row):
         gain = row.alpha * std**2 / (row.alpha**2 * std**2 + row.sigma**2)
@@ -131,18 +144,20 @@ def denoise_gaussian(mean, std) -> Denoise:
     return denoise
 
 
-def gaussian_flow(x, mean, std, start: float, end: float) -> np.ndarray:
-    """Where the flow takes x from one log-SNR to another."""
+def gaussian_flow(x: np.ndarray, mean: float, std: float, start: float, end: float) -> np.ndarray:
+    """Return the point that the flow takes x to, from one log-SNR to another."""
     (a, s), (b, t) = alpha_sigma(start), alpha_sigma(end)
     growth = np.sqrt((b**2 * std**2 + t**2) / (a**2 * std**2 + s**2))
     return b * mean + (x - a * mean) * growth
 
 
-def best_frac(std: float):
-    """The learned variance that a perfect network would predict for a Gaussian,
-    `beta_tilde + c^2 Var[x_0 | x_t]`, as a fraction; 0 where the step has no noise."""
+def best_fraction(std: float) -> Callable:
+    """Return the learned variance that a perfect network predicts for a Gaussian.
 
-    def frac(x, row):
+    It is `beta_tilde + c^2 Var[x_0 | x_t]`, as a fraction; 0 where the step adds no noise.
+    """
+
+    def fraction(x, row):
         beta = 1 - (row.alpha / row.next_alpha) ** 2
         if row.next_sigma == 0:
             return 0.0
@@ -151,27 +166,35 @@ def best_frac(std: float):
         best = beta_tilde + (beta * row.next_alpha / row.sigma**2) ** 2 * uncertain
         return np.log(best / beta_tilde) / np.log(beta / beta_tilde)
 
-    return frac
+    return fraction
 
 
 def levels_after(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """`alpha`, `sigma` that x stands at after each row."""
+    """Return alpha and sigma of x after each row."""
     return (
         np.append(table.alpha[1:], table.next_alpha[-1]),
         np.append(table.sigma[1:], table.next_sigma[-1]),
     )
 
 
-def spread(table: Table, denoise: Denoise, mean, variance, frac=no_frac) -> tuple:
-    """Mean and variance after each row, `(N,)`, of what begins with these; for a linear denoiser.
+def mean_and_variance(
+    table: Table,
+    denoise: Denoise,
+    mean: float,
+    variance: float,
+    variance_fraction: Callable = no_variance,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance of x after each row, `(N,)`, for a linear denoiser.
 
-    Picture 0 has neither start nor noise, picture 1 a start of one, each further one the noise of
-    one row: by linearity these are all there is to know.
+    Args:
+        mean, variance: those of x before the first row.
     """
+    # By linearity a few runs say everything: one without start and noise, one that starts at 1, and
+    # one for the noise of each row.
     n = len(table.t)
     x = np.append([0.0, 1.0], np.zeros(n))
     noise = np.eye(n, n + 2, 2)
-    found = interpret(table, denoise, x, noise, frac=frac).x[1:]
+    found = interpret(table, denoise, x, noise, variance_fraction=variance_fraction).x[1:]
     still, unit = found[:, :1], found[:, 1:] - found[:, :1]
     of_noise = (unit[:, 1:] ** 2).sum(1)
     return still[:, 0] + unit[:, 0] * mean, unit[:, 0] ** 2 * variance + of_noise

@@ -1,14 +1,14 @@
-"""Tiny runs over all devices of this process and its peers; what they did, as JSON.
+"""Run tiny trainings over all devices of this process and its peers, and report as JSON.
 
-    python -m tests.support.parallel_layouts PICTURES RUNS REPORT JOB ... [--coordinator ...]
+    python -m tests.support.parallel_layouts IMAGES RUNS REPORT JOB ... [--coordinator ...]
 
 Jobs, one after the other:
-    RUN:SPREAD:STEPS        trains `RUNS/RUN` so far, or on from its newest checkpoint; a CLIP where
-                            the name begins with "clip"
-    RUN:SPREAD:STEPS:stop   the same, and SIGTERM to the last process after three steps
-    copy:RUN:NEW            copies a run
-    damage:RUN              shortens the largest file of a run's newest checkpoint
-    facts                   `sharding_facts`
+    RUN:PARALLELISM:STEPS        train `RUNS/RUN` to this step, from its newest checkpoint if it has
+                                 one; a CLIP if the name begins with "clip"
+    RUN:PARALLELISM:STEPS:stop   the same, with SIGTERM to the last process after three steps
+    copy:RUN:NEW                 copy a run
+    damage:RUN                   truncate the largest file of a run's newest checkpoint
+    facts                        `sharding_facts`
 
 The report has the losses of each training job by step, and the facts.
 """
@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.devices import parallel
-from glide_jax.models.presets import CLIPConfig
+from glide_jax.devices import parallel, processes
 from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.models.presets import CLIPConfig
 from glide_jax.training.checkpoint import checksums, steps_in
 from glide_jax.training.command_line import take_peers
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
@@ -55,8 +55,8 @@ CLIP = CLIPConfig(
 )
 
 
-def recipe(name: str, pictures: Path) -> RunConfig:
-    """A recipe without dropout, whose draws belong to devices."""
+def recipe(name: str, images: Path) -> RunConfig:
+    """Return a recipe without dropout, whose random numbers depend on the device."""
     if name.startswith("clip"):
         config = CLIPTrainConfig(
             name="clip", model=CLIP, batch_size=8, optimiser=OptimiserConfig(learning_rate=1e-3)
@@ -64,12 +64,12 @@ def recipe(name: str, pictures: Path) -> RunConfig:
     else:
         config = load_recipe(RECIPE)
         config = replace(config, model=replace(config.model, dropout=0.0))
-    data = replace(config.data, source=str(pictures))
+    data = replace(config.data, source=str(images))
     return replace(config, data=data, save_every=5, sample_every=0)
 
 
 def losses(config: RunConfig, *, stop: bool = False) -> dict[int, float]:
-    """The loss of each step of a run."""
+    """Train, and return the loss of each step."""
     found, logged = {}, Logger.step
 
     def step(self, number, metrics, *more):
@@ -87,7 +87,7 @@ def losses(config: RunConfig, *, stop: bool = False) -> dict[int, float]:
 
 
 class Toy(nn.Module):
-    """Three matrices, of which the largest shards over eight devices."""
+    """Three matrices; the largest is sharded over eight devices."""
 
     @nn.compact
     def __call__(self, x):
@@ -97,14 +97,14 @@ class Toy(nn.Module):
 
 
 def toy_loss(params, batch, key, *, dropout_key=None, axis=None):
-    """Of any picture; its gradient reaches all parameters."""
+    """Return a loss whose gradient reaches all parameters."""
     x = batch.image.reshape(len(batch.image), -1).astype(jnp.float32) / 255
     value = ((Toy().apply({"params": params}, x) - 1) ** 2).mean()
     return value, {"loss": value}
 
 
 def sharding_facts() -> dict[str, Any]:
-    """What the two spreads do with a state, on these devices."""
+    """Return what both kinds of parallelism do with a state on these devices."""
     config = OptimiserConfig()
     optimiser = make_optimiser(config, 10)
     # 40 rows: no size of a parameter.
@@ -118,19 +118,19 @@ def sharding_facts() -> dict[str, Any]:
     facts, key = {}, jax.random.key(0)
     for kind, accumulate in (("pmap", 1), ("fsdp", 1), ("fsdp", 5)):
         step = partial(
-            train_step, loss=toy_loss, optimiser=optimiser, averages=config, accumulate=accumulate
+            train_step, loss=toy_loss, optimiser=optimiser, config=config, accumulate=accumulate
         )
-        spread = parallel.spread(kind, step, len(image) // accumulate)
-        state, rows = spread.make_state(make, key), spread.place_batch(batch)
-        one = jax.tree.leaves(spread.one_copy(state))
-        fact = {
-            "whole": sum(x.nbytes for x in one),
+        layout = parallel.make_parallel(kind, len(image) // accumulate)
+        compiled_step: Any = layout.compile(step)
+        state, rows = layout.make(make, key), layout.place_batch(batch)
+        fact: dict[str, Any] = {
+            "whole": sum(x.nbytes for x in jax.tree.leaves(layout.whole(state))),
             "device": sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(state)),
-            "checksums": checksums(spread.saved(state)),
-            "host": checksums(jax.device_get(spread.whole(state))),
+            "checksums": checksums(layout.saved(state)),
+            "host": checksums(jax.device_get(layout.whole(state))),
         }
         if kind == "fsdp":
-            compiled = spread.step.lower(state, rows, key).compile()
+            compiled = compiled_step.lower(state, rows, key).compile()
             moved = re.findall(
                 r"= \(?(\w+\[[\d,]*\]).* (all-\w+|collective-\w+)\(", compiled.as_text()
             )
@@ -142,12 +142,12 @@ def sharding_facts() -> dict[str, Any]:
                 "temporary": compiled.memory_analysis().temp_size_in_bytes,
                 "kernel": list(state.params["Dense_1"]["kernel"].addressable_data(0).shape),
             }
-        after, metrics = spread.step(state, rows, key)
-        fact["loss"] = float(spread.one_copy(metrics)["loss"])
+        after, metrics = compiled_step(state, rows, key)
+        fact["loss"] = float(layout.whole(metrics)["loss"])
         leaves = jax.tree.leaves(state)
         reused = sum(x.nbytes for x in leaves if x.is_deleted())
         fact["reused"] = reused / sum(x.nbytes for x in leaves)
-        back = spread.place_state(jax.device_get(spread.whole(after)))
+        back = layout.place(jax.device_get(layout.whole(after)))
         fact["placed"] = all(
             jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, after, back))
         )
@@ -156,31 +156,31 @@ def sharding_facts() -> dict[str, Any]:
 
 
 def damage(run: Path) -> None:
-    """Shortens the largest file of a run's newest checkpoint."""
+    """Truncate the largest file of a run's newest checkpoint."""
     newest = run / "checkpoints" / str(steps_in(run / "checkpoints")[0])
     largest = max(newest.rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
 def main() -> None:
-    """The command line."""
-    (pictures, runs, report, *jobs), peers = take_peers(sys.argv[1:])
+    """Run the command line."""
+    (images, runs, report, *jobs), peers = take_peers(sys.argv[1:])
     if peers:
-        parallel.join(peers)
+        processes.join(peers)
     enable_compilation_cache()
     found: dict[str, Any] = {}
     for job in jobs:
         name, *words = job.split(":")
         if name == "copy":
-            parallel.on_first(partial(shutil.copytree, *(Path(runs) / word for word in words)))
+            processes.on_first(partial(shutil.copytree, *(Path(runs) / word for word in words)))
         elif name == "damage":
-            parallel.on_first(partial(damage, Path(runs) / words[0]))
+            processes.on_first(partial(damage, Path(runs) / words[0]))
         elif name == "facts":
             found[job] = sharding_facts()
         else:
-            spread, steps, *stop = words
-            config = replace(recipe(name, Path(pictures)), out=str(Path(runs) / name))
-            config = replace(config, spread=spread, steps=int(steps))
+            kind, steps, *stop = words
+            config = replace(recipe(name, Path(images)), out=str(Path(runs) / name))
+            config = replace(config, parallelism=kind, steps=int(steps))
             found[job] = losses(config, stop=bool(stop))
     if jax.process_index() == 0:
         Path(report).write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""PyTorch files put together by hand, opcode by opcode, to hold what torch would never write."""
+"""PyTorch files composed of single opcodes, with contents that torch never writes."""
 
 import pickle
 import struct
@@ -15,7 +15,7 @@ FOUR = np.arange(4, dtype=np.float32)
 
 
 def refusal(path: Path) -> str:
-    """The message of the error that `path` must give: one printable line that names the file."""
+    """Return the message of the error of a file: one printable line that names the file."""
     with pytest.raises(GlideError) as caught:
         read_torch_file(path)
     message = str(caught.value)
@@ -25,26 +25,30 @@ def refusal(path: Path) -> str:
 
 
 def body(value: object) -> bytes:
-    """The pickle of a plain value without its frame, to be put between other opcodes."""
+    """Return the pickle of a plain value without its frame, for use between other opcodes."""
     return pickle.dumps(value, 2)[2:-1]
 
 
 def storage(key="0", count=4, kind="torch\nFloatStorage", tail=b"") -> bytes:
+    """Return the opcodes of a storage."""
     kind_code = b"c" + kind.encode() + b"\n"
     return b"(" + body("storage") + kind_code + body(key) + body("cpu") + body(count) + tail + b"tQ"
 
 
-def tensor(offset=0, shape=(4,), strides=(1,), metadata=None, **of_storage) -> bytes:
-    view = storage(**of_storage) + body(offset) + body(shape) + body(strides)
+def tensor(offset=0, shape=(4,), strides=(1,), metadata=None, **storage_options) -> bytes:
+    """Return the opcodes of a tensor."""
+    view = storage(**storage_options) + body(offset) + body(shape) + body(strides)
     hooks = b"\x89ccollections\nOrderedDict\n)R"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + view + hooks + body(metadata) + b"tR"
 
 
 def state(tensors: dict[str, bytes]) -> bytes:
+    """Return the pickle of a dictionary of tensors."""
     return b"\x80\x02}(" + b"".join(body(name) + t for name, t in tensors.items()) + b"u."
 
 
 def write_zip(path: Path, pickled: bytes, records=None, method=zipfile.ZIP_STORED) -> Path:
+    """Write a file in the zip format."""
     records = {"data/0": FOUR.tobytes()} if records is None else records
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("x/data.pkl", pickled)
@@ -54,6 +58,7 @@ def write_zip(path: Path, pickled: bytes, records=None, method=zipfile.ZIP_STORE
 
 
 def write_legacy(path: Path, pickled: bytes, keys=b"\x80\x02](X\x01\x00\x00\x000e.", data=None):
+    """Write a file in the legacy format."""
     data = struct.pack("<q", 4) + FOUR.tobytes() if data is None else data
     head = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     path.write_bytes(b"".join(pickle.dumps(part, 2) for part in head) + pickled + keys + data)

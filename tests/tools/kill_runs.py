@@ -1,9 +1,9 @@
-"""kill -9 at random moments, again and again: python -m tests.tools.kill_runs --out FOLDER
+"""Kill a run with `kill -9` at random moments: python -m tests.tools.kill_runs --out FOLDER
 
-A tiny run that saves every few steps is killed, and started again with the same command, until it
-has been killed so many times; then it goes on to its end. It must begin again each time, where its
-newest finished checkpoint was made, and end bit for bit where a run ends that nobody disturbed.
-Prints what docs/training.md says of it.
+A tiny run that saves every few steps is killed and started again with the same command, many
+times; then it runs to its end. Each start must resume from the newest finished checkpoint, and the
+end must equal that of an undisturbed run bit for bit. Prints the sentence for
+docs/guide/training.md.
 """
 
 import json
@@ -22,18 +22,18 @@ import jax
 import numpy as np
 import tyro
 
-from glide_jax.training.checkpoint import RECORD, steps_in
-from glide_jax.training.export import restore_run
+from glide_jax.training.checkpoint import MANIFEST, steps_in
 from glide_jax.training.logger import Logger
+from glide_jax.training.runs import restore_run
 from tests.support.commands import RECIPE, ROOT, environment, make_images
 from train import main as train_main
 
 SAVE_EVERY = 5
-# A start is killed at most so many steps after its first one (and in a save, the next one).
+# A start is killed at most so many steps after its first one (or in the save after that).
 REACH = 6 * SAVE_EVERY
-# Shares of the kills: before the first step, and while a checkpoint is being written.
+# Shares of kills before the first step, and while a checkpoint is being written.
 AT_START, IN_SAVE = 0.25, 0.4
-# Seconds, of a machine with much other work.
+# Timeout in seconds, for a busy machine.
 PATIENCE = 900.0
 
 
@@ -42,13 +42,13 @@ class Kill:
     """One start of a run, and its end.
 
     Attributes:
-        began: the step of the checkpoint that it began from; 0: from nothing; None: it was killed
-            before its first step.
-        done: steps that had been done when it was killed.
-        saved: the newest finished checkpoint then; 0: none.
-        writing: whether one was being written.
-        start: seconds up to its first step; 0: it was killed before.
-        warnings: lines on stderr that say a checkpoint is broken.
+        began: the step it resumed from; 0: it started anew; None: it was killed before its first
+            step.
+        done: number of steps done when it was killed.
+        saved: the newest finished checkpoint at that time; 0: none.
+        writing: whether a checkpoint was being written.
+        start: seconds until its first step; 0: it was killed before.
+        warnings: number of warnings about a broken checkpoint.
     """
 
     began: int | None
@@ -60,32 +60,32 @@ class Kill:
 
     @property
     def lost(self) -> int:
-        """Steps that are to be done again."""
+        """Number of steps that have to be repeated."""
         return self.done - self.saved
 
 
-def tell_steps(path: str, arguments: list[str]) -> None:
-    """`train.py`, which appends the number of each step to a file as it is done."""
+def log_steps(path: str, arguments: list[str]) -> None:
+    """Run `train.py`, and append the number of each finished step to a file."""
     file, step = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), Logger.step
 
-    def told(self: Logger, number: int, *more: Any) -> None:
+    def logged(self: Logger, number: int, *more: Any) -> None:
         os.write(file, f"{number}\n".encode())
         step(self, number, *more)
 
-    Logger.step = told
+    Logger.step = logged
     sys.argv = ["train.py", *arguments]
     train_main()
 
 
 class Run:
-    """One process of a run, and what it says."""
+    """One process of a run, and its output."""
 
-    def __init__(self, pictures: Path, out: Path, steps: int):
-        self._told, self._errors = out.with_suffix(".steps"), out.with_suffix(".errors")
-        self._told.unlink(missing_ok=True)
+    def __init__(self, images: Path, out: Path, steps: int):
+        self._steps, self._errors = out.with_suffix(".steps"), out.with_suffix(".errors")
+        self._steps.unlink(missing_ok=True)
         command = [
-            sys.executable, "-m", "tests.tools.kill_runs", "train", self._told, "--config", RECIPE,
-            "--data.source", pictures, "--out", out, "--steps", steps,
+            sys.executable, "-m", "tests.tools.kill_runs", "train", self._steps, "--config", RECIPE,
+            "--data.source", images, "--out", out, "--steps", steps,
             "--save-every", SAVE_EVERY, "--sample-every", 0,
         ]  # fmt: skip
         self.begun = time.monotonic()
@@ -98,77 +98,79 @@ class Run:
         )
 
     def steps(self) -> list[int]:
-        """That were done."""
-        return list(map(int, self._told.read_text().split())) if self._told.exists() else []
+        """Return the finished steps."""
+        return list(map(int, self._steps.read_text().split())) if self._steps.exists() else []
 
     def errors(self) -> str:
-        """What it wrote to stderr."""
+        """Return its stderr."""
         return self._errors.read_text()
 
     def until(self, happened: Callable[[], bool]) -> None:
-        """Waits; raises AssertionError where the run ends before, or nothing happens."""
+        """Wait for something to happen; fail if the run ends before, or at the timeout."""
         while not happened():
             assert self.process.poll() is None, f"the run ended by itself: {self.errors()}"
             assert time.monotonic() - self.begun < PATIENCE, self.errors()
             time.sleep(0.02)
 
     def end(self) -> None:
-        """Waits for its end, which must be a good one."""
+        """Wait for its end, and check its exit code."""
         assert self.process.wait(PATIENCE) == 0, self.errors()
 
 
 def unfinished(out: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """Whether a checkpoint is unfinished."""
     folder = out / "checkpoints"
     return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
 
 
-def start_and_kill(
-    pictures: Path, out: Path, steps: int, draw: random.Random, start: float
-) -> Kill:
-    """Starts a run and kills it at a random moment.
+def start_and_kill(images: Path, out: Path, steps: int, rng: random.Random, start: float) -> Kill:
+    """Start a run and kill it at a random moment.
 
     Args:
-        start: seconds that it takes up to its first step, about; 0: not known.
+        images: folder of the data.
+        out: folder of the run.
+        steps: its last step.
+        rng: chooses the moment.
+        start: seconds until its first step, about; 0: not known.
     """
-    run, moment, took = Run(pictures, out, steps), draw.random(), 0.0
+    run, moment, took = Run(images, out, steps), rng.random(), 0.0
     if start and moment < AT_START:
-        time.sleep(draw.uniform(0, start))
+        time.sleep(rng.uniform(0, start))
     else:
         run.until(lambda: bool(run.steps()))
         took = time.monotonic() - run.begun
-        target = run.steps()[0] + draw.randrange(REACH)
+        target = run.steps()[0] + rng.randrange(REACH)
         run.until(lambda: run.steps()[-1] >= target)
         if moment < AT_START + IN_SAVE:
             run.until(lambda: unfinished(out))
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
     assert run.process.poll() is None, f"the run ended by itself: {run.errors()}"
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
-    told, saved = run.steps(), max(steps_in(out / "checkpoints"), default=0)
+    done, saved = run.steps(), max(steps_in(out / "checkpoints"), default=0)
     return Kill(
-        began=told[0] - 1 if told else None,
-        done=told[-1] if told else saved,
+        began=done[0] - 1 if done else None,
+        done=done[-1] if done else saved,
         saved=saved,
-        # What an earlier kill left lies there until the run has begun.
-        writing=bool(told) and unfinished(out),
+        # Before its first step, an unfinished checkpoint may be that of an earlier kill.
+        writing=bool(done) and unfinished(out),
         start=took,
         warnings=run.errors().count("is broken"),
     )
 
 
-def record(out: Path) -> dict[str, Any]:
-    """The newest checkpoint's record: checksums, and the place in the data."""
+def manifest(out: Path) -> dict[str, Any]:
+    """Return the newest checkpoint's manifest: checksums, and the position in the data."""
     newest = out / "checkpoints" / str(steps_in(out / "checkpoints")[0])
-    return json.loads((newest / RECORD / "metadata").read_bytes())
+    return json.loads((newest / MANIFEST / "metadata").read_bytes())
 
 
 def check(kills: list[Kill]) -> None:
-    """Raises AssertionError unless each start went on where its newest checkpoint was made."""
+    """Check that each start resumed from its newest checkpoint."""
     saved = 0
     for kill in kills:
         assert kill.began in (None, saved), kill
-        # A save goes on beside the steps: the next one waits for it.
+        # A save runs beside the steps, and the next save waits for it.
         assert kill.lost <= 2 * SAVE_EVERY, kill
         assert not kill.warnings, kill
         assert kill.saved >= saved, kill
@@ -176,56 +178,56 @@ def check(kills: list[Kill]) -> None:
 
 
 def kill_again_and_again(out: Path, kills: int, steps: int, seed: int) -> list[Kill]:
-    """Kills a run so many times, lets it come to its end, and checks what came of it."""
-    draw, pictures = random.Random(seed), make_images(out / "pictures")
-    Run(pictures, out / "whole", steps).end()
+    """Kill a run so many times, let it run to its end, and check the result."""
+    rng, images = random.Random(seed), make_images(out / "images")
+    Run(images, out / "whole", steps).end()
 
     found: list[Kill] = []
     for number in range(kills):
         start = next((kill.start for kill in reversed(found) if kill.start), 0.0)
-        found.append(start_and_kill(pictures, out / "killed", steps, draw, start))
+        found.append(start_and_kill(images, out / "killed", steps, rng, start))
         print(number + 1, found[-1], file=sys.stderr, flush=True)
         check(found)
-    last = Run(pictures, out / "killed", steps)
+    last = Run(images, out / "killed", steps)
     last.end()
     assert last.steps() == list(range(found[-1].saved + 1, steps + 1))
 
     states = [restore_run(out / name)[1] for name in ("killed", "whole")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert int(states[0].step) == steps
-    # Checksums of the state, and the place in the data.
-    assert record(out / "killed") == record(out / "whole")
+    # Checksums of the state, and the position in the data.
+    assert manifest(out / "killed") == manifest(out / "whole")
     assert not (out / "killed" / "broken").exists()
     return found
 
 
 def summary(kills: list[Kill], steps: int) -> str:
-    """The sentence of docs/training.md."""
+    """Return the sentence of docs/guide/training.md."""
     lost = [kill.lost for kill in kills]
     return (
         f"{len(kills)} kills in a run of {steps} steps that saved every {SAVE_EVERY}: "
         f"{sum(kill.began is None for kill in kills)} before the first step of a start, "
         f"{sum(kill.writing for kill in kills)} while a checkpoint was being written; "
         f"{sum(lost) / len(lost):.1f} steps lost on average, {max(lost)} at most; every restart "
-        "went on from the newest finished checkpoint, and the last state, its optimiser and its "
-        "place in the data equal those of an undisturbed run bit for bit"
+        "resumed from the newest finished checkpoint, and the final weights, optimiser, EMA and "
+        "data position equal those of an undisturbed run bit for bit"
     )
 
 
 def main(out: Path, kills: int = 20, steps: int = 400, seed: int = 0) -> None:
-    """Kills a tiny run again and again.
+    """Kill a tiny run many times.
 
     Args:
-        out: a new folder, for its pictures, runs and checkpoints.
-        kills: how many times.
-        steps: of the run; more than it can do between all its kills.
-        seed: of the moments.
+        out: A new folder, for the images, runs and checkpoints.
+        kills: Number of kills.
+        steps: Last step of the run; more than it can do in all the starts that are killed.
+        seed: Seed of the random moments.
     """
     print(summary(kill_again_and_again(out, kills, steps, seed), steps))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
-        tell_steps(sys.argv[2], sys.argv[3:])
+        log_steps(sys.argv[2], sys.argv[3:])
     else:
         tyro.cli(main)

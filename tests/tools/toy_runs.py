@@ -1,8 +1,8 @@
-"""Every recipe at its toy size, from the command line: python -m tests.tools.toy_runs --out FOLDER
+"""Run every recipe at size `toy`: python -m tests.tools.toy_runs --out FOLDER
 
-Each one learns sixteen captioned pictures, is stopped half-way and resumed, exported, and sampled
-from. The loss is measured at noise that is drawn once: before and after, and without what the
-model ought to look at. Prints the table of docs/training.md.
+From the command line each recipe trains on sixteen captioned images, is stopped half-way and
+resumed, exported, and sampled from. The loss is measured with fixed noise, before and after, and
+with the conditioning removed. Prints the table of docs/results/toy_runs.md.
 """
 
 import os
@@ -22,15 +22,13 @@ import tyro
 from PIL import Image
 
 from glide_jax.data.batches import make_batches
-from glide_jax.training.objectives import to_batch
 from glide_jax.data.sources import open_source
+from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.diffusion.losses import make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.pipeline.clip_guide import load_clip
-from glide_jax.devices.runtime import enable_compilation_cache
-from glide_jax.training.config import CLIPTrainConfig, RunConfig
-from glide_jax.training.export import restore_run
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.initial import params_from
 from glide_jax.training.objectives import (
     Batch,
@@ -38,13 +36,16 @@ from glide_jax.training.objectives import (
     denoising_loss,
     make_objective,
     make_tokenizer,
+    to_batch,
     to_range,
 )
 from glide_jax.training.recipes import load_recipe
+from glide_jax.training.runs import restore_run
 from tests.support.commands import ROOT, environment
 
-# Two sets of sixteen, what on what: a model to begin from has not seen what is trained afterwards.
-PICTURES = (
+# Two sets of sixteen images, shape and colours on backgrounds: a model that another training
+# starts from has not seen the images of that training.
+SETS = (
     ("circle", ("red", "green", "blue", "black"), ("white", "yellow", "pink", "grey")),
     ("square", ("yellow", "white", "pink", "grey"), ("black", "blue", "red", "green")),
 )
@@ -54,23 +55,23 @@ COLOURS = {
     "grey": (128, 128, 128),
 }  # fmt: skip
 PROMPT = "a red circle on white"
-# Noise of so many passes over the pictures.
+# Number of passes over the images, each with its own noise, in a measurement of the loss.
 PASSES = 8
 
 
 @dataclass(frozen=True)
 class Toy:
-    """How a recipe is tried.
+    """How a recipe is tested.
 
     Attributes:
-        without: inputs that are taken away from the trained model.
-        begins: the toy that it begins from, trained on the other pictures.
-        block: its pictures are random patterns of blocks of so many pixels, of which captions tell
-            the colours alone: what the small picture or the known pixels tell is needed. 0: things.
+        removed: inputs that are removed from the trained model, one at a time.
+        starts_from: the toy that it starts from, trained on the other set.
+        block: side of the blocks, in pixels, of random patterns, whose captions name the colours
+            only, so that the small image or the known pixels are needed; 0: images of shapes.
     """
 
-    without: tuple[str, ...] = ("captions",)
-    begins: str = ""
+    removed: tuple[str, ...] = ("captions",)
+    starts_from: str = ""
     block: int = 0
 
 
@@ -82,15 +83,15 @@ TOYS = {
     "improved256": Toy(("low_res",), block=4),
     "inpaint64": Toy(("inpaint_mask",), "text64", block=2),
     "inpaint256": Toy(("low_res", "inpaint_mask"), "upsample256", block=2),
-    "finetune64": Toy(begins="text64"),
+    "finetune64": Toy(starts_from="text64"),
     "clip64": Toy(),
 }
 
 
-def draw_pictures(folder: Path, which: int = 0, size: int = 32, block: int = 0) -> Path:
-    """Sixteen pictures with captions: things, or patterns of blocks."""
+def write_images(folder: Path, which: int = 0, size: int = 32, block: int = 0) -> Path:
+    """Write sixteen images with captions, of shapes or of patterns of blocks."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape, colours, grounds = PICTURES[which]
+    shape, colours, grounds = SETS[which]
     rng = np.random.default_rng(which)
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
     inside = x**2 + y**2 < 0.12 if shape == "circle" else np.maximum(abs(x), abs(y)) < 0.3
@@ -108,7 +109,7 @@ def draw_pictures(folder: Path, which: int = 0, size: int = 32, block: int = 0) 
 
 
 def command(*arguments: object) -> str:
-    """Runs a command of the project; its output."""
+    """Run a command of the project, and return its output."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -122,18 +123,18 @@ def command(*arguments: object) -> str:
     return result.stdout
 
 
-def train(name: str, pictures: Path, out: Path, *more: object, steps: int = 0) -> None:
-    """Trains a recipe's toy, stopping and resuming it half-way; 0: its own number of steps."""
-    steps = steps or load_recipe(f"configs/{name}.py:toy").steps
-    arguments = ("train.py", "--config", f"configs/{name}.py:toy", "--data.source", pictures)
+def train(name: str, images: Path, out: Path, *more: object, steps: int = 0) -> None:
+    """Train a recipe's toy, stopped and resumed half-way, for `steps`, or its own number (0)."""
+    steps = steps or load_recipe(f"{name}:toy").steps
+    arguments: tuple[object, ...] = ("train.py", "--config", f"{name}:toy", "--data.source", images)
     arguments += ("--out", out, *more)
     command(*arguments, "--steps", steps // 2)
     resumed = command(*arguments, "--steps", steps)
     assert f"step {steps // 2} of {steps}" in resumed, resumed
 
 
-def all_pictures(config: RunConfig) -> Batch:
-    """All sixteen, as training sees them."""
+def all_images(config: RunConfig) -> Batch:
+    """Return all sixteen images, as training sees them."""
     arrays = next(
         make_batches(
             open_source(config.data),
@@ -148,51 +149,52 @@ def all_pictures(config: RunConfig) -> Batch:
 
 
 class Without:
-    """A network from which an input is hidden."""
+    """A network with one input set to zero."""
 
-    def __init__(self, model: Any, hidden: str):
-        self._model, self._hidden = model, hidden
+    def __init__(self, model: Any, removed: str):
+        self._model, self._removed = model, removed
 
-    def apply(self, variables: Any, *inputs: Any, **given: Any) -> Any:
-        """The network's, with zeros for what is hidden."""
-        if self._hidden in given:
-            given[self._hidden] = jnp.zeros_like(given[self._hidden])
-        return self._model.apply(variables, *inputs, **given)
+    def apply(self, variables: Any, *inputs: Any, **conditioning: Any) -> Any:
+        """Apply the network, with zeros for the removed input."""
+        if self._removed in conditioning:
+            conditioning[self._removed] = jnp.zeros_like(conditioning[self._removed])
+        return self._model.apply(variables, *inputs, **conditioning)
 
 
 @cache
-def mean_loss(config: RunConfig, hidden: str = "") -> Callable[[Any, Batch], jax.Array]:
-    """`(params, batch) -> loss`, compiled: every caption kept, the noise always the same."""
-    model = Without(make_objective(config).model, hidden)
+def mean_loss(config: RunConfig, removed: str = "") -> Callable[[Any, Batch], jax.Array]:
+    """Return the compiled loss `(params, batch) -> loss`, with all captions and fixed noise."""
+    model: Any = Without(make_objective(config).model, removed)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
 
     def one(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         if isinstance(config, CLIPTrainConfig):
             return contrastive_loss(params, batch, key, model=model, tables=tables)[0]
+        assert isinstance(config, TrainConfig)
         kept = replace(config, caption_dropout=0.0)
         return denoising_loss(params, batch, key, model=model, tables=tables, config=kept)[0]
 
     keys = jax.random.split(jax.random.key(7), PASSES)
-    return jax.jit(lambda *given: jax.lax.map(partial(one, *given), keys).mean())
+    return jax.jit(lambda *inputs: jax.lax.map(partial(one, *inputs), keys).mean())
 
 
-def loss_of(config: RunConfig, params: Any, without: str = "") -> float:
-    """The loss of the sixteen pictures; "captions": with each other's."""
-    batch, hidden = all_pictures(config), without
-    if without == "captions":
+def loss_of(config: RunConfig, params: Any, removed: str = "") -> float:
+    """Return the loss of the sixteen images; without "captions" each gets another's caption."""
+    batch = all_images(config)
+    if removed == "captions":
         tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.mask))
-        batch, hidden = batch._replace(tokens=tokens, mask=mask), ""
-    return float(mean_loss(config, hidden)(params, batch))
+        batch, removed = batch._replace(tokens=tokens, mask=mask), ""
+    return float(mean_loss(config, removed)(params, batch))
 
 
 def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
-    """The share of the pictures, noised to step t, that prefer their own caption."""
-    clip, batch = load_clip(weights), all_pictures(config)
+    """Return the share of images, noised to timestep t, that prefer their own caption."""
+    clip, batch = load_clip(weights), all_images(config)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     steps = np.full(len(batch.image), t)
     eps = jax.random.normal(jax.random.key(7), batch.image.shape)
     x_t = q_sample(tables, to_range(batch.image), steps, eps)
-    logits = NoisedCLIP(clip.config).apply(
+    logits: Any = NoisedCLIP(clip.config).apply(
         {"params": clip.params}, x_t, steps, batch.tokens, batch.mask.sum(axis=1)
     )
     return float((logits.argmax(axis=1) == np.arange(len(logits))).mean())
@@ -200,13 +202,14 @@ def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """What a toy run came to.
+    """The result of a toy run.
 
     Attributes:
-        before, after: losses.
-        without: losses of the trained model, by what it was not given.
-        ranked: noised CLIP: shares of captions ranked first, by timestep.
-        seconds: of processor time, of all its commands.
+        before: loss of the first weights.
+        after: loss of the EMA weights.
+        without: losses of the trained model, by the input that was removed.
+        ranked: noised CLIP: share of captions ranked first, by timestep.
+        seconds: processor time of all its commands.
     """
 
     before: float
@@ -217,75 +220,81 @@ class Result:
 
 
 def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
-    """Trains, resumes, exports, samples and measures the toy of one recipe.
+    """Train, resume, export, sample and measure the toy of one recipe.
 
     Args:
-        out: folder; the toys whose weights it is sampled with, or begins from, are there or made.
-        steps: 0: its own.
+        name: of the recipe.
+        out: folder of all toys. It has the weights of other toys that are needed for sampling; a
+            toy that this one starts from is trained there.
+        steps: number of steps; 0: the toy's own.
     """
     toy = TOYS[name]
-    place = out / (f"patterns-{toy.block}" if toy.block else "pictures")
-    pictures, folder = draw_pictures(place, block=toy.block), out / name
+    data = out / (f"patterns-{toy.block}" if toy.block else "images")
+    images, folder = write_images(data, block=toy.block), out / name
     more: tuple[object, ...] = ()
-    if toy.begins:
-        other = draw_pictures(out / "other", which=1)
-        if not (out / "other-runs" / toy.begins).exists():
-            train(toy.begins, other, out / "other-runs" / toy.begins, steps=50)
-        more = ("--init-from", out / "other-runs" / toy.begins)
+    if toy.starts_from:
+        other = write_images(out / "other", which=1)
+        if not (out / "other-runs" / toy.starts_from).exists():
+            train(toy.starts_from, other, out / "other-runs" / toy.starts_from, steps=50)
+        more = ("--init-from", out / "other-runs" / toy.starts_from)
     began = processor_seconds()
-    train(name, pictures, folder / "run", *more, steps=steps)
-    command("-m", "glide_jax.weights", "export", folder / "run", folder / "weights")
+    train(name, images, folder / "run", *more, steps=steps)
+    command("-m", "glide_jax", "weights", "export", folder / "run", folder / "weights")
     sample(name, out)
     seconds = processor_seconds() - began
 
     config, state = restore_run(folder / "run")
     objective, key = make_objective(config), jax.random.key(config.seed)
-    fresh = params_from(config, objective, key) if toy.begins else jax.jit(objective.init)(key)
+    inherits = bool(toy.starts_from)
+    first = params_from(config, objective, key) if inherits else jax.jit(objective.init)(key)
     is_clip = isinstance(config, CLIPTrainConfig)
     return Result(
-        before=loss_of(config, fresh),
+        before=loss_of(config, first),
         after=loss_of(config, state.ema),
-        without={what: loss_of(config, state.ema, what) for what in toy.without},
+        without={what: loss_of(config, state.ema, what) for what in toy.removed},
         ranked={t: ranked_first(folder / "weights", config, t) for t in (0, 500) if is_clip},
         seconds=seconds,
     )
 
 
 def processor_seconds() -> float:
-    """Of all commands so far, which share the machine with others."""
+    """Return the processor time of all commands so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def sample(name: str, out: Path) -> None:
-    """Draws a picture with the exported weights of a toy, and those of others that it needs."""
+    """Sample an image with the exported weights of a toy, and those of other toys it needs."""
     weights = out / name / "weights"
-    base, more = weights, ()
+    base = weights
+    more: tuple[object, ...] = ()
     if name.endswith("256"):
         base = out / ("inpaint64" if name == "inpaint256" else "text64") / "weights"
         more += ("--upsampler", weights)
     if name.startswith("inpaint"):
-        hole = out / "hole.png"
-        Image.fromarray(np.eye(2, dtype=np.uint8) * 255).resize((32, 32), 0).save(hole)
-        image = draw_pictures(out / "pictures") / "red-white.png"
-        more += ("--init-image", image, "--mask", hole)
+        mask = out / "mask.png"
+        nearest = Image.Resampling.NEAREST
+        Image.fromarray(np.eye(2, dtype=np.uint8) * 255).resize((32, 32), nearest).save(mask)
+        image = write_images(out / "images") / "red-white.png"
+        more += ("--init-image", image, "--mask", mask)
     if name == "clip64":
         base = out / "text64" / "weights"
         more += ("--clip", weights, "--clip-scale", 1, "--guidance-scale", 1, "--sampler", "ddpm")
     folder = out / name / "samples"
     command("sample.py", PROMPT, "--weights", base, "--steps", 10, "--out", folder, *more)
-    picture = np.asarray(Image.open(next(folder.glob("*.png"))))
-    assert picture.shape[0] == (32 if name.endswith("256") else 16), picture.shape
+    result = np.asarray(Image.open(next(folder.glob("*.png"))))
+    assert result.shape[0] == (32 if name.endswith("256") else 16), result.shape
 
 
 def table(results: dict[str, Result]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     rows = [
-        "| recipe | steps | loss before | after | of it | without: times as much | CPU seconds |",
+        "| recipe | steps | loss before | loss after | after / before "
+        "| loss ratio with the conditioning removed | CPU seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        steps = load_recipe(f"configs/{name}.py:toy").steps
+        steps = load_recipe(f"{name}:toy").steps
         without = [f"{k} {v / result.after:.1f}" for k, v in result.without.items()]
         without += [f"ranks {v:.0%} first at t = {t}" for t, v in result.ranked.items()]
         rows.append(
@@ -296,11 +305,11 @@ def table(results: dict[str, Result]) -> str:
 
 
 def main(out: Path, only: tuple[str, ...] = tuple(TOYS)) -> None:
-    """Tries recipes at toy size.
+    """Run recipes at size toy.
 
     Args:
-        out: folder for runs, weights and pictures.
-        only: which recipes.
+        out: Folder for runs, weights and images.
+        only: Names of recipes; the default is all.
     """
     enable_compilation_cache()
     results = {}

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is kept, and what happens to damaged ones."""
+"""Checkpoints: restoring, keeping, and damaged files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CONFIG = OptimiserConfig(moments="bfloat16", ema_power=(0.1,))
 
 
 def make_state(step: int, seed: int = 0, width: int = 300):
-    """A small state, none of whose arrays are alike; its largest fills more than one page."""
+    """Return a small state of different arrays; the largest fills more than one page."""
     rng = np.random.default_rng((seed, step))
     params = {"a": {"kernel": np.zeros((7, width))}, "b": np.zeros(5)}
     params = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params)
@@ -50,12 +50,12 @@ def assert_same(a, b):
 def save(folder: Path, *steps: int, keep: int = 3, keep_every: int = 0, source: str = "data"):
     with Checkpoints(folder, keep, keep_every) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step), {"place": 8 * step}, source)
+            checkpoints.save(step, make_state(step), {"position": 8 * step}, source)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder of a run with checkpoints of steps 1 and 2; not to be changed."""
+    """The folder of a run with checkpoints of steps 1 and 2; tests must not change it."""
     folder = tmp_path_factory.mktemp("two") / "checkpoints"
     save(folder, 1, 2)
     return folder
@@ -63,12 +63,12 @@ def two(tmp_path_factory):
 
 @pytest.fixture
 def copied(two, tmp_path):
-    """A copy of it."""
+    """A copy of `two`."""
     return Path(shutil.copytree(two, tmp_path / "run" / "checkpoints"))
 
 
 def restored(folder: Path, **like):
-    """What a run would go on from."""
+    """Return the checkpoint that a run would resume from."""
     with Checkpoints(folder, 3) as checkpoints:
         return checkpoints.restore(zeros(make_state(0, **like)), "data")
 
@@ -80,20 +80,20 @@ def test_every_flipped_bit_changes_a_checksum():
     values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     before = checksums(values)[""]
     bits = values.view(np.uint32)
-    for place in np.ndindex(3, 5):
+    for index in np.ndindex(3, 5):
         for bit in range(32):
-            bits[place] ^= np.uint32(1 << bit)
+            bits[index] ^= np.uint32(1 << bit)
             assert checksums(values)[""] != before
-            bits[place] ^= np.uint32(1 << bit)
+            bits[index] ^= np.uint32(1 << bit)
     assert checksums(values)[""] == before
 
 
 def test_a_checksum_is_the_sum_of_those_of_its_boxes():
-    """Against the definition, on an array cut along each axis, with places beyond 2^32 / 2."""
+    """Compares with the definition, on an array cut along each axis, modulo 2^32."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2**32, (4, 6, 5), dtype=np.uint32)
-    place = np.arange(x.size, dtype=object).reshape(x.shape)
-    whole = int((x.astype(object) * (2 * place + 1)).sum()) % 2**32
+    index = np.arange(x.size, dtype=object).reshape(x.shape)
+    whole = int((x.astype(object) * (2 * index + 1)).sum()) % 2**32
     assert checksums(x.view(np.float32)) == {"": whole}
     for axis, size in enumerate(x.shape):
         parts = 0
@@ -103,22 +103,22 @@ def test_a_checksum_is_the_sum_of_those_of_its_boxes():
         assert parts % 2**32 == whole
 
 
-def test_arrays_that_change_places_change_checksums():
+def test_a_permutation_changes_the_checksum():
     a = np.arange(6, dtype=np.float32)
     assert checksums(a) != checksums(a[::-1].copy())
     assert checksums(a) == checksums(jnp.asarray(a))
 
 
-# --- what comes back, and what stays
+# --- restoring and keeping
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_place_in_the_data(two):
-    step, state, data = restored(two)
-    assert step == 2 and data == {"place": 16}
+def test_a_state_is_restored_bit_for_bit_with_its_position_in_the_data(two):
+    step, state, position = restored(two)
+    assert step == 2 and position == {"position": 16}
     assert_same(state, make_state(2))
 
 
-def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path):
+def test_the_newest_are_kept_and_those_at_multiples_of_keep_every(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=1, keep_every=2)
     assert steps_in(tmp_path) == [4, 2]
 
@@ -132,7 +132,7 @@ def test_a_step_is_saved_once(tmp_path):
     assert_same(restored(tmp_path).state, make_state(1))
 
 
-def test_what_a_killed_run_was_writing_is_cleared_away(copied):
+def test_the_unfinished_checkpoint_of_a_killed_run_is_removed(copied):
     unfinished = copied / "3.orbax-checkpoint-tmp"
     shutil.copytree(copied / "2", unfinished)
     assert restored(copied).step == 2
@@ -140,12 +140,12 @@ def test_what_a_killed_run_was_writing_is_cleared_away(copied):
     assert not unfinished.exists() and steps_in(copied) == [3, 2, 1]
 
 
-def test_other_data_are_told(two, capsys):
+def test_other_data_give_a_warning(two, capsys):
     with Checkpoints(two, 3) as checkpoints:
         checkpoints.restore(zeros(make_state(0)), "data")
         assert capsys.readouterr().err == ""
-        checkpoints.restore(zeros(make_state(0)), "data, 3 pictures more")
-    warning = "warning: the run goes on with other data: data, 3 pictures more; they were data\n"
+        checkpoints.restore(zeros(make_state(0)), "data, 3 images more")
+    warning = "warning: the run resumes with other data: data, 3 images more; they were data\n"
     assert capsys.readouterr().err == warning
 
 
@@ -163,94 +163,95 @@ def shortened(path: Path):
 
 
 @pytest.mark.parametrize("damage", [flipped, shortened, Path.unlink])
-def test_a_damaged_file_is_told_or_did_no_harm(two, tmp_path, damage, capfd):
-    """Each file in turn: the checkpoint before it is used, unless nothing came out altered."""
+def test_a_damaged_file_is_found_or_has_no_effect(two, tmp_path, damage, capfd):
+    """For each file: the checkpoint before it is used, unless the restored state is unaltered."""
     names = [p.relative_to(two) for p in (two / "2").rglob("*") if p.is_file()]
     good, used_before = {1: make_state(1), 2: make_state(2)}, 0
     for i, name in enumerate(names):
         folder = Path(shutil.copytree(two, tmp_path / str(i)))
         damage(folder / name)
         state, _, broken = newest(folder, zeros(good[1]))
-        said = capfd.readouterr().err
+        printed = capfd.readouterr().err
         if broken:
-            assert broken == [2] and said.startswith("warning: the checkpoint of step 2 is broken")
-            assert len(said.splitlines()) == 1
+            assert broken == [2]
+            assert printed.startswith("warning: the checkpoint of step 2 is broken")
+            assert len(printed.splitlines()) == 1
             used_before += 1
         else:
-            assert said == ""
+            assert printed == ""
         assert_same(state, good[1 if broken else 2])
-    # The record, the list of arrays, the tree of the database and its leaves at least.
+    # At least the manifest, the list of arrays, the tree of the database and its leaves.
     assert used_before >= 4
 
 
 def test_altered_values_in_whole_files_are_named(copied, capfd):
-    """As if another checkpoint's files had been copied over."""
+    """The files are those of another checkpoint."""
     shutil.rmtree(copied / "2" / "state")
     shutil.copytree(copied / "1" / "state", copied / "2" / "state")
     assert restored(copied).step == 1
     assert "(values of ema/a/kernel, ema/b, " in capfd.readouterr().err
 
 
-def test_an_altered_place_in_the_data_is_found(copied, capfd):
-    path = copied / "2" / "record" / "metadata"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"data": {"place": 0}}))
-    assert restored(copied).data == {"place": 8}
-    assert "its record was altered" in capfd.readouterr().err
+def test_an_altered_position_in_the_data_is_found(copied, capfd):
+    path = copied / "2" / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"data": {"position": 0}}))
+    assert restored(copied).position == {"position": 8}
+    assert "its manifest was altered" in capfd.readouterr().err
 
 
-def test_broken_checkpoints_are_put_aside_and_their_steps_saved_again(copied, capfd):
-    shortened(copied / "2" / "record" / "metadata")
+def test_broken_checkpoints_are_set_aside_and_their_steps_saved_again(copied, capfd):
+    shortened(copied / "2" / "manifest" / "metadata")
     (copied / "5").mkdir()
     (copied / "notes.txt").write_text("not a checkpoint")
     with Checkpoints(copied, 3) as checkpoints:
         assert checkpoints.restore(zeros(make_state(0)), "data").step == 1
         assert checkpoints.latest == 1
-        checkpoints.save(2, make_state(2), {"place": 16}, "data")
-    said = capfd.readouterr().err
-    assert "step 5 is broken (its record: No such file or directory)" in said
-    assert "step 2 is broken" in said and len(said.splitlines()) == 2
+        checkpoints.save(2, make_state(2), {"position": 16}, "data")
+    printed = capfd.readouterr().err
+    assert "step 5 is broken (its manifest: No such file or directory)" in printed
+    assert "step 2 is broken" in printed and len(printed.splitlines()) == 2
     assert sorted(p.name for p in (copied.parent / "broken").iterdir()) == ["2-1", "5-0"]
     assert restored(copied).step == 2
 
 
-def test_reading_puts_nothing_aside(copied, capfd):
-    shortened(copied / "2" / "record" / "metadata")
-    _, record, broken = newest(copied, zeros(make_state(0)))
-    assert broken == [2] and record["data"] == {"place": 8}
+def test_reading_sets_nothing_aside(copied, capfd):
+    shortened(copied / "2" / "manifest" / "metadata")
+    _, manifest, broken = newest(copied, zeros(make_state(0)))
+    assert broken == [2] and manifest["data"] == {"position": 8}
     assert steps_in(copied) == [2, 1]
 
 
-def test_where_none_is_whole_a_run_ends_and_nothing_is_moved(copied, capfd):
+def test_without_a_whole_checkpoint_a_run_ends_and_nothing_is_moved(copied, capfd):
     for step in (1, 2):
-        (copied / str(step) / "record" / "metadata").unlink()
+        (copied / str(step) / "manifest" / "metadata").unlink()
     with pytest.raises(GlideError, match=r"no checkpoint in .* is whole \(step 2: .*; step 1: "):
         restored(copied)
     assert steps_in(copied) == [2, 1] and not (copied.parent / "broken").exists()
 
 
-def test_a_checkpoint_of_another_recipe_is_no_broken_one(copied):
+def test_a_checkpoint_of_another_recipe_does_not_count_as_broken(copied):
     with pytest.raises(GlideError, match=r"another recipe \(\d+ arrays differ: ema/a/kernel, "):
         restored(copied, width=301)
     assert steps_in(copied) == [2, 1] and not (copied.parent / "broken").exists()
 
 
-# --- what cannot be written
+# --- write errors
 
 
-def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GlideError, match="cannot write a checkpoint to .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints", 3)
 
 
-def test_a_save_that_fails_in_the_background_is_one_error_and_older_ones_stay(copied, capfd):
-    """A file may grow no larger than four kilobytes, as if the disk were full."""
+def test_a_save_that_fails_in_the_background_is_one_error_and_older_ones_are_kept(copied, capfd):
+    """A limit of four kilobytes per file acts like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(copied, 1) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            with pytest.raises(GlideError, match="cannot write a checkpoint to .*left"):
+            with pytest.raises(GlideError, match="cannot write a checkpoint to .*are kept"):
                 checkpoints.save(3, make_state(3), {}, "data")
                 deadline = time.monotonic() + 60
                 while checkpoints.latest and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The dry run: hardware by name, what its compiler says, and what is made of that."""
+"""The dry run: hardware by name, the compiler's output, and the report."""
 
 import importlib.util
 import math
@@ -11,15 +11,15 @@ import jax
 import pytest
 
 from benchmarks.dry_run_table import HEAD, SLICES, row, table
-from glide_jax.training import dry_run as dry
 from glide_jax.devices import parallel
-from glide_jax.errors import GlideError, UsageError
 from glide_jax.devices.hardware import DEVICES, FAMILIES, GIB, parse_slice, peak_flops
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import clip64
+from glide_jax.training import dry_run as dry
 from glide_jax.training.config import CLIPTrainConfig
-from glide_jax.training.initial import abstract_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
+from glide_jax.training.state import abstract_state
 from tests.support.commands import RECIPE, ROOT, environment, one_line, run
 
 needs_libtpu = pytest.mark.skipif(
@@ -28,11 +28,11 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def needs(**changes: float) -> dry.Needs:
-    """8 pictures a device; 2 GiB of state, 1 of gradients and 0.5 a picture, no program."""
+    """Return needs of 8 images a device: 2 GiB state, 1 gradients, 0.5 an image, no program."""
     values = {
         "parameters": 1000,
         "devices": 16,
-        "pictures": 8,
+        "microbatch": 8,
         "state": 2 * GIB,
         "gradients": GIB,
         "temporaries": 5 * GIB,
@@ -51,14 +51,14 @@ def recipe(**changes):
 
 
 def size(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes."""
+    """Return its bytes."""
     return leaf.size * leaf.dtype.itemsize
 
 
 # --- hardware
 
 
-def test_every_slice_of_the_table_is_made_of_devices_that_are_known():
+def test_every_slice_has_known_devices():
     for name, family in FAMILIES.items():
         for shape in family.shapes:
             chips = parse_slice(f"{name}:{shape}")
@@ -73,7 +73,7 @@ def test_larger_slices_are_made_of_cubes(name, chips):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("v5:4x4", "did you mean 'v5"),
         ("gpu", "choose for example cpu, v5e:4x4"),
@@ -86,20 +86,20 @@ def test_larger_slices_are_made_of_cubes(name, chips):
         ("v5p:16x20x20", "v5p has no slice"),
     ],
 )
-def test_an_unknown_slice_is_one_line_with_the_known_ones(name, said):
-    with pytest.raises(UsageError, match=said.replace("(", r"\(")) as error:
+def test_an_unknown_slice_is_one_line_with_the_known_ones(name, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")) as error:
         parse_slice(name)
     assert "\n" not in str(error.value)
 
 
-def test_peaks_go_by_the_names_that_jax_gives():
+def test_peaks_are_found_by_the_device_kinds_of_jax():
     assert peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("TPU v3") == 61.5e12  # a core, of which a chip has two
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("cpu") is None
 
 
-# --- what the compiler says
+# --- the compiler's output
 
 
 @pytest.mark.parametrize(
@@ -114,78 +114,78 @@ def test_peaks_go_by_the_names_that_jax_gives():
         ("Ran out of memory in memory space hbm. Used 900.5M of 800M hbm. Ex", 900.5 * GIB / 1024),
     ],
 )
-def test_the_compilers_answer_is_read_where_a_step_is_too_large(message, size):
-    assert dry.told_temporaries(message) == pytest.approx(size)
+def test_the_size_of_a_step_that_does_not_fit_is_read_from_the_error(message, size):
+    assert dry.reported_temporaries(message) == pytest.approx(size)
 
 
 def test_another_failure_of_the_compiler_is_passed_on():
-    with pytest.raises(GlideError, match="the compiler failed: INTERNAL: no such thing"):
-        dry.told_temporaries("INTERNAL: no such thing\nmore")
+    with pytest.raises(GlideError, match="the compiler failed: INTERNAL: no such opcode"):
+        dry.reported_temporaries("INTERNAL: no such opcode\nmore")
 
 
-def test_the_compiler_that_is_missing_is_named(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GlideError, match=r"pip install '\.\[tpu\]'"):
         dry.dry_run(recipe(), "v5e:4x4")
 
 
-# --- what is made of it
+# --- the report
 
 
-def test_the_batch_that_fits_is_exact_where_memory_grows_with_the_pictures():
+def test_the_largest_microbatch_is_exact_where_memory_grows_linearly():
     # 2 + 1 + 0.5 n GiB
-    assert dry.fitting(needs(), 15.75 * GIB) == 25
-    assert dry.fitting(needs(pictures=40, temporaries=21 * GIB), 15.75 * GIB) == 25
-    assert dry.fitting(needs(state=20 * GIB), 15.75 * GIB) == 0
+    assert dry.largest_microbatch(needs(), 15.75 * GIB) == 25
+    assert dry.largest_microbatch(needs(microbatch=40, temporaries=21 * GIB), 15.75 * GIB) == 25
+    assert dry.largest_microbatch(needs(state=20 * GIB), 15.75 * GIB) == 0
 
 
-def test_a_step_takes_as_long_as_the_slowest_of_what_it_does():
+def test_compute_memory_and_network_each_bound_the_time_of_a_step():
     seconds = dry.step_seconds(needs(), parse_slice("v5e:4x4").device)
     assert seconds == pytest.approx({"compute": 2.0, "memory": 1.5, "network": 0.5})
 
 
-def test_a_guess_of_the_time_is_never_below_the_bound():
+def test_the_estimated_time_is_never_below_the_bound():
     device = parse_slice("v5e:4x4").device
-    assert dry.guessed_seconds(needs(), device) == pytest.approx(3.0)
-    assert dry.guessed_seconds(needs(moved=819e9 * 9), device) == pytest.approx(9.0)
+    assert dry.estimated_seconds(needs(), device) == pytest.approx(3.0)
+    assert dry.estimated_seconds(needs(moved=819e9 * 9), device) == pytest.approx(9.0)
 
 
-def test_what_does_not_fit_says_what_it_needs_and_what_helps():
+def test_a_step_that_does_not_fit_names_its_needs_and_what_helps():
     chips = parse_slice("v5e:4x4")
-    said = dry.shortage(recipe(), needs(temporaries=21 * GIB), chips)
-    assert "needs 23.00 of 15.75 GiB a device (state 2.00, temporaries 21.00)" in said
-    assert "--remat" in said and "--parallelism fsdp" in said
-    # 2.5 GiB a picture: 5 fit of 8, and so do 4.
-    assert "--accumulate 2" in said
-    said = dry.shortage(recipe(remat=True, parallelism="fsdp"), needs(temporaries=21 * GIB), chips)
-    assert "--remat" not in said and "--parallelism" not in said and "a larger slice" in said
+    text = dry.shortage(recipe(), needs(temporaries=21 * GIB), chips)
+    assert "needs 23.00 of 15.75 GiB a device (state 2.00, temporaries 21.00)" in text
+    assert "--remat" in text and "--parallelism fsdp" in text
+    # 2.5 GiB an image: 5 of 8 fit, and so do 4.
+    assert "--accumulate 2" in text
+    text = dry.shortage(recipe(remat=True, parallelism="fsdp"), needs(temporaries=21 * GIB), chips)
+    assert "--remat" not in text and "--parallelism" not in text and "a larger slice" in text
 
 
-def test_what_is_advised_divides_the_batch():
+def test_the_advised_number_of_microbatches_divides_the_batch():
     config = replace(recipe(), batch_size=16 * 12)
-    large = needs(pictures=12, temporaries=25 * GIB)  # 2 GiB a picture: 6 fit
-    assert dry.fitting(large, 15.75 * GIB) == 6
+    large = needs(microbatch=12, temporaries=25 * GIB)  # 2 GiB an image: 6 fit
+    assert dry.largest_microbatch(large, 15.75 * GIB) == 6
     assert "--accumulate 2" in dry.shortage(config, large, parse_slice("v5e:4x4"))
-    large = needs(pictures=12, temporaries=37 * GIB)  # 3 GiB a picture: 4 fit
+    large = needs(microbatch=12, temporaries=37 * GIB)  # 3 GiB an image: 4 fit
     assert "--accumulate 3" in dry.shortage(config, large, parse_slice("v5e:4x4"))
 
 
-def test_a_clip_is_advised_a_smaller_batch_since_it_compares_the_whole_one():
+def test_the_advice_for_a_clip_is_a_smaller_batch_since_it_compares_the_whole_one():
     config = CLIPTrainConfig(name="clip", model=clip64(), batch_size=128)
-    said = dry.shortage(config, needs(temporaries=21 * GIB), parse_slice("v5e:4x4"))
-    assert "--batch-size 80" in said and "--accumulate" not in said
+    text = dry.shortage(config, needs(temporaries=21 * GIB), parse_slice("v5e:4x4"))
+    assert "--batch-size 80" in text and "--accumulate" not in text
 
 
-def test_a_state_that_is_too_large_is_advised_smaller_moments():
-    said = dry.shortage(recipe(), needs(state=30 * GIB), parse_slice("v5e:4x4"))
-    assert "--optimiser.moments bfloat16" in said and "--accumulate" not in said
+def test_the_advice_for_a_large_state_is_smaller_moments():
+    text = dry.shortage(recipe(), needs(state=30 * GIB), parse_slice("v5e:4x4"))
+    assert "--optimiser.moments bfloat16" in text and "--accumulate" not in text
 
 
-def test_a_report_of_a_slice_holds_the_figures():
+def test_a_report_of_a_slice_has_the_figures():
     text = dry.report(recipe(steps=86_400), needs(), parse_slice("v5e:4x4"))
     assert "2.00 + temporaries 5.00 + program 0.00 = 7.00 of 15.75 GiB" in text
     assert "about 25 a device" in text and "--batch-size 400" in text
-    assert "at least 2 s" in text and "64 pictures a second" in text
+    assert "at least 2 s" in text and "64 images a second" in text
     assert "3 s" in text and "3.0 days" in text
     assert "1:01" in text
 
@@ -193,33 +193,34 @@ def test_a_report_of_a_slice_holds_the_figures():
 # --- compiling
 
 
-def test_the_cpu_tells_memory_and_flops_without_any_array(capfd):
+def test_compiling_for_the_cpu_gives_memory_and_flops(capfd):
     config = recipe(batch_size=8)
-    told = dry.measure(config, None)
+    found = dry.measure(config, None)
     state = abstract_state(config, make_objective(config))
-    assert told.state == sum(size(leaf) for leaf in jax.tree.leaves(state))
-    assert told.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert told.pictures == 8 and told.devices == jax.device_count("cpu") == 1
-    assert told.network == 0
-    # XLA's count of what it compiled lies near that of the mathematics.
-    assert told.flops == pytest.approx(told.model_flops, rel=0.3)
-    assert 0 < told.temporaries < GIB
-    text = dry.report(config, told, None)
+    assert found.state == sum(size(leaf) for leaf in jax.tree.leaves(state))
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert found.microbatch == 8 and found.devices == jax.device_count("cpu") == 1
+    assert found.network == 0
+    # XLA's count of the compiled step is near the model FLOPs.
+    assert found.flops == pytest.approx(found.model_flops, rel=0.3)
+    assert 0 < found.temporaries < GIB
+    text = dry.report(config, found, None)
     assert "589,638 parameters" in text and "this machine's CPU" in text
 
 
-def test_a_batch_that_does_not_divide_is_told_the_next_that_does():
+def test_a_batch_that_does_not_divide_is_refused_with_the_next_that_does():
     assert dry.images_per_device(recipe(accumulate=2), 16) == 4
     with pytest.raises(UsageError, match="128 does not divide over 24 devices: .* 144"):
         dry.images_per_device(recipe(), 24)
-    with pytest.raises(UsageError, match="128 in 4 parts does not divide over 24 devices: .* 192"):
+    with pytest.raises(UsageError, match="128 in 4 microbatches does not divide over .* 192"):
         dry.images_per_device(recipe(accumulate=4), 24)
 
 
 def test_sharding_over_devices_divides_the_state():
-    """Told by the command line, in a process that has four."""
+    """Runs the command line in a process with four devices."""
     result = subprocess.run(
-        [sys.executable, "train.py", "--config", RECIPE, "--dry-run", "cpu", "--parallelism", "fsdp"],
+        [sys.executable, "train.py", "--config", RECIPE, "--dry-run", "cpu",
+         "--parallelism", "fsdp"],
         cwd=ROOT, env=environment(devices=4), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -227,8 +228,8 @@ def test_sharding_over_devices_divides_the_state():
     config = recipe()
     leaves = jax.tree.leaves(abstract_state(config, make_objective(config)))
     share = sum(size(leaf) / (4 if parallel.shard_spec(leaf.shape, 4) else 1) for leaf in leaves)
-    told = float(result.stdout.split("state ")[1].split(" +")[0])
-    assert told == pytest.approx(share / GIB, rel=0.02)
+    reported = float(result.stdout.split("state ")[1].split(" +")[0])
+    assert reported == pytest.approx(share / GIB, rel=0.02)
 
 
 def test_an_unknown_slice_ends_the_command_with_one_line():
@@ -236,7 +237,7 @@ def test_an_unknown_slice_ends_the_command_with_one_line():
     assert "unknown hardware 'v9:2x2'" in error
 
 
-def test_the_clock_tells_the_time_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_the_clock_prints_lines_if_stderr_is_not_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(dry, "PERIODS", {False: 0.01, True: 1.0})
     with dry.clock("compiling"):
         time.sleep(0.1)
@@ -245,28 +246,28 @@ def test_the_clock_tells_the_time_in_lines_where_there_is_no_terminal(monkeypatc
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", ["pmap", "fsdp"])
-def test_a_tpu_slice_says_what_a_step_needs(spread):
-    text = dry.dry_run(replace(load_recipe(RECIPE), spread=spread), "v5e:2x2")
+@pytest.mark.parametrize("parallelism", ["pmap", "fsdp"])
+def test_compiling_for_a_tpu_slice_reports_needs(parallelism):
+    text = dry.dry_run(replace(load_recipe(RECIPE), parallelism=parallelism), "v5e:2x2")
     assert "v5e:2x2, 4 chips" in text and "of 15.75 GiB" in text
-    assert f"{spread} over 4 devices" in text
+    assert f"{parallelism} over 4 devices" in text
 
 
 # --- the table of the documentation
 
 
-def test_a_cell_that_did_not_finish_is_a_result():
+def test_a_compilation_that_did_not_finish_is_a_row_of_the_table():
     chips = parse_slice(SLICES[0])
-    line = row("configs/text64.py:paper", chips, {})
+    line = row("text64:paper", chips, {})
     assert len(line) == len(HEAD) and "did not finish" in line
-    assert "not compiled yet" in row("configs/text64.py:paper", chips, None)
+    assert "not compiled yet" in row("text64:paper", chips, None)
     text = table(chips, [line])
     assert all(part.count("|") == len(HEAD) + 1 for part in text.splitlines()[2:])
 
 
-def test_a_cell_that_does_not_fit_says_so():
-    cell = vars(needs(temporaries=21 * GIB, flops=math.nan, moved=math.nan))
-    cell = cell | {"processor_seconds": 90, "compiler_memory": 3 * GIB}
-    line = row("configs/text64.py", parse_slice("v5e:4x4"), cell)
-    assert len(line) == len(HEAD) and any("23.00: too much" in part for part in line)
+def test_a_step_that_does_not_fit_is_marked_in_the_table():
+    found = vars(needs(temporaries=21 * GIB, flops=math.nan, moved=math.nan))
+    found = found | {"processor_seconds": 90, "compiler_memory": 3 * GIB}
+    line = row("text64", parse_slice("v5e:4x4"), found)
+    assert len(line) == len(HEAD) and any("23.00: does not fit" in part for part in line)
     assert "nan" not in " ".join(line)

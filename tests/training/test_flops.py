@@ -1,4 +1,4 @@
-"""What a step costs."""
+"""Counting the floating-point operations of a step."""
 
 import math
 
@@ -12,17 +12,17 @@ def product():
     return jax.jit(jnp.dot), jnp.ones((8, 16)), jnp.ones((16, 32))
 
 
-def test_a_product_of_matrices_takes_a_multiplication_and_an_addition_each():
+def test_a_product_of_matrices_counts_multiplications_and_additions():
     assert count_flops(*product()) == 2 * 8 * 16 * 32
 
 
-def test_what_lies_on_a_device_is_not_looked_at():
+def test_only_shapes_and_dtypes_are_used():
     function, a, b = product()
     a.delete()
     assert count_flops(function, a, b) == 2 * 8 * 16 * 32
 
 
-def test_without_a_cpu_it_is_not_known(monkeypatch):
+def test_without_a_cpu_backend_the_count_is_nan(monkeypatch):
     def none(**_):
         raise RuntimeError("Unknown backend cpu")
 

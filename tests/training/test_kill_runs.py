@@ -1,4 +1,4 @@
-"""kill -9 at random moments: `tests.tools.kill_runs`, shortened."""
+"""Kills at random moments: `tests.tools.kill_runs`, shortened."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def kill(**changes):
     return Kill(**values | changes)
 
 
-def test_what_is_counted():
+def test_the_summary_counts_kills_and_lost_steps():
     text = summary([kill(), kill(began=None, done=10), kill(began=10, done=17, writing=True)], 60)
     assert "3 kills" in text and "1 before the first step" in text and "1 while a" in text
     assert "3.0 steps lost on average, 7 at most" in text
@@ -21,14 +21,14 @@ def test_what_is_counted():
     [{"began": 5}, {"done": 25}, {"saved": 5}, {"warnings": 1}],
     ids=["not from the newest", "too much lost", "a checkpoint vanished", "a broken checkpoint"],
 )
-def test_what_must_not_happen_is_found(wrong):
+def test_the_check_finds_errors(wrong):
     check([kill(), kill(began=10, done=13)])
     with pytest.raises(AssertionError):
         check([kill(), kill(**{"began": 10, "done": 13} | wrong)])
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_run_that_is_killed_many_times_ends_like_an_undisturbed_one(tmp_path):
     kills = kill_again_and_again(tmp_path, kills=20, steps=400, seed=1)
     assert len(kills) == 20 and any(kill.writing for kill in kills)
     assert any(kill.began is None for kill in kills)

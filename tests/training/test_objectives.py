@@ -1,4 +1,4 @@
-"""What training minimises: what each kind of model is given, how losses are weighted and spread."""
+"""Training objectives: inputs of each kind of model, weighting, the loss over devices."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,10 +17,10 @@ from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, TrainCon
 from glide_jax.training.objectives import (
     Batch,
     denoising_loss,
-    draw,
     finish,
     make_objective,
     noise_low_res,
+    sample_noise,
     shrink,
     to_range,
 )
@@ -42,14 +42,14 @@ def make_batch(count=8, size=16, length=8, seed=0):
     )
 
 
-# --- weights of noise levels
+# --- weighting of noise levels
 
 
 @pytest.mark.parametrize(
     ("snr", "eps", "v"), [(0.25, 1, 0.2), (1, 1, 0.5), (5, 1, 5 / 6), (20, 0.25, 5 / 21)]
 )
 def test_min_snr_weighs_as_the_paper_says(snr, eps, v):
-    """Of eps: min(SNR, 5) / SNR; of v: min(SNR, 5) / (SNR + 1)."""
+    """The weight is min(SNR, 5) / SNR for eps, min(SNR, 5) / (SNR + 1) for v."""
     alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
     assert float(min_snr_weight(alpha, sigma, "eps")) == pytest.approx(eps)
     assert float(min_snr_weight(alpha, sigma, "v")) == pytest.approx(v)
@@ -70,8 +70,8 @@ def test_min_snr_weighs_the_error_and_not_the_bound():
     )
 
 
-def test_the_same_error_of_x_0_weighs_alike_whatever_is_predicted():
-    """An error d of x_0 is one of alpha / sigma d in eps, and of d / sigma in v."""
+def test_the_same_error_of_x_0_weighs_the_same_for_eps_and_v():
+    """An error d of x_0 is alpha / sigma d in eps, and d / sigma in v."""
     for t in (100, 500, 900):
         alpha, sigma = TABLES.alpha[t], TABLES.sigma[t]
         of_eps = min_snr_weight(alpha, sigma, "eps") * (alpha / sigma) ** 2
@@ -79,23 +79,23 @@ def test_the_same_error_of_x_0_weighs_alike_whatever_is_predicted():
         assert float(of_v) == pytest.approx(float(of_eps), rel=1e-4)
 
 
-# --- what a model is given
+# --- inputs of a model
 
 
 class Recorder:
-    """A network that predicts zero and remembers what it was given."""
+    """A network that predicts zero and records its inputs."""
 
-    def apply(self, variables, *inputs, method=None, train=False, rngs=None, **given):
+    def apply(self, variables, *inputs, method=None, train=False, rngs=None, **conditioning):
         if method is not None:
             self.seen = {"mask": inputs[1]}
             return None
         x_t, t, _ = inputs
-        self.seen |= {"x_t": x_t, "t": t} | given
+        self.seen |= {"x_t": x_t, "t": t} | conditioning
         return jnp.zeros((*x_t.shape[:3], 6))
 
 
 def recorded(batch, variant="base", low_res_level=False, **options):
-    """What the network is given of a batch, and the metrics."""
+    """Return the inputs of the network for a batch, and the metrics."""
     model = replace(TINY, variant=variant, low_res_level=low_res_level)
     config = TrainConfig(name="x", model=model, **options)
 
@@ -108,42 +108,43 @@ def recorded(batch, variant="base", low_res_level=False, **options):
     return jax.device_get(run(batch))
 
 
-def test_pictures_are_noised_as_drawn():
+def test_images_are_noised_with_the_sampled_noise():
     batch = make_batch()
-    drawn, (found, _) = jax.jit(draw, static_argnums=2)(KEY, batch, 1000), recorded(batch)
-    alpha, sigma = (x[drawn.t][:, None, None, None] for x in (TABLES.alpha, TABLES.sigma))
-    np.testing.assert_array_equal(found["t"], drawn.t)
-    x_t = alpha * to_range(batch.image) + sigma * drawn.eps
+    noise, (found, _) = jax.jit(sample_noise, static_argnums=2)(KEY, batch, 1000), recorded(batch)
+    alpha, sigma = (x[noise.t][:, None, None, None] for x in (TABLES.alpha, TABLES.sigma))
+    np.testing.assert_array_equal(found["t"], noise.t)
+    x_t = alpha * to_range(batch.image) + sigma * noise.eps
     np.testing.assert_allclose(found["x_t"], x_t, atol=1e-5)
     assert set(found) == {"x_t", "t", "mask"}
 
 
-def test_a_record_is_drawn_by_its_place_alone():
+def test_the_noise_of_a_record_depends_on_its_row_alone():
     batch = make_batch()
     half = jax.tree.map(lambda x: x[4:], batch)
-    whole, part = (jax.jit(draw, static_argnums=2)(KEY, rows, 1000) for rows in (batch, half))
+    sample = jax.jit(sample_noise, static_argnums=2)
+    whole, part = (sample(KEY, rows, 1000) for rows in (batch, half))
     np.testing.assert_array_equal(whole.t[4:], part.t)
     np.testing.assert_array_equal(whole.eps[4:], part.eps)
 
 
-def test_every_timestep_is_drawn():
-    batch = make_batch(1)._replace(position=np.arange(20_000, dtype=np.int32))
-    t = np.asarray(draw(KEY, batch._replace(image=np.zeros((1, 1, 1, 1))), 1000).t)
+def test_timesteps_are_uniform():
+    batch = make_batch(1)._replace(row=np.arange(20_000, dtype=np.int32))
+    t = np.asarray(sample_noise(KEY, batch._replace(image=np.zeros((1, 1, 1, 1))), 1000).t)
     assert t.min() == 0 and t.max() == 999
     assert np.bincount(t // 100, minlength=10) / 2000 == pytest.approx(1, abs=0.1)
 
 
-def test_captions_are_emptied_at_the_share_that_is_asked_for():
+def test_captions_are_emptied_at_the_rate_of_caption_dropout():
     batch = make_batch(count=2000, size=2)
     np.testing.assert_array_equal(recorded(batch)[0]["mask"], batch.mask)
-    emptied = recorded(batch, caption_dropout=0.2)[0]["mask"]
-    gone = ~emptied.any(axis=1)
-    assert gone.mean() == pytest.approx(0.2, abs=0.03)
-    np.testing.assert_array_equal(emptied[~gone], batch.mask[~gone])
+    mask = recorded(batch, caption_dropout=0.2)[0]["mask"]
+    empty = ~mask.any(axis=1)
+    assert empty.mean() == pytest.approx(0.2, abs=0.03)
+    np.testing.assert_array_equal(mask[~empty], batch.mask[~empty])
     assert not recorded(batch, caption_dropout=1.0)[0]["mask"].any()
 
 
-def test_an_upsampler_is_given_means_of_four_by_four_pixels():
+def test_the_small_image_of_an_upsampler_is_means_of_four_by_four_pixels():
     batch = make_batch()
     low = np.asarray(shrink(jnp.asarray(batch.image)))
     assert low.shape == (8, 4, 4, 3) and (low == np.round(low)).all()
@@ -153,7 +154,7 @@ def test_an_upsampler_is_given_means_of_four_by_four_pixels():
     np.testing.assert_allclose(found["low_res"], low / 127.5 - 1, atol=1e-6)
 
 
-def test_a_noised_small_picture_comes_with_its_level():
+def test_a_noised_small_image_comes_with_its_level():
     batch = make_batch(count=500, size=4)
     found = recorded(batch, "superres", low_res_level=True, low_res_noise=0.3)[0]
     level = found["low_res_level"]
@@ -162,8 +163,8 @@ def test_a_noised_small_picture_comes_with_its_level():
     noise = np.asarray(noise / at(TABLES.sigma, level))
     assert noise.mean() == pytest.approx(0, abs=0.1)
     assert noise.std() == pytest.approx(1, abs=0.1)
-    # Apart from the noise of the large picture.
-    own = np.asarray(draw(KEY, batch, 1000).eps).reshape(500, -1)[:, :3]
+    # The noise of the large image is independent of it.
+    own = np.asarray(sample_noise(KEY, batch, 1000).eps).reshape(500, -1)[:, :3]
     assert abs(np.corrcoef(own.ravel(), noise.ravel())[0, 1]) < 0.1
 
 
@@ -173,7 +174,7 @@ def test_the_least_share_of_low_res_noise_is_one_level():
 
 
 @pytest.mark.parametrize("variant", ["inpaint", "superres_inpaint"])
-def test_an_inpainting_model_is_given_what_the_mask_leaves(variant):
+def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
     batch = make_batch(count=64)
     found = recorded(batch, variant, mask_all=0.25)[0]
     mask = found["inpaint_mask"]
@@ -183,13 +184,13 @@ def test_an_inpainting_model_is_given_what_the_mask_leaves(variant):
     nothing = (mask == 0).all(axis=(1, 2, 3)).mean()
     assert nothing == pytest.approx(0.25, abs=0.15)
     assert len(np.unique(mask, axis=0)) > 40
-    # The small picture is whole even there (GLIDE, sec. 4.3).
+    # The small image is whole (GLIDE, sec. 4.3).
     if variant == "superres_inpaint":
         low = to_range(shrink(jnp.asarray(batch.image)))
         np.testing.assert_allclose(found["low_res"], low, atol=1e-6)
 
 
-def test_low_res_noise_and_the_layers_that_are_told_of_it_go_together():
+def test_low_res_noise_and_the_layers_of_its_level_go_together():
     model = replace(TINY, variant="superres")
     with pytest.raises(UsageError, match="go together"):
         TrainConfig(name="x", model=model, low_res_noise=0.5)
@@ -197,10 +198,10 @@ def test_low_res_noise_and_the_layers_that_are_told_of_it_go_together():
         TrainConfig(name="x", model=replace(model, low_res_level=True))
 
 
-def test_quartiles_of_the_chain_are_told_apart():
+def test_the_loss_is_split_into_quarters_of_the_timesteps():
     batch = make_batch(count=64, size=4)
     values = finish(recorded(batch)[1])
-    quarter = np.asarray(draw(KEY, batch, 1000).t) // 250
+    quarter = np.asarray(sample_noise(KEY, batch, 1000).t) // 250
     shares = [(quarter == i).mean() for i in range(4)]
     total = sum(share * values[f"loss_quartile_{i}"] for i, share in enumerate(shares))
     assert total == pytest.approx(values["loss"], rel=1e-5)
@@ -212,7 +213,7 @@ def test_quartiles_of_the_chain_are_told_apart():
 
 
 class Sum:
-    """A network of two numbers: its prediction is theirs and the picture's sum."""
+    """A network of two numbers, which predicts the sum of these and the image."""
 
     encode_text = "encode_text"
 
@@ -227,7 +228,7 @@ class Sum:
         return x_t + params["unet"]["w"] + text
 
 
-def test_what_is_frozen_has_no_gradient_and_does_not_move(monkeypatch):
+def test_frozen_parameters_have_no_gradient_and_do_not_change(monkeypatch):
     monkeypatch.setattr(objectives, "GLIDE", Sum)
     params = {"text": {"w": jnp.float32(1)}, "unet": {"w": jnp.float32(2)}}
     results = []
@@ -235,13 +236,13 @@ def test_what_is_frozen_has_no_gradient_and_does_not_move(monkeypatch):
         optimiser = OptimiserConfig(freeze=freeze)
         objective = make_objective(TrainConfig(name="x", model=TINY, optimiser=optimiser))
         adamw = make_optimiser(optimiser, 10)
-        step = partial(train_step, loss=objective.loss, optimiser=adamw, averages=optimiser)
+        step = partial(train_step, loss=objective.loss, optimiser=adamw, config=optimiser)
         first = init_state(params, adamw, optimiser)
         results.append(jax.jit(step)(first, make_batch(), KEY))
     (free, free_metrics), (held, held_metrics) = results
     assert free.params["text"]["w"] != 1
     assert held.params["text"]["w"] == 1 and held.params["unet"]["w"] != 2
-    # Both have the same gradient, of which half is left.
+    # Both parameters have the same gradient; freezing removes one of them.
     ratio = float(free_metrics["grad_norm"] / held_metrics["grad_norm"])
     assert ratio == pytest.approx(np.sqrt(2), rel=1e-5)
 
@@ -266,10 +267,10 @@ def test_the_contrastive_loss_is_the_cross_entropy_both_ways(clip):
 
     @jax.jit
     def both(params):
-        drawn = draw(KEY, batch, 1000)
-        x_t = q_sample(TABLES, to_range(batch.image), drawn.t, drawn.eps)
+        noise = sample_noise(KEY, batch, 1000)
+        x_t = q_sample(TABLES, to_range(batch.image), noise.t, noise.eps)
         lengths = batch.mask.sum(axis=1)
-        logits = objective.model.apply({"params": params}, x_t, drawn.t, batch.tokens, lengths)
+        logits = objective.model.apply({"params": params}, x_t, noise.t, batch.tokens, lengths)
         return objective.loss(params, batch, KEY), logits
 
     (loss, metrics), logits = both(params)
@@ -291,7 +292,7 @@ def test_equal_captions_are_all_right(clip):
 
 
 def test_captions_of_all_devices_are_compared(clip):
-    """Four devices with two pairs each: the loss and the gradient of the whole batch of eight."""
+    """Four devices with two pairs each give the loss and gradient of the whole batch of eight."""
     objective, params = clip
     batch = make_batch(size=8)
     split = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
@@ -306,25 +307,24 @@ def test_captions_of_all_devices_are_compared(clip):
         np.testing.assert_allclose(a.mean(axis=0), b, rtol=1e-3, atol=1e-6)
 
 
-def test_a_clip_cannot_be_accumulated():
+def test_a_clip_refuses_gradient_accumulation():
     with pytest.raises(UsageError, match="compares the whole batch"):
         CLIPTrainConfig(name="x", model=CLIP, accumulate=2)
 
 
-def test_a_clip_may_learn_at_low_noise_alone(clip):
-    """One level of it: the pictures are as good as clean."""
+def test_a_clip_can_be_trained_at_low_noise_alone(clip):
+    """With a single noise level the images are nearly clean."""
     _, params = clip
     objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, noise=1e-3))
     batch = make_batch(size=8)
 
     @jax.jit
     def both(params):
-        x_t = q_sample(TABLES, to_range(batch.image), jnp.zeros(8, int), draw(KEY, batch, 1).eps)
+        t, eps = jnp.zeros(8, int), sample_noise(KEY, batch, 1).eps
+        x_t = q_sample(TABLES, to_range(batch.image), t, eps)
         lengths = batch.mask.sum(axis=1)
-        given = x_t, jnp.zeros(8, int), batch.tokens, lengths
-        return objective.loss(params, batch, KEY)[0], objective.model.apply(
-            {"params": params}, *given
-        )
+        logits = objective.model.apply({"params": params}, x_t, t, batch.tokens, lengths)
+        return objective.loss(params, batch, KEY)[0], logits
 
     loss, logits = both(params)
     own = [-np.diag(jax.nn.log_softmax(logits, axis=axis)).mean() for axis in (0, 1)]
@@ -332,6 +332,6 @@ def test_a_clip_may_learn_at_low_noise_alone(clip):
 
 
 @pytest.mark.parametrize("noise", [0, 1.5])
-def test_a_share_of_noise_levels_is_a_share(noise):
+def test_noise_is_a_share(noise):
     with pytest.raises(UsageError, match="noise is a share"):
         CLIPTrainConfig(name="x", model=CLIP, noise=noise)

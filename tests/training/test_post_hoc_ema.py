@@ -1,4 +1,4 @@
-"""Averages of weights chosen after training: profiles, fits, snapshots."""
+"""Post-hoc EMA: profiles, fits, snapshots."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from glide_jax.training.post_hoc_ema import (
     reconstruct,
     snapshot,
     snapshots,
-    write_average,
+    write_ema,
 )
 from glide_jax.training.step import power_rate
 from glide_jax.weights.registry import load_model
@@ -29,18 +29,18 @@ WIDTHS = (0.05, 0.10)
 
 
 def track(values, width):
-    """The average of a trajectory `(T, ...)` after each of its steps, as training keeps it."""
+    """Return the EMA of a trajectory `(T, ...)` after each step, as training computes it."""
 
-    def step(average, now):
+    def step(ema, now):
         t, value = now
-        average = average + (1 - power_rate(t, width)) * (value - average)
-        return average, average
+        ema = ema + (1 - power_rate(t, width)) * (value - ema)
+        return ema, ema
 
     return np.asarray(jax.lax.scan(step, values[0], (jnp.arange(1.0, len(values) + 1), values))[1])
 
 
 def trajectory(steps):
-    """A parameter that settles, and one that wanders."""
+    """Return a parameter that converges, and one that is a random walk."""
     t = np.arange(steps) / steps
     noise = np.random.default_rng(0).standard_normal(steps)
     return jnp.float32(np.stack([np.exp(-5 * t), np.cumsum(noise) / np.sqrt(steps)], axis=1))
@@ -49,15 +49,15 @@ def trajectory(steps):
 # --- profiles
 
 
-def test_a_tracked_average_has_the_profile_of_its_width():
-    """An average of 0, 0, ..., 1, 0, ... is the weight of that step: moments over all steps."""
+def test_an_ema_has_the_profile_of_its_width():
+    """The EMA of 0, 0, ..., 1, 0, ... is the weight of the step with the 1."""
     steps, width = 400, 0.1
     weights = track(jnp.eye(steps), width)[-1]
     assert weights.sum() == pytest.approx(1, abs=1e-5)
     s = np.arange(1, steps + 1) / steps
     mean = (weights * s).sum()
-    spread = np.sqrt((weights * (s - mean) ** 2).sum())
-    assert spread == pytest.approx(width, rel=0.02)
+    deviation = np.sqrt((weights * (s - mean) ** 2).sum())
+    assert deviation == pytest.approx(width, rel=0.02)
     gamma = Profile(steps, width).gamma
     np.testing.assert_allclose(weights, s**gamma * (gamma + 1) / steps, atol=2e-4)
 
@@ -83,37 +83,37 @@ def test_inner_products_are_the_integrals_of_the_profiles(a, b):
 
 
 @pytest.mark.parametrize("width", [0.04, 0.07, 0.1, 0.15])
-def test_an_average_of_any_width_follows_from_two(width):
+def test_an_ema_of_any_width_follows_from_two(width):
     steps, every = 4000, 100
     values = trajectory(steps)
     saved = [Profile(t, w) for t in range(every, steps + 1, every) for w in WIDTHS]
     kept = {w: track(values, w) for w in WIDTHS}
-    coefficients, left = fit(saved, Profile(steps, width))
+    coefficients, error = fit(saved, Profile(steps, width))
     found = sum(c * kept[p.width][p.step - 1] for c, p in zip(coefficients, saved, strict=True))
     assert coefficients.sum() == pytest.approx(1)
-    assert left < 5e-3
+    assert error < 5e-3
     np.testing.assert_allclose(found, track(values, width)[-1], atol=1e-3)
 
 
-def test_an_average_at_an_earlier_step_follows_too():
+def test_an_ema_at_an_earlier_step_follows_too():
     steps, every = 4000, 100
     values = trajectory(steps)
     kept = {w: track(values, w) for w in WIDTHS}
     saved = [Profile(t, w) for t in range(every, 2501, every) for w in WIDTHS]
     coefficients, _ = fit(saved, Profile(2450, 0.08))
     found = sum(c * kept[p.width][p.step - 1] for c, p in zip(coefficients, saved, strict=True))
-    # Those saved after it help, but for the steps that it has not seen.
+    # Snapshots after this step help, up to the steps that the EMA does not include.
     np.testing.assert_allclose(found, track(values[:2450], 0.08)[-1], atol=5e-3)
 
 
-def test_what_is_kept_is_found_again_exactly():
+def test_a_saved_profile_is_fitted_exactly():
     saved = [Profile(t, w) for t in (100, 200, 300) for w in WIDTHS]
-    coefficients, left = fit(saved, Profile(300, 0.1))
+    coefficients, error = fit(saved, Profile(300, 0.1))
     np.testing.assert_allclose(coefficients, [0, 0, 0, 0, 0, 1], atol=1e-6)
-    assert left < 1e-6
+    assert error < 1e-6
 
 
-def test_a_fit_says_how_far_it_is_off():
+def test_a_fit_returns_its_error():
     saved = [Profile(t, 0.1) for t in (50, 100, 150, 200)]
     _, near = fit(saved, Profile(200, 0.11))
     _, far = fit(saved, Profile(200, 0.02))
@@ -125,7 +125,7 @@ def test_a_fit_says_how_far_it_is_off():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 40 steps whose parameters grow with the step: `step * params`."""
+    """A run of 35 steps whose parameters are `step * params`."""
     folder = tmp_path_factory.mktemp("run")
     params = load_model(make_weights(folder / "weights")).params
     optimiser = OptimiserConfig(ema_power=WIDTHS, ema_every=10)
@@ -136,27 +136,27 @@ def finished(tmp_path_factory):
     save_config(config, folder / "run" / "config.json")
     factors = {w: track(jnp.arange(1.0, 36.0), w) for w in WIDTHS}
     for step in range(1, 36):
-        averages = (jax.tree.map(lambda x, f=factors[w][step - 1]: x * f, params) for w in WIDTHS)
-        snapshot(config, step, averages)
+        emas = (jax.tree.map(lambda x, f=factors[w][step - 1]: x * f, params) for w in WIDTHS)
+        snapshot(config, step, emas)
     return folder / "run", params
 
 
-def test_averages_are_saved_now_and_then_and_at_the_end(finished):
+def test_snapshots_are_saved_at_multiples_of_ema_every_and_at_the_end(finished):
     folder, _ = finished
     names = sorted(p.name for p in (folder / "ema").iterdir())
     assert names == [f"{s:08}_{w:g}" for s in (10, 20, 30, 35) for w in WIDTHS]
     assert set(snapshots(folder)) == {Profile(s, w) for s in (10, 20, 30, 35) for w in WIDTHS}
 
 
-def test_nothing_is_asked_for_between_two_snapshots(finished):
+def test_nothing_is_gathered_between_two_snapshots(finished):
     folder, _ = finished
     config = TrainConfig(name="x", model=TINY, optimiser=OptimiserConfig(ema_power=WIDTHS))
 
-    def averages():
+    def emas():
         raise AssertionError("gathered for nothing")
         yield
 
-    snapshot(replace(config, out=str(folder)), 34, averages())
+    snapshot(replace(config, out=str(folder)), 34, emas())
 
 
 def test_a_snapshot_loads_like_any_weights(finished):
@@ -170,35 +170,31 @@ def test_a_snapshot_loads_like_any_weights(finished):
 
 def test_another_width_is_made_from_the_command_line(finished, tmp_path):
     folder, params = finished
-    out = tmp_path / "average"
-    result = run(
-        "-m", "glide_jax.weights", "ema", folder, "--width", 0.08, "--out", out
-    )  # fmt: skip
+    out = tmp_path / "ema"
+    command = ("-m", "glide_jax", "weights", "ema", folder, "--width", 0.08, "--out", out)
+    result = run(*command)
     assert result.returncode == 0, result.stderr
     factor = track(jnp.arange(1.0, 36.0), 0.08)[-1]
     found = flatten(load_model(out).params)
     for path, array in flatten(params).items():
         np.testing.assert_allclose(found[path], factor * array, rtol=5e-3, atol=1e-5)
-    error = one_line(
-        run("-m", "glide_jax.weights", "ema", folder, "--width", 0.08, "--out", out), 2
-    )
-    assert "exists" in error
+    assert "exists" in one_line(run(*command), 2)
 
 
-def test_what_cannot_be_made_is_refused(finished, tmp_path):
+def test_an_ema_that_cannot_be_made_is_refused(finished, tmp_path):
     folder, _ = finished
-    with pytest.raises(UsageError, match=r"do not make one of 0\.01 at step 35"):
+    with pytest.raises(UsageError, match=r"do not give one of 0\.01 at step 35"):
         reconstruct(folder, 0.01)
     with pytest.raises(UsageError, match="between 0 and 0.28"):
-        write_average(folder, tmp_path / "out", 0.3)
+        write_ema(folder, tmp_path / "out", 0.3)
     with pytest.raises(UsageError, match="saved at step 10, after 5"):
         reconstruct(folder, 0.1, step=5)
-    with pytest.raises(UsageError, match="saved no averages"):
+    with pytest.raises(UsageError, match="saved no EMAs"):
         reconstruct(tmp_path, 0.1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_too_large_for_float16_stays_whole(tmp_path):
+def test_an_array_beyond_the_range_of_float16_stays_float32(tmp_path):
     config = TrainConfig(
         name="large",
         model=TINY,
@@ -214,7 +210,7 @@ def test_a_weight_too_large_for_float16_stays_whole(tmp_path):
     assert (loaded["unet"]["head"]["bias"] == 1e6).all()
 
 
-def test_widths_that_no_average_has_are_refused():
+def test_impossible_widths_are_refused():
     for widths in ((0.3,), (0.0,), (0.1, 0.1)):
         with pytest.raises(UsageError):
             OptimiserConfig(ema_power=widths)

@@ -1,35 +1,36 @@
-"""The recipes: what each is made of, and whether it learns."""
+"""The recipes: how they are found, their fields, and whether they learn."""
 
 import ast
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from glide_jax.data.data_config import DataConfig
 from glide_jax.errors import UsageError
-from glide_jax.models.presets import PRESETS, clip64, clip64_paper
+from glide_jax.models.presets import PRESETS, CLIPConfig, clip64, clip64_paper
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.training.command_line import parse_recipe
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, read_config, save_config
 from glide_jax.training.export import export, seen_tokens
-from glide_jax.training.initial import new_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe, toy
+from glide_jax.training.state import new_state
 from glide_jax.weights import load_weights
-from glide_jax.weights.token_rows import ROWS, TABLE
 from glide_jax.weights.store import flatten
-from tests import toy_runs
+from glide_jax.weights.token_rows import ROWS, TABLE
 from tests.support.commands import ROOT, TINY, make_weights, one_line, run
+from tests.tools import toy_runs
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 each_recipe = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
-# Steps and pictures a step, stated in the paper (4.1 to 4.4, B.1) or the recipe's own; and the
-# model, whose parameters tests/models/test_models.py counts.
+# Steps and images a step, stated in the paper (4.1 to 4.4, B.1) or the recipe's own; and the model,
+# whose parameters tests/models/test_models.py counts.
 FACTS = {
     "text64": (1_100_000, 2048, "base64"),
     "text64:paper": (2_500_000, 2048, "base64-paper"),
@@ -43,52 +44,112 @@ FACTS = {
 }
 
 
-def recipe(name):
-    file, _, size = name.partition(":")
-    return load_recipe(f"{ROOT / 'configs' / file}.py" + (size and f":{size}"))
+# --- finding recipes
+
+
+@each_recipe
+def test_a_recipe_is_found_by_name_and_by_path(file):
+    for size in ("", ":toy"):
+        assert load_recipe(f"{file.stem}{size}") == load_recipe(f"{file}{size}")
+
+
+def test_a_recipe_of_ones_own_is_found_by_path_with_a_size(tmp_path):
+    own = tmp_path / "recipe.py"
+    own.write_text((ROOT / "configs" / "cfg64.py").read_text())
+    assert load_recipe(own) == load_recipe("cfg64")
+    assert load_recipe(f"{own}:paper") == load_recipe("cfg64:paper")
+
+
+@pytest.mark.parametrize("name", ["cfg46", "cfg46:paper", "configs/cfg46"])
+def test_an_unknown_name_is_one_line_with_the_nearest_one(name):
+    with pytest.raises(UsageError, match=r"no recipe .*cfg46, did you mean 'cfg64'\?") as error:
+        load_recipe(name)
+    assert "clip64, emoji64" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_path_is_one_line_with_the_recipes_beside_it(tmp_path):
+    near = r"no recipe .*cfg46\.py, did you mean 'cfg64\.py'\? choose one of .* in .*configs$"
+    with pytest.raises(UsageError, match=near):
+        load_recipe(ROOT / "configs" / "cfg46.py")
+    with pytest.raises(UsageError, match=r"no recipe .*own\.py: name one"):
+        load_recipe(tmp_path / "own.py")
+
+
+def test_a_size_that_a_recipe_lacks_is_one_line_with_those_it_has():
+    near = r"no size 'papr', did you mean 'paper'\? choose one of released, paper, toy"
+    with pytest.raises(UsageError, match=near):
+        load_recipe("text64:papr")
+    with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
+        load_recipe("emoji_inpaint64:paper")
+    with pytest.raises(UsageError, match=r"choose one of released, 16gb, 24gb, paper, toy"):
+        load_recipe("finetune64:8gb")
+
+
+def test_help_shows_each_field_with_the_value_of_the_recipe(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["glide-jax train"])
+    with pytest.raises(SystemExit) as end:
+        parse_recipe(["--config", "clip64:paper", "--help"], "About training.")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert text.startswith("usage: glide-jax train --config clip64:paper [-h] [OPTIONS]")
+    assert "--batch-size INT Images per step" in text and "(default: 32768)" in text
+    assert "(default: fsdp)" in text
+    groups = {"optimiser": OptimiserConfig, "data": DataConfig, "model": CLIPConfig}
+    options = [f.name for f in fields(CLIPTrainConfig) if f.name not in groups]
+    options += [f"{group}.{f.name}" for group, kind in groups.items() for f in fields(kind)]
+    for option in options:
+        (shown,) = re.findall(rf" --{option.replace('_', '-')}[ ,](.*?) \(default:", text)
+        assert len(re.findall(r"\b[a-z-]{2,}\b", shown)) >= 2, (option, shown)
+
+
+# --- their fields
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_a_recipe_is_of_the_size_that_the_paper_or_the_release_says(name):
+def test_a_recipe_has_the_size_of_the_paper_or_of_the_released_model(name):
     steps, batch_size, preset = FACTS[name]
-    config = recipe(name)
+    config = load_recipe(name)
     assert (config.steps, config.batch_size) == (steps, batch_size)
     assert config.model == PRESETS[preset]()
 
 
 @pytest.mark.parametrize(("name", "preset"), [("clip64", clip64), ("clip64:paper", clip64_paper)])
-def test_a_clip_learns_its_scale_as_the_original_does(name, preset):
-    config = recipe(name)
+def test_a_clip_learns_its_scale_like_the_original(name, preset):
+    config = load_recipe(name)
     assert (config.steps, config.batch_size) == (390_000, 32_768)
     assert config.model == replace(preset(), learn_logit_scale=True, logit_scale=1 / 0.07)
 
 
 def test_every_recipe_of_the_paper_has_both_sizes():
     for name in ("text64", "cfg64", "upsample256", "inpaint64", "inpaint256", "clip64"):
-        released, paper = recipe(f"{name}:released"), recipe(f"{name}:paper")
-        assert recipe(name) == released != paper
-        assert paper.name == f"{released.name}-paper" and paper.spread == "fsdp"
+        released, paper = load_recipe(f"{name}:released"), load_recipe(f"{name}:paper")
+        assert load_recipe(name) == released != paper
+        assert paper.name == f"{released.name}-paper" and paper.parallelism == "fsdp"
         variants = [getattr(config.model, "variant", "") for config in (released, paper)]
         assert variants[0] == variants[1]
 
 
-def test_recipes_differ_in_what_the_paper_says_they_do():
-    assert recipe("text64").caption_dropout == 0 and recipe("cfg64").caption_dropout == 0.2
-    assert {recipe(f"{n}64").schedule for n in ("text", "cfg", "inpaint", "clip")} == {"cosine"}
-    assert {recipe(f"{n}256").schedule for n in ("upsample", "inpaint")} == {"linear"}
-    assert recipe("inpaint64").model.variant == "inpaint"
-    assert recipe("inpaint256").model.variant == "superres_inpaint"
-    assert recipe("clip64:paper").optimiser.weight_decay == 0.0125
+def test_recipes_differ_as_the_paper_says():
+    schedules = {name: load_recipe(name).schedule for name in (*FACTS, "clip64")}
+    assert {schedules[f"{n}64"] for n in ("text", "cfg", "inpaint", "clip")} == {"cosine"}
+    assert {schedules[f"{n}256"] for n in ("upsample", "inpaint")} == {"linear"}
+    assert load_recipe("text64").caption_dropout == 0
+    assert load_recipe("cfg64").caption_dropout == 0.2
+    assert load_recipe("inpaint64").model.variant == "inpaint"
+    assert load_recipe("inpaint256").model.variant == "superres_inpaint"
+    assert load_recipe("clip64:paper").optimiser.weight_decay == 0.0125
     for name in ("text64", "cfg64", "upsample256", "inpaint64", "inpaint256", "finetune64"):
-        assert (recipe(name).prediction, recipe(name).weighting) == ("eps", "none")
+        config = load_recipe(name)
+        assert (config.prediction, config.weighting) == ("eps", "none")
     for name in ("improved64", "improved256"):
-        assert (recipe(name).prediction, recipe(name).weighting) == ("v", "min-snr")
-        assert recipe(name).optimiser.ema_power == (0.05, 0.10)
-    assert recipe("finetune64").optimiser.freeze == ("text",)
+        config = load_recipe(name)
+        assert (config.prediction, config.weighting) == ("v", "min-snr")
+        assert config.optimiser.ema_power == (0.05, 0.10)
+    assert load_recipe("finetune64").optimiser.freeze == ("text",)
 
 
 @each_recipe
-def test_a_recipe_says_what_to_expect_of_it(file):
+def test_a_recipe_states_result_hardware_time_and_command(file):
     text = file.read_text()
     for what in ("Result:", "Hardware:", "Time:", "Command:"):
         assert what in text
@@ -96,10 +157,10 @@ def test_a_recipe_says_what_to_expect_of_it(file):
 
 
 @each_recipe
-def test_the_commands_of_a_recipe_are_commands(file):
-    """They name recipes that are there, and fields that these have."""
+def test_the_commands_of_a_recipe_work(file):
+    """They name recipes and fields that exist."""
     text = file.read_text().replace("\\\\\n", " ")
-    commands = re.findall(r"python train\.py (--config .*)", text)
+    commands = re.findall(r"glide-jax train (--config .*)", text)
     assert commands
     for command in commands:
         config, hardware = parse_recipe(shlex.split(command), "")
@@ -107,7 +168,7 @@ def test_the_commands_of_a_recipe_are_commands(file):
 
 
 @each_recipe
-def test_a_recipe_of_any_size_is_read_back_as_it_was_written(file, tmp_path):
+def test_a_recipe_of_any_size_is_saved_and_read_unchanged(file, tmp_path):
     named = re.search(r"^SIZES = (\(.*\))$", file.read_text(), re.MULTILINE)
     for size in ("", "toy", *(ast.literal_eval(named[1]) if named else ())):
         config = load_recipe(f"{file}:{size}" if size else file)
@@ -116,28 +177,19 @@ def test_a_recipe_of_any_size_is_read_back_as_it_was_written(file, tmp_path):
 
 
 @each_recipe
-def test_a_toy_is_the_recipe_but_for_its_size(file):
+def test_a_toy_is_the_recipe_except_for_its_size(file):
     whole, small = load_recipe(file), load_recipe(f"{file}:toy")
     assert small == toy(whole) and small.name == f"{whole.name}-toy"
     assert not small.init_from
-    same = ["schedule", "spread", "diffusion_steps"]
+    same = ["schedule", "parallelism", "diffusion_steps"]
     if not isinstance(whole, CLIPTrainConfig):
         same += ["prediction", "weighting", "caption_dropout", "low_res_noise", "mask_all"]
         assert small.model.variant == whole.model.variant
         assert small.model.low_res_level == whole.model.low_res_level
     for field in same:
         assert getattr(small, field) == getattr(whole, field)
-    for field in ("freeze", "ema_power", "moments", "clip", "beta_2", "weight_decay"):
+    for field in ("freeze", "ema_power", "moments", "grad_clip", "beta_2", "weight_decay"):
         assert getattr(small.optimiser, field) == getattr(whole.optimiser, field)
-
-
-def test_a_size_that_a_recipe_lacks_is_named_with_those_it_has():
-    with pytest.raises(UsageError, match=r"no size 'papr': choose one of released, paper, toy"):
-        recipe("text64:papr")
-    with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
-        recipe("emoji_inpaint64:paper")
-    with pytest.raises(UsageError, match=r"choose one of released, 16gb, 24gb, paper, toy"):
-        recipe("finetune64:8gb")
 
 
 # --- exports
@@ -145,7 +197,7 @@ def test_a_size_that_a_recipe_lacks_is_named_with_those_it_has():
 
 @pytest.fixture
 def begun():
-    """The state of a run before its first step, of which a few token rows have been seen."""
+    """`(config, rows) -> state` before the first step, with token rows marked as seen."""
 
     def begin(config, rows):
         objective = make_objective(config)
@@ -158,8 +210,8 @@ def begun():
     return begin
 
 
-def test_rows_that_the_first_weights_may_know_are_kept(begun, tmp_path, monkeypatch):
-    config = replace(recipe("text64"), model=TINY, optimiser=OptimiserConfig())
+def test_token_rows_of_the_first_weights_are_kept(begun, tmp_path, monkeypatch):
+    config = replace(load_recipe("text64"), model=TINY, optimiser=OptimiserConfig())
     state = begun(config, [3, 5])
     assert np.flatnonzero(seen_tokens(config, state)).tolist() == [3, 5]
 
@@ -168,7 +220,7 @@ def test_rows_that_the_first_weights_may_know_are_kept(begun, tmp_path, monkeypa
     assert seen_tokens(replace(config, init_from=str(whole)), state) is None
     assert seen_tokens(replace(config, init_from="openai/base"), state) is None
 
-    # The embedded model has some rows alone.
+    # The embedded model has only some rows.
     embedded = seen_tokens(replace(config, init_from="emoji64"), state)
     _, flat, _ = load_weights(ROOT / "glide_jax" / "assets" / "emoji64")
     assert set(np.flatnonzero(embedded)) == {3, 5} | set(flat[ROWS].tolist())
@@ -178,24 +230,24 @@ def test_rows_that_the_first_weights_may_know_are_kept(begun, tmp_path, monkeypa
 
 
 def check(name, result):
-    """Raises unless a toy learned its pictures, and from what it was meant to."""
+    """Check that a toy learned its images, and that it uses its conditioning."""
     assert result.after < 0.3 * result.before, result
     for what, loss in result.without.items():
-        # Always the same noise: so small a share is no chance.
+        # With fixed noise, so small a difference is significant.
         assert loss > 1.05 * result.after, (name, what, result)
     if name == "clip64":
         assert result.ranked[0] >= 0.9, result
 
 
 def test_the_shortest_recipe_learns_is_resumed_exported_and_guides(tmp_path):
-    """clip64, from the command line; see `tests.tools.toy_runs` for the others."""
+    """Runs clip64 from the command line; `tests.tools.toy_runs` has the others."""
     make_weights(tmp_path / "text64" / "weights")
     result = toy_runs.try_recipe("clip64", tmp_path, steps=150)
     check("clip64", result)
 
     run_folder, weights = tmp_path / "clip64" / "run", tmp_path / "clip64" / "weights"
     whole, exported = load_clip(run_folder), load_clip(weights)
-    assert whole.config == exported.config == load_recipe("configs/clip64.py:toy").model
+    assert whole.config == exported.config == load_recipe("clip64:toy").model
     _, flat, _ = load_weights(weights)
     assert len(flat[TABLE]) < 20 and exported.params["text"]["token_embedding"].shape[0] > 49_000
     a, b = (np.asarray(clip.encode_text([toy_runs.PROMPT])) for clip in (whole, exported))
@@ -205,7 +257,7 @@ def test_the_shortest_recipe_learns_is_resumed_exported_and_guides(tmp_path):
 
 
 def test_a_clip_is_not_loaded_from_a_run_of_another_kind(tmp_path):
-    config = replace(load_recipe("configs/text64.py:toy"), out=str(tmp_path))
+    config = replace(load_recipe("text64:toy"), out=str(tmp_path))
     save_config(config, Path(tmp_path) / "config.json")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(Exception, match="no checkpoint"):

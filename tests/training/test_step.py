@@ -1,4 +1,4 @@
-"""One training step: updates not made, loss scaling, parts of a batch, rematerialisation."""
+"""One training step: skipped updates, loss scaling, microbatches, activation checkpointing."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -31,16 +31,14 @@ def make_batch(rows: int = 8) -> Batch:
 
 
 def bowl(params, batch, key, *, dropout_key=None, axis=None):
-    """`mean_i |w - c_i|^2`, c_i drawn from record i's place."""
-    centres = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (3,)))(
-        batch.position
-    )
+    """`mean_i |w - c_i|^2`, with random c_i from the row of record i."""
+    centres = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (3,)))(batch.row)
     value = ((params["w"] - centres) ** 2).sum(axis=-1).mean()
     return value, {"loss": value}
 
 
 def scaled(factor):
-    """A bowl whose loss is multiplied where the first picture is black: `factor`."""
+    """Return a bowl whose loss is multiplied by `factor` if all images are black."""
 
     def loss(params, batch, key, **more):
         value, _ = bowl(params, batch, key, **more)
@@ -51,30 +49,30 @@ def scaled(factor):
 
 
 def run(loss, troubles, *, float16=False, **options):
-    """States and metrics of a few steps, some of them on black pictures."""
+    """Return states and metrics of a few steps, some of them on black images."""
     optimiser = make_optimiser(OPTIMISER, 100)
     state = init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=float16)
-    one = jax.jit(
-        partial(train_step, loss=loss, optimiser=optimiser, averages=OPTIMISER, **options)
-    )
+    one = jax.jit(partial(train_step, loss=loss, optimiser=optimiser, config=OPTIMISER, **options))
     batch, found = make_batch(), []
     for trouble in troubles:
-        given = batch._replace(image=batch.image * np.uint8(not trouble))
-        state, metrics = one(state, given, KEY)
+        images = batch._replace(image=batch.image * np.uint8(not trouble))
+        state, metrics = one(state, images, KEY)
         found.append((state, metrics))
     return found
 
 
 def kept(state):
-    """All that an update would change."""
-    return jax.device_get((state.params, state.ema, state.powers, state.opt_state, state.loss_mean))
+    """Return everything that an update would change."""
+    return jax.device_get(
+        (state.params, state.ema, state.power_emas, state.opt_state, state.loss_mean)
+    )
 
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# --- updates that are not made
+# --- skipped updates
 
 
 @pytest.mark.parametrize("factor", [jnp.nan, jnp.inf])
@@ -87,7 +85,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(factor):
     assert not np.array_equal(after.params["w"], state.params["w"])
 
 
-def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is():
+def test_a_gradient_that_is_not_finite_is_bad_even_if_the_loss_is_finite():
     def loss(params, batch, key, **_):
         value = jnp.sqrt(jnp.abs(params["w"]).sum() * 0)
         return value, {"loss": value}
@@ -97,12 +95,12 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is():
     assert (np.asarray(state.params["w"]) == 1).all()
 
 
-def test_a_loss_above_its_average_by_the_factor_is_a_spike(monkeypatch):
+def test_a_loss_above_its_running_mean_by_the_factor_is_a_spike(monkeypatch):
     monkeypatch.setattr(steps, "SPIKE_WARMUP", 2)
     troubles = [0, 0, 0, 1, 0]
     found = run(scaled(10.0), troubles, spike=3.0)
     assert [float(m["bad"]) for _, m in found] == [0, 0, 0, 1, 0]
-    # Before the average means anything, nothing is a spike.
+    # No spikes are found in the first steps.
     assert [float(m["bad"]) for _, m in run(scaled(10.0), [0, 1], spike=3.0)] == [0, 0]
     assert_equal(kept(found[3][0]), kept(found[2][0]))
     assert [float(m["bad"]) for _, m in run(scaled(10.0), troubles)] == [0] * 5
@@ -126,7 +124,7 @@ def test_scaling_a_loss_changes_no_update():
 
 
 def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
-    """A gradient beyond float16's 65504 comes out infinite, as of a half-precision trunk."""
+    """A gradient beyond float16's 65504 becomes infinite, as in a half-precision trunk."""
 
     def loss(params, batch, key, **more):
         w = params["w"] + jax.lax.stop_gradient(0 * params["w"])
@@ -153,26 +151,26 @@ def _as_half(w):
 _as_half.defvjp(lambda w: (w, None), lambda _, g: (g.astype(jnp.float16).astype(jnp.float32),))
 
 
-def test_what_is_not_finite_at_the_lowest_scale_is_bad():
+def test_an_overflow_at_the_lowest_scale_is_bad():
     optimiser = make_optimiser(OPTIMISER, 100)
     state = init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=True)
     state = replace(state, loss_scale=jnp.float32(steps.LOWEST_LOSS_SCALE))
     batch = make_batch()
     batch = batch._replace(image=batch.image * np.uint8(0))
     after, metrics = train_step(
-        state, batch, KEY, loss=scaled(jnp.nan), optimiser=optimiser, averages=OPTIMISER
+        state, batch, KEY, loss=scaled(jnp.nan), optimiser=optimiser, config=OPTIMISER
     )
     assert float(metrics["bad"]) == 1
     assert float(after.loss_scale) == steps.LOWEST_LOSS_SCALE
 
 
-# --- parts of a batch
+# --- gradient accumulation
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_worked_through_in_parts_gives_the_same_step(parts):
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_give_the_same_step(microbatches):
     ((whole, one),) = run(bowl, [0])
-    ((split, several),) = run(bowl, [0], accumulate=parts)
+    ((split, several),) = run(bowl, [0], accumulate=microbatches)
     np.testing.assert_allclose(split.params["w"], whole.params["w"], rtol=1e-6)
     for name in one:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-6)
@@ -183,14 +181,14 @@ def test_a_batch_worked_through_in_parts_gives_the_same_step(parts):
 
 @cache
 def gradient(dtype: str, remat: bool):
-    """Loss and gradients of a tiny model, and the memory that they take."""
+    """Return loss and gradients of a tiny model, and their memory."""
     config = TrainConfig(name="x", model=replace(TINY, dropout=0.0), dtype=dtype, remat=remat)
     objective = make_objective(config)
 
     def value_and_grad(params, batch, key):
         return jax.value_and_grad(objective.loss, has_aux=True)(params, batch, key)
 
-    # Drawn on the host, since drawing on the device is a program to compile.
+    # On the host, since random weights on the device are another program to compile.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.float32(0.1 * rng.standard_normal(x.shape)),
@@ -205,7 +203,7 @@ def gradient(dtype: str, remat: bool):
     return float(loss), grads, compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_rematerialisation_changes_no_gradient():
+def test_activation_checkpointing_changes_no_gradient():
     (loss, grads, _), (same, again, _) = gradient("float32", False), gradient("float32", True)
     assert same == pytest.approx(loss, rel=1e-6)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))

@@ -1,4 +1,4 @@
-"""train.py from the command line: training, killing, resuming, bad input."""
+"""Training from the command line: `train.py` trains, is killed, resumes, refuses bad input."""
 
 import signal
 import subprocess
@@ -9,31 +9,32 @@ import jax
 import numpy as np
 import pytest
 
-from glide_jax.training.export import export, load_run, restore_run
+from glide_jax.training.export import export
+from glide_jax.training.runs import load_run, restore_run
 from glide_jax.weights import count_params
 from glide_jax.weights.registry import load_model
 from tests.support.commands import RECIPE, ROOT, environment, make_images, one_line, run
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("pictures") / "data")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images") / "data")
 
 
-def arguments(pictures, out, steps, *more):
+def arguments(images, out, steps, *more):
     return [
-        "train.py", "--config", RECIPE, "--data.source", pictures, "--out", out,
+        "train.py", "--config", RECIPE, "--data.source", images, "--out", out,
         "--steps", steps, *more,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole_run(pictures, tmp_path_factory):
-    """60 steps without interruption."""
+def whole_run(images, tmp_path_factory):
+    """A run of 60 steps without interruption."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    # A CLIP is for those who load one with the weights: the samples do without.
+    # The grids of samples use no CLIP guidance, whatever the recipe recommends.
     more = ("--save-every", 10, "--sample-every", 30, "--log-every", 10, "--sample-clip-scale", 4)
-    result = run(*arguments(pictures, out, 60, *more))
+    result = run(*arguments(images, out, 60, *more))
     assert result.returncode == 0, result.stderr
     return out
 
@@ -56,16 +57,16 @@ def test_a_run_leaves_checkpoints_logs_samples_and_its_recipe(whole_run):
     assert any((whole_run / "logs").iterdir())
 
 
-def test_training_lowers_the_loss_and_moves_the_average(whole_run):
+def test_training_changes_weights_and_ema(whole_run):
     _, state = restore_run(whole_run)
     head = state.params["unet"]["head"]["kernel"]
     assert np.abs(head).max() > 0
     assert not np.array_equal(head, state.ema["unet"]["head"]["kernel"])
 
 
-def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(whole_run, pictures, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(whole_run, images, tmp_path):
     out = tmp_path / "killed"
-    command = arguments(pictures, out, 60, "--save-every", 10, "--sample-every", 0)
+    command = arguments(images, out, 60, "--save-every", 10, "--sample-every", 0)
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -89,13 +90,13 @@ def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(whole_run, pictur
     assert states_equal(restore_run(out)[1], restore_run(whole_run)[1])
 
 
-def test_two_devices_make_the_same_first_steps_as_one(pictures, tmp_path):
-    """Dropout off: its draw belongs to a device, all others to a record."""
+def test_two_devices_make_the_same_first_steps_as_one(images, tmp_path):
+    """Without dropout: its random numbers depend on the device, all others on the record."""
     states = []
     for devices in (1, 2):
         out = tmp_path / str(devices)
         more = ("--model.dropout", 0, "--sample-every", 0)
-        result = run(*arguments(pictures, out, 5, *more), devices=devices)
+        result = run(*arguments(images, out, 5, *more), devices=devices)
         assert result.returncode == 0, result.stderr
         states.append(restore_run(out)[1])
     for a, b in zip(*(jax.tree.leaves(s.ema) for s in states), strict=True):
@@ -117,19 +118,19 @@ def test_a_run_is_exported_with_the_token_rows_that_it_saw(whole_run, tmp_path):
     np.testing.assert_allclose(exported.params["unet"]["head"]["kernel"], ours, rtol=1e-2)
 
 
-def test_sample_draws_from_a_run(whole_run, tmp_path):
+def test_a_run_is_sampled_from(whole_run, tmp_path):
     result = run("sample.py", "red", "--weights", whole_run, "--out", tmp_path, "--steps", 2)
     assert result.returncode == 0, result.stderr
     assert [p.name for p in tmp_path.glob("*.png")] == ["00000_red.png"]
 
 
-def test_a_run_is_not_resumed_with_another_model(whole_run, pictures):
-    error = one_line(run(*arguments(pictures, whole_run, 61, "--model.xf-width", 16)), 2)
+def test_a_run_is_not_resumed_with_another_model(whole_run, images):
+    error = one_line(run(*arguments(images, whole_run, 61, "--model.xf-width", 16)), 2)
     assert "a run of another model" in error and "--out" in error
 
 
-def test_the_paper_recipe_without_its_data_says_how_to_get_or_name_one(tmp_path):
-    error = one_line(run("train.py", "--config", "configs/cfg64.py", "--out", tmp_path / "run"), 2)
+def test_a_recipe_without_data_names_the_option_for_it(tmp_path):
+    error = one_line(run("train.py", "--config", "cfg64", "--out", tmp_path / "run"), 2)
     assert "coco_captions" in error and "--data.source" in error
     assert not (tmp_path / "run").exists()
 
@@ -137,7 +138,12 @@ def test_the_paper_recipe_without_its_data_says_how_to_get_or_name_one(tmp_path)
 def test_an_unknown_recipe_names_those_that_exist():
     error = one_line(run("train.py", "--config", "configs/cfg46.py"), 2)
     assert "cfg64.py" in error and "emoji64.py" in error
-    assert "name a recipe" in one_line(run("train.py"), 2)
+    error = one_line(run("train.py", "--config", "cfg46"), 2)
+    assert "did you mean 'cfg64'" in error and "emoji64" in error
+    error = one_line(run("train.py"), 2)
+    assert "name a recipe: python train.py --config emoji64" in error
+    error = one_line(run("-m", "glide_jax", "train"), 2)
+    assert "name a recipe: glide-jax train --config emoji64" in error
 
 
 def test_an_unknown_field_names_the_nearest():
@@ -147,7 +153,7 @@ def test_an_unknown_field_names_the_nearest():
     assert run("train.py", "--config", RECIPE, "--steps", "many").returncode == 2
 
 
-def test_an_unreadable_picture_is_skipped_and_named(pictures, tmp_path):
+def test_an_unreadable_image_is_skipped_and_named(tmp_path):
     data = make_images(tmp_path / "data")
     broken = data / "03.png"
     broken.write_bytes(broken.read_bytes()[:40])
@@ -156,22 +162,22 @@ def test_an_unreadable_picture_is_skipped_and_named(pictures, tmp_path):
     assert "skipped a record" in result.stderr and "03.png" in result.stderr
 
 
-def test_a_run_can_begin_from_other_weights(whole_run, pictures, tmp_path):
+def test_a_run_can_start_from_other_weights(whole_run, images, tmp_path):
     out = tmp_path / "run"
     more = ("--init-from", whole_run, "--sample-every", 0, "--model.image-size", 8)
-    result = run(*arguments(pictures, out, 1, *more, "--optimiser.learning-rate", 0))
+    result = run(*arguments(images, out, 1, *more, "--optimiser.learning-rate", 0))
     assert result.returncode == 0, result.stderr
     assert states_equal(restore_run(out)[1].params, restore_run(whole_run)[1].ema)
-    error = one_line(run(*arguments(pictures, tmp_path / "b", 1, "--init-from", "emoji64")), 1)
-    assert "cannot begin this model" in error
+    error = one_line(run(*arguments(images, tmp_path / "b", 1, "--init-from", "emoji64")), 1)
+    assert "cannot start this model" in error
 
 
-def test_an_unwritable_folder_is_one_line(pictures, tmp_path):
+def test_an_unwritable_folder_is_one_line(images, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    error = one_line(run(*arguments(pictures, tmp_path / "file" / "run", 5)), 1)
+    error = one_line(run(*arguments(images, tmp_path / "file" / "run", 5)), 1)
     assert "file" in error
 
 
-def test_a_batch_that_does_not_divide_is_refused(pictures, tmp_path):
-    result = run(*arguments(pictures, tmp_path / "run", 5, "--batch-size", 7), devices=2)
+def test_a_batch_that_does_not_divide_is_refused(images, tmp_path):
+    result = run(*arguments(images, tmp_path / "run", 5, "--batch-size", 7), devices=2)
     assert "7 does not divide over 2 devices" in one_line(result, 2)

@@ -1,10 +1,12 @@
-"""Grids optimised for a solver and a number of steps, on exact statistics of images.
+"""Grids with the least discretisation error for a solver and a number of steps.
 
-Of Gaussian images the best denoiser is known, and every solver is linear in it, one spatial
-frequency at a time: what it ends with can be computed, and its error be made least. The images here
-have the power spectrum of natural ones, 1/f^2: a measure of discretisation alone.
+The error is measured on Gaussian images with the power spectrum of natural images, 1/f^2. Their
+best denoiser is known and linear, one spatial frequency at a time. A run of any solver is then a
+linear map of its noise, and the distribution of its results is computed exactly, without sampling.
 
-    python -m glide_jax.diffusion.solvers.optimised            # makes glide_jax/assets/grids.json again
+This command rewrites the shipped grids, `glide_jax/assets/grids.json`:
+
+    python -m glide_jax.diffusion.solvers.optimised
 """
 
 import json
@@ -20,18 +22,19 @@ from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table
 from glide_jax.diffusion.spacings import end_levels
 from glide_jax.errors import UsageError
 
-# Beyond it an optimisation takes minutes, and even steps in log-SNR leave nothing to gain.
+# With more steps an optimisation takes minutes, and gains nothing over even steps in log-SNR.
 MOST_STEPS = 50
 SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
 
 class Spectrum(NamedTuple):
-    """Gaussian images by their distinct spatial frequencies, each `(K,)` float64.
+    """Variances of the Fourier coefficients of Gaussian images: K distinct ones, `(K,)` float64.
 
     Attributes:
-        variance: of a frequency's coefficient, scaled so that a pixel's is the mean of all.
-        share: of all coefficients, those that have it.
+        variance: variance of a coefficient, scaled so that the mean over all coefficients is the
+            variance of a pixel.
+        share: fraction of all coefficients that have this variance.
     """
 
     variance: np.ndarray
@@ -40,31 +43,35 @@ class Spectrum(NamedTuple):
 
 @cache
 def natural_images(size: int = 64, known: int = 0) -> Spectrum:
-    """Images `size` pixels wide of power 1/f^2 and standard deviation 0.5 a pixel.
+    """Return the spectrum of images of power 1/f^2 and standard deviation 0.5 per pixel.
 
     Args:
-        known: frequencies below it are known (those of the picture that an upsampler is given), and
-            left out.
+        size: width and height in pixels.
+        known: frequencies below it are left out: an upsampler knows them from its small image.
     """
     k = np.fft.fftfreq(size, 1 / size)
     squares, counts = np.unique(k[:, None] ** 2 + k**2, return_counts=True)
     variance = 1 / np.maximum(squares, 1)
     variance *= 0.25 / np.average(variance, weights=counts)
-    drawn = squares >= known**2
-    return Spectrum(variance[drawn], counts[drawn] / counts[drawn].sum())
+    unknown = squares >= known**2
+    return Spectrum(variance[unknown], counts[unknown] / counts[unknown].sum())
 
 
-def drawn_with(schedule: Schedule) -> Spectrum:
-    """What is drawn on a schedule: on the linear one what an upsampler adds, else whole images."""
+def usual_spectrum(schedule: Schedule) -> Spectrum:
+    """Return the spectrum of what a schedule's models generate.
+
+    Upsamplers use the linear schedule and add the high frequencies; other models generate whole
+    images.
+    """
     linear = np.array_equal(schedule.betas, make_schedule("linear", len(schedule)).betas)
     return natural_images(256, known=32) if linear else natural_images(64)
 
 
 def standard_deviations(table: Table, spectrum: Spectrum) -> np.ndarray:
-    """`(K,)`: of what a table ends with from standard normal noise, given the best denoiser.
+    """Return the standard deviations `(K,)` that a sampler generates with the best denoiser.
 
-    The recursion is linear: x is carried as its weights on the noise it begins with, and on that
-    of each row. Where the variance is learned, it is the best that is the same for every pixel.
+    The recursion is linear, so x is kept as its weights on the starting noise and on the noise of
+    each row. A learned variance is the best one that is the same for every pixel.
     """
     noisy = np.flatnonzero((table.s > 0) | (table.s_learned > 0))
     x = np.zeros((1 + len(noisy), len(spectrum.variance)))
@@ -79,81 +86,82 @@ def standard_deviations(table: Table, spectrum: Spectrum) -> np.ndarray:
         y = row.Py * y + row.Px * x + np.tensordot(row.B, history, axes=1)
         x = row.Qy * y + row.Qx * x + np.tensordot(row.E, history, axes=1)
         if i in noisy:
-            uncertain = spectrum.share @ (spectrum.variance * row.sigma**2 / total)
+            uncertain = float(spectrum.share @ (spectrum.variance * row.sigma**2 / total))
             x[1 + np.searchsorted(noisy, i)] += row.s + row.s_learned * _learned(row, uncertain)
     return np.sqrt((x**2).sum(axis=0))
 
 
 def _learned(row: Table, uncertain: float) -> float:
-    """Standard deviation of a row, where the network knows `beta_tilde + c^2 Var[x_0 | x_t]`."""
+    """Return the learned standard deviation of a row: `sqrt(beta_tilde + c^2 Var[x_0 | x_t])`."""
     beta = 1 - (row.alpha / row.next_alpha) ** 2
     beta_tilde = beta * (row.next_sigma / row.sigma) ** 2
     best = beta_tilde + (beta * row.next_alpha / row.sigma**2) ** 2 * uncertain
-    frac = np.log(best / beta_tilde) / np.log(beta / beta_tilde)
-    return np.exp((frac * row.log_beta + (1 - frac) * row.log_beta_tilde) / 2)
+    fraction = np.log(best / beta_tilde) / np.log(beta / beta_tilde)
+    return float(np.exp((fraction * row.log_beta + (1 - fraction) * row.log_beta_tilde) / 2))
 
 
 def image_error(
     schedule: Schedule, grid: np.ndarray, solver: Solver, spectrum: Spectrum | None = None
 ) -> float:
-    """Distance of what a solver draws from what it should: 2-Wasserstein, root mean square a pixel.
+    """Return the 2-Wasserstein distance of generated from true images, root mean square per pixel.
 
     Args:
-        spectrum: of the images; None: `drawn_with(schedule)`.
+        spectrum: spectrum of the true images; None: `usual_spectrum(schedule)`.
     """
-    spectrum = drawn_with(schedule) if spectrum is None else spectrum
+    spectrum = usual_spectrum(schedule) if spectrum is None else spectrum
     table = solver(schedule, grid, np.zeros(len(grid), bool))
     error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
     return float(np.sqrt(spectrum.share @ error**2))
 
 
-# Weights of the unevenness of steps against errors in 1/1000. The first leads past poor minima; the
-# second decides where the error does not, which from 15 steps on is nearly everywhere.
+# Weights of the unevenness of steps against errors in 1/1000, for two optimisations in turn. The
+# first weight leads past poor minima. The second decides where the error is flat: with 15 steps or
+# more, nearly everywhere.
 SMOOTHNESS = (0.3, 0.03)
 
 
 def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m) -> np.ndarray:
-    """The grid of least `image_error`, `(steps,)`; it begins where the log-SNR spacing does.
+    """Return the grid `(steps,)` of least `image_error`; it starts where the log-SNR spacing does.
 
     Raises:
-        UsageError: fewer than one step, or more than 50.
+        UsageError: there is no step, or there are more than 50 or than the schedule's timesteps.
     """
     if not 1 <= steps <= min(MOST_STEPS, len(schedule)):
         most = min(MOST_STEPS, len(schedule))
         raise UsageError(
-            f"a grid is optimised for 1 to {most} steps, not {steps}: take spacing logsnr"
+            f"spacing optimised takes 1 to {most} steps, not {steps}: choose spacing logsnr"
         )
-    return schedule.at_log_snr(_optimised(schedule.betas.tobytes(), steps, *_parts(solver)))
+    return schedule.at_log_snr(_optimised(schedule.betas.tobytes(), steps, *_key(solver)))
 
 
-def _parts(solver: Solver) -> tuple[Solver, tuple]:
-    """A solver and its options, equal for equal ones: two `partial` of the same are not."""
-    bare = partial(solver)  # Of a partial it takes the parts.
-    return bare.func, tuple(sorted(bare.keywords.items()))
+def _key(solver: Solver) -> tuple[Solver, tuple]:
+    """Split a solver into its function and its options: two equal `partial`s compare unequal."""
+    flat = partial(solver)  # A partial of a partial is flattened.
+    return flat.func, tuple(sorted(flat.keywords.items()))
 
 
 @lru_cache(maxsize=256)
 def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.ndarray:
-    # Not at the top: it takes a while, and most runs do not need it.
+    # Not at the top of the file: the import is slow, and most runs do not need it.
     from scipy.optimize import least_squares
 
     schedule, solver = Schedule(np.frombuffer(betas)), partial(solver, **dict(options))
-    spectrum, (low, high) = drawn_with(schedule), end_levels(schedule)
+    spectrum, (low, high) = usual_spectrum(schedule), end_levels(schedule)
     if steps == 1:
         return np.array([low])
 
-    def levels_of(logits):
-        parts = np.exp(logits - logits.max())
-        return low + (high - low) * np.append(0.0, np.cumsum(parts[:-1]) / parts.sum())
+    def levels_of(logits: np.ndarray) -> np.ndarray:
+        widths = np.exp(logits - logits.max())
+        return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
-    def residuals(logits, smoothness):
+    def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
         grid = schedule.at_log_snr(levels_of(logits))
         table = solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
         return np.append(1000 * np.sqrt(spectrum.share) * error, uneven)
 
-    # From even steps, the cleanest level a third of one before the end.
+    # Starts from even steps, with the cleanest level a third of a step before the end.
     logits = np.append(np.zeros(steps - 1), np.log(1 / 3))
     for smoothness in SMOOTHNESS:
         logits = least_squares(residuals, logits, max_nfev=100, args=(smoothness,)).x
@@ -166,13 +174,16 @@ def _shipped() -> dict[str, dict[str, list[float]]]:
 
 
 def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None) -> np.ndarray:
-    """`optimise_grid` for a solver, None being dpm++2m, of which some are shipped.
+    """Return `optimise_grid` for a solver, from the shipped grids where they have it.
+
+    Args:
+        solver: None: dpm++2m, which the shipped grids are for.
 
     Raises:
         UsageError: see `optimise_grid`.
     """
     solver = dpm_solver_2m if solver is None else solver
-    if _parts(solver) == (dpm_solver_2m, ()) and steps in SHIPPED_STEPS:
+    if _key(solver) == (dpm_solver_2m, ()) and steps in SHIPPED_STEPS:
         for name, grids in _shipped().items():
             if np.array_equal(schedule.betas, make_schedule(name).betas):
                 return schedule.at_log_snr(grids[str(steps)])
@@ -180,7 +191,7 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
 
 
 def main() -> None:
-    """Makes the shipped grids again: log-SNR of their levels."""
+    """Write the shipped grids: the log-SNR of their levels."""
     found = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)

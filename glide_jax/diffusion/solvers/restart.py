@@ -1,4 +1,4 @@
-"""Samplers that go back: Restart and RePaint, for any solver, as rows of the same table."""
+"""Restart and RePaint: return to a noisier level and repeat the steps, with any solver."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,35 +10,36 @@ from glide_jax.diffusion.solvers.table import Solver, Table, levels
 from glide_jax.errors import UsageError
 
 
-def restart(solver: Solver, spans: Sequence[tuple[float, float, int]]) -> Solver:
-    """A solver that goes back up through each span, with fresh noise, and down again
-    (Restart, 2306.14878).
+def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> Solver:
+    """Return a solver that repeats intervals of noise levels with fresh noise  (2306.14878).
 
     Args:
-        spans: `(low, high, times)`, noise levels sigma / alpha, each taken at the nearest level of
-            the grid: whenever low is reached, x goes back up to high, `times` times.
+        intervals: `(low, high, times)`, low and high as noise levels sigma / alpha. Each is moved
+            to the nearest level of the grid. When x reaches low, fresh noise brings it back to
+            high, and the steps from high to low are taken again; this happens `times` times.
 
     Raises:
-        UsageError: a span is none; or, when it runs, lies within one step of the grid.
+        UsageError: not `0 < low < high`, or `times` is below 1. The solver raises it too, where the
+            grid has no step between low and high.
     """
-    for low, high, times in spans:
+    for low, high, times in intervals:
         if not (0 < low < high and times >= 1):
             raise UsageError(
-                f"a restart needs 0 < low < high and at least one time, not {(low, high, times)}"
+                f"a restart needs 0 < low < high and times of at least 1, not {(low, high, times)}"
             )
 
     def restarted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
         rising = levels(schedule, grid).log_snr[:-1]
 
-        def nearest_step(level):
+        def nearest_step(level: float) -> int:
             return int(np.abs(rising + np.log(level)).argmin())
 
         jumps = []
-        for low, high, times in spans:
+        for low, high, times in intervals:
             bottom, top = nearest_step(low), nearest_step(high)
             if bottom == top:
                 raise UsageError(
-                    f"restart from {low} to {high}: the grid has no step there; take more steps"
+                    f"restart from {low} to {high}: no step lies between them, take more steps"
                 )
             jumps += [(bottom, top)] * times
         return with_jumps(solver, schedule, grid, breaks, sorted(jumps, key=lambda jump: jump[0]))
@@ -47,19 +48,26 @@ def restart(solver: Solver, spans: Sequence[tuple[float, float, int]]) -> Solver
 
 
 def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
-    """A solver that goes back up after every `jump` steps and does them again, `times` times in
-    all, so that what is drawn and what is known agree  (RePaint, 2201.09865, sec. 4.2).
+    """Return a solver that takes every `jump` steps `times` times  (RePaint, 2201.09865, sec. 4.2).
+
+    Fresh noise brings x back between the repetitions. They make the generated region agree with the
+    known one.
+
+    Args:
+        jump: jump length in steps.
+        times: how often the steps of a jump are taken in all; 1 repeats none.
 
     Raises:
-        UsageError: `jump` or `times` is none; or, when it runs, the grid has no `jump` steps.
+        UsageError: `jump` or `times` is below 1. The solver raises it too, where the grid has no
+            more than `jump` levels.
     """
     if jump < 1 or times < 1:
         raise UsageError(f"repaint needs a jump and times of at least 1, not {jump} and {times}")
 
     def repainted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
         if len(grid) <= jump:
-            raise UsageError(f"repaint goes back {jump} steps: take more than {len(grid)}")
-        # Counted from the cleanest level, which is visited `times` times too.
+            raise UsageError(f"repaint jumps back {jump} steps: take more steps than {len(grid)}")
+        # Jumps are counted back from the cleanest level: it is reached `times` times too.
         bottoms = range(jump + (len(grid) - 1) % jump, len(grid), jump)
         jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(times - 1)]
         return with_jumps(solver, schedule, grid, breaks, jumps)
@@ -74,55 +82,62 @@ def with_jumps(
     breaks: np.ndarray,
     jumps: Sequence[tuple[int, int]],
 ) -> Table:
-    """The solver's table, going back from step to step in turn; the history begins anew each time.
+    """Return the solver's table with jumps back to earlier steps; each jump resets the history.
 
     Args:
-        jumps: `(bottom, top)`, numbers of steps, bottoms never falling.
+        jumps: `(bottom, top)`, indices of steps, in the order of the run: from the level that step
+            `bottom` starts at, back to the level that step `top` starts at. Bottoms never fall.
+
+    Raises:
+        UsageError: the sampler has no row between two levels of a jump.
     """
     starts = [0, *(top for _, top in jumps)]
     ends = [*(bottom for bottom, _ in jumps), len(grid)]
     tables: dict[int, Table] = {}
-    parts = []
+    segments = []
     for start, end in zip(starts, ends, strict=True):
         if start not in tables:
             tables[start] = solver(schedule, grid, breaks | (np.arange(len(grid)) == start))
         table = tables[start]
-        part = table.rows((start <= table.step) & (table.step < end))
-        if not len(part.t):
-            raise UsageError("the sampler has no step between two levels of a jump")
-        parts.append(part)
-    parts = [back(part, after) for part, after in pairwise(parts)] + parts[-1:]
-    table = Table(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    anew = np.cumsum([len(part.t) for part in parts[:-1]], dtype=int)
+        segment = table.rows((start <= table.step) & (table.step < end))
+        if not len(segment.t):
+            raise UsageError(
+                "this sampler has no step between the two levels of a jump: take longer jumps"
+            )
+        segments.append(segment)
+    segments = [jump_back(segment, after) for segment, after in pairwise(segments)] + segments[-1:]
+    table = Table(*(np.concatenate(columns) for columns in zip(*segments, strict=True)))
+    first_rows = np.cumsum([len(segment.t) for segment in segments[:-1]], dtype=int)
     keep = table.keep.copy()
-    keep[anew] = 0.0
+    keep[first_rows] = 0.0
     return table._replace(keep=keep, index=np.arange(len(keep)))
 
 
-# What a jump changes in the row that it follows.
-MOVED = ("Qy", "Qx", "E", "s", "s_learned", "score_mean", "log_beta", "log_beta_tilde")
+# The columns that a jump changes in the row before it.
+CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "score_mean", "log_beta", "log_beta_tilde")
 
 
-def back(part: Table, after: Table) -> Table:
-    """Rows whose last goes on to the level where `after` begins:
+def jump_back(segment: Table, after: Table) -> Table:
+    """Extend the last row of a segment to the noise level where the segment `after` starts.
 
     `x <- g x + sqrt(sigma_top^2 - g^2 sigma^2) z`, `g = alpha_top / alpha`.
 
-    The two noises of that row are drawn as one. Of a learned variance the ends are moved: exact at
-    either end, and between them to the curvature of a logarithm.
+    The noise of the row and the noise of the jump are sampled as one. Where the variance is
+    learned, the jump moves both ends of its range. That is exact at the two ends; between them the
+    log of the total variance is taken as linear in the variance fraction.
     """
-    columns = {name: getattr(part, name).astype(np.float64) for name in MOVED}
+    columns = {name: getattr(segment, name).astype(np.float64) for name in CHANGED}
     last = {name: column[-1] for name, column in columns.items()}
-    g = after.alpha[0] / part.next_alpha[-1]
-    fresh = after.sigma[0] ** 2 - (g * part.next_sigma[-1]) ** 2
-    moved = {name: g * last[name] for name in ("Qy", "Qx", "E", "score_mean")}
+    g = after.alpha[0] / segment.next_alpha[-1]
+    fresh = after.sigma[0] ** 2 - (g * segment.next_sigma[-1]) ** 2
+    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "score_mean")}
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
-        moved |= {name: np.log(g**2 * np.exp(last[name]) + fresh) for name in ends}
-        # The score still enters by the learned variance alone.
-        moved["score_mean"] *= np.exp(sum(last[name] - moved[name] for name in ends) / 2)
+        changed |= {name: np.log(g**2 * np.exp(last[name]) + fresh) for name in ends}
+        # The score is still scaled by the learned variance alone, without the fresh noise.
+        changed["score_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
-        moved["s"] = np.hypot(g * last["s"], np.sqrt(fresh))
-    for name, value in moved.items():
+        changed["s"] = np.hypot(g * last["s"], np.sqrt(fresh))
+    for name, value in changed.items():
         columns[name][-1] = value
-    return part._replace(**columns)
+    return segment._replace(**columns)

@@ -80,8 +80,8 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
 
 # The matrices S, `history = S [entry, *history]`. A multistep row shifts the history of slopes.
 SHIFT = np.eye(HISTORY, HISTORY + 1)
-# Within a Runge-Kutta step the history is (slope, sum of slopes so far, two slopes of steps before):
-# the sum k_1 + 2 k_2 + 2 k_3 + k_4 grows row by row, and a sixth of it becomes the step's slope.
+# Within a Runge-Kutta step the history is (slope, sum of slopes so far, slopes of the two steps
+# before). The sum k_1 + 2 k_2 + 2 k_3 + k_4 grows row by row; a sixth of it is the step's slope.
 FIRST_STAGE = np.array(
     [
         [1, 0, 0, 0, 0],

@@ -11,16 +11,21 @@ of a step), a score g and fresh noise z, each row does:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from glide_jax.diffusion.schedule import Schedule, posterior
 
+# Number of predictions that the history holds.
 HISTORY = 4
 
+# numpy arrays on the host, jax arrays inside the sampler.
+Column = TypeVar("Column", np.ndarray, jax.Array)
 
-class Table(NamedTuple):
+
+class Table(NamedTuple, Generic[Column]):
     """The coefficients of a run: one row per network evaluation, `(N,)` float64 unless stated.
 
     Attributes:
@@ -37,38 +42,38 @@ class Table(NamedTuple):
             guidances that acts in it.
     """
 
-    t: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
-    next_alpha: np.ndarray
-    next_sigma: np.ndarray
-    u: np.ndarray
-    v: np.ndarray
-    S: np.ndarray
-    Py: np.ndarray
-    Px: np.ndarray
-    B: np.ndarray
-    Qy: np.ndarray
-    Qx: np.ndarray
-    E: np.ndarray
-    log_beta: np.ndarray
-    log_beta_tilde: np.ndarray
-    s: np.ndarray
-    s_learned: np.ndarray
-    score_x_0: np.ndarray
-    score_mean: np.ndarray
-    keep: np.ndarray
-    index: np.ndarray
-    step: np.ndarray
-    program: np.ndarray
+    t: Column
+    alpha: Column
+    sigma: Column
+    next_alpha: Column
+    next_sigma: Column
+    u: Column
+    v: Column
+    S: Column
+    Py: Column
+    Px: Column
+    B: Column
+    Qy: Column
+    Qx: Column
+    E: Column
+    log_beta: Column
+    log_beta_tilde: Column
+    s: Column
+    s_learned: Column
+    score_x_0: Column
+    score_mean: Column
+    keep: Column
+    index: Column
+    step: Column
+    program: Column
 
-    def rows(self, some: np.ndarray | slice) -> "Table":
-        """Select rows."""
-        return Table(*(column[some] for column in self))
+    def rows(self, some: np.ndarray | slice | int) -> "Table[Column]":
+        """Return some rows, or, for an integer, one row as a table of scalars."""
+        return Table(*(column[some] for column in self._asdict().values()))
 
 
 # `(schedule, grid, breaks) -> Table`; breaks `(N,)` bool marks steps where the history is reset.
-Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table]
+Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
 class Levels(NamedTuple):
@@ -80,7 +85,7 @@ class Levels(NamedTuple):
 
 
 def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Levels:
-    """Return the levels of a grid; `released` rounds alpha-bar to float32, as OpenAI's code does."""
+    """Return the levels of a grid; `released` rounds alpha-bar to float32, like OpenAI's code."""
     alpha_bar = np.append(schedule.alpha_bar_at(grid), 1.0)
     if released:
         alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
@@ -96,7 +101,7 @@ def ages(breaks: np.ndarray) -> np.ndarray:
 
 
 def step_betas(schedule: Schedule, grid: np.ndarray) -> np.ndarray:
-    """Return the betas of the process respaced to a grid, cleanest first  (Improved DDPM, eq. 19)."""
+    """Return the betas of the process that visits a grid, cleanest first  (2102.09672, eq. 19)."""
     alpha_bar = schedule.alpha_bar_at(grid[::-1])
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
@@ -108,7 +113,7 @@ def on_history(first: np.ndarray, *older: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=-1)
 
 
-def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table:
+def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
     """Return a table that shifts a history of x_0; its update of x is still zero."""
     n = len(grid)
     alpha, sigma, _ = levels(schedule, grid)
@@ -144,6 +149,6 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table:
     )
 
 
-def predicting_noise(table: Table) -> Table:
+def predicting_noise(table: Table[np.ndarray]) -> Table[np.ndarray]:
     """Return the table with `eps = (x - alpha x_0) / sigma` as the entry of its history."""
     return table._replace(u=1 / table.sigma, v=-table.alpha / table.sigma)
