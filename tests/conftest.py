@@ -14,7 +14,7 @@ import pytest
 # Files that take minutes: begun first, or one process would be left alone with them at the end.
 LONG = (
     "test_parallel", "test_train", "test_readme", "test_notebooks", "test_recipes", "test_losses",
-    "test_pipeline_runs", "test_family", "test_dry_run", "test_evaluation_loss",
+    "test_runner", "test_family", "test_dry_run", "test_noise_loss", "test_examples", "test_wheel",
 )  # fmt: skip
 
 
