@@ -2,18 +2,18 @@
 
 After `pip install`, `glide-jax sample "a red apple"` is the same command in any folder.
 
-Without a prompt it generates a few that show the model well. Several prompts give several images;
-within one prompt, AND and NOT join captions, each with an optional weight:
+Without a prompt it generates a few example images. Several prompts give several images; within one
+prompt, AND and NOT join captions, each with an optional weight:
 
-  sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
-  sample.py "a red apple AND a leaf :0.5 NOT a worm" --guidance-scale 4
-  sample.py "a party hat" --init-image cat.png --mask mask.png       inpainting
-  sample.py "a cat" --init-image sketch.png --strength 0.6           img2img
-  sample.py --init-image cat.png --variation 0.3 --num 4             variations
-  sample.py "a red apple" "a rocket" --between --num 8               interpolation
+  python sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
+  python sample.py "a red apple AND a tulip :0.5 NOT a rose" --guidance-scale 4
+  python sample.py "a top hat" --init-image cat.png --mask mask.png      inpainting
+  python sample.py "a cat face" --init-image sketch.png --strength 0.6   img2img
+  python sample.py --init-image cat.png --variation 0.3 --num 4          variations
+  python sample.py "a red apple" "a rocket" --between --num 8            interpolation
 
-Each image is a PNG file that holds its prompt, seed, index and settings as metadata; the same
-command with --seed and --first-index from there reproduces it.
+Each image is a PNG file that holds its prompt, seed, index and settings as metadata; its own prompt
+alone with --seed and --first-index from there reproduces it (not images of --between).
 """
 
 from pathlib import Path
@@ -96,7 +96,7 @@ def report(images: Images, files: list[Path]) -> None:
 def main() -> None:
     """Run the command line."""
     options = read_options(__doc__)
-    with one_line_errors("stopped; nothing was written"):
+    with one_line_errors("stopped; no image was saved"):
         enable_compilation_cache()
         generate(options)
 

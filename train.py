@@ -32,7 +32,7 @@ from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.command_line import parse_recipe, take_peers
-from glide_jax.training.config import RunConfig, check_run, write_config
+from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.initial import begin_state
 from glide_jax.training.logger import Logger
@@ -47,7 +47,7 @@ from glide_jax.training.validation import Validation
 def train(config: RunConfig) -> None:
     """Train a recipe to its last step, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
-    check_run(config)
+    check_same_model(config)
     source = open_source(config.data)
     batches = make_batches(
         source,
@@ -74,9 +74,9 @@ def train(config: RunConfig) -> None:
         if checkpoints.latest is None:
             first, state = 0, begin_state(config, objective, parallel)
         else:
-            like = parallel.layout(abstract_state(config, objective))
+            like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
-            state = parallel.place(state)
+            state = parallel.put_state(state)
             batches.set_state(position)
         processes.on_first(partial(write_config, config))
 
@@ -84,21 +84,24 @@ def train(config: RunConfig) -> None:
         step = first
         with Logger(config, first, len(source), sample_grid) as log:
             for step in range(first + 1, config.steps + 1):
-                batch = parallel.place_batch(to_batch(next(batches)))
+                batch = parallel.put_batch(to_batch(next(batches)))
                 state, metrics = train_step(state, batch, key)
-                log.step(step, parallel.whole(metrics), checkpoints.latest)
+                log.step(step, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step)
                 if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
-                        step, parallel.saved(state), batches.get_state(), source.fingerprint
+                        step,
+                        parallel.for_checkpoint(state),
+                        batches.get_state(),
+                        source.fingerprint,
                     )
-                snapshot(config, step, map(parallel.whole, state.power_emas))
+                snapshot(config, step, map(parallel.gather, state.power_emas))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    log.held_out(step, held_out(parallel.whole(state.ema)))
+                    log.held_out(step, held_out(parallel.gather(state.ema)))
                 if due(step, config.sample_every, config.steps):
-                    log.samples(step, parallel.whole(state.ema))
+                    log.samples(step, parallel.gather(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 

@@ -57,7 +57,7 @@ class Options:
         out: Folder for samplers.png and samplers.json.
         evaluations: Network evaluations per image (without guidance), for the exact error.
         model_evaluations: The same, for the embedded model.
-        reference: Steps of the reference; more is closer to the limit.
+        reference: Steps of the reference; more is more accurate.
         images: Number of images, with the model's own prompts in turn.
         seed: Seed of the starting noise.
         scale: Classifier-free guidance scale; 1 = off.

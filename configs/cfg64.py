@@ -5,7 +5,7 @@ classifier-free guidance. Start from a base model (`--init-from runs/text64`, th
 `openai/base`), or from random weights, with the steps of text64.
 
 Sizes: "released", 385M: 500K steps, which B.1 states "for classifier-free guidance and inpainting"
-together; "paper", 3.5B, whose steps are not stated (here the same). Batch, rates and schedule as in
+together; "paper", 3.5B, whose steps are not stated (here the same). Batch and schedule are as in
 text64; the lower learning rate is the default of the code of 2105.05233.
 
 Result:   not trained here. GLIDE reports a zero-shot MS-COCO FID of 12.24 at 256x256 for the paper

@@ -5,16 +5,18 @@ trained with the objective of CLIP (2103.00020) at every noise level of the base
 is compared with the captions of the whole batch, over all devices and processes.
 
 Sizes: "released", ViT-B; "paper", ViT-L. Both have patches of 4x4, 390K steps of 32K pairs and
-weight decay 0.0125, which the paper states for ViT-L; its last 30K steps, on broader data, are left
-out. Not in the paper, and CLIP's own (tables 18 and 20): learning rate, Adam's rates, warm-up,
-cosine decay, a learned scale that starts at 1 / 0.07 and stays below 100.
+weight decay 0.0125. The paper states these for ViT-L; its last 30K steps, on broader data, are left
+out. The paper does not state the rest. These values are those of CLIP (tables 18 and 20): learning
+rate, Adam's betas, warm-up, cosine decay, and a learned scale that starts at 1 / 0.07 and stays
+below 100.
 
 To start from the released weights, whose scale is the constant 100: `--init-from openai/clip
 --model.no-learn-logit-scale --model.logit-scale 100`, and a lower learning rate.
 
 Result:   not trained here at these sizes.
 Hardware: the batch is compared as a whole, so gradient accumulation is not possible and memory
-          limits it. A smaller `--batch-size` has fewer wrong captions, and so learns less.
+          limits it. With a smaller `--batch-size` an image has fewer wrong captions, and the
+          model learns less.
 Time:     not measured here.
 Command:  glide-jax train --config clip64 --data.source FOLDER --batch-size 1024
           glide-jax sample "a red cube" --weights runs/text64 --clip runs/clip64 --clip-scale 3 \\

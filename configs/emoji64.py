@@ -1,10 +1,14 @@
 """emoji64: the embedded text-to-image model.
 
 Two trainings, one after the other. Size "concepts766" learns 766 concepts in eleven styles, on a
-GPU. Size "concepts100", the embedded model and the default, starts from it and learns a hundred of
-these concepts in four styles, in small steps, on a CPU.
+GPU. Size "concepts100", the default, starts from it and learns a hundred of these concepts in four
+styles, with small batches, on a CPU.
 
-Result:   64x64 emoji of a hundred concepts in four styles; the caption chooses the style.
+The embedded weights came from five stages (docs/results/model_card.md). These two sizes are a
+simplified version of them and were not run in full.
+
+Result:   not measured. The embedded weights generate 64x64 emoji of a hundred concepts in four
+          styles; the caption selects the style.
 Data:     324 images of emoji64 (docs/guide/data.md says how to make it), 4,909 for "concepts766";
           for 69 of the hundred concepts one or two styles are held out.
 Hardware: "concepts766": one GPU, 5 GB of its memory; "concepts100": two CPU cores, 2 GB.
@@ -75,7 +79,7 @@ def get_config(size: str = "concepts100") -> TrainConfig:
         name="emoji64",
         init_from="runs/emoji64_concepts766",
         data=replace(config.data, styles=STYLES),
-        # A CPU processes few images: many small batches are better than few large ones.
+        # A CPU processes few images per second: many small batches are better than few large ones.
         optimiser=replace(config.optimiser, learning_rate=5e-4, warmup=100, decay="cosine"),
         steps=5000,
         batch_size=8,

@@ -1,19 +1,19 @@
 """emoji_clip64: the embedded noised CLIP, and the independent scorer.
 
-Sizes: "guide" guides the model `emoji64`. It is trained at every noise level, is conditioned on it,
-and sees none of the concept-style pairs held out from that model. "scorer" scores samples and never
-guides: it has another seed, is trained at low noise, and sees the held-out pairs too, since it has
-to score them.
+Sizes: "guide" guides the model `emoji64`. It is trained at every noise level, is conditioned on
+the timestep, and sees none of the pairs held out from `emoji64`. "scorer" scores samples and is
+never used for guidance. It has another seed, is trained at low noise, and sees the held-out pairs
+too, since it has to score them.
 
 A CLIP trained on few images memorises them and fails on all others. So both see more concepts and
-styles than the model generates, mirrored and cropped, with all styles of a concept in one batch,
-where only the style distinguishes them.
+styles than `emoji64` generates, and the images are mirrored and cropped. All styles of a concept
+are in one batch, so that the CLIP has to distinguish the styles.
 
-Result:   docs/results/model_card.md says what they recognise in new images.
+Result:   docs/results/evaluation.md has what the guiding CLIP recognises in unseen images.
 Data:     8,195 and 9,051 images of emoji64 (docs/guide/data.md says how to make it): 1,326
           concepts in eleven styles.
 Hardware: one GPU; 2 GB of its memory.
-Time:     four minutes each on one H200, beside other trainings.
+Time:     four minutes each on one H200, at the same time as other trainings.
 Command:  glide-jax train --config emoji_clip64 --data.source emoji64.npz --data.workers 4
           glide-jax train --config emoji_clip64:scorer --data.source emoji64.npz --data.workers 4
           glide-jax sample "a red apple" --clip runs/emoji_clip64 --clip-scale 2 \\

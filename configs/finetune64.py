@@ -1,18 +1,20 @@
-"""finetune64: the released 64x64 model on your own captioned images, on one graphics card.
+"""finetune64: the released 64x64 model on your own captioned images, on one GPU.
 
 The text transformer keeps its released weights ("text" is frozen): that saves memory, and suits a
-few thousand images. `--optimiser.freeze` without a value trains it too. Sizes by what fits, as
-estimated in docs/guide/fine-tuning.md (we had no access to such cards), both with batches of 32
-images: "16gb" (T4, RTX 4060 Ti, V100), microbatches of 8 and activation checkpointing; "24gb" (RTX
-3090 and 4090, A10, L4), all at a time. "released" is "24gb"; "paper" starts from your own run of
-cfg64:paper.
+few thousand images. `--optimiser.freeze` without a value trains it too.
 
-20% of the captions are emptied, so that classifier-free guidance keeps working. Learning rate,
-steps and EMA rate are ours, for some thousand images: the paper has no such stage. The min-SNR
-weighting works for fine-tuning too: `--weighting min-snr`.
+Sizes, by the memory of the GPU, as estimated in docs/guide/fine-tuning.md (we had no access to
+such GPUs), all with batches of 32 images:
+- "16gb" (T4, RTX 4060 Ti, V100): microbatches of 8 and activation checkpointing;
+- "24gb" (RTX 3090 and 4090, A10, L4): the whole batch in one microbatch; "released" is the same;
+- "paper" starts from your own run of cfg64:paper.
+
+20% of the captions are replaced by the empty one, so that classifier-free guidance keeps
+working. Learning rate, steps and EMA rate are ours, for some thousand images: the paper has no such
+stage. Min-SNR weighting also works for fine-tuning: `--weighting min-snr`.
 
 Result:   not trained here: we had no access to the released weights.
-Hardware: one card of 16 or 24 GB: see above.
+Hardware: one GPU of 16 or 24 GB: see above.
 Time:     not measured here.
 Data:     a folder, the caption of cat.png in cat.txt; images are cropped to their central square.
 Command:  glide-jax train --config finetune64:16gb --data.source FOLDER

@@ -8,7 +8,8 @@ The network of upsample256, and
 - post-hoc EMA (EDM2, 2312.02696): see improved64.
 
 To start from weights that were trained without these (openai/upsample), set `--prediction eps`: the
-layers of the noise level start without effect. Batch, steps and the rest as in upsample256.
+layers of the noise level are initialised to zero effect. Batch, steps and the rest are as in
+upsample256.
 
 Result:   not trained here at these sizes.
 Hardware: as upsample256, and two more copies of the weights: docs/guide/training.md.

@@ -1,12 +1,12 @@
 """improved64: the 64x64 model, with methods published after the paper.
 
 The networks of text64 and cfg64, trained once instead of twice, from random weights:
-- v-prediction (2202.00512): the loss also trains the noisiest levels, where noise prediction says
-  next to nothing about the image;
+- v-prediction (2202.00512): the loss also trains the noisiest levels, where noise prediction
+  contains almost no information about the image;
 - min-SNR weighting with gamma 5 (2303.09556), which reports 3.4 times faster convergence;
 - 10% empty captions from the start, instead of a second training;
 - post-hoc EMA (EDM2, 2312.02696): two power-function EMAs of the weights. After training,
-  `glide-jax weights ema` makes an EMA of any width between, to be chosen by the samples.
+  `glide-jax weights ema` computes an EMA of any width between them; compare samples to choose one.
 
 To start from weights that predict noise (openai/base), set `--prediction eps` and a learning rate
 of 1e-4 or less. Batch, steps and the rest as in text64.

@@ -1,11 +1,11 @@
 """inpaint256: the inpainting upsampler from 64x64 to 256x256  (GLIDE, 2112.10741, sec. 4.3).
 
 It starts from a trained upsampler, with four more input channels, whose weights start at zero. Its
-conditioning is the whole small image, but only the known part of the large one.
+conditioning is the whole small image and the known part of the large one.
 
-Sizes: "released", from `openai/upsample`; "paper", 1.5B, from a run of upsample256:paper. The
-paper states neither steps, nor batch, nor rates of this stage, nor the shape of the regions: the
-steps are ours, the rest as in upsample256 and inpaint64.
+Sizes: "released", from `openai/upsample`; "paper", 1.5B, from a run of upsample256:paper. For
+this stage the paper does not state steps, batch, learning rate or the shape of the regions. The
+steps are ours; the rest is as in upsample256 and inpaint64.
 
 Result:   not trained here.
 Hardware: as upsample256: docs/results/dry_run.md and `--dry-run`.

@@ -5,10 +5,11 @@ and the mask of the known pixels. Their weights start at zero. The known pixels 
 
 Sizes: "released", from `openai/base`, or from your own run with `--init-from`: 500K steps (B.1
 states them "for classifier-free guidance and inpainting" together); "paper", 3.5B, from a run of
-cfg64:paper, whose steps are not stated (here the same). Also not stated: the shape of the regions
-(here rectangles and brush strokes; 10% of the images are masked completely, which keeps generation
-from text alone), whether captions are emptied (here 20%, since the paper samples with guidance),
-batch and rates (here as in cfg64).
+cfg64:paper, whose steps are not stated (here the same). Also not stated:
+- the shape of the regions: here rectangles and brush strokes; 10% of the images are masked
+  completely, so that the model can still generate from text alone;
+- whether captions are replaced by the empty one: here 20%, since the paper samples with guidance;
+- batch and learning rate: here as in cfg64.
 
 Result:   not trained here.
 Hardware: as cfg64: docs/results/dry_run.md and `--dry-run`.

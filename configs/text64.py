@@ -4,10 +4,13 @@ The paper's first stage: noise prediction with learned variance; text in the tim
 every attention layer. Sizes: "released", the 385M model of GLIDE (filtered), 1.1M steps (B.1);
 "paper", the 3.5B model, 2.5M steps of 2048 images (4.1).
 
-Not in the paper: the filtered model's batch (here the large model's), learning rate (3e-4 is what
-2105.05233 trained the same network with on ImageNet 64x64; for 3.5B its code's default of 1e-4),
-Adam's rates, EMA rate, no weight decay (that code's defaults), warm-up and gradient clipping
-(ours), cosine schedule and dropout 0.1 (the released code's).
+Not in the paper:
+- the batch of the filtered model: here that of the large model;
+- the learning rate: 3e-4 as in 2105.05233 for the same network on ImageNet 64x64; for 3.5B the
+  default of its code, 1e-4;
+- Adam's betas, EMA rate and no weight decay: defaults of that code;
+- cosine schedule and dropout 0.1: those of the released code;
+- warm-up and gradient clipping: ours.
 
 Result:   not trained here. GLIDE reports a zero-shot MS-COCO FID of 12.24 at 256x256 for the paper
           size, after cfg64 and upsample256.

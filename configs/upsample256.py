@@ -4,13 +4,16 @@ Its conditioning is the caption and the small image, which training makes by ave
 and rounding to 8 bits. Sizes: "released", the 398M model of GLIDE (filtered), 400K steps (B.1);
 "paper", the 1.5B model, 1.6M steps of 512 images (4.1).
 
-Not in the paper: the filtered model's batch (here the large model's), the linear schedule and
-dropout 0.1 (the released code's), EMA and learning rate (2105.05233 trained its upsampler of this
-shape at 1e-4, with batches of 256), warm-up and gradient clipping (ours).
+Not in the paper:
+- the batch of the filtered model: here that of the large model;
+- the linear schedule and dropout 0.1: those of the released code;
+- EMA and learning rate: those of 2105.05233 for its upsampler of this shape (1e-4, batches of
+  256);
+- warm-up and gradient clipping: ours.
 
-The paper's upsampler sees clean small images only, and so enlarges the artefacts of generated ones.
-Noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2) adds noise of a random level, on which
-the network is conditioned: the recipe improved256, or here
+The paper's upsampler sees only clean small images, so it enlarges the artefacts of generated ones.
+Noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2) adds noise of a random level to the
+small image and conditions the network on that level. The recipe improved256 does so, or here
 
     --model.low-res-level --low-res-noise 0.5
 

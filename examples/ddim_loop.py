@@ -1,4 +1,4 @@
-"""DDIM with classifier-free guidance as a plain loop, equal to the library's sampler.
+"""DDIM with classifier-free guidance as a plain loop, compared with the library's sampler.
 
 python examples/ddim_loop.py "a red apple"
 """
@@ -13,7 +13,7 @@ import glide_jax as glide
 
 
 def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
-    """Return the image `(1, H, W, 3)` in [-1, 1] that the noise becomes."""
+    """Return the image `(1, H, W, 3)` in [-1, 1] that DDIM computes from the noise."""
     network, evaluate = pipe.network, jax.jit(glide.Network.__call__)
     grid = glide.make_grid(pipe.schedule, steps, "uniform")
     alpha_bar = np.append(pipe.schedule.alpha_bar_at(grid), 1.0)
@@ -31,7 +31,7 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
 
 
 def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
-    """Return the same image by `glide.plan` and `glide.sample`."""
+    """Return the same image, computed with `glide.plan` and `glide.sample`."""
     plan = glide.plan(
         pipe.schedule,
         glide.make_grid(pipe.schedule, steps, "uniform"),
@@ -43,7 +43,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
 
 
 def main(prompt: str = "a red apple", weights: str = "emoji64", steps: int = 10, scale: float = 3):
-    """Return the largest difference of both images, in [-1, 1] and in 8 bits."""
+    """Return the largest difference: loop and library in [-1, 1], loop and pipeline in 8 bits."""
     pipe = glide.load(weights, upsampler="none", clip="none", dtype="float32")
     side = pipe.model.config.image_size
     noise = jnp.float32(np.random.default_rng(0).standard_normal((1, side, side, 3)))

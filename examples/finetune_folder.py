@@ -1,6 +1,6 @@
 """Fine-tune the embedded model on a folder of images, then sample from the result.
 
-The caption of `cat.png` stands in `cat.txt` beside it.
+The caption of `cat.png` is in `cat.txt`, in the same folder.
 
 python examples/finetune_folder.py images runs/mine "a caption like yours"
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import glide_jax as glide
 from glide_jax.data.data_config import DataConfig
-from glide_jax.folders import STORIES
+from glide_jax.folders import SCRIPTS
 from glide_jax.training.recipes import load_recipe
 
 
@@ -31,8 +31,8 @@ def finetune(
         batch_size=8,
         save_every=100,
     )
-    # The story of training, `train.py`: the same function as `glide-jax train`.
-    runpy.run_path(str(STORIES / "train.py"))["train"](config)
+    # `train.py`: the same function as `glide-jax train`.
+    runpy.run_path(str(SCRIPTS / "train.py"))["train"](config)
 
 
 def main(images: str, out: str = "runs/mine", prompt: str = "", steps: str = "300") -> None:

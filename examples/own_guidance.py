@@ -1,6 +1,6 @@
-"""A guidance of one's own: pull the image towards left-right symmetry.
+"""A custom guidance: make the image more symmetric, left to right.
 
-python examples/own_guidance.py "a butterfly" samples
+python examples/own_guidance.py "a fish" samples
 """
 
 import sys
@@ -13,6 +13,7 @@ import glide_jax as glide
 @glide.guidance(amount=(0, 1))
 def symmetry(predict, x, point, *, amount):
     """`(1 - a / 2) x_0 + a / 2 mirror(x_0)`: amount 1 is exact symmetry."""
+    # amount is a number; for one per image: per_image(amount), from glide_jax.diffusion.guidance.
     p = predict(x, point)
     mirrored = p.x_0[:, :, ::-1]
     return p.with_x_0(p.x_0 + amount / 2 * (mirrored - p.x_0), x, point)
@@ -23,13 +24,11 @@ def asymmetry(images: np.ndarray) -> float:
     return float(np.abs(images.astype(int) - images[:, :, ::-1]).mean())
 
 
-def main(
-    prompt: str = "a butterfly", out: str = "samples", weights: str = "emoji64"
-) -> list[float]:
+def main(prompt: str = "a fish", out: str = "samples", weights: str = "emoji64") -> list[float]:
     found = []
     pipe = glide.load(weights, upsampler="none", clip="none")
     for amount in (0.0, 0.5, 1.0):
-        # The order: linear guidance, maps of x_0, clipping. `within` limits it to high noise.
+        # Linear guidance first, then maps of x_0, clipping last. `within`: only at high noise.
         guidance = [
             glide.classifier_free(3.0),
             symmetry(amount).within(0.2, np.inf),

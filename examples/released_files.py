@@ -19,7 +19,7 @@ def load(base: str, large: str, clip_files: list[str]) -> glide.Pipeline:
         return glide.load(base, upsampler=large)
     image, text = map(Path, clip_files)
     with tempfile.TemporaryDirectory() as folder:
-        # One folder in place of two files: `load` takes it by its path.
+        # `load` takes a noised CLIP as one folder, not as two files.
         save_clip(clip_from_files(image, text), Path(folder) / "clip")
         return glide.load(base, upsampler=large, clip=Path(folder) / "clip")
 

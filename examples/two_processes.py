@@ -1,8 +1,8 @@
 """Train over two processes on this machine: what a cluster does with one command on each host.
 
-Everything after the script's name goes to both processes.
+Both processes get all arguments of the script.
 
-python examples/two_processes.py --config emoji64:toy --data.source images --steps 20
+python examples/two_processes.py --config cfg64:toy --data.source images --steps 20
 """
 
 import socket

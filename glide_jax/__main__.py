@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
-from glide_jax.folders import STORIES
+from glide_jax.folders import SCRIPTS
 
 USAGE = """usage: glide-jax COMMAND [OPTIONS]
 
@@ -18,10 +18,10 @@ USAGE = """usage: glide-jax COMMAND [OPTIONS]
 glide-jax COMMAND --help describes the options of a command."""
 
 
-def story(name: str, arguments: Sequence[str]) -> None:
+def run_script(name: str, arguments: Sequence[str]) -> None:
     """Run `sample.py` or `train.py`, the same file as at the top of the repository."""
     sys.argv = [f"glide-jax {name}", *arguments]
-    spec = importlib.util.spec_from_file_location(f"glide_jax_{name}", STORIES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"glide_jax_{name}", SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,8 +57,8 @@ def environment(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "sample": lambda arguments: story("sample", arguments),
-    "train": lambda arguments: story("train", arguments),
+    "sample": lambda arguments: run_script("sample", arguments),
+    "train": lambda arguments: run_script("train", arguments),
     "evaluate": evaluate,
     "weights": weights,
     "data": data,

@@ -1,12 +1,12 @@
-"""Folders of this package: the cache, and the stories `sample.py`, `train.py`, `configs/`."""
+"""Folders of this package: the cache, and the scripts `sample.py`, `train.py`, `configs/`."""
 
 import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 # In a checkout they lie beside the package, in a wheel inside it: the same files.
-STORIES = _PACKAGE / "stories" if (_PACKAGE / "stories").is_dir() else _PACKAGE.parent
-RECIPES = STORIES / "configs"
+SCRIPTS = _PACKAGE / "scripts" if (_PACKAGE / "scripts").is_dir() else _PACKAGE.parent
+RECIPES = SCRIPTS / "configs"
 
 
 def cache_folder() -> Path:

@@ -19,9 +19,6 @@ def tables() -> str:
     for name in map(str, package.exports):
         target = package[name]
         target = target.final_target if target.is_alias else target
-        if target.is_module and name in target.members:
-            # `solvers.restart` is a function in a module of the same name.
-            target = target[name]
         doc = first_sentence(target)
         if target.is_module:
             link = f"[`{name}`]({name}.md)"

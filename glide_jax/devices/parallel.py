@@ -1,7 +1,8 @@
 """One training step over many devices: replicated (`pmap`) or fully sharded (`fsdp`).
 
-Both run the same step `(state, batch, key) -> (state, metrics)` and give the same result. The
-devices may belong to several processes, on one machine or on many.
+Both run the same step `(state, batch, key) -> (state, metrics)` and, without dropout, give the same
+result up to rounding; dropout masks depend on the device and the microbatch. The devices may belong
+to several processes, on one machine or on many.
 """
 
 from collections.abc import Callable
@@ -42,33 +43,33 @@ class Parallel(Protocol):
         """
         ...
 
-    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `function(*arguments)`, a state, on all devices."""
         ...
 
-    def place(self, state: Any) -> Any:
+    def put_state(self, state: Any) -> Any:
         """Put a state of the host, or a restored one, on all devices."""
         ...
 
-    def place_batch(self, batch: Any) -> Any:
+    def put_batch(self, batch: Any) -> Any:
         """Put this process's rows of a batch on its devices."""
         ...
 
-    def whole(self, tree: Any) -> Any:
+    def gather(self, tree: Any) -> Any:
         """Return parameters or metrics as arrays that a process can use without the others.
 
         All processes must call it.
         """
         ...
 
-    def saved(self, state: Any) -> Any:
+    def for_checkpoint(self, state: Any) -> Any:
         """Return the arrays of a state that a checkpoint keeps."""
         ...
 
-    def layout(self, abstract: Any) -> Any:
+    def restore_target(self, abstract: Any) -> Any:
         """Return the arrays, or abstract ones with their sharding, that a checkpoint is read into.
 
-        `place` takes it from there.
+        `put_state` takes it from there.
         """
         ...
 
@@ -89,7 +90,7 @@ def make_parallel(kind: str, batch_size: int) -> Parallel:
     return {"pmap": PMap, "fsdp": FSDP}[kind]()
 
 
-def quickly() -> dict[str, Any] | None:
+def fast_compile_options() -> dict[str, Any] | None:
     """Return `compiler_options` for a program that runs once.
 
     A CPU takes far longer to compile the sampling of some hundred arrays well than to sample them.
@@ -112,7 +113,7 @@ class PMap:
             partial(step, axis=AXIS), axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=0
         )
 
-    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
         # Each device makes its own: copies for all the others would not fit beside the first.
         def copies(*arguments: Any) -> Any:
             return jax.tree.map(
@@ -120,24 +121,24 @@ class PMap:
                 function(*arguments),
             )
 
-        return jax.jit(copies, out_shardings=_rows(self._local), compiler_options=quickly())(
-            *arguments
-        )
+        return jax.jit(
+            copies, out_shardings=_rows(self._local), compiler_options=fast_compile_options()
+        )(*arguments)
 
-    def place(self, state: Any) -> Any:
+    def put_state(self, state: Any) -> Any:
         return replicate(state, self._local)
 
-    def place_batch(self, batch: Any) -> Any:
+    def put_batch(self, batch: Any) -> Any:
         return split_batch(batch, len(self._local))
 
-    def whole(self, tree: Any) -> Any:
+    def gather(self, tree: Any) -> Any:
         return unreplicate(tree)
 
-    def saved(self, state: Any) -> Any:
+    def for_checkpoint(self, state: Any) -> Any:
         # Not through `unreplicate`: a second copy of a state may not fit on the device.
         return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), state)
 
-    def layout(self, abstract: Any) -> Any:
+    def restore_target(self, abstract: Any) -> Any:
         # Untouched zeros cost no memory.
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
 
@@ -181,28 +182,28 @@ class FSDP:
     def compile(self, step: Step) -> Step:
         return fsdp_step(step, self._mesh)
 
-    def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
         arguments = jax.tree.map(
             lambda x: shard(x, self._mesh) if isinstance(x, np.ndarray) else x, arguments
         )
         return fsdp_make(function, arguments, self._mesh)(*arguments)
 
-    def place(self, state: Any) -> Any:
+    def put_state(self, state: Any) -> Any:
         return shard(state, self._mesh)
 
-    def place_batch(self, batch: Any) -> Any:
+    def put_batch(self, batch: Any) -> Any:
         rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
-    def whole(self, tree: Any) -> Any:
+    def gather(self, tree: Any) -> Any:
         if jax.process_count() == 1:
             return tree
         return jax.tree.map(_gathered, tree)
 
-    def saved(self, state: Any) -> Any:
+    def for_checkpoint(self, state: Any) -> Any:
         return state
 
-    def layout(self, abstract: Any) -> Any:
+    def restore_target(self, abstract: Any) -> Any:
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             abstract,
@@ -240,6 +241,7 @@ def fsdp_step(step: Step, mesh: Mesh) -> Step:
     """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used."""
     batch, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
 
+    # The first axis of every activation is the batch.
     def stays(x: Any) -> Any:
         if np.ndim(x) > 1 and np.shape(x)[0] % mesh.size == 0:
             return jax.lax.with_sharding_constraint(x, batch)
@@ -263,7 +265,7 @@ def fsdp_step(step: Step, mesh: Mesh) -> Step:
 def fsdp_make(make: Callable[..., Any], arguments: Any, mesh: Mesh) -> Callable[..., Any]:
     """Return the jitted maker of a state for `fsdp`: nothing large is ever whole on one device."""
     layout = state_sharding(jax.eval_shape(make, *arguments), mesh)
-    return jax.jit(make, out_shardings=layout, compiler_options=quickly())
+    return jax.jit(make, out_shardings=layout, compiler_options=fast_compile_options())
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:

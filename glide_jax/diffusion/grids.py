@@ -11,13 +11,13 @@ from glide_jax.diffusion.spacings import log_snr_uniform, respaced, rho, trailin
 from glide_jax.errors import UsageError, nearest
 
 OPTIMISED = "optimised"
-# Spacings by name; "optimised" beside these depends on the solver too.
 SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "logsnr": log_snr_uniform,
     "uniform": uniform,
     "rho": rho,
     "trailing": trailing,
 }
+"""Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
 
 
 def make_grid(

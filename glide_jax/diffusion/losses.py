@@ -14,7 +14,7 @@ WEIGHTINGS = ("none", "min-snr")
 MIN_SNR_GAMMA = 5.0
 
 
-class Tables(NamedTuple):
+class LossTables(NamedTuple):
     """The coefficients of the losses at each timestep: `(T,)` float32, rounded from float64.
 
     Attributes:
@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     vlb: jax.Array
 
 
-def make_tables(schedule: Schedule) -> Tables:
+def make_tables(schedule: Schedule) -> LossTables:
     """Return the tables of a schedule: numpy arrays, that is constants of the compiled step."""
     q = posterior(schedule.betas)
     columns = (
@@ -55,7 +55,7 @@ def make_tables(schedule: Schedule) -> Tables:
         q.mean_x_0,
         q.mean_x_t,
     )
-    return Tables(*(column.astype(np.float32) for column in columns))
+    return LossTables(*(column.astype(np.float32) for column in columns))
 
 
 def at(table: np.ndarray, t: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ def at(table: np.ndarray, t: jax.Array) -> jax.Array:
     return jnp.asarray(table)[t][:, None, None, None]
 
 
-def q_sample(tables: Tables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+def q_sample(tables: LossTables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """`x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
     return at(tables.alpha, t) * x_0 + at(tables.sigma, t) * eps
 
@@ -107,16 +107,17 @@ def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
 
 
 def vlb_terms(
-    tables: Tables,
+    tables: LossTables,
     x_0: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
     eps: jax.Array,
     variance_output: jax.Array,
 ) -> jax.Array:
-    """`L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`, in bits per dimension.
+    """Variational bound: `L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`.
 
-    At t = 0 it is the negative log-likelihood of x_0  (Improved DDPM, 2102.09672, eqs. 4-7).
+    In bits per dimension. At t = 0 it is the negative log-likelihood of x_0  (Improved DDPM,
+    2102.09672, eqs. 4-7).
 
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the predicted noise.
@@ -140,17 +141,18 @@ def vlb_terms(
 
 
 def min_snr_weight(alpha: jax.Array, sigma: jax.Array, prediction: str) -> jax.Array:
-    """Return the Min-SNR weight of the squared error of eps or v  (2303.09556).
+    """Min-SNR weight: `min(SNR, 5) / SNR` for eps, `min(SNR, 5) / (SNR + 1)` for v  (2303.09556).
 
-    The weight of the squared error of x_0 is `min(SNR, gamma)`. The squared error of eps is SNR
-    times that of x_0, the squared error of v SNR + 1 times: their weights are smaller by as much.
+    It multiplies the squared error of eps or v. The weight of the squared error of x_0 is
+    `min(SNR, 5)`. The squared error of eps is SNR times that of x_0, the squared error of v SNR + 1
+    times: their weights are smaller by as much.
     """
     snr = (alpha / sigma) ** 2
     return jnp.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "eps" else snr + 1)
 
 
 def hybrid_loss(
-    tables: Tables,
+    tables: LossTables,
     x_0: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
@@ -161,7 +163,7 @@ def hybrid_loss(
     weighting: str = "none",
     vlb_weight: float | None = None,
 ) -> Terms:
-    """`L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
+    """Hybrid loss: `L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
 
     L_vlb trains the variance alone: no gradient flows from it into the noise prediction.
 

@@ -35,8 +35,8 @@ class Plan:
 
     Attributes:
         table: one row per network evaluation, float32.
-        guidance: every guidance, without what would need another compiled program: intervals, and
-            the prompts of branches.
+        guidance: the guidances. Intervals and prompts are removed: the table already holds the
+            intervals, and another prompt must not compile again.
         programs: the sets of guidances that act together, as indices into `guidance`;
             `table.program` selects one for each row.
     """
@@ -88,12 +88,13 @@ def plan(
     if grid.ndim != 1 or not len(grid):
         raise UsageError("sampling needs at least one timestep")
     if not (grid.min() >= 0 and grid.max() <= len(schedule) - 1):
-        raise UsageError(f"timesteps must lie between 0 and {len(schedule) - 1}")
+        raise UsageError(f"timesteps must be between 0 and {len(schedule) - 1}")
     if (np.diff(grid) >= 0).any():
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
 
     guidance = [part for g in guidance for part in g.parts()]
-    branches_of(guidance)  # Refuses one name for two prompts while prompts are still known.
+    # Called for its error (one name, two prompts): below, the prompts are removed.
+    branches_of(guidance)
     alpha, sigma, _ = levels(schedule, grid)
     acting = [
         tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
@@ -159,7 +160,7 @@ def start(plan: Plan, x: jax.Array) -> State:
     """Return the state before the first row; `x (B, H, W, C)` is noise at the first level."""
     names = [name for g in plan.guidance for name in g.remembers]
     memory = {name: jnp.zeros_like(x) for name in names}
-    # Separate buffers: the scan may reuse each of them.
+    # The last x is a stand-in of the right shape: the first row replaces it by its x_0.
     return State(x, jnp.zeros_like(x), jnp.zeros((HISTORY, *x.shape), x.dtype), memory, x)
 
 
@@ -210,7 +211,8 @@ def run_rows(
         else:
             x_0, variance_fraction, score, memory = lax.switch(row.program, programs, x, point)
 
-        # The learned variance, between beta_tilde and beta on a log scale.
+        # The learned variance (2102.09672, eq. 15). Every solver computes it, so that all share one
+        # compiled program; where s_learned and score_mean are zero, it has no effect.
         variance = jnp.exp(
             variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )

@@ -63,12 +63,18 @@ class Schedule:
         return len(self.betas)
 
     def log_snr(self, t: ArrayLike) -> np.ndarray:
-        """Return `log(alpha / sigma)` at `t`, interpolated linearly between integers."""
+        """Return `log(alpha / sigma)` at `t`, interpolated linearly between integers.
+
+        Beyond the ends it is that of the end.
+        """
         levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
         return np.interp(np.asarray(t), np.arange(len(self)), levels)
 
     def at_log_snr(self, log_snr: ArrayLike) -> np.ndarray:
-        """Return the fractional `t` with this log-SNR: the inverse of `log_snr`."""
+        """Return the fractional `t` with this log-SNR: the inverse of `log_snr`.
+
+        A log-SNR beyond the ends of the schedule gives the end: 0 or T - 1.
+        """
         levels = self.log_snr(np.arange(len(self)))
         return np.interp(-np.asarray(log_snr), -levels, np.arange(len(self)))
 

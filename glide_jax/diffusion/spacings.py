@@ -1,7 +1,8 @@
 """Spacings of noise levels: functions from a number of steps to a grid of timesteps.
 
 A grid is `(N,)` float64 timesteps of the diffusion process the model was trained on, strictly
-falling; every solver ends it at the clean image (`alpha = 1`, `sigma = 0`).
+falling. Solvers end it at the clean image (`alpha = 1`, `sigma = 0`), except plms and prk, which
+end at its last level, and ddim_reverse, which ends in noise.
 """
 
 import numpy as np
@@ -14,8 +15,9 @@ def respaced_steps(length: int, spec: str) -> np.ndarray:
     """Return the timesteps that a respacing string of OpenAI's code keeps, rising.
 
     "" keeps all. "100" or "10,10,3,2,2" cuts the process into equal sections and keeps that many
-    evenly spaced timesteps of each, both ends included. "ddim50" takes the smallest integer stride
-    that gives 50. "fast27" is "10,10,3,2,2" with the last timestep two earlier  (GLIDE, B.2).
+    evenly spaced timesteps of each, both ends included; a single one is the section's first.
+    "ddim50" takes the smallest integer stride that gives 50. "fast27" is "10,10,3,2,2" with the
+    last timestep two earlier  (GLIDE, B.2).
 
     Args:
         length: number of timesteps of the process.
@@ -49,7 +51,10 @@ def _strided(length: int, count: int) -> np.ndarray:
     for stride in range(1, length):
         if len(range(0, length, stride)) == count:
             return np.arange(0, length, stride)
-    raise UsageError(f"no integer stride takes {count} of {length} timesteps: try {count}")
+    raise UsageError(
+        f"ddim{count} does not exist for {length} timesteps (no integer stride gives it): "
+        f"write {count}"
+    )
 
 
 def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:

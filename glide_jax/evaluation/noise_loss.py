@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import Tables, at, make_tables
+from glide_jax.diffusion.losses import LossTables, at, make_tables
 from glide_jax.diffusion.schedule import make_schedule, to_eps
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import TrainConfig
@@ -31,7 +31,7 @@ class NoisePredictor:
     """
 
     model: GLIDE
-    tables: Tables
+    tables: LossTables
     prediction: str
 
     def apply(self, variables: Any, *inputs: Any, method: Any = None, **options: Any) -> Any:

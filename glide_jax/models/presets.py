@@ -281,12 +281,14 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "emoji_inpaint64": lambda: replace(emoji64(), variant="inpaint"),
     "emoji_upsample256": emoji_upsample256,
 }
+"""The sizes of GLIDE models by name: functions without arguments that return a `ModelConfig`."""
 
 CLIP_PRESETS: dict[str, Callable[[], CLIPConfig]] = {
     "clip64": clip64,
     "clip64-paper": clip64_paper,
     "emoji_clip64": emoji_clip64,
 }
+"""The sizes of noised CLIPs by name: functions without arguments that return a `CLIPConfig`."""
 
 
 def toy_model(config: ModelConfig) -> ModelConfig:

@@ -99,7 +99,7 @@ class _BytePair:
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise UsageError(f"expected a flat sequence of ids, got {array.dtype} {array.shape}")
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
-            raise UsageError(f"ids must lie in [0, {self.vocab_size})")
+            raise UsageError(f"ids must be in [0, {self.vocab_size})")
         return self.backend.decode(array.tolist(), skip_special_tokens=False)
 
     def overflow(self, text: str) -> int:

@@ -16,10 +16,10 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 64}
 
 
 def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
-    """Return the indices of `count` images, in batches of at most `size`, all of one length.
+    """Return the indices of `count` images, in batches of one length.
 
-    They then run the same compiled program. The length is a multiple of the devices; the last
-    image is repeated to fill the last batch.
+    They then run the same compiled program. The length is at most `size`, rounded up to a multiple
+    of the devices; the last image is repeated to fill the last batch.
 
     Raises:
         UsageError: the size is below 1.

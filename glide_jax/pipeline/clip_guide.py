@@ -67,10 +67,11 @@ class CLIP:
         return _encode_text(network.fn.model, network.params, tokens.ids, tokens.lengths)
 
     def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
-        """`mu + s Sigma grad(f(x_t) . g(c))`  (GLIDE, sec. 2.4), each image to its own prompt.
+        """CLIP guidance: `mu + s Sigma grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
 
-        For a prompt of several parts, g is their sum by weight, which adds up their gradients. The
-        empty caption has g = 0: it guides nowhere.
+        k is the CLIP's logit scale; each image is guided to its own prompt. For a prompt of several
+        parts, g is their sum by weight, which adds up their gradients. The empty caption has g = 0:
+        it guides nowhere.
         """
 
         def encode(texts: list[str]) -> jax.Array:

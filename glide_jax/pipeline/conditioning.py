@@ -59,7 +59,7 @@ class Conditioning:
             found["inpaint_image"], found["inpaint_mask"] = self.known_image()
         return found
 
-    def maps(self) -> tuple[Guidance, ...]:
+    def known_pixel_guidance(self) -> tuple[Guidance, ...]:
         """Return the guidance that sets the known pixels in each estimate of the image."""
         if self.known is None:
             return ()

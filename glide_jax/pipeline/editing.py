@@ -47,7 +47,7 @@ def invert_images(
         if getattr(settings, name) is not None:
             raise UsageError(f"inversion takes no {name}")
     noise = np.empty(images.shape, np.float32)
-    for progressed in run(
+    for found in run(
         stage,
         prompts,
         image_keys(0, np.arange(len(images))),
@@ -59,14 +59,15 @@ def invert_images(
         progress=progress,
         reverse=True,
     ):
-        noise[progressed.index] = progressed.state.x
+        noise[found.index] = found.state.x
     return noise
 
 
 def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> jax.Array:
-    """`(sin((1 - s) w) a + sin(s w) b) / sin w`, w the angle between them  (DDIM, app. D.5).
+    """Spherical interpolation: `(sin((1 - s) w) a + sin(s w) b) / sin w`  (DDIM, app. D.5).
 
-    Between two noises, this stays as far from the origin as they are.
+    w is the angle between a and b. Between two noises, this stays as far from the origin as they
+    are.
 
     Args:
         a, b: `(B, H, W, C)`; share: s from 0 to 1, one number or one per image.

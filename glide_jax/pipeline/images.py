@@ -67,12 +67,15 @@ class Images:
                 else about square.
         """
         runs = [len(list(run)) for _, run in itertools.groupby(self.prompts)]
-        if columns is None and len(runs) > 1 and set(runs) == {runs[0]} != {1}:
+        if columns is None and len(runs) > 1 and len(set(runs)) == 1 and runs[0] > 1:
             columns = runs[0]
         return Image.fromarray(image_grid(self.images, columns))
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """Return everything that reproduces image i."""
+        """Return what is needed to reproduce image i: prompt, seed, index, weights, settings.
+
+        The dtype and the names of the CLIP and of the weak model are not in it.
+        """
         return {
             "prompt": self.prompts[i],
             "seed": self.seed,

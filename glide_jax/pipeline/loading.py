@@ -41,6 +41,7 @@ def load(
         UsageError: there are no such weights, or fewer devices.
         GlideError: the weights are broken, or cannot be downloaded.
     """
+    # Called for its error, before anything expensive.
     local_devices(devices)
     upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)
     where: dict[str, Any] = {"dtype": dtype, "devices": devices}

@@ -49,9 +49,11 @@ class WeightsOptions:
         weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
-        devices: Number of devices that share each batch, or all. It changes no image.
-        batch_size: Images generated at a time; more needs more memory. It changes no image.
-            Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that at 256x256.
+        devices: Number of devices that share each batch, or all. Changes an image by at most
+            rounding.
+        batch_size: Images generated at a time, over all devices; more needs more memory. Changes an
+            image by at most rounding. Default per device at 64x64: 16 on a CPU, 64 elsewhere; a
+            quarter of that at 256x256.
     """
 
     weights: Annotated[str | None, HIDDEN] = None
@@ -72,13 +74,13 @@ class EditingOptions:
     Attributes:
         init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: An image of the region to fill: white is regenerated, black is kept to the byte.
+        mask: An image of the region to fill: white is regenerated, black is kept byte for byte.
         variation: Generate variations of --init-image. Variation strength: 0 = DDIM
             reconstruction, 1 = unrelated.
         init_caption: Caption of the input image, for the inversion of --variation, if it differs
             from the prompt.
-        between: Interpolate: generate --num images from one prompt to another, or from --seed
-            to --to-seed.
+        between: Interpolate: generate --num images (2 or more) from one prompt to another, or from
+            --seed to --to-seed.
         to_seed: The seed at the end of --between.
     """
 
@@ -95,16 +97,17 @@ class SamplingOptions:
     """How images are sampled. The defaults shown are those of the chosen weights.
 
     Attributes:
-        steps: Number of steps, from 1 to 1000; more is slower and closer to the limit. Or a
-            respacing of OpenAI's code: ddim50, fast27, 10,10,3,2,2. One network evaluation per
-            step; heun and dpm++2s take two, prk four, plms four in its first three steps.
+        steps: Number of steps, from 1 to 1000; more is slower and more accurate. Or a respacing
+            string of OpenAI's code: ddim50, fast27, 10,10,3,2,2. One network evaluation per step;
+            two with heun and dpm++2s, four with prk, four in the first three steps of plms.
         sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk,
             ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa.
         spacing: Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code),
             rho, trailing, or optimised (for the sampler and step count).
         eta: Added noise of ddim (default 0), dpm++2m-sde and sa (default 1), from 0 to 1.
         temperature: Factor on the starting noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling: sigma_min, sigma_max, repeats, for example 0.3 2 3.
+        restart: Restart sampling: LOW HIGH REPEATS. From noise level (sigma/alpha) LOW, noise is
+            added back up to HIGH, REPEATS times; for example 0.3 2 3.
         guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
             closely with less variety. From 0 to 1 for the method cfg++.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high
@@ -117,8 +120,8 @@ class SamplingOptions:
         autoguidance_scale: Autoguidance scale (weak model from --weak-model); 1 = off, larger
             is stronger.
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
-            follows the prompt more closely. The paper's CLIP guidance is 3, with
-            guidance scale 1 and the sampler ddpm.
+            follows the prompt more closely. OpenAI's notebook uses 3, with guidance
+            scale 1 and the sampler ddpm.
         threshold: Quantile of dynamic thresholding, for example 0.995; otherwise x_0 is clipped
             to [-1, 1].
         strength: img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger
@@ -158,9 +161,9 @@ class Options:
         prompts_file: A text file with one prompt per line.
         num: Images per prompt.
         seed: Seed from 0 to 2^32 - 1; the same seed and settings give the same images.
-        first_index: Index of the first image; seed + index reproduce it.
-        out: Folder for the images; no file in it is overwritten.
-        preview: Write intermediate x_0 estimates to preview.png in that folder.
+        first_index: Index of the first image; seed and index reproduce an image.
+        out: Folder for the images; no image in it is overwritten.
+        preview: Write intermediate x_0 estimates to preview.png in the --out folder.
     """
 
     prompts: Annotated[Positional[tuple[str, ...]], HIDDEN] = ()

@@ -112,7 +112,7 @@ class Pipeline(Stage):
         reproduces it, whatever the batch and the number of devices.
 
         Args:
-            prompts: one or several; "" is unconditional. "a red apple AND a leaf :0.5 NOT a worm"
+            prompts: one or several; "" is unconditional. "a red apple AND a tulip :0.5 NOT a rose"
                 joins several captions with weights: see `glide_jax.pipeline.prompts`.
             num: images per prompt.
             seed: of the run, from 0 to 2^32 - 1.
@@ -276,7 +276,7 @@ class Pipeline(Stage):
             UsageError, GlideError: see `stream`.
         """
         if not 0 <= amount <= 1:
-            raise UsageError(f"the amount of a variation must lie between 0 and 1, not at {amount}")
+            raise UsageError(f"the amount of a variation must be between 0 and 1, not {amount}")
         chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
         old = self.invert(

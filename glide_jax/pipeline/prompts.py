@@ -1,6 +1,6 @@
 """Prompts: one caption, or several joined by AND and NOT.
 
-    a red apple AND a leaf :0.5 NOT a worm
+    a red apple AND a tulip :0.5 NOT a rose
 
 Only these two words, in capitals and between spaces, have a meaning; the networks read lower case,
 so a caption can always write them in lower case. A weight after a space and a colon belongs to the
@@ -111,7 +111,10 @@ def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -
 
 
 def interpolated(start: Prompt, end: Prompt, share: float) -> Prompt:
-    """Interpolate between two prompts with as many parts; share is 0 at the start, 1 at the end."""
+    """Interpolate between two prompts with the same number of parts.
+
+    share is 0 at the start, 1 at the end.
+    """
     parts = (
         Part(a.text, (1 - share) * a.weight + share * b.weight, b.text, share)
         for a, b in zip(start.parts, end.parts, strict=True)

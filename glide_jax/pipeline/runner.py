@@ -11,7 +11,14 @@ import numpy as np
 import tqdm
 
 from glide_jax.devices.placement import Placement
-from glide_jax.diffusion.guidance import Branch, Guidance, Network, branches_of
+from glide_jax.diffusion.guidance import (
+    CONDITIONAL,
+    WEAK,
+    Branch,
+    Guidance,
+    Network,
+    branches_of,
+)
 from glide_jax.diffusion.sampling import State, stream
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
@@ -25,14 +32,14 @@ from glide_jax.pipeline.stage import Stage
 from glide_jax.weights.registry import Model
 
 
-class Progress(NamedTuple):
+class BatchState(NamedTuple):
     """The state of one batch while it is sampled.
 
     Attributes:
         index: which images of the run the batch holds.
         state: state of the sampler.
         done: whether it is the last state of this batch.
-        evaluations: network evaluations of the whole run of one image.
+        evaluations: table rows (network evaluations) per image.
     """
 
     index: np.ndarray
@@ -48,7 +55,7 @@ def check_32_bits(name: str, value: int) -> None:
         UsageError: jax would cut it to 32 bits.
     """
     if not 0 <= value < 2**32:
-        raise UsageError(f"{name} must lie between 0 and 2^32 - 1, not at {value}")
+        raise UsageError(f"{name} must be between 0 and 2^32 - 1, not {value}")
 
 
 def image_keys(seed: int, indices: Sequence[int] | np.ndarray) -> jax.Array:
@@ -83,11 +90,11 @@ def run(
     every: int | None = None,
     progress: bool = False,
     reverse: bool = False,
-) -> Iterator[Progress]:
+) -> Iterator[BatchState]:
     """Sample the images, batch by batch.
 
     Args:
-        prompts: one per image, all with as many parts.
+        prompts: one per image, all with the same number of parts.
         keys: of `image_keys`.
         clip: guides where the settings have a `clip_scale`.
         weak_model: the weak model of autoguidance.
@@ -118,7 +125,7 @@ def run(
                 jax.block_until_ready(state.x)
                 bar.update(done - bar.n % length)
                 if done == length or (every and done % every == 0):
-                    yield Progress(index, state, done == length, length)
+                    yield BatchState(index, state, done == length, length)
 
 
 def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
@@ -152,7 +159,7 @@ class _Batch(NamedTuple):
             x = self.conditioning.start(plan, self.settings, noise)
 
         networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
-        for name, model in {"main": stage, "weak": self.weak_model}.items():
+        for name, model in {CONDITIONAL.network: stage, WEAK.network: self.weak_model}.items():
             branches = [b for b in branches_of(guidances) if b.network == name]
             if model is None or not branches:
                 continue
@@ -177,7 +184,7 @@ class _Batch(NamedTuple):
         settings = self.settings
         if settings.autoguidance_scale != 1 and self.weak_model is None:
             raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
-        guidances = settings.guidances(self.prompts, *self.conditioning.maps())
+        guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())
         if not settings.clip_scale:
             return guidances
         if self.clip is None:

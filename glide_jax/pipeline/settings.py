@@ -58,7 +58,7 @@ class Settings:
 
     Attributes:
         steps: number of steps, each from one noise level to the next (from 1 to 1000; more is
-            slower and closer to the limit), or a respacing of OpenAI's code: "ddim50", "fast27",
+            slower and more accurate), or a respacing of OpenAI's code: "ddim50", "fast27",
             "10,10,3,2,2". Samplers evaluate the network once per step, except heun and dpm++2s
             (twice), prk (four times) and plms (four times in the first three steps).
         sampler: the solver. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis,
@@ -68,8 +68,8 @@ class Settings:
             OpenAI's code), rho (EDM), trailing, or optimised (for the sampler and step count).
         eta: added noise of ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse SDE).
         temperature: factor on the starting noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling: sigma_min, sigma_max, repeats; noise is added from the low level
-            back to the high one that many times.
+        restart: Restart sampling: LOW, HIGH, REPEATS. From noise level (sigma/alpha) LOW, noise is
+            added back up to HIGH, REPEATS times.
         guidance_scale: classifier-free guidance scale; 1 is off, larger follows the prompt more
             closely with less variety. From 0 to 1 for the method cfg++.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high scales.
@@ -150,7 +150,7 @@ class Settings:
         if self.sampler not in WITH_ETA:
             raise UsageError(f"eta is for {', '.join(WITH_ETA)}, not for {self.sampler}")
         if not 0 <= self.eta <= 1:
-            raise UsageError(f"eta must lie between 0 and 1, not at {self.eta}")
+            raise UsageError(f"eta must be between 0 and 1, not {self.eta}")
         noisy: Any = solver
         return partial(noisy, eta=self.eta)
 
@@ -164,7 +164,7 @@ class Settings:
         if self.strength is None:
             return grid
         if not 0 < self.strength <= 1:
-            raise UsageError(f"strength must lie above 0 and up to 1, not at {self.strength}")
+            raise UsageError(f"strength must be above 0 and at most 1, not {self.strength}")
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
@@ -178,8 +178,9 @@ class Settings:
         """Return what acts on the prediction, innermost first.
 
         Args:
-            prompts: one per image, all with as many parts.
-            maps: maps of x_0 that act before it is clipped (known pixels).
+            prompts: one per image, all with the same number of parts.
+            maps: maps of x_0 (known pixels). They act before clipping, but last with a threshold
+                or with `guidance`.
 
         Raises:
             UsageError: the settings contradict each other, or a number is out of its range.

@@ -14,7 +14,7 @@ from glide_jax.models.presets import CLIPConfig, ModelConfig
 
 PARALLELISMS = ("pmap", "fsdp")
 ON_BAD_STEP = ("stop", "skip")
-# 1 / sqrt(12): the width of the plain mean of all steps.
+# Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
 MAX_WIDTH = 0.28
 
 
@@ -44,16 +44,16 @@ class OptimiserConfig:
         moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
         grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
             no clipping.
-        freeze: Parts of the network that keep their first weights, by the start of their path:
-            "text" (the text transformer), "unet/down". They cost neither gradients nor optimiser
-            state. Empty: everything is trained.
+        freeze: Parts of the network that keep their first weights, by the start of their path, for
+            example "text" (the text transformer) or "unet/down". They cost neither gradients nor
+            optimiser state. Empty: everything is trained.
         ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
             steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
             forget their first weights.
         ema_power: Relative widths of power-function EMAs to keep beside it, for example 0.05 0.10,
-            each between 0 and 0.28; larger averages over more of the training. From their snapshots
-            `glide-jax weights ema` makes the EMA of any width (post-hoc EMA: EDM2, 2312.02696,
-            sec. 3.1).
+            each between 0 and 0.28; larger averages over more of the training. The command
+            glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:
+            EDM2, 2312.02696, sec. 3.1).
         ema_every: Steps between these snapshots, at least 1; larger needs less disk space, and
             makes the post-hoc EMA less exact.
     """
@@ -189,23 +189,23 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the network.
-        prediction: What the network predicts: "eps", the noise (the released models), or "v"
-            (2202.00512), whose loss trains the noisiest levels as well.
-        weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr"
-            (2303.09556, gamma 5).
+        prediction: What the network predicts: "eps", the noise (the released models), or "v", whose
+            loss trains the noisiest levels as well (2202.00512).
+        weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr" with
+            gamma 5 (2303.09556).
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
-        low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation (CDM,
-            2106.15282). The small image is noised at a random timestep below this share of the
-            diffusion process, up to 1; larger tolerates worse small images; 0: none.
+        low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
+            noises the small image at a random timestep below this share of the diffusion process,
+            up to 1 (CDM, 2106.15282); larger tolerates worse small images; 0: none.
         mask_all: Inpainting: share of images that are masked completely, from 0 to 1; larger
             trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
-            network is convolutional, so it can learn from crops or smaller images. 0:
-            `model.image_size`.
+            network is convolutional, so it can learn from crops or smaller images. 0: the size
+            of the model.
         sample_prompts: Prompts of the grids of samples.
         sample_steps: Sampling steps, for the grids and recommended with the weights; more is
-            slower and closer to the limit.
+            slower and more accurate.
         sample_guidance_scale: Classifier-free guidance scale, for the grids and recommended with
             the weights; 1 = off, larger follows the prompt more closely with less variety.
         sample_clip_scale: CLIP guidance scale recommended with the weights, used where a noised
@@ -283,7 +283,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     partial.replace(path)
 
 
-def check_run(config: RunConfig) -> None:
+def check_same_model(config: RunConfig) -> None:
     """Check that the folder of a run holds no run of another model.
 
     The image size may differ: the network is convolutional.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.devices.parallel import Parallel, quickly
+from glide_jax.devices.parallel import Parallel, fast_compile_options
 from glide_jax.errors import GlideError
 from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
@@ -31,9 +31,11 @@ def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> 
     """
     key = jax.random.key(config.seed)
     if not config.init_from:
-        return parallel.make(lambda key: new_state(config, objective, objective.init(key)), key)
+        return parallel.initialise(
+            lambda key: new_state(config, objective, objective.init(key)), key
+        )
     params = params_from(config, objective, key)
-    return parallel.make(partial(new_state, config, objective), params)
+    return parallel.initialise(partial(new_state, config, objective), params)
 
 
 def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict
         if STEM in found:
             found[STEM] = extend_stem(found[STEM], model.config, config.model)
         if added := [p for p in wanted if p.startswith(ADDED) and p not in found]:
-            random = flatten(jax.jit(objective.init, compiler_options=quickly())(key))
+            random = flatten(jax.jit(objective.init, compiler_options=fast_compile_options())(key))
             found |= {path: random[path] for path in added}
     if wrong := differences(found, unflatten(wanted)):
         raise GlideError(

@@ -1,7 +1,8 @@
 """The losses that training minimises: `(params, batch, key) -> (loss, metrics)`.
 
-All random numbers of a record come from the key and from its row in the whole batch, so the number
-of devices, processes and microbatches changes nothing.
+The random numbers of a record come from the key and from its row in the whole batch. So without
+dropout, the number of devices, processes and microbatches changes the loss by at most rounding.
+Dropout masks depend on the device and the microbatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import Tables, hybrid_loss, make_tables, q_sample
+from glide_jax.diffusion.losses import LossTables, hybrid_loss, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
@@ -176,7 +177,7 @@ def denoising_loss(
     key: jax.Array,
     *,
     model: GLIDE,
-    tables: Tables,
+    tables: LossTables,
     config: TrainConfig,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,
@@ -224,7 +225,7 @@ def denoising_loss(
 
 
 def noise_low_res(
-    tables: Tables, low_res: jax.Array, keys: jax.Array, share: float
+    tables: LossTables, low_res: jax.Array, keys: jax.Array, share: float
 ) -> tuple[jax.Array, jax.Array]:
     """Return small images at random noise levels, and these as timesteps  (CDM, sec. 4.2).
 
@@ -270,7 +271,7 @@ def contrastive_loss(
     key: jax.Array,
     *,
     model: NoisedCLIP,
-    tables: Tables,
+    tables: LossTables,
     levels: int | None = None,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,

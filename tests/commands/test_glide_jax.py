@@ -1,4 +1,4 @@
-"""The command `glide-jax`: its stories and commands, from any folder, and what it refuses."""
+"""The command `glide-jax`: its scripts and commands, from any folder, and what it refuses."""
 
 import jax
 import pytest

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from glide_jax.diffusion.losses import (
-    Tables,
+    LossTables,
     discretised_log_likelihood,
     hybrid_loss,
     make_tables,
@@ -36,7 +36,7 @@ each_respacing = pytest.mark.parametrize("respacing", ["none", "100"])
 each_schedule = pytest.mark.parametrize("name", ["linear", "cosine"])
 
 
-def reference_tables(name: str, respacing: str) -> Tables:
+def reference_tables(name: str, respacing: str) -> LossTables:
     schedule = make_schedule(name)
     if respacing != "none":
         schedule = Schedule(step_betas(schedule, respaced(schedule, respacing)))

@@ -186,8 +186,8 @@ def test_a_number_in_a_string_is_a_number():
         ("10,-1", "logsnr", "-1 of 500 timesteps"),
         ("600,10", "logsnr", "600 of 500 timesteps"),
         ("ddim", "logsnr", "cannot read steps 'ddim'"),
-        ("ddim0", "logsnr", "no integer stride takes 0 of 1000 timesteps"),
-        ("ddim400", "logsnr", "no integer stride takes 400 of 1000 timesteps"),
+        ("ddim0", "logsnr", "ddim0 does not exist for 1000 timesteps"),
+        ("ddim400", "logsnr", "ddim400 does not exist for 1000 timesteps"),
     ],
 )
 def test_refused_grids(steps, spacing, message):

@@ -255,4 +255,4 @@ def test_an_error_of_the_command_is_one_line():
     error = one_line(run("-m", "glide_jax", "evaluate", "sweep", "--sweep", "guidance"), 2)
     assert "there is no sweep 'guidance'" in error and "guidance-scale" in error
     error = one_line(run("-m", "glide_jax", "evaluate", "ranking", "--seed", "-1"), 2)
-    assert "seed must lie between 0 and 2^32 - 1, not at -1" in error
+    assert "seed must be between 0 and 2^32 - 1, not -1" in error

@@ -216,7 +216,7 @@ def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so(
         ({"guidance_rescale": 1.5}, "amount"),
         ({"threshold": 2.0}, "quantile"),
         ({"sampler": "ddim", "eta": 1.5}, "between 0 and 1"),
-        ({"strength": -0.5}, "strength must lie above 0"),
+        ({"strength": -0.5}, "strength must be above 0"),
         ({"restart": (0.3, 3.0, 1), "repaint": (2, 2)}, "choose one"),
         ({"restart": (3.0, 0.3, 1)}, "a restart needs"),
         ({"repaint": (50, 2)}, "take more steps than 25"),

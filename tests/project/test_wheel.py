@@ -16,7 +16,7 @@ from tests.support.commands import ROOT, environment
 
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT / "setup.cfg")
-STORIES = {"sample.py": ROOT / "sample.py", "train.py": ROOT / "train.py"} | {
+SCRIPTS = {"sample.py": ROOT / "sample.py", "train.py": ROOT / "train.py"} | {
     f"configs/{path.name}": path for path in (ROOT / "configs").iterdir() if path.is_file()
 }
 FILES = {
@@ -34,10 +34,10 @@ assert CLIPTokenizer()("a red apple").lengths.tolist() == [5]
 
 def test_the_list_of_packages_is_that_of_the_folders():
     folders = {path.parent for path in FILES}
-    stories = {"glide_jax.stories", "glide_jax.stories.configs"}
+    scripts = {"glide_jax.scripts", "glide_jax.scripts.configs"}
     listed = CONFIG["options"]["packages"].split()
     assert len(listed) == len(set(listed))
-    assert set(listed) == {".".join(folder.parts) for folder in folders} | stories
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | scripts
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_it_has_every_file_of_the_package_and_the_stories_unchanged(wheel):
+def test_it_has_every_file_of_the_package_and_the_scripts_unchanged(wheel):
     expected = {path.as_posix(): source for path, source in FILES.items()}
-    expected |= {f"glide_jax/stories/{name}": source for name, source in STORIES.items()}
+    expected |= {f"glide_jax/scripts/{name}": source for name, source in SCRIPTS.items()}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("glide_jax/")}
         assert names == set(expected)

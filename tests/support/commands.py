@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from glide_jax.devices.parallel import quickly
+from glide_jax.devices.parallel import fast_compile_options
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights.registry import FORMAT
@@ -83,7 +83,7 @@ def quick_key(seed: int) -> jax.Array:
 
 def first_weights(init: Callable[..., Any], model: Any, seed: int = 0) -> Any:
     """Return random weights `init(model, key)`, compiled quickly."""
-    jitted = jax.jit(init, static_argnums=0, compiler_options=quickly())
+    jitted = jax.jit(init, static_argnums=0, compiler_options=fast_compile_options())
     return jitted(model, quick_key(seed))
 
 

@@ -122,12 +122,12 @@ def sharding_facts() -> dict[str, Any]:
         )
         layout = parallel.make_parallel(kind, len(image) // accumulate)
         compiled_step: Any = layout.compile(step)
-        state, rows = layout.make(make, key), layout.place_batch(batch)
+        state, rows = layout.initialise(make, key), layout.put_batch(batch)
         fact: dict[str, Any] = {
-            "whole": sum(x.nbytes for x in jax.tree.leaves(layout.whole(state))),
+            "whole": sum(x.nbytes for x in jax.tree.leaves(layout.gather(state))),
             "device": sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(state)),
-            "checksums": checksums(layout.saved(state)),
-            "host": checksums(jax.device_get(layout.whole(state))),
+            "checksums": checksums(layout.for_checkpoint(state)),
+            "host": checksums(jax.device_get(layout.gather(state))),
         }
         if kind == "fsdp":
             compiled = compiled_step.lower(state, rows, key).compile()
@@ -143,11 +143,11 @@ def sharding_facts() -> dict[str, Any]:
                 "kernel": list(state.params["Dense_1"]["kernel"].addressable_data(0).shape),
             }
         after, metrics = compiled_step(state, rows, key)
-        fact["loss"] = float(layout.whole(metrics)["loss"])
+        fact["loss"] = float(layout.gather(metrics)["loss"])
         leaves = jax.tree.leaves(state)
         reused = sum(x.nbytes for x in leaves if x.is_deleted())
         fact["reused"] = reused / sum(x.nbytes for x in leaves)
-        back = layout.place(jax.device_get(layout.whole(after)))
+        back = layout.put_state(jax.device_get(layout.gather(after)))
         fact["placed"] = all(
             jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, after, back))
         )

@@ -5,11 +5,14 @@ that says which branches the network must evaluate, which parameters it takes, a
 levels it acts. Guidances are applied left to right, innermost first: `[a, b]` is `b(a(predict))`.
 List them in this order:
 
-1. linear in the branches (`linear.py`): `autoguidance`, and one of `classifier_free`, `all_of`,
-   `cfg_plus_plus` and `apg`; their differences add up, in any order;
+1. differences of branches (`linear.py`): `autoguidance`, and one of `classifier_free`, `all_of`,
+   `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
 3. scores (`score.py`), which read the final `x_0` and act beside it: `gradient`, `image_loss`.
+
+CLIP guidance is `gradient` with the noised CLIP of `glide_jax.pipeline.clip_guide`:
+`mu + s Sigma grad(k f(x_t) . g(c))`, k the CLIP's logit scale.
 
 Every parameter may be a scalar or have one value per image, `(B,)`.
 """
@@ -25,6 +28,7 @@ from glide_jax.diffusion.guidance.linear import (
 from glide_jax.diffusion.guidance.predictor import (
     CONDITIONAL,
     NULL,
+    WEAK,
     Branch,
     Network,
     Number,
@@ -46,6 +50,7 @@ from glide_jax.diffusion.guidance.score import gradient, image_loss
 __all__ = [
     "CONDITIONAL",
     "NULL",
+    "WEAK",
     "Branch",
     "Guidance",
     "Network",

@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from glide_jax.diffusion.guidance.linear import TINY
-from glide_jax.diffusion.guidance.predictor import Number, Point, Predict, Prediction
+from glide_jax.diffusion.guidance.predictor import CONDITIONAL, Number, Point, Predict, Prediction
 from glide_jax.diffusion.guidance.record import guidance, per_image
 
 
 @guidance(amount=(0, 1))
 def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.7) -> Prediction:
-    """`a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`, std per image  (2305.08891, eqs. 15-16).
+    """CFG rescale: `a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`  (2305.08891, eqs. 15-16).
 
-    Takes back the contrast that linear guidance adds; 0.7 is the paper's value.
+    std is that of each image. Takes back the contrast that linear guidance adds; 0.7 is the
+    paper's value.
     """
     p = predict(x, point)
-    cond = point.to_x_0(p.branches["cond"], x)
+    cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
     wanted, found = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in (cond, p.x_0))
     gain = wanted / jnp.maximum(found, TINY)
     return p.with_x_0(p.x_0 * (1 + per_image(amount) * (gain - 1)), x, point)
@@ -25,7 +26,10 @@ def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.
 def dynamic_threshold(
     predict: Predict, x: jax.Array, point: Point, *, quantile: Number = 0.995
 ) -> Prediction:
-    """`clip(x_0, -s, s) / s`, `s = max(1, quantile of |x_0|)`  (Imagen, 2205.11487, sec. 2.3)."""
+    """Dynamic thresholding: `clip(x_0, -s, s) / s`, `s = max(1, quantile of |x_0|)`.
+
+    From Imagen (2205.11487, sec. 2.3).
+    """
     p = predict(x, point)
     # A full sort: the rank is traced, and on a CPU top_k of a fixed rank is not faster.
     ordered = jnp.sort(jnp.abs(p.x_0).reshape(len(x), -1), axis=1)
@@ -43,7 +47,7 @@ def dynamic_threshold(
 def clip_x0(
     predict: Predict, x: jax.Array, point: Point, *, low: Number = -1.0, high: Number = 1.0
 ) -> Prediction:
-    """Clip `x_0` to the range of images  (DDPM's and GLIDE's `clip_denoised`)."""
+    """Clipping: `clip(x_0, low, high)`, the range of images  (`clip_denoised` of OpenAI's code)."""
     p = predict(x, point)
     return p.with_x_0(jnp.clip(p.x_0, per_image(low), per_image(high)), x, point)
 
@@ -52,7 +56,7 @@ def clip_x0(
 def known_pixels(
     predict: Predict, x: jax.Array, point: Point, *, image: jax.Array, known: jax.Array
 ) -> Prediction:
-    """`x_0 (1 - k) + image k`: pixels with k = 1 are known  (GLIDE, sec. 4.3).
+    """Known pixels: `x_0 (1 - k) + image k`, k = 1 where the pixel is kept  (GLIDE, sec. 4.3).
 
     Args:
         image: `(B, H, W, 3)` in [-1, 1]; known: `(B, H, W, 1)`, 1 where the pixel is kept.

@@ -1,8 +1,9 @@
-"""Guidance that is linear in the branches: classifier-free guidance and its relatives.
+"""Guidance by differences of branches: classifier-free guidance and its relatives.
 
-Each function adds a multiple of a difference of branches to the current eps. Written on top of
-eps, guidances of this kind add up, and scale 1 changes no bit:
+All but `apg` add multiples of differences of branches to the current eps. Written on top of eps,
+guidances of this kind add up, and scale 1 of `classifier_free` changes no bit:
 `eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
+`apg` adds to x_0 instead: it projects the difference, and remembers that of the step before.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from glide_jax.diffusion.guidance.predictor import (
     CONDITIONAL,
     NULL,
+    WEAK,
     Branch,
     Number,
     Point,
@@ -30,9 +32,12 @@ TINY = 1e-12
 
 @guidance(NULL)
 def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
-    """`eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, sec. 2.3); scale 1 is off."""
+    """Classifier-free guidance: `eps(null) + s (eps(c) - eps(null))`  (2207.12598; GLIDE, 2.3).
+
+    Scale 1 is off.
+    """
     p = predict(x, point)
-    push = p.branches["cond"] - p.branches["null"]
+    push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
     return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
@@ -42,7 +47,7 @@ def all_of(
     *,
     name: str = "prompt",
 ) -> Guidance:
-    """`eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (composable diffusion, 2206.01714, sec. 4).
+    """Composable diffusion: `eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (2206.01714, sec. 4).
 
     Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
 
@@ -71,29 +76,32 @@ def _all_of(
     predict: Predict, x: jax.Array, point: Point, *, weights: dict[str, Number]
 ) -> Prediction:
     p = predict(x, point)
-    null = p.branches["null"]
+    null = p.branches[NULL.name]
     push = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
     return p.with_eps(p.eps + push, x, point)
 
 
 @guidance(NULL, looks_ahead=True)
 def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
-    """`eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (CFG++, 2406.08070).
+    """CFG++: `eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (2406.08070).
 
     h is the log-SNR that the step gains. With DDIM this is the paper's update, which takes `x_0`
     from `eps(null) + s (eps(c) - eps(null))` and adds noise again by `eps(null)`; s lies in [0, 1].
     """
     p = predict(x, point)
     gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
-    push = p.branches["cond"] - p.branches["null"]
+    push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
     return p.with_eps(p.eps + (per_image(scale) / gain - 1) * push, x, point)
 
 
-@guidance(Branch("weak", network="weak"))
+@guidance(WEAK)
 def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
-    """`eps_0(c) + s (eps_1(c) - eps_0(c))`: away from a weak model eps_0  (2406.02507)."""
+    """Autoguidance: `eps_0(c) + s (eps_1(c) - eps_0(c))`, eps_0 of a weak model  (2406.02507).
+
+    Scale 1 is off.
+    """
     p = predict(x, point)
-    push = p.branches["cond"] - p.branches["weak"]
+    push = p.branches[CONDITIONAL.name] - p.branches[WEAK.name]
     return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
@@ -110,15 +118,15 @@ def apg(
     momentum: Number = -0.5,
     radius: Number = 2.5,
 ) -> Prediction:
-    """`x_0 + (s - 1)(D_orth + eta D_par)`  (adaptive projected guidance, 2410.02416, alg. 1).
+    """Adaptive projected guidance: `x_0 + (s - 1)(D_orth + eta D_par)`  (2410.02416, alg. 1).
 
     D is `x_0(c) - x_0(null)`, plus momentum times the D of the step before, shrunk to the length
     `radius`; parallel means along `x_0(c)`. With eta 1, no momentum and radius inf it is
     `classifier_free`.
     """
     p = predict(x, point)
-    cond = point.to_x_0(p.branches["cond"], x)
-    push = point.sigma / point.alpha * (p.branches["null"] - p.branches["cond"])
+    cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
+    push = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CONDITIONAL.name])
     push = push + per_image(momentum) * p.memory["apg"]
     p = p._replace(memory=p.memory | {"apg": push})
     push = push * jnp.minimum(1, per_image(radius) / jnp.sqrt(jnp.maximum(_dot(push, push), TINY)))

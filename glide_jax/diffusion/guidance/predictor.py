@@ -90,6 +90,7 @@ class Branch(NamedTuple):
 
 CONDITIONAL = Branch("cond")
 NULL = Branch("null", prompt="")
+WEAK = Branch("weak", network="weak")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction"])

@@ -35,7 +35,8 @@ class Guidance:
     """A function `(predict, x, point, **args) -> Prediction`, and what it needs.
 
     Attributes:
-        fn: the function.
+        fn: the function, hashable and defined at module level. A lambda or a closure is a new
+            function each time, and compiles again.
         args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
         needs: branches that it reads beside "cond".
         remembers: names of the images that it carries from step to step.

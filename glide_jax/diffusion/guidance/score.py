@@ -17,10 +17,11 @@ from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
 def gradient(
     predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond: Any, scale: Number
 ) -> Prediction:
-    """`score + s grad log p(y | x_t)`: classifier guidance  (ADM, 2105.05233, algs. 1 and 2).
+    """Classifier guidance and CLIP guidance: `score + s grad log p(y | x_t)`  (ADM, 2105.05233).
 
-    For any noised classifier, and for the noised CLIP (`glide_jax.load_clip`), where
-    `log p = 100 f(x_t, t) . g(c)`  (GLIDE, sec. 2.4).
+    ADM's algorithms 1 and 2, for any noised classifier, and for the noised CLIP
+    (`glide_jax.load_clip`), where `log p = k f(x_t, t) . g(c)`, k the CLIP's logit scale
+    (GLIDE, sec. 2.4).
 
     Args:
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
@@ -33,7 +34,7 @@ def gradient(
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
-    """`score - s grad loss(x_0(x_t))`, a loss on clean images  (DPS, 2209.14687; 2302.07121).
+    """Image loss: `score - s grad loss(x_0(x_t))`, loss on clean images  (2209.14687; 2302.07121).
 
     Args:
         loss: `fn(params, x_0, t, cond) -> (B,)`, on the `x_0` that the guidances before this one

@@ -2,13 +2,14 @@
 
 A solver is a function `(schedule, grid, breaks) -> Table` that writes a sampler's coefficients in
 float64 on the host, one row per network evaluation; `glide_jax.diffusion.solvers.table` has the
-recursion that runs them. One file per family: `ancestral`, `multistep`, `runge_kutta`; `restart`
+recursion that runs them. One file per family: `ancestral`, `multistep`, `runge_kutta`; `jumps`
 wraps any of them; `optimised` finds grids for them.
 """
 
 from functools import partial
 
 from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse, ddpm
+from glide_jax.diffusion.solvers.jumps import repaint, restart
 from glide_jax.diffusion.solvers.multistep import (
     dpm_solver_2m,
     dpm_solver_3m,
@@ -17,7 +18,6 @@ from glide_jax.diffusion.solvers.multistep import (
     sde_dpm_solver_2m,
     unipc,
 )
-from glide_jax.diffusion.solvers.restart import repaint, restart
 from glide_jax.diffusion.solvers.runge_kutta import dpm_solver_2s, heun, plms
 from glide_jax.diffusion.solvers.table import Solver, Table
 
@@ -40,5 +40,6 @@ SOLVERS: dict[str, Solver] = {
     "ddpm-small": partial(ddpm, variance="small"),
     "ddpm-large": partial(ddpm, variance="large"),
 }
+"""The samplers by name, as `--sampler` takes them: each is a `Solver`."""
 
 __all__ = ["SOLVERS", "Solver", "Table", "ddim_reverse", "repaint", "restart"]

@@ -21,7 +21,7 @@ VARIANCES = ("learned", "small", "large")
 def ddpm(
     schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, variance: str = "learned"
 ) -> Table:
-    """Ancestral sampling: `x ~ N(mean(x_0, x_t), variance)`  (DDPM, algorithm 2).
+    """DDPM, ancestral sampling: `x' ~ N(mean(x_0, x), variance)`  (2006.11239, algorithm 2).
 
     The learned variance enters through `s_learned`: the sampler multiplies the noise by the
     standard deviation that the network predicts.
@@ -61,7 +61,7 @@ def ddim(
     eta: float = 0.0,
     released: bool = False,
 ) -> Table:
-    """`x = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`  (DDIM, 2010.02502, eq. 12).
+    """DDIM: `x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`  (2010.02502, eq. 12).
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.

@@ -75,10 +75,14 @@ def exponential(
     midpoint: bool = False,
     tau: np.ndarray | float = 0.0,
 ) -> Table:
-    """Solve the semi-linear ODE or SDE, with a polynomial in log-SNR for x_0.
+    """Exponential integrators: the semi-linear ODE or SDE, with a polynomial in log-SNR for x_0.
 
-    `x' = (sigma'/sigma) e^{-tau^2 h} x + alpha' int_0^h (1 + tau^2) e^{-(1 + tau^2) u} x_0(lambda'
-    - u) du + sigma' sqrt(1 - e^{-2 tau^2 h}) z`  (2211.01095; SA-Solver, 2309.05019).
+        x' = (sigma'/sigma) e^(-tau^2 h) x
+             + alpha' int_0^h (1 + tau^2) e^(-(1 + tau^2) u) x_0(lambda' - u) du
+             + sigma' sqrt(1 - e^(-2 tau^2 h)) z
+
+    lambda' is the log-SNR at the end of the step, h the log-SNR that the step gains
+    (DPM-Solver++, 2211.01095; SA-Solver, 2309.05019).
 
     Args:
         predictor: the largest number of predictions that a step uses.
@@ -135,7 +139,9 @@ def noise_multistep(
     order: int,
     variable: str,
 ) -> Table:
-    """`x' / alpha' = x / alpha + int eps drho`, `rho = sigma / alpha`, with a polynomial for eps.
+    """Multistep on the noise (LMS, DEIS, iPNDM): `x'/alpha' = x/alpha + int eps drho`.
+
+    `rho = sigma/alpha`; a polynomial through the last predictions stands for eps.
 
     Args:
         order: the largest number of noise predictions that a step uses.

@@ -39,7 +39,7 @@ def two_rows_per_step(
 
 
 def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-    """`x'/alpha' = x/alpha + (rho' - rho) (eps + eps')/2`, `rho = sigma/alpha`  (Heun's method).
+    """Heun's method: `x'/alpha' = x/alpha + (rho' - rho) (eps + eps')/2`, `rho = sigma/alpha`.
 
     `eps'` is the prediction at the end of a first-order step  (EDM, 2206.00364, algorithm 1).
     N steps take 2 N - 1 evaluations.
@@ -56,7 +56,7 @@ def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
 
 
 def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-    """`x' = (sigma'/sigma) x + alpha' (1 - e^-h) x_0(middle)`  (DPM-Solver++(2S), 2211.01095).
+    """DPM-Solver++(2S): `x' = (sigma'/sigma) x + alpha' (1 - e^-h) x_0(middle)`  (2211.01095).
 
     A first-order step leads to the middle of the step in log-SNR, where the second evaluation
     is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.

@@ -11,7 +11,7 @@ from glide_jax.errors import UsageError
 
 
 def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> Solver:
-    """Return a solver that repeats intervals of noise levels with fresh noise  (2306.14878).
+    """Restart: a solver that repeats intervals of noise levels with fresh noise  (2306.14878).
 
     Args:
         intervals: `(low, high, times)`, low and high as noise levels sigma / alpha. Each is moved
@@ -48,7 +48,7 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
 
 
 def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
-    """Return a solver that takes every `jump` steps `times` times  (RePaint, 2201.09865, sec. 4.2).
+    """RePaint: a solver that takes every `jump` steps `times` times  (2201.09865, sec. 4.2).
 
     Fresh noise brings x back between the repetitions. They make the generated region agree with the
     known one.

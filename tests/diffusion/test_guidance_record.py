@@ -1,0 +1,109 @@
+"""Guidance as a value: its constructor, its parameters, and a negative prompt."""
+
+import inspect
+
+import pytest
+
+from glide_jax.diffusion.guidance import (
+    NULL,
+    Branch,
+    apg,
+    autoguidance,
+    classifier_free,
+    clip_x0,
+    compose,
+    guidance,
+)
+from glide_jax.errors import UsageError
+
+INTERVAL = (0.3, 5.0)
+
+
+# --- constructors
+
+
+@guidance(NULL, weight=(0, 2))
+def weighted(predict, x, point, *, amount, weight=1.0, offset=0.0):
+    """A guidance with several parameters."""
+    return predict(x, point)
+
+
+@guidance()
+def unchanged(predict, x, point):
+    """A guidance without parameters."""
+    return predict(x, point)
+
+
+@pytest.mark.parametrize(
+    ("by_position", "by_name"),
+    [
+        (lambda: classifier_free(3.0), lambda: classifier_free(scale=3.0)),
+        (lambda: clip_x0(-0.5, 0.5), lambda: clip_x0(low=-0.5, high=0.5)),
+        (lambda: apg(4.0, 0.3, 0.5), lambda: apg(scale=4.0, eta=0.3, momentum=0.5)),
+        (lambda: apg(4.0, radius=1.5), lambda: apg(radius=1.5, scale=4.0)),
+        (lambda: weighted(0.5, 2.0, 1.0), lambda: weighted(offset=1.0, weight=2.0, amount=0.5)),
+    ],
+)
+def test_parameters_by_position_and_by_name_are_equal(by_position, by_name):
+    one, other = by_position(), by_name()
+    assert one.args == other.args and list(one.args) == list(other.args)
+    assert (one.fn, one.needs, one.remembers) == (other.fn, other.needs, other.remembers)
+
+
+def test_editors_see_the_parameters():
+    assert list(inspect.signature(apg).parameters) == ["scale", "eta", "momentum", "radius"]
+    assert inspect.signature(apg).parameters["radius"].default == 2.5
+    assert apg.__doc__ is not None and "Adaptive projected guidance" in apg.__doc__
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: classifier_free(), "classifier_free needs a value for scale"),
+        (lambda: classifier_free(strength=3.0), "classifier_free takes scale, not strength"),
+        (lambda: classifier_free(3.0, 2.0), "too many values: classifier_free takes scale"),
+        (lambda: classifier_free(3.0, scale=2.0), "got scale twice: by position and by name"),
+        (lambda: apg(3.0, 0.1, eta=0.2), "apg got eta twice: by position and by name"),
+        (lambda: weighted(1.0, 3.0), "weighted needs 0 <= weight <= 2, not 3.0"),
+        (lambda: weighted(weight=1.0), "weighted needs a value for amount"),
+        (lambda: unchanged(1.0), "too many values: unchanged takes no parameters"),
+        (lambda: unchanged(rows=1), "unchanged takes no parameters, not rows"),
+    ],
+)
+def test_parameters_that_a_guidance_refuses(make, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert str(caught.value).isprintable()
+
+
+# --- a negative prompt
+
+
+def test_a_negative_prompt_is_the_caption_of_the_null_branch():
+    guided = classifier_free(3.0).within(*INTERVAL).against("ugly")
+    assert guided.needs == (Branch("null", prompt="ugly"),)
+    assert guided.interval == INTERVAL and guided.args == {"scale": 3.0}
+
+
+def test_a_composition_is_against_a_prompt_in_all_its_members():
+    free, weak = classifier_free(3.0), autoguidance(2.0)
+    nested = compose(compose(free.within(*INTERVAL), clip_x0()), weak).against("ugly")
+    flat = [free.within(*INTERVAL).against("ugly"), clip_x0(), weak]
+    assert [part.needs for part in nested.parts()] == [part.needs for part in flat]
+    assert [part.interval for part in nested.parts()] == [part.interval for part in flat]
+    assert Branch("null", prompt="ugly") in nested.needs and NULL not in nested.needs
+
+
+@pytest.mark.parametrize(
+    ("guided", "message"),
+    [
+        (autoguidance(2.0), "autoguidance has no empty prompt that 'ugly' could replace"),
+        (clip_x0(), "clip_x0 has no empty prompt"),
+        (classifier_free(3.0).against("bad"), "classifier_free has no empty prompt"),
+        (compose(clip_x0()), "compose has no empty prompt"),
+    ],
+)
+def test_guidance_without_the_empty_prompt_takes_no_negative_one(guided, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        guided.against("ugly")
+    assert str(caught.value).isprintable()
