@@ -1,4 +1,4 @@
-"""Every test runs on the CPU unless told otherwise, with matrix products in full float32."""
+"""Every test runs on the CPU unless JAX_PLATFORMS says otherwise, with matrix products in full float32."""
 
 import os
 
