@@ -32,7 +32,7 @@ def rasterise(
     workers: int = 2,
     vendors: tuple[str, ...] = (),
 ) -> None:
-    """Render the artwork (needs pip install 'glide-jax[data]') and write the .npz file.
+    """Render the artwork (needs pip install '.[data]') and write the .npz file.
 
     Args:
         sources: Folder that `fetch` filled.

@@ -125,7 +125,7 @@ class RunConfig:
         validation_batches: Batches per measurement; more is slower and less noisy.
         profile: Steps to trace for TensorBoard's profiler, "first:last", from step 2 on; empty:
             none.
-        wandb: Project of Weights & Biases to log to beside TensorBoard (pip install wandb); empty:
+        wandb: Project of Weights & Biases to log to beside TensorBoard (extra wandb); empty:
             none.
     """
 

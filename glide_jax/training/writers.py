@@ -53,7 +53,7 @@ class Wandb:
         try:
             wandb = importlib.import_module("wandb")
         except ModuleNotFoundError:
-            raise UsageError("--wandb needs the package: pip install wandb") from None
+            raise UsageError("--wandb needs the package: pip install '.[wandb]'") from None
         self._wandb = wandb
         self._run = wandb.init(
             project=config.wandb,

@@ -67,7 +67,7 @@ def _render_svg(svg: str, **extent: int) -> bytes | None:
     try:
         import resvg_py  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise GlideError("resvg-py is not installed: pip install 'glide-jax[data]'") from None
+        raise GlideError("resvg-py is not installed: pip install '.[data]'") from None
     try:
         # dpi: at resvg-py's default of 0, lengths in mm or pt become 0 and the file is rejected.
         # Fonts: text would depend on the machine.
