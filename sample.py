@@ -12,8 +12,9 @@ prompt, AND and NOT join captions, each with an optional weight:
   python sample.py --init-image cat.png --variation 0.3 --num 4          variations
   python sample.py "a red apple" "a rocket" --between --num 8            interpolation
 
-Each image is a PNG file that holds its prompt, seed, index and settings as metadata; its own prompt
-alone with --seed and --first-index from there reproduces it (not images of --between).
+Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run its
+prompt alone with the same options, and with --seed and --first-index from its metadata (this does not
+work for --between).
 """
 
 from pathlib import Path
@@ -56,7 +57,7 @@ def generate(options: Options) -> None:
 
     # -- generate ---------------------------------------------------------------------------------
     device, name = jax.devices()[0], pipe.model.name
-    print(f"{name} on {device.device_kind}; the first run compiles, later ones do not")
+    print(f"{name} on {device.device_kind}; a run with new sizes or guidances compiles first")
     upsampler = {"steps": model.upsampler_steps, "sampler": model.upsampler_sampler}
     call = {
         "num": options.num,

@@ -31,7 +31,7 @@ ALWAYS = (0.0, float("inf"))
 )
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that a sampling run needs beside networks, conditioning and noise.
+    """Everything that a sampling run needs besides networks, conditioning and noise.
 
     Attributes:
         table: one row per network evaluation, float32.
@@ -55,7 +55,7 @@ class State(NamedTuple):
 
     Attributes:
         x: the noised image; after the last row, the image.
-        y: the anchor of solvers with several evaluations per step (x at the step's start).
+        y: the anchor: x at the start of the step, for solvers that correct or repeat it.
         history: `(4, B, H, W, C)`, earlier predictions, newest first.
         memory: what stateful guidance remembers, by name.
         x_0: the latest estimate of the clean image.

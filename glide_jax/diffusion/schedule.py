@@ -63,9 +63,11 @@ class Schedule:
         return len(self.betas)
 
     def log_snr(self, t: ArrayLike) -> np.ndarray:
-        """Return `log(alpha / sigma)` at `t`, interpolated linearly between integers.
+        """Return `log(alpha / sigma)`, half of log(alpha^2 / sigma^2), at `t`.
 
-        Beyond the ends it is that of the end.
+        It is linear between integers.
+
+        Beyond the ends it keeps the value of the end.
         """
         levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
         return np.interp(np.asarray(t), np.arange(len(self)), levels)
@@ -133,7 +135,7 @@ def make_schedule(name: str, steps: int = 1000) -> Schedule:
     """Return the noise schedule of that name.
 
     Args:
-        name: "cosine" (64x64 models) or "linear" (upsamplers).
+        name: "cosine" (the 64x64 models) or "linear" (OpenAI's upsamplers).
         steps: number of timesteps T.
 
     Raises:

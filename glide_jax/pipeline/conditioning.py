@@ -1,4 +1,4 @@
-"""What images are made from beside their caption.
+"""What images are made from besides their caption.
 
 An image to edit, the pixels of it that stay, a small image to enlarge, a noise to start from. A
 user's mask is white where the image is regenerated; inside the program there is one convention,
@@ -51,7 +51,7 @@ class Conditioning:
         return from_uint8(self.image) * known, known
 
     def inputs(self, config: ModelConfig) -> dict[str, jax.Array]:
-        """Return the inputs of the network beside text and noise."""
+        """Return the inputs of the network besides text and noise."""
         found = {}
         if self.low_res is not None:
             found["low_res"] = from_uint8(self.low_res)

@@ -13,7 +13,7 @@ from glide_jax.pipeline.runner import image_keys, run
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
-# Guidance cannot be inverted: an image's noise is that of the prompt alone.
+# Off by default: DDIM inversion follows the flow of the prompt alone.
 UNGUIDED: SettingsArguments = {"guidance_scale": 1.0, "clip_scale": 0.0}
 
 

@@ -79,7 +79,7 @@ class Settings:
         negative_prompt: guide away from this prompt, rather than from the empty one.
         autoguidance_scale: autoguidance away from the weak model; 1 is off, larger is stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance;
-            0 is off, larger follows the prompt more closely. The paper's CLIP guidance is 3 with
+            0 is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
             guidance_scale 1 and sampler ddpm.
         threshold: quantile of dynamic thresholding, such as 0.995; otherwise x_0 is clipped to
             [-1, 1].

@@ -50,7 +50,7 @@ class OptimiserConfig:
         ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
             steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
             forget their first weights.
-        ema_power: Relative widths of power-function EMAs to keep beside it, for example 0.05 0.10,
+        ema_power: Relative widths of power-function EMAs to keep besides it, for example 0.05 0.10,
             each between 0 and 0.28; larger averages over more of the training. The command
             glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:
             EDM2, 2312.02696, sec. 3.1).
@@ -125,7 +125,7 @@ class RunConfig:
         validation_batches: Batches per measurement; more is slower and less noisy.
         profile: Steps to trace for TensorBoard's profiler, "first:last", from step 2 on; empty:
             none.
-        wandb: Project of Weights & Biases to log to beside TensorBoard (extra wandb); empty:
+        wandb: Project of Weights & Biases to log to besides TensorBoard (extra wandb); empty:
             none.
     """
 

@@ -9,11 +9,12 @@ List them in this order:
    `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
-3. scores (`score.py`): `gradient` reads `x_t`, `image_loss` the `x_0` before it; the table adds
-   their gradient after clipping.
+3. scores (`score.py`): `gradient` reads `x_t`, `image_loss` the `x_0` that the guidances listed
+   before it leave; the table adds their gradient after clipping.
 
 CLIP guidance is `gradient` with the noised CLIP of `glide_jax.pipeline.clip_guide`:
-`mu + s Sigma grad(k f(x_t) . g(c))`, k the CLIP's logit scale.
+`mu + s Sigma grad(k f(x_t) . g(c))` with ancestral samplers, k the CLIP's logit scale; others add
+`s sigma^2 / alpha` times the gradient to `x_0`.
 
 Every parameter may be a scalar or have one value per image, `(B,)`.
 """

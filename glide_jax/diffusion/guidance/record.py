@@ -38,7 +38,7 @@ class Guidance:
         fn: the function, hashable and defined at module level. A lambda or a closure is a new
             function each time, and compiles again.
         args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
-        needs: branches that it reads beside "cond".
+        needs: branches that it reads besides "cond".
         remembers: names of the images that it carries from step to step.
         looks_ahead: it reads `point.next_*`, which needs a sampler with one network evaluation
             per step, each towards less noise.

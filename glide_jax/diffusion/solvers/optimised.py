@@ -60,7 +60,7 @@ def natural_images(size: int = 64, known: int = 0) -> Spectrum:
 def usual_spectrum(schedule: Schedule) -> Spectrum:
     """Return the spectrum of what a schedule's models generate.
 
-    Upsamplers use the linear schedule and add the high frequencies; other models generate whole
+    OpenAI's upsamplers use the linear schedule and add the high frequencies; other models generate whole
     images.
     """
     linear = np.array_equal(schedule.betas, make_schedule("linear", len(schedule)).betas)

@@ -35,7 +35,7 @@ class Table(NamedTuple, Generic[Column]):
         Py, Px, B (N, 4): the anchor's update. Qy, Qx, E (N, 4): the update of x.
         log_beta, log_beta_tilde: the two ends of a learned variance.
         s, s_learned: noise, fixed or in units of the learned standard deviation.
-        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (ODE rows), or
+        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (all but ancestral rows), or
             `score_mean variance score` to x (ancestral rows, ADM algorithm 1).
         keep: 0 where the memory of guidance is reset, else 1.
         index, step, program: int; the row's number, the step it belongs to, and the set of
@@ -77,7 +77,7 @@ Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
 class Levels(NamedTuple):
-    """Noise levels of a grid of N evaluations: `(N + 1,)` float64, the last one clean."""
+    """Noise levels of a grid of N timesteps: `(N + 1,)` float64, the last one clean."""
 
     alpha: np.ndarray
     sigma: np.ndarray
