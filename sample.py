@@ -12,9 +12,9 @@ prompt, AND and NOT join captions, each with an optional weight:
   python sample.py --init-image cat.png --variation 0.3 --num 4          variations
   python sample.py "a red apple" "a rocket" --between --num 8            interpolation
 
-Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run its
-prompt alone with the same options, and with --seed and --first-index from its metadata (this does not
-work for --between).
+Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run
+its prompt alone with the same options, and with --seed and --first-index from its metadata (this
+does not work for --between).
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every test runs on the CPU unless JAX_PLATFORMS says otherwise, with matrix products in full float32."""
+"""Tests run on the CPU unless JAX_PLATFORMS is set, with matrix products in full float32."""
 
 import os
 

@@ -48,7 +48,7 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
 
 
 def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
-    """RePaint: a solver that takes each block of `jump` steps `times` times  (2201.09865, sec. 4.2).
+    """RePaint: take each block of `jump` steps `times` times  (2201.09865, sec. 4.2).
 
     Fresh noise brings x back between the repetitions. They make the generated region agree with the
     known one.

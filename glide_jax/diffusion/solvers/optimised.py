@@ -60,8 +60,8 @@ def natural_images(size: int = 64, known: int = 0) -> Spectrum:
 def usual_spectrum(schedule: Schedule) -> Spectrum:
     """Return the spectrum of what a schedule's models generate.
 
-    OpenAI's upsamplers use the linear schedule and add the high frequencies; other models generate whole
-    images.
+    OpenAI's upsamplers use the linear schedule and add the high frequencies; other models generate
+    whole images.
     """
     linear = np.array_equal(schedule.betas, make_schedule("linear", len(schedule)).betas)
     return natural_images(256, known=32) if linear else natural_images(64)

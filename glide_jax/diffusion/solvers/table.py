@@ -35,8 +35,8 @@ class Table(NamedTuple, Generic[Column]):
         Py, Px, B (N, 4): the anchor's update. Qy, Qx, E (N, 4): the update of x.
         log_beta, log_beta_tilde: the two ends of a learned variance.
         s, s_learned: noise, fixed or in units of the learned standard deviation.
-        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (all but ancestral rows), or
-            `score_mean variance score` to x (ancestral rows, ADM algorithm 1).
+        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (all but
+            ancestral rows), or `score_mean variance score` to x (ancestral, ADM algorithm 1).
         keep: 0 where the memory of guidance is reset, else 1.
         index, step, program: int; the row's number, the step it belongs to, and the set of
             guidances that acts in it.
