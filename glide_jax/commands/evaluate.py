@@ -54,9 +54,11 @@ class ModelOptions:
         weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
-        devices: Number of devices that share each batch, or all. It changes no image.
-        batch_size: Images generated at a time; more needs more memory. It changes no image.
-            Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that at 256x256.
+        devices: Number of devices that share each batch, or all. Changes an image by at most
+            rounding.
+        batch_size: Images generated at a time; more needs more memory. Changes an image by at
+            most rounding. Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that
+            at 256x256.
     """
 
     weights: str = WEIGHTS
@@ -323,7 +325,8 @@ class Scenes:
         images: Images to generate, at least 1, of scenes 0, 1, ... of the split; more images give
             more precise rates.
         seed: Seed of the images, from 0 to 2^32 - 1.
-        batch_size: Images generated at a time; more needs more memory. It changes no image.
+        batch_size: Images generated at a time; more needs more memory. Changes an image by at
+            most rounding.
     """
 
     weights: str

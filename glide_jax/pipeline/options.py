@@ -97,9 +97,9 @@ class SamplingOptions:
     """How images are sampled. The defaults shown are those of the chosen weights.
 
     Attributes:
-        steps: Number of steps, from 1 to 1000; more is slower and more accurate. Or a respacing
-            string of OpenAI's code: ddim50, fast27, 10,10,3,2,2. One network evaluation per step;
-            two with heun and dpm++2s, four with prk, four in the first three steps of plms.
+        steps: Number of noise levels N, from 1 to 1000; more is slower and more accurate. Or a
+            respacing string of OpenAI's code: ddim50, fast27, 10,10,3,2,2. Network evaluations: N;
+            with heun and dpm++2s 2N - 1, with plms N + 7 (N of 5 or more), with prk 4(N - 2).
         sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk,
             ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa.
         spacing: Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code),
