@@ -17,6 +17,7 @@ import html
 import re
 import unicodedata
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +50,7 @@ class CLIPTokens(NamedTuple):
     lengths: np.ndarray
 
 
-class _BytePair:
+class _BytePair(ABC):
     """The common part of both encoders; each adds `backend` and `clean`.
 
     The Rust object is cached outside the instance. A tokenizer is therefore a small value that can
@@ -62,13 +63,13 @@ class _BytePair:
     context: int
 
     @property
+    @abstractmethod
     def backend(self) -> Tokenizer:
         """The `tokenizers.Tokenizer` that all instances share; it must not be changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clean(self, text: str) -> str:
         """Return the text that is encoded in place of `text`."""
-        raise NotImplementedError
 
     def __post_init__(self):
         if not isinstance(self.context, int) or self.context <= self._extra:
