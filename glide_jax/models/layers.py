@@ -155,6 +155,24 @@ def downsample(x: jax.Array) -> jax.Array:
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
+def space_to_depth(x: jax.Array, block: int) -> jax.Array:
+    """Move blocks of pixels into channels: `(B, H, W, C) -> (B, H/b, W/b, b*b*C)`."""
+    if block == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // block, width // block, -1)
+
+
+def depth_to_space(x: jax.Array, block: int) -> jax.Array:
+    """Move channels back into blocks of pixels: the inverse of `space_to_depth`."""
+    if block == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, block, block, channels // block**2).swapaxes(2, 3)
+    return x.reshape(batch, height * block, width * block, -1)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over pixels, whose keys and values begin with those of the text  (GLIDE, 2.1).
 

@@ -13,6 +13,9 @@ from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 
 PARALLELISMS = ("pmap", "fsdp")
+LEVELS = ("uniform", "log-normal")
+OPTIMISERS = ("adamw", "muon")
+DECAYS = ("constant", "cosine", "linear")
 ON_BAD_STEP = ("stop", "skip")
 # Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
 MAX_WIDTH = 0.28
@@ -30,17 +33,23 @@ def check_width(width: float) -> None:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, its learning rate over time, and the EMA of the weights.
+    """The optimiser, its learning rate over time, and the EMA of the weights.
 
     Attributes:
+        kind: "adamw", or "muon" (2502.16982), which makes the updates of convolutions and linear
+            layers orthogonal and leaves the rest to AdamW.
         learning_rate: Peak learning rate, above 0; larger learns faster and less stably.
-        decay: Learning rate after the warm-up: "constant", or "cosine", which falls to 0 at the
-            last step.
+        muon_rate: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
+        decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the last
+            step; or "linear", constant and then falling to 0 over the last `decay_share` of the
+            run (warm-up-stable-decay, 2405.18392).
+        decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
         warmup: Steps of linear warm-up from 0; more is stabler at a high learning rate.
         beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
         beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
         epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
-        weight_decay: Weight decay of AdamW; larger keeps the weights smaller; 0: off.
+        weight_decay: Weight decay of the kernels, not of biases, norms and embeddings; larger
+            keeps them smaller; 0: off.
         moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
         grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
             no clipping.
@@ -58,8 +67,11 @@ class OptimiserConfig:
             makes the post-hoc EMA less exact.
     """
 
+    kind: str = "adamw"
     learning_rate: float = 1e-4
+    muon_rate: float = 1.0
     decay: str = "constant"
+    decay_share: float = 0.4
     warmup: int = 0
     beta_1: float = 0.9
     beta_2: float = 0.999
@@ -73,8 +85,13 @@ class OptimiserConfig:
     ema_every: int = 5000
 
     def __post_init__(self):
-        if self.decay not in ("constant", "cosine"):
-            raise UsageError(f"decay is constant or cosine, not {self.decay!r}")
+        for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        if not 0 < self.decay_share <= 1:
+            raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
+        if not self.muon_rate > 0:
+            raise UsageError(f"muon_rate must be above 0, not {self.muon_rate}")
         if self.moments not in ("float32", "bfloat16"):
             raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
         for width in self.ema_power:
@@ -95,8 +112,10 @@ class RunConfig:
         schedule: Noise schedule: "cosine" or "linear".
         diffusion_steps: Timesteps of the diffusion process; the paper has 1000.
         data: Source of the images and captions.
-        optimiser: AdamW, its learning rate, and the EMA of the weights.
+        optimiser: The optimiser, its learning rate, and the EMA of the weights.
         steps: Updates in all; larger trains longer.
+        minutes: Time limit of the training in minutes, compilation not counted; the decay
+            "linear" then follows the clock, and the run ends in time; 0: none.
         batch_size: Images per step, over all devices of all processes; larger gives gradients with
             less noise, and needs more memory.
         accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs
@@ -136,6 +155,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     steps: int = 100_000
+    minutes: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     parallelism: str = "pmap"
@@ -161,7 +181,7 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        for name in ("keep_every", "sample_every", "validate_every", "spike"):
+        for name in ("keep_every", "sample_every", "validate_every", "spike", "minutes"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:
@@ -189,10 +209,20 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the network.
-        prediction: What the network predicts: "eps", the noise (the released models), or "v", whose
-            loss trains the noisiest levels as well (2202.00512).
-        weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr" with
-            gamma 5 (2303.09556).
+        prediction: What the network predicts: "eps", the noise (the released models); "v", whose
+            loss trains the noisiest levels as well (2202.00512); or "x", the clean image, for
+            networks with large patches (2511.13720) and `model.residual`.
+        weighting: Weighting of the loss over noise levels: "none", the squared error of the
+            prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
+        snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
+        huber: Width of the pseudo-Huber loss, as an error of the prediction; smaller is closer to
+            the absolute error; 0: the squared error.
+        levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
+            "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
+        level_mean: Mean of the log-normal levels; larger trains less noisy levels.
+        level_std: Standard deviation of the log-normal levels, above 0; larger is broader.
+        level_uniform: Share of the log-normal levels that is uniform, from 0 to 1; larger trains
+            the extreme levels more.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
         low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
@@ -218,6 +248,12 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     prediction: str = "eps"
     weighting: str = "none"
+    snr_gamma: float = 5.0
+    huber: float = 0.0
+    levels: str = "uniform"
+    level_mean: float = 0.0
+    level_std: float = 1.0
+    level_uniform: float = 0.1
     caption_dropout: float = 0.0
     low_res_noise: float = 0.0
     mask_all: float = 0.1
@@ -231,16 +267,27 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("caption_dropout", "low_res_noise", "mask_all"):
+        for name in ("caption_dropout", "low_res_noise", "mask_all", "level_uniform"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name, known in (("prediction", PREDICTIONS), ("weighting", WEIGHTINGS)):
+        for name, known in (
+            ("prediction", PREDICTIONS),
+            ("weighting", WEIGHTINGS),
+            ("levels", LEVELS),
+        ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("snr_gamma", "level_std"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.huber < 0:
+            raise UsageError("huber cannot be negative")
+        if self.model.residual and self.prediction != "x":
+            raise UsageError('model.residual predicts the clean image: prediction must be "x"')
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
         # Each level but the last halves the image; the small image has a quarter of the side.
-        step = max(2 ** (len(self.model.channel_mult) - 1), 4 if self.model.upsamples else 1)
+        step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
 

@@ -24,6 +24,7 @@ from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.freezing import frozen_labels
+from glide_jax.training.levels import Levels, make_levels
 from glide_jax.training.masks import random_mask
 
 Params = Any
@@ -89,13 +90,14 @@ def make_objective(config: RunConfig) -> Objective:
     model: GLIDE | NoisedCLIP
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        levels = max(round(config.noise * config.diffusion_steps), 1)
-        loss = partial(contrastive_loss, model=model, tables=tables, levels=levels)
+        highest = max(round(config.noise * config.diffusion_steps), 1)
+        loss = partial(contrastive_loss, model=model, tables=tables, levels=highest)
         init = partial(clip.init_params, model)
     else:
         assert isinstance(config, TrainConfig)
         model = GLIDE(config.model, dtype, config.remat)
-        loss = partial(denoising_loss, model=model, tables=tables, config=config)
+        levels = make_levels(config)
+        loss = partial(denoising_loss, model=model, tables=tables, levels=levels, config=config)
         init = partial(unet.init_params, model)
     if frozen := config.optimiser.freeze:
         loss = partial(_without_gradient, loss, frozen)
@@ -138,13 +140,20 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def sample_noise(key: jax.Array, batch: Batch, steps: int) -> Noise:
-    """Return timesteps below `steps`, noise and keys, each record's from its row."""
+def sample_noise(key: jax.Array, batch: Batch, levels: Levels | int) -> Noise:
+    """Return timesteps, noise and keys, each record's from its row.
+
+    Args:
+        key: of the step.
+        batch: its images and rows.
+        levels: distribution of the timesteps; a number T for all timesteps below it alike.
+    """
+    levels = Levels(levels) if isinstance(levels, int) else levels
 
     def one(row: jax.Array | np.ndarray) -> Noise:
         t_key, eps_key, rest = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
-        return Noise(jax.random.randint(t_key, (), 0, steps), eps, rest)
+        return Noise(levels.sample(t_key), eps, rest)
 
     return jax.vmap(one)(batch.row)
 
@@ -179,6 +188,7 @@ def denoising_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
+    levels: Levels | None = None,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -187,7 +197,7 @@ def denoising_loss(
     The mask of an empty caption is False throughout. The conditioning of an upsampler is the image
     averaged over blocks; that of an inpainting model is the image with random regions masked.
     """
-    noise = sample_noise(key, batch, len(tables.alpha))
+    noise = sample_noise(key, batch, levels or len(tables.alpha))
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = to_range(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
@@ -219,6 +229,8 @@ def denoising_loss(
         output,
         prediction=config.prediction,
         weighting=config.weighting,
+        gamma=config.snr_gamma,
+        huber=config.huber,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
     return metrics["loss"], metrics | by_quartile(terms.loss, noise.t, len(tables.alpha))
