@@ -9,6 +9,8 @@ from flax import linen as nn
 HALF = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
 MAX_HEAD = 128
+# Below it, the logits are small, and cuDNN has no kernel in some versions.
+MIN_LENGTH = 64
 
 # The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
 # Elsewhere it is that of the default device. jax traces a jitted function again for each value.
@@ -29,13 +31,14 @@ def has_fused_attention() -> bool:
 
 def is_fused(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
     """Return whether `attend` uses the fused kernel for these arguments."""
-    lengths = query.shape[1], key.shape[1], query.shape[-1]
+    lengths, head = (query.shape[1], key.shape[1]), query.shape[-1]
     return (
         query.dtype in HALF
         and mask is None
-        and query.shape[-1] <= MAX_HEAD
-        # cuDNN needs this of the head. Lengths of the UNet have it too; odd ones are left alone.
-        and all(n % 8 == 0 for n in lengths)
+        and head <= MAX_HEAD
+        and min(lengths) >= MIN_LENGTH
+        # cuDNN needs this of the head. Lengths of the UNet have it too; others stay plain.
+        and all(n % 8 == 0 for n in (*lengths, head))
         and has_fused_attention()
     )
 

@@ -15,7 +15,7 @@ from tests.support.golden import assert_close, load, nhwc
 CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
 
 
-def inputs(dtype, heads: int = 3, width: int = 32, pixels: int = 16, text: int = 8):
+def inputs(dtype, heads: int = 3, width: int = 32, pixels: int = 64, text: int = 8):
     """Return query, key and value of one block."""
     lengths = pixels, pixels + text, pixels + text
     keys = jax.random.split(jax.random.key(0), 3)
@@ -76,12 +76,13 @@ def test_what_the_kernel_takes(dtype):
     query, key, _ = inputs(dtype)
     with compile_for("cuda"):
         assert is_fused(query, key, None)
-        assert not is_fused(query, key, jnp.ones((16, 24), bool))
+        assert not is_fused(query, key, jnp.ones((64, 72), bool))
         assert not is_fused(query.astype(jnp.float32), key.astype(jnp.float32), None)
         assert not is_fused(query[..., :12], key[..., :12], None)
-        assert not is_fused(query[:, :15], key, None)
-        assert not is_fused(query, key[:, :23], None)
-        wide = jnp.zeros((1, 8, 1, 256), dtype)
+        assert not is_fused(query[:, :63], key, None)
+        assert not is_fused(query, key[:, :71], None)
+        assert not is_fused(query[:, :56], key, None)
+        wide = jnp.zeros((1, 64, 1, 256), dtype)
         assert not is_fused(wide, wide, None)
     assert not is_fused(query, key, None)
 
@@ -106,7 +107,7 @@ def plain_kernel(monkeypatch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1.6e-2), (jnp.float16, 2e-3)])
 def test_the_fused_form_equals_the_plain_one(plain_kernel, dtype, tolerance):
     arrays = inputs(dtype)
-    weights = jax.random.normal(jax.random.key(1), (2, 16, 96))
+    weights = jax.random.normal(jax.random.key(1), (2, 64, 96))
 
     @jax.jit
     def run(*arrays):
@@ -142,7 +143,7 @@ def calls_in(function, *arrays) -> list[int]:
 @pytest.mark.parametrize("with_text", [False, True])
 def test_a_block_becomes_the_kernel_of_cudnn(cudnn_is_there, dtype, with_text):
     """Also under differentiation, with and without recomputation, `vmap` and `shard_map`."""
-    x = jnp.ones((2, 4, 4, 64), dtype)
+    x = jnp.ones((2, 8, 8, 64), dtype)
     text = jnp.ones((2, 8, 24), dtype) if with_text else None
     block = AttentionBlock(heads=2, dtype=dtype)
     params = jax.eval_shape(block.init, jax.random.key(0), x, text)
