@@ -68,12 +68,14 @@ def scan_steps(
         axis: as in `train_step`.
 
     Returns:
-        The new state, and the metrics of each step.
+        The new state, and the metrics: of each step, or of the single one.
     """
 
     def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
         return step(state, read(data, item), control.key, rate=control.rate, axis=axis)
 
+    if jax.tree.leaves(items)[0].shape[0] == 1:
+        return one(state, jax.tree.map(lambda x: x[0], items))
     return jax.lax.scan(one, state, items)
 
 
