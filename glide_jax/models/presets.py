@@ -41,6 +41,8 @@ class ModelConfig:
         low_res_level: for upsamplers: whether the level of the noise that was added to the
             low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
             has it.
+        guidance_input: whether the scale of classifier-free guidance is an input, for models with
+            distilled guidance (2210.03142). No model of OpenAI's has it.
     """
 
     variant: str = "base"
@@ -64,6 +66,7 @@ class ModelConfig:
     xf_final_ln: bool = True
     xf_padding: bool = True
     low_res_level: bool = False
+    guidance_input: bool = False
 
     def __post_init__(self):
         if self.variant not in VARIANTS:

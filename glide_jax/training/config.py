@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from glide_jax.data.data_config import DataConfig
+from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
+from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import CLIPConfig, ModelConfig
+from glide_jax.training.distillation_config import DistillationConfig
 
 PARALLELISMS = ("pmap", "fsdp")
+OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
 # Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
 MAX_WIDTH = 0.28
@@ -182,6 +186,11 @@ class RunConfig:
         """Side of the training images, in pixels."""
         return self.model.image_size
 
+    @property
+    def starts_from(self) -> str:
+        """The weights that a run starts from; empty: random weights."""
+        return self.init_from
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
@@ -193,6 +202,9 @@ class TrainConfig(RunConfig):
             loss trains the noisiest levels as well (2202.00512).
         weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr" with
             gamma 5 (2303.09556).
+        objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
+            student of few steps; see `distillation`.
+        distillation: Teacher and noise levels of the objective "consistency".
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
         low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
@@ -213,11 +225,16 @@ class TrainConfig(RunConfig):
         sample_strength: Upsamplers: recommended share of the steps to run, the last ones, from the
             enlarged small image, above 0 and up to 1; larger changes it more. None: all steps,
             from noise.
+        sample_sampler: Sampler, for the grids and recommended with the weights; empty: the default
+            of sampling.
+        sample_spacing: Spacing of the noise levels, likewise.
     """
 
     model: ModelConfig
     prediction: str = "eps"
     weighting: str = "none"
+    objective: str = "denoising"
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     caption_dropout: float = 0.0
     low_res_noise: float = 0.0
     mask_all: float = 0.1
@@ -228,15 +245,30 @@ class TrainConfig(RunConfig):
     sample_guidance_scale: float = 3.0
     sample_clip_scale: float = 0.0
     sample_strength: float | None = None
+    sample_sampler: str = ""
+    sample_spacing: str = ""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("caption_dropout", "low_res_noise", "mask_all"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name, known in (("prediction", PREDICTIONS), ("weighting", WEIGHTINGS)):
+        for name, known in (
+            ("prediction", PREDICTIONS),
+            ("weighting", WEIGHTINGS),
+            ("objective", OBJECTIVES),
+            ("sample_sampler", ("", *SOLVERS)),
+            ("sample_spacing", ("", *SPACINGS, OPTIMISED)),
+        ):
             if getattr(self, name) not in known:
-                raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+                choose = " or ".join(filter(None, known))
+                raise UsageError(f"{name} is {choose}, not {getattr(self, name)!r}")
+        if self.objective == "consistency":
+            low, high = self.distillation.guidance
+            if low < high and not self.model.guidance_input:
+                raise UsageError("distillation.guidance is a range: set model.guidance_input")
+            if self.validate_every:
+                raise UsageError("a held-out loss is not measured with objective consistency")
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
         # Each level but the last halves the image; the small image has a quarter of the side.
@@ -248,6 +280,11 @@ class TrainConfig(RunConfig):
     def side(self) -> int:
         """Side of the training images, in pixels."""
         return self.train_size or self.model.image_size
+
+    @property
+    def starts_from(self) -> str:
+        """The weights that a run starts from, `init_from` or the teacher; empty: random weights."""
+        return self.init_from or self.distillation.teacher
 
 
 @dataclass(frozen=True, kw_only=True)
