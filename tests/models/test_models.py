@@ -12,7 +12,7 @@ from glide_jax.errors import GlideError
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
-from glide_jax.weights.store import flatten
+from glide_jax.weights.store import flatten, unflatten
 from tests.support import golden
 from tests.support.commands import first_weights, quick_key
 from tests.support.golden import assert_close, encode, error, forward, load, nhwc
@@ -165,6 +165,32 @@ def test_a_new_network_predicts_zero():
         assert starts_at_zero == (not np.asarray(leaf).any()), path
     text = text_of("base")
     assert not forward("base", reference["x"], reference["t"], text, params=params).any()
+
+
+def test_a_new_guidance_input_changes_no_bit_and_a_trained_one_does():
+    plain, scaled = (replace(golden.config("base"), guidance_input=g) for g in (False, True))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    t, text = jnp.array([10.0, 900.0]), text_of("base", slice(2))
+    params = golden.weights("base")
+
+    def run(config, params, **inputs):
+        return GLIDE(config).apply({"params": params}, x, t, text, **inputs)
+
+    extended = flatten(first_weights(init_params, GLIDE(scaled))) | flatten(params)
+    before = run(plain, params)
+    for scale in (None, jnp.array([1.0, 4.0])):
+        found = run(scaled, unflatten(extended), guidance=scale)
+        np.testing.assert_array_equal(found, before)
+    extended["unet/guidance_2/kernel"] = 0.1 + extended["unet/guidance_2/kernel"]
+    trained = [
+        run(scaled, unflatten(extended), guidance=scale)
+        for scale in (None, jnp.ones(2), jnp.array([1.0, 4.0]))
+    ]
+    np.testing.assert_array_equal(trained[0], trained[1])
+    np.testing.assert_allclose(trained[0][0], trained[2][0], atol=1e-5)
+    assert np.abs(trained[0][1] - trained[2][1]).max() > 1e-3
+    with pytest.raises(ValueError, match="takes no guidance scale"):
+        run(plain, params, guidance=jnp.ones(2))
 
 
 def test_dropout_acts_only_in_training():
