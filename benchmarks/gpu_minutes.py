@@ -122,7 +122,13 @@ def rows_of(groups: Sequence[str], toy: bool = False) -> list[Row]:
     found = [row for group in groups for row in groups_of_rows[group]]
     if toy:
         found = [
-            Row(r.code, r.kind, r.model, half if r.kind == "numerics" else "float32", min(r.batch, 2))
+            Row(
+                r.code,
+                r.kind,
+                r.model,
+                half if r.kind == "numerics" else "float32",
+                min(r.batch, 2),
+            )
             for r in found
         ]
     return list(dict.fromkeys(found))
@@ -300,7 +306,9 @@ COLUMNS += ("GB moved", "roofline", "temporaries", "compile", "eager / this", "c
 
 def table(results: Sequence[Result]) -> str:
     """Return Markdown: the machines and versions, one table, and the notes of rows."""
-    lines = [f"- {machine}" for machine in sorted({r["machine"] for r in results if "machine" in r})]
+    lines = [
+        f"- {machine}" for machine in sorted({r["machine"] for r in results if "machine" in r})
+    ]
     lines += ["", "| " + " | ".join(COLUMNS) + " |"]
     lines += ["|---|---|---|---|" + "---:|" * (len(COLUMNS) - 4)]
     lines += ["| " + " | ".join(_cells(result, results)) + " |" for result in results]
@@ -429,7 +437,10 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
             write_table(options.out, list(results.values()))
             text = f"{result['ms']:.2f} ms" if "ms" in result else result.get("error")
-            print(f"{result['at_s']:5.0f} s  {Row(**_row(result))}: {text or result['note']}", flush=True)
+            print(
+                f"{result['at_s']:5.0f} s  {Row(**_row(result))}: {text or result['note']}",
+                flush=True,
+            )
     shutil.rmtree(folder, ignore_errors=True)
     if measured < len(todo):
         print(f"no time for {len(todo) - measured} of {len(todo)} rows")

@@ -71,7 +71,9 @@ def pipeline(name: str, dtype: str) -> Pipeline:
     return Pipeline(model, dtype, settings=Settings().changed(**defaults))
 
 
-def program(row: Row, function: Any, *arguments: Any, flops: Callable[[], float]) -> tuple[Any, Result]:
+def program(
+    row: Row, function: Any, *arguments: Any, flops: Callable[[], float]
+) -> tuple[Any, Result]:
     """Compile a jitted function for the arguments of a row.
 
     Args:
@@ -125,7 +127,10 @@ def forward_flops(name: str) -> float:
         jax.ShapeDtypeStruct(tokens.shape, bool),
     )
     side = config.image_size
-    x, t = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jax.ShapeDtypeStruct((1,), "int32")
+    x, t = (
+        jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1,), "int32"),
+    )
     cond = {"text": text} | {
         key: jax.ShapeDtypeStruct(value.shape, value.dtype)
         for key, value in conditioning(config, 1).items()
@@ -221,7 +226,9 @@ def procedure(row: Row) -> Result:
 def quick(row: Row) -> Result:
     """Measure the same with the settings QUICK."""
     toy = {"steps": TOY_STEPS} if TASK["size"] == "toy" else {}
-    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {"note": "25 steps, 10 upsampler steps"}
+    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {
+        "note": "25 steps, 10 upsampler steps"
+    }
 
 
 def numerics(row: Row) -> Result:
