@@ -60,7 +60,7 @@ class Row:
     Attributes:
         code: glide-jax, the original, or the original compiled.
         kind: forward, step, procedure, quick, numerics or training.
-        model: base or upsampler; "both" for a procedure.
+        model: base or upsampler, or an embedded model; "both" for a procedure.
         dtype: dtype of the trunk.
         batch: batch size.
     """
@@ -97,7 +97,10 @@ def rows_of(groups: Sequence[str], toy: bool = False) -> list[Row]:
         "original": same(EAGER, half),
         # Compiling takes most of its time, and the whole procedure needs the two steps alone.
         "compiled": compiled[2:] + compiled[:2],
-        "numerics": [Row(OURS, "numerics", model, half, 1) for model in ("base", "upsampler")],
+        "numerics": [
+            Row(OURS, "numerics", model, half, 1)
+            for model in ("base", "emoji64", "emoji_upsample256", "upsampler")
+        ],
         "training": [
             Row(OURS, "training", model, brain, batch)
             for model, batch in (
@@ -122,7 +125,13 @@ def rows_of(groups: Sequence[str], toy: bool = False) -> list[Row]:
     found = [row for group in groups for row in groups_of_rows[group]]
     if toy:
         found = [
-            Row(r.code, r.kind, r.model, half if r.kind == "numerics" else "float32", min(r.batch, 2))
+            Row(
+                r.code,
+                r.kind,
+                r.model,
+                half if r.kind == "numerics" else "float32",
+                min(r.batch, 2),
+            )
             for r in found
         ]
     return list(dict.fromkeys(found))
@@ -136,25 +145,33 @@ def say(**message: Any) -> None:
     print(MARK + json.dumps(message), flush=True)
 
 
-def serve(measure: Callable[[Row], Result], after: Callable[[Row], None] | None = None) -> None:
-    """Measure the rows of `sys.argv[1]` and tell the parent each result.
+def serve(
+    rows: Sequence[Result],
+    measure: Callable[[Row], Result],
+    after: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Measure rows and tell the parent process each result.
 
     Args:
+        rows: the fields of each.
         measure: the result of a row.
         after: what may be done once the result of a row is known.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for fields in json.loads(sys.argv[1])["rows"]:
-        row = Row(**fields)
+    for row in (Row(**fields) for fields in rows):
         try:
-            say(result=measure(row))
-            if after:
-                after(row)
+            found = measure(row)
         except Exception as error:
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
             lost = any(sign in reason for sign in NO_MEMORY)
-            say(result={"error": "out of memory" if lost else reason.splitlines()[0][:300]})
+            found = {"error": "out of memory" if lost else reason.splitlines()[0][:300]}
+        say(result=found)
+        try:
+            after(row)
+        except Exception:
+            # The result is out; what is lost is in the log.
+            traceback.print_exc()
 
 
 def _end_with_parent() -> None:
@@ -207,6 +224,8 @@ class Worker:
             "size": options.size,
             "cache": str(folder),
             "out": str(options.out.resolve()),
+            "threads": options.compile_threads,
+            "profile": options.profile,
             "original": options.original and str(options.original.resolve()),
         }
         ours = rows[0].code == OURS
@@ -300,7 +319,9 @@ COLUMNS += ("GB moved", "roofline", "temporaries", "compile", "eager / this", "c
 
 def table(results: Sequence[Result]) -> str:
     """Return Markdown: the machines and versions, one table, and the notes of rows."""
-    lines = [f"- {machine}" for machine in sorted({r["machine"] for r in results if "machine" in r})]
+    lines = [
+        f"- {machine}" for machine in sorted({r["machine"] for r in results if "machine" in r})
+    ]
     lines += ["", "| " + " | ".join(COLUMNS) + " |"]
     lines += ["|---|---|---|---|" + "---:|" * (len(COLUMNS) - 4)]
     lines += ["| " + " | ".join(_cells(result, results)) + " |" for result in results]
@@ -395,6 +416,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the Python that has torch, for the original (this one)",
     )
     add(
+        "--compile-threads",
+        type=int,
+        default=1,
+        help="programs of glide-jax compiled side by side before the first is timed (1)",
+    )
+    add("--profile", action="store_true", help="write the time of each kernel to kernels.jsonl")
+    add(
         "--size",
         choices=("released", "toy"),
         default="released",
@@ -429,7 +457,10 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
             write_table(options.out, list(results.values()))
             text = f"{result['ms']:.2f} ms" if "ms" in result else result.get("error")
-            print(f"{result['at_s']:5.0f} s  {Row(**_row(result))}: {text or result['note']}", flush=True)
+            print(
+                f"{result['at_s']:5.0f} s  {Row(**_row(result))}: {text or result['note']}",
+                flush=True,
+            )
     shutil.rmtree(folder, ignore_errors=True)
     if measured < len(todo):
         print(f"no time for {len(todo) - measured} of {len(todo)} rows")

@@ -6,21 +6,25 @@ here chooses kernels, layouts or flags.
 
 import json
 import sys
+import tempfile
 import time
 import zipfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.profiler import ProfileData
 
 from benchmarks.gpu_minutes import Result, Row, say, serve, timed
 from benchmarks.speed_parts import TOY_STEPS, config_of, random_params, training_step
+from benchmarks.traffic import moved_bytes
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import branches_of
@@ -28,6 +32,7 @@ from glide_jax.diffusion.sampling import run_rows, start
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE
 from glide_jax.pipeline.images import package_version, to_uint8
+from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -38,6 +43,8 @@ from glide_jax.weights.registry import Model
 from glide_jax.weights.released_files import released_defaults, schedule_of
 
 PROMPT = "a corgi wearing a red bowtie"
+# Captions for the embedded models.
+TRAINED = ("a red apple", "a cat", "a green tree", "a smiling face")
 # Fewer network evaluations: guided at middle noise levels alone, and a short run of the upsampler.
 QUICK: Any = {
     "steps": 25,
@@ -49,9 +56,30 @@ QUICK_UPSAMPLER: Any = {"steps": 10}
 # A run of text to image is long: a few timings suffice.
 PROCEDURE = {"queued": 1, "warm": 1, "seconds": 3.0}
 
-TASK = json.loads(sys.argv[1]) if __name__ == "__main__" else {"size": "toy", "out": "."}
-# Programs whose text is not written yet, by name.
-unwritten: dict[str, Any] = {}
+TASK: dict[str, Any] = {"size": "toy", "out": ".", "threads": 1, "profile": False}
+# Kinds whose programs may be compiled side by side; states of training are large.
+SIDE_BY_SIDE = ("forward", "step")
+
+
+class Program(NamedTuple):
+    """A compiled program with its arguments.
+
+    Attributes:
+        call: one call.
+        parts: equal parts of a call: the steps of a sampling run.
+        known: what is known of it before it runs.
+        text: the program as text.
+    """
+
+    call: Callable[[], Any]
+    parts: int
+    known: Result
+    text: str
+
+
+prepared: dict[Row, Future[Program]] = {}
+# What is done once the result of a row is out.
+later: list[Callable[[], None]] = []
 
 
 @cache
@@ -71,14 +99,17 @@ def pipeline(name: str, dtype: str) -> Pipeline:
     return Pipeline(model, dtype, settings=Settings().changed(**defaults))
 
 
-def program(row: Row, function: Any, *arguments: Any, flops: Callable[[], float]) -> tuple[Any, Result]:
-    """Compile a jitted function for the arguments of a row.
+def compiled(
+    function: Any, arguments: Any, flops: Callable[[], float], loop: bool = False
+) -> tuple[Any, Result, str]:
+    """Compile a jitted function for its arguments.
 
     Args:
-        flops: counts the operations of a call; it runs beside the compiler.
+        flops: counts the operations; it runs beside the compiler.
+        loop: whether bytes are those of a round of its loop.
 
     Returns:
-        The compiled program, and what is known of it before it runs.
+        The compiled program, what is known of it before it runs, and its text.
     """
     say(stage="tracing")
     began = time.perf_counter()
@@ -87,29 +118,55 @@ def program(row: Row, function: Any, *arguments: Any, flops: Callable[[], float]
     say(stage="compiling")
     with ThreadPoolExecutor(1) as pool:
         counted = pool.submit(flops)
-        compiled = lowered.compile()
+        program = lowered.compile()
         compile_s = time.perf_counter() - traced
-    say(stage="running")
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    unwritten[f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"] = compiled
-    return compiled, {
+    memory, text = program.memory_analysis(), program.as_text() or ""
+    known = {
         "trace_s": round(traced - began, 2),
         "compile_s": round(compile_s, 2),
-        "bytes": cost.get("bytes accessed"),
+        "bytes": moved_bytes(text, loop),
         "temporary_bytes": memory and memory.temp_size_in_bytes,
         "argument_bytes": memory and memory.argument_size_in_bytes,
         "flops": None if counted.exception() else counted.result(),
     }
+    return program, known, text
 
 
-def write_programs(row: Row) -> None:
-    """Add the text of the compiled programs to `programs.zip`."""
+def name_of(row: Row) -> str:
+    """Return the name of a row in files."""
+    return f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"
+
+
+def write_program(row: Row, text: str) -> None:
+    """Add the text of a compiled program to `programs.zip`."""
+    with zipfile.ZipFile(Path(TASK["out"]) / "programs.zip", "a", zipfile.ZIP_DEFLATED) as file:
+        if f"{name_of(row)}.hlo.txt" not in file.namelist():
+            file.writestr(f"{name_of(row)}.hlo.txt", text)
+
+
+def write_profile(row: Row, call: Callable[[], Any]) -> None:
+    """Add the time of each kernel in a call, the longest first, to `kernels.jsonl`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        files = list(Path(folder).rglob("*.xplane.pb"))
+        times: Counter[str] = Counter()
+        for plane in ProfileData.from_file(str(files[0])).planes if files else ():
+            for line in plane.lines if "GPU" in (plane.name or "") else ():
+                # Lines of streams hold the kernels; the others group them.
+                for event in line.events if "Stream" in (line.name or "") else ():
+                    times[event.name or ""] += round(event.duration_ns)
+    longest = [[name, ns / 1e6] for name, ns in times.most_common(60)]
+    result = {"row": name_of(row), "all_ms": times.total() / 1e6, "kernels_ms": longest}
+    with open(Path(TASK["out"]) / "kernels.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def after(row: Row) -> None:
+    """Write what is known of a row besides its result."""
     del row
-    while unwritten:
-        name, compiled = unwritten.popitem()
-        with zipfile.ZipFile(Path(TASK["out"]) / "programs.zip", "a", zipfile.ZIP_DEFLATED) as file:
-            if f"{name}.hlo.txt" not in file.namelist():
-                file.writestr(f"{name}.hlo.txt", compiled.as_text())
+    while later:
+        later.pop(0)()
 
 
 @cache
@@ -125,7 +182,10 @@ def forward_flops(name: str) -> float:
         jax.ShapeDtypeStruct(tokens.shape, bool),
     )
     side = config.image_size
-    x, t = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jax.ShapeDtypeStruct((1,), "int32")
+    x, t = (
+        jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1,), "int32"),
+    )
     cond = {"text": text} | {
         key: jax.ShapeDtypeStruct(value.shape, value.dtype)
         for key, value in conditioning(config, 1).items()
@@ -143,8 +203,8 @@ def conditioning(config: ModelConfig, batch: int) -> dict[str, np.ndarray]:
     return {"low_res": small.astype(np.float32)}
 
 
-def forward(row: Row) -> Result:
-    """Measure a forward pass, text features precomputed."""
+def forward(row: Row) -> Program:
+    """Return a forward pass, text features precomputed."""
     network, config = pipeline(row.model, row.dtype).network, config_of(row.model, TASK["size"])
     text = pipeline(row.model, row.dtype).text_features([PROMPT] * row.batch)
     cond = {"text": text} | jax.device_put(conditioning(config, row.batch))
@@ -152,10 +212,8 @@ def forward(row: Row) -> Result:
     x = jax.random.normal(jax.random.key(0), (row.batch, side, side, 3))
     arguments = network.params, x, jnp.full(row.batch, 500), cond
     run = jax.jit(lambda params, x, t, cond: network.fn(params, x, t, cond))
-    compiled, found = program(
-        row, run, *arguments, flops=lambda: row.batch * forward_flops(row.model)
-    )
-    return found | timed(lambda: compiled(*arguments), jax.block_until_ready)
+    program, known, text = compiled(run, arguments, lambda: row.batch * forward_flops(row.model))
+    return Program(lambda: program(*arguments), 1, known, text)
 
 
 def sampler_arguments(row: Row) -> tuple[int, int, tuple[Any, ...]]:
@@ -176,17 +234,31 @@ def sampler_arguments(row: Row) -> tuple[int, int, tuple[Any, ...]]:
     return len(plan), len(branches), arguments
 
 
-def step(row: Row) -> Result:
-    """Measure a step of the notebook's sampler inside its compiled loop."""
+def step(row: Row) -> Program:
+    """Return a run of the notebook's sampler; its steps are the parts."""
     length, branches, arguments = sampler_arguments(row)
-    compiled, found = program(
-        row,
-        run_rows,
-        *arguments,
-        flops=lambda: branches * row.batch * forward_flops(row.model),
+    program, known, text = compiled(
+        run_rows, arguments, lambda: branches * row.batch * forward_flops(row.model), loop=True
     )
-    times = timed(lambda: compiled(*arguments), jax.block_until_ready, queued=1, parts=length)
-    return found | times | {"branches": branches, "steps": length}
+    known |= {"branches": branches, "steps": length}
+    return Program(lambda: program(*arguments), length, known, text)
+
+
+def training(row: Row) -> Program:
+    """Return a training step of the recipe of base or upsampler, its batch on the device."""
+    config, function, (state, *rest) = training_step(row.model, row.dtype, row.batch, TASK["size"])
+    program, known, text = compiled(
+        function,
+        (state, *rest),
+        lambda: row.batch * flops_per_image(replace(config, dtype="float32")),
+    )
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = program(state, *rest)
+        return metrics
+
+    return Program(once, 1, known, text)
 
 
 def from_text(row: Row, upsampler: Any, **settings: Any) -> Result:
@@ -221,58 +293,71 @@ def procedure(row: Row) -> Result:
 def quick(row: Row) -> Result:
     """Measure the same with the settings QUICK."""
     toy = {"steps": TOY_STEPS} if TASK["size"] == "toy" else {}
-    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {"note": "25 steps, 10 upsampler steps"}
+    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {
+        "note": "25 steps, 10 upsampler steps"
+    }
 
 
 def numerics(row: Row) -> Result:
-    """Compare the images of a sampling run with those of float32, from the same noise."""
-    images = {}
+    """Compare images with those of float32, from the same noise.
+
+    With random weights nothing corrects an error of the first step, which high noise enlarges.
+    The trained models are the embedded ones.
+    """
+    images: dict[str, np.ndarray] = {}
     for dtype, precision in (("float32", "highest"), (row.dtype, None)):
-        here = replace(row, dtype=dtype)
         with jax.default_matmul_precision(precision):
-            _, _, arguments = sampler_arguments(here)
-            compiled, _ = program(here, run_rows, *arguments, flops=lambda: 0.0)
-        images[dtype] = to_uint8(compiled(*arguments).x).astype(int)
-    difference = np.abs(images["float32"] - images[row.dtype])
+            images[dtype] = _images(replace(row, dtype=dtype), images.get("float32"))
+    difference = np.abs(images["float32"].astype(int) - images[row.dtype])
     largest, mean = int(difference.max()), float(difference.mean())
     above = float((difference > 2).mean())
     note = f"largest difference {largest} of 255, mean {mean:.3f}, {100 * above:.3g}% above 2"
     return {"largest": largest, "mean": mean, "above_2": above, "note": note}
 
 
-def training(row: Row) -> Result:
-    """Measure a training step of the recipe of base or upsampler, its batch on the device."""
-    config, step, arguments = training_step(row.model, row.dtype, row.batch, TASK["size"])
-    compiled, found = program(
-        row,
-        step,
-        *arguments,
-        flops=lambda: row.batch * flops_per_image(replace(config, dtype="float32")),
-    )
-    state, rest = arguments[0], arguments[1:]
-
-    def once() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, *rest)
-        return metrics
-
-    return found | timed(once, jax.block_until_ready)
+def _images(row: Row, exact: np.ndarray | None) -> np.ndarray:
+    """Return images of a row's model; embedded upsamplers enlarge those of emoji64 in float32."""
+    if row.model in ("base", "upsampler"):
+        _, _, arguments = sampler_arguments(row)
+        return to_uint8(run_rows(*arguments).x)
+    alone: Any = {"upsampler": "none", "clip": "none"}
+    small = None
+    if row.model != "emoji64":
+        with jax.default_matmul_precision("highest"):
+            small = load("emoji64", dtype="float32", **alone)(TRAINED, progress=False)
+    pipe = load(row.model, dtype=row.dtype, **alone)
+    return pipe(TRAINED, low_res=small, progress=False).images
 
 
-KINDS: dict[str, Callable[[Row], Result]] = {
+PROGRAMS: dict[str, Callable[[Row], Program]] = {
     "forward": forward,
     "step": step,
+    "training": training,
+}
+OTHERS: dict[str, Callable[[Row], Result]] = {
     "procedure": procedure,
     "quick": quick,
     "numerics": numerics,
-    "training": training,
 }
+
+
+def run(row: Row) -> Result:
+    """Time the program of a row."""
+    program = prepared.pop(row).result() if row in prepared else PROGRAMS[row.kind](row)
+    say(stage="running")
+    # A sampling run is one long call.
+    once = {"queued": 1} if program.parts > 1 else {}
+    times = timed(program.call, jax.block_until_ready, parts=program.parts, **once)
+    later.append(partial(write_program, row, program.text))
+    if TASK["profile"]:
+        later.append(partial(write_profile, row, program.call))
+    return program.known | times
 
 
 def measure(row: Row) -> Result:
     """Measure a row of any kind."""
     device = jax.devices()[0]
-    found = KINDS[row.kind](row)
+    found = run(row) if row.kind in PROGRAMS else OTHERS[row.kind](row)
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return found | {
         "device": device.device_kind,
@@ -283,12 +368,23 @@ def measure(row: Row) -> Result:
     }
 
 
+def prepare(rows: Sequence[Row], threads: int) -> None:
+    """Compile the programs of rows side by side, before any is timed."""
+    with ThreadPoolExecutor(threads) as pool:
+        for row in rows:
+            if row.kind in SIDE_BY_SIDE:
+                prepared[row] = pool.submit(PROGRAMS[row.kind], row)
+
+
 def main() -> None:
     """Measure the rows of the command line."""
+    TASK.update(json.loads(sys.argv[1]))
     # A process that goes on after a crash compiles nothing again; the next run compiles everything.
     jax.config.update("jax_compilation_cache_dir", f"{TASK['cache']}/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    serve(measure, write_programs)
+    if TASK["threads"] > 1:
+        prepare([Row(**fields) for fields in TASK["rows"]], TASK["threads"])
+    serve(TASK["rows"], measure, after)
 
 
 if __name__ == "__main__":
