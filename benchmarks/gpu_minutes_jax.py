@@ -6,25 +6,23 @@ here chooses kernels, layouts or flags.
 
 import json
 import sys
-import tempfile
+import threading
 import time
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.profiler import ProfileData
 
-from benchmarks.gpu_minutes import Result, Row, say, serve, timed
+from benchmarks.gpu_minutes_programs import moved_bytes, write_profile, write_program
+from benchmarks.gpu_minutes_rows import Result, Row, end_with_parent, say, serve, timed
 from benchmarks.speed_parts import TOY_STEPS, config_of, random_params, training_step
-from benchmarks.traffic import moved_bytes
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import branches_of
@@ -78,6 +76,7 @@ class Program(NamedTuple):
 
 
 prepared: dict[Row, Future[Program]] = {}
+counting = threading.Lock()
 # What is done once the result of a row is out.
 later: list[Callable[[], None]] = []
 
@@ -89,13 +88,20 @@ def weights_of(name: str) -> dict[str, Any]:
 
 
 @cache
-def pipeline(name: str, dtype: str) -> Pipeline:
-    """Return the pipeline of base or upsampler, with the settings of OpenAI's notebook."""
+def pipeline(name: str, dtype: str, head: float = 1.0) -> Pipeline:
+    """Return the pipeline of base or upsampler, with the settings of OpenAI's notebook.
+
+    Args:
+        head: factor on the weights of the last layer.
+    """
     config = config_of(name, TASK["size"])
     defaults = released_defaults(config)
     if TASK["size"] == "toy" and name == "base":
         defaults["steps"] = TOY_STEPS
-    model = Model(f"random {name}", config, weights_of(name), schedule_of(config))
+    params = weights_of(name)
+    last = jax.tree.map(lambda leaf: leaf * np.float32(head), params["unet"]["head"])
+    params = params | {"unet": params["unet"] | {"head": last}}
+    model = Model(f"random {name}", config, params, schedule_of(config))
     return Pipeline(model, dtype, settings=Settings().changed(**defaults))
 
 
@@ -132,36 +138,6 @@ def compiled(
     return program, known, text
 
 
-def name_of(row: Row) -> str:
-    """Return the name of a row in files."""
-    return f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"
-
-
-def write_program(row: Row, text: str) -> None:
-    """Add the text of a compiled program to `programs.zip`."""
-    with zipfile.ZipFile(Path(TASK["out"]) / "programs.zip", "a", zipfile.ZIP_DEFLATED) as file:
-        if f"{name_of(row)}.hlo.txt" not in file.namelist():
-            file.writestr(f"{name_of(row)}.hlo.txt", text)
-
-
-def write_profile(row: Row, call: Callable[[], Any]) -> None:
-    """Add the time of each kernel in a call, the longest first, to `kernels.jsonl`."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(call())
-        files = list(Path(folder).rglob("*.xplane.pb"))
-        times: Counter[str] = Counter()
-        for plane in ProfileData.from_file(str(files[0])).planes if files else ():
-            for line in plane.lines if "GPU" in (plane.name or "") else ():
-                # Lines of streams hold the kernels; the others group them.
-                for event in line.events if "Stream" in (line.name or "") else ():
-                    times[event.name or ""] += round(event.duration_ns)
-    longest = [[name, ns / 1e6] for name, ns in times.most_common(60)]
-    result = {"row": name_of(row), "all_ms": times.total() / 1e6, "kernels_ms": longest}
-    with open(Path(TASK["out"]) / "kernels.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-
-
 def after(row: Row) -> None:
     """Write what is known of a row besides its result."""
     del row
@@ -169,9 +145,14 @@ def after(row: Row) -> None:
         later.pop(0)()
 
 
-@cache
 def forward_flops(name: str) -> float:
     """Return the operations of a forward pass of one image: of the plain float32 network."""
+    with counting:
+        return _forward_flops(name)
+
+
+@cache
+def _forward_flops(name: str) -> float:
     config = config_of(name, TASK["size"])
     module, params = GLIDE(config), abstract_params(config)
     tokens = jax.ShapeDtypeStruct((1, config.text_ctx), jnp.int32)
@@ -216,19 +197,18 @@ def forward(row: Row) -> Program:
     return Program(lambda: program(*arguments), 1, known, text)
 
 
-def sampler_arguments(row: Row) -> tuple[int, int, tuple[Any, ...]]:
+def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any, ...]]:
     """Return the rows of a sampling run, the branches of each, and the arguments of `run_rows`."""
-    stage = pipeline(row.model, row.dtype)
-    config, settings, captions = stage.model.config, stage.settings, [PROMPT] * row.batch
+    config, settings, captions = stage.model.config, stage.settings, [PROMPT] * batch
     guidances = settings.guidances(read_prompts(captions))
     plan = settings.plan(stage.schedule, guidances)
     plan = replace(plan, table=Placement().replicate(plan.table))
-    inputs = jax.device_put(conditioning(config, row.batch))
+    inputs = jax.device_put(conditioning(config, batch))
     branches, conds = branches_of(guidances), {}
     for branch in branches:
-        text = stage.text_features([""] * row.batch if branch.prompt == "" else captions)
+        text = stage.text_features([""] * batch if branch.prompt == "" else captions)
         conds[branch.name] = {"text": text} | inputs
-    keys = image_keys(0, np.arange(row.batch))
+    keys = image_keys(0, np.arange(batch))
     x = settings.temperature * start_noise(keys[:, 0], config.image_size)
     arguments = {"main": stage.network}, conds, plan, start(plan, x), keys[:, 1]
     return len(plan), len(branches), arguments
@@ -236,7 +216,8 @@ def sampler_arguments(row: Row) -> tuple[int, int, tuple[Any, ...]]:
 
 def step(row: Row) -> Program:
     """Return a run of the notebook's sampler; its steps are the parts."""
-    length, branches, arguments = sampler_arguments(row)
+    stage = pipeline(row.model, row.dtype)
+    length, branches, arguments = sampler_arguments(stage, row.batch)
     program, known, text = compiled(
         run_rows, arguments, lambda: branches * row.batch * forward_flops(row.model), loop=True
     )
@@ -301,13 +282,14 @@ def quick(row: Row) -> Result:
 def numerics(row: Row) -> Result:
     """Compare images with those of float32, from the same noise.
 
-    With random weights nothing corrects an error of the first step, which high noise enlarges.
-    The trained models are the embedded ones.
+    The random networks predict a tenth of their usual noise: nothing in a later step corrects an
+    error of theirs, as a trained network would. The trained ones are the embedded models.
     """
     images: dict[str, np.ndarray] = {}
     for dtype, precision in (("float32", "highest"), (row.dtype, None)):
         with jax.default_matmul_precision(precision):
-            images[dtype] = _images(replace(row, dtype=dtype), images.get("float32"))
+            say(stage=f"sampling in {dtype}")
+            images[dtype] = _images(replace(row, dtype=dtype))
     difference = np.abs(images["float32"].astype(int) - images[row.dtype])
     largest, mean = int(difference.max()), float(difference.mean())
     above = float((difference > 2).mean())
@@ -315,10 +297,10 @@ def numerics(row: Row) -> Result:
     return {"largest": largest, "mean": mean, "above_2": above, "note": note}
 
 
-def _images(row: Row, exact: np.ndarray | None) -> np.ndarray:
+def _images(row: Row) -> np.ndarray:
     """Return images of a row's model; embedded upsamplers enlarge those of emoji64 in float32."""
     if row.model in ("base", "upsampler"):
-        _, _, arguments = sampler_arguments(row)
+        _, _, arguments = sampler_arguments(pipeline(row.model, row.dtype, head=0.1), row.batch)
         return to_uint8(run_rows(*arguments).x)
     alone: Any = {"upsampler": "none", "clip": "none"}
     small = None
@@ -341,16 +323,30 @@ OTHERS: dict[str, Callable[[Row], Result]] = {
 }
 
 
+def prepare(first: Row) -> None:
+    """Compile the programs of a row and of those that follow it side by side."""
+    rows = [Row(**fields) for fields in TASK["rows"]]
+    several = list(takewhile(lambda row: row.kind in SIDE_BY_SIDE, rows[rows.index(first) :]))
+    for row in several:
+        # Made once, rather than by each thread.
+        pipeline(row.model, row.dtype).text_features([PROMPT])
+    with ThreadPoolExecutor(TASK["threads"]) as pool:
+        prepared.update({row: pool.submit(PROGRAMS[row.kind], row) for row in several})
+
+
 def run(row: Row) -> Result:
     """Time the program of a row."""
+    if TASK["threads"] > 1 and row not in prepared:
+        prepare(row)
     program = prepared.pop(row).result() if row in prepared else PROGRAMS[row.kind](row)
     say(stage="running")
     # A sampling run is one long call.
     once = {"queued": 1} if program.parts > 1 else {}
     times = timed(program.call, jax.block_until_ready, parts=program.parts, **once)
-    later.append(partial(write_program, row, program.text))
+    folder, name = Path(TASK["out"]), f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"
+    later.append(partial(write_program, folder, name, program.text))
     if TASK["profile"]:
-        later.append(partial(write_profile, row, program.call))
+        later.append(partial(write_profile, folder, name, program.call))
     return program.known | times
 
 
@@ -368,22 +364,13 @@ def measure(row: Row) -> Result:
     }
 
 
-def prepare(rows: Sequence[Row], threads: int) -> None:
-    """Compile the programs of rows side by side, before any is timed."""
-    with ThreadPoolExecutor(threads) as pool:
-        for row in rows:
-            if row.kind in SIDE_BY_SIDE:
-                prepared[row] = pool.submit(PROGRAMS[row.kind], row)
-
-
 def main() -> None:
     """Measure the rows of the command line."""
+    end_with_parent()
     TASK.update(json.loads(sys.argv[1]))
     # A process that goes on after a crash compiles nothing again; the next run compiles everything.
     jax.config.update("jax_compilation_cache_dir", f"{TASK['cache']}/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if TASK["threads"] > 1:
-        prepare([Row(**fields) for fields in TASK["rows"]], TASK["threads"])
     serve(TASK["rows"], measure, after)
 
 

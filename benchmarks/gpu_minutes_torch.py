@@ -18,7 +18,7 @@ from functools import cache, partial
 
 import torch
 
-from benchmarks.gpu_minutes import COMPILED, say, serve, timed
+from benchmarks.gpu_minutes_rows import COMPILED, end_with_parent, say, serve, timed
 from benchmarks.speed_original import (
     PROMPT,
     build,
@@ -119,7 +119,7 @@ def measure(row):
     elif row.kind == "step":
         call = step(made[0], row.model, row.batch)
     else:
-        call = procedure(*made, row.batch, DEVICE)
+        call = procedure(made[0], made[1], row.batch, DEVICE)
 
     def wait(result):
         if ON_GPU:
@@ -169,6 +169,7 @@ def details(mode):
 
 def main():
     """Measure the rows of the command line."""
+    end_with_parent()
     sys.path.insert(0, TASK["original"])
     serve(TASK["rows"], measure)
 

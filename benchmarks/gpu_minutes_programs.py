@@ -1,14 +1,19 @@
-"""Bytes that the kernels of a compiled GPU program read and write, from its text.
+"""What is known of a compiled GPU program besides its time: bytes, text and kernels.
 
-XLA reports no costs of GPU programs. Each kernel is taken to read its operands, or the slices of
-them that it uses, and to write its result, once. Caches are left out, and so is what a library's
-kernel reads twice.
+XLA reports no costs of GPU programs: the bytes that its kernels move are counted in its text. Each
+kernel is taken to read its operands, or the slices of them that it uses, and to write its result,
+once. Caches are left out, and so is what a library's kernel reads twice.
 """
 
+import json
 import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 WIDTHS = {"pred": 1, "bf16": 2} | {f"{kind}{n}": n // 8 for kind in "fsu" for n in (8, 16, 32, 64)}
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -108,3 +113,31 @@ def _size(shape: str) -> int:
         WIDTHS.get(kind, 0) * math.prod(int(side) for side in sides.split(",") if side)
         for kind, sides in SHAPE.findall(shape)
     )
+
+
+def write_program(folder: Path, name: str, text: str) -> None:
+    """Add the text of a compiled program to `programs.zip`."""
+    with zipfile.ZipFile(folder / "programs.zip", "a", zipfile.ZIP_DEFLATED) as file:
+        if f"{name}.hlo.txt" not in file.namelist():
+            file.writestr(f"{name}.hlo.txt", text)
+
+
+def write_profile(folder: Path, name: str, call: Callable[[], Any]) -> None:
+    """Add the time of each kernel in a call, the longest first, to `kernels.jsonl`."""
+    import jax
+    from jax.profiler import ProfileData
+
+    with tempfile.TemporaryDirectory() as traces:
+        with jax.profiler.trace(traces):
+            jax.block_until_ready(call())
+        files = list(Path(traces).rglob("*.xplane.pb"))
+        times: Counter[str] = Counter()
+        for plane in ProfileData.from_file(str(files[0])).planes if files else ():
+            for line in plane.lines if "GPU" in (plane.name or "") else ():
+                # Lines of streams hold the kernels; the others group them.
+                for event in line.events if "Stream" in (line.name or "") else ():
+                    times[event.name or ""] += round(event.duration_ns)
+    longest = [[kernel, ns / 1e6] for kernel, ns in times.most_common(60)]
+    result = {"row": name, "all_ms": times.total() / 1e6, "kernels_ms": longest}
+    with open(folder / "kernels.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
