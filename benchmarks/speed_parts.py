@@ -17,8 +17,8 @@ from glide_jax.models.presets import ModelConfig, base64, upsample256
 from glide_jax.pipeline.images import package_version
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
-from glide_jax.training.config import RunConfig
 from glide_jax.pipeline.stage import Stage, encode_text
+from glide_jax.training.config import RunConfig
 from glide_jax.training.flops import count_flops, flops_per_image
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
