@@ -6,7 +6,7 @@ fewstep256. It starts from its teacher and is trained on the same images.
 Result:   not trained here.
 Data:     as emoji_upsample256.
 Hardware: one GPU, or two CPU cores for small batches (`--batch-size 4`).
-Time:     not measured here; a step costs twice that of emoji_upsample256.
+Time:     not measured here; a step costs 1.7 times that of emoji_upsample256.
 Command:  glide-jax train --config emoji_fewstep256 --data.source emoji256.npz --data.workers 4
 """
 
