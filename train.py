@@ -23,7 +23,6 @@ from functools import partial
 
 import jax
 
-from glide_jax.data.batches import make_batches
 from glide_jax.data.sources import open_source
 from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
@@ -31,15 +30,17 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
+from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
+from glide_jax.training.feeding import compile_steps, open_batches
 from glide_jax.training.initial import begin_state
 from glide_jax.training.logger import Logger
-from glide_jax.training.objectives import make_objective, make_tokenizer, to_batch
+from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
 from glide_jax.training.state import abstract_state
-from glide_jax.training.step import make_step
+from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
 
@@ -49,20 +50,17 @@ def train(config: RunConfig) -> None:
     # -- data -------------------------------------------------------------------------------
     check_same_model(config)
     source = open_source(config.data)
-    batches = make_batches(
+    batches, per_call = open_batches(
+        config,
         source,
-        config.data,
-        batch_size=config.batch_size,
-        tokenizer=make_tokenizer(config),
-        size=config.side,
-        seed=config.seed,
+        make_tokenizer(config),
         process=(jax.process_index(), jax.process_count()),
     )
 
     # -- model, and one step over all devices -------------------------------------------------
     objective = make_objective(config)
     parallel = make_parallel(config.parallelism, config.batch_size // config.accumulate)
-    train_step = parallel.compile(make_step(config, objective))
+    train_steps = compile_steps(config, make_step(config, objective), batches, parallel)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     held_out = Validation(config, objective, source) if config.validate_every else None
 
@@ -72,27 +70,31 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            first, state = 0, begin_state(config, objective, parallel)
+            first, state, position = 0, begin_state(config, objective, parallel), {}
         else:
             like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
             state = parallel.put_state(state)
             batches.set_state(position)
+        clock = Clock(config, position)
         processes.on_first(partial(write_config, config))
 
         # -- the loop -------------------------------------------------------------------------
         step = first
         with Logger(config, first, len(source), sample_grid) as log:
-            for step in range(first + 1, config.steps + 1):
-                batch = parallel.put_batch(to_batch(next(batches)))
-                state, metrics = train_step(state, batch, key)
-                log.step(step, parallel.gather(metrics), checkpoints.latest)
-                stop = stopping(step)
+            while step + per_call <= config.steps and not clock.over:
+                factor = clock.factor()
+                state, metrics = train_steps(state, next(batches), Control(key, factor))
+                clock.started(metrics)
+                step += per_call
+                rate = 1.0 if factor is None else float(factor)
+                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest, rate)
+                stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
                         step,
                         parallel.for_checkpoint(state),
-                        batches.get_state(),
+                        batches.get_state() | clock.get_state(),
                         source.fingerprint,
                     )
                 snapshot(config, step, map(parallel.gather, state.power_emas))

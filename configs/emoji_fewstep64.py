@@ -20,7 +20,7 @@ from glide_jax.training.recipes import load_recipe
 
 
 def get_config() -> TrainConfig:
-    base = load_recipe("emoji64:concepts766")
+    base = load_recipe("emoji64")
     assert isinstance(base, TrainConfig)
     return replace(
         base,

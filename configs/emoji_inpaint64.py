@@ -22,7 +22,7 @@ from glide_jax.training.recipes import load_recipe
 
 
 def get_config() -> TrainConfig:
-    base = load_recipe("emoji64:concepts766")
+    base = load_recipe("emoji64:eleven-styles")
     assert isinstance(base, TrainConfig)
     styles = load_recipe("emoji64").data.styles
     return replace(

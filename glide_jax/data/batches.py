@@ -13,17 +13,16 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.decoding import Encoded, load_image, random_square, square
+from glide_jax.data.decoding import Encoded, load_image, random_square, random_window, square
+from glide_jax.data.order import groups_of, shuffled, shuffled_groups
 from glide_jax.data.records import Source
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
@@ -31,8 +30,6 @@ from glide_jax.errors import GlideError, UsageError
 # This many broken records in a row stop a run. If half of the records are broken, that happens at
 # one position in 10^10; if nine tenths are, at three positions in a hundred.
 _TRIES = 32
-# grain's shuffle needs no memory, but takes milliseconds per record of a small source.
-_PERMUTED = 1 << 15
 # Words in a caption that become wrong if the image is mirrored.
 _SIDES = re.compile(r"\b(left|right|(counter|anti)?clockwise)(ward|wards)?\b", re.IGNORECASE)
 _NAMED = 5  # broken records that stderr names; further ones are only counted
@@ -41,61 +38,6 @@ _NAMED = 5  # broken records that stderr names; further ones are only counted
 def with_article(caption: str) -> str:
     """Return the caption with "a" or "an": `"an apple"` for `"apple"`."""
     return f"{'an' if caption[:1].lower() in 'aeiou' else 'a'} {caption}"
-
-
-def shuffled(position: int, count: int, seed: int) -> int:
-    """Return the index of the record at a position of the run's order.
-
-    Each pass contains every record once, in an order of its own.
-    """
-    number, i = divmod(position, count)
-    if count < _PERMUTED:
-        return int(_permutation(count, seed, number)[i])
-    (pass_seed,) = np.random.SeedSequence((seed % 2**32, number)).generate_state(1)
-    return index_shuffle(i, max_index=count - 1, seed=int(pass_seed), rounds=4)
-
-
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, number: int) -> np.ndarray:
-    return np.random.default_rng((seed % 2**32, number, 0)).permutation(count)
-
-
-def shuffled_groups(position: int, groups: bytes, seed: int) -> int:
-    """Return the same as `shuffled`, with the records of a group next to each other.
-
-    `groups` comes from `groups_of`.
-    """
-    number, i = divmod(position, len(groups) // 4)
-    return int(_group_permutation(groups, seed, number)[i])
-
-
-@lru_cache(maxsize=4)
-def _group_permutation(groups: bytes, seed: int, number: int) -> np.ndarray:
-    ids = np.frombuffer(groups, np.int32)
-    rng = np.random.default_rng((seed % 2**32, number, 2))
-    # The last key is the primary one: a random number per group, then one per record.
-    return np.lexsort((rng.random(len(ids)), rng.permutation(ids.max() + 1)[ids]))
-
-
-def groups_of(source: Source, field: str) -> bytes:
-    """Return each record's group number; records with the same text in a field form a group.
-
-    Returns:
-        N int32 values, as bytes because a cache needs a hash.
-
-    Raises:
-        UsageError: a record has no such field.
-    """
-    values = []
-    for number in range(len(source)):
-        try:
-            value = source.records[number].get(field)
-        except BrokenRecord:
-            value = ""  # replaced at its position
-        if not isinstance(value, str):
-            raise UsageError(f"group_by: record {number} of {source} has no text field {field!r}")
-        values.append(value)
-    return np.unique(values, return_inverse=True)[1].astype(np.int32).tobytes()
 
 
 class Tokenizer(Protocol):
@@ -136,11 +78,7 @@ class Prepare:
         Raises:
             GlideError: too many records in a row are broken.
         """
-        rng = np.random.default_rng((self.seed % 2**32, position, 1))
-        if self.groups:
-            number = shuffled_groups(position, self.groups, self.seed)
-        else:
-            number = shuffled(position, len(self.source), self.seed)
+        number, rng = self.start(position)
         broken: list[str] = []
         while len(broken) < _TRIES:
             try:
@@ -151,16 +89,26 @@ class Prepare:
         examples = "; ".join(list(dict.fromkeys(broken))[:3])
         raise GlideError(f"{_TRIES} records in a row are broken: repair the data ({examples})")
 
+    def start(self, position: int) -> tuple[int, np.random.Generator]:
+        """Return the record at a position, and the generator of its choices."""
+        rng = np.random.default_rng((self.seed % 2**32, position, 1))
+        if self.groups:
+            return shuffled_groups(position, self.groups, self.seed), rng
+        return shuffled(position, len(self.source), self.seed), rng
+
     def _record(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         record = self.source.records[number]
         caption = _caption(record, self.config.captions, rng)
-        tokens = self._tokens(caption)
+        tokens = self.tokens(caption)
         image = self._image(record["image"], rng)
-        if self.config.flip and rng.random() < 0.5 and not _SIDES.search(caption):
+        if self.config.flip and rng.random() < 0.5 and not names_side(caption):
             image = image[:, ::-1]
         return {"image": image, **tokens}
 
     def _image(self, image: Encoded | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.config.crop == "window":
+            decoded = load_image(image) if isinstance(image, Encoded) else image
+            return random_window(decoded, self.size, rng)
         random = self.config.crop == "random"
         min_share = self.config.min_crop if random else 1.0
         # Large enough for the smallest crop.
@@ -170,7 +118,12 @@ class Prepare:
             return random_square(decoded, self.size, rng, min_share=min_share)
         return square(decoded, self.size)
 
-    def _tokens(self, caption: str) -> dict[str, np.ndarray]:
+    def tokens(self, caption: str) -> dict[str, np.ndarray]:
+        """Return ids and mask of a caption.
+
+        Raises:
+            BrokenRecord: it cannot be encoded.
+        """
         try:
             ids, mask = self.tokenizer.ids_and_mask(caption)
         except UsageError as error:
@@ -184,7 +137,20 @@ def _caption(
     caption = record["caption"]
     if not isinstance(caption, str):
         caption = caption[rng.integers(len(caption))]
-    template = templates[rng.integers(len(templates))]
+    return fill(templates[rng.integers(len(templates))], record, caption)
+
+
+def names_side(caption: str) -> bool:
+    """Whether a caption becomes wrong if its image is mirrored."""
+    return bool(_SIDES.search(caption))
+
+
+def fill(template: str, record: Mapping[str, Any], caption: str) -> str:
+    """Return a template of captions, filled with a caption and the other text of its record.
+
+    Raises:
+        BrokenRecord: it cannot be filled.
+    """
     fields = {**record, "caption": caption, "a_caption": with_article(caption)}
     try:
         return template.format_map(fields)
@@ -357,6 +323,20 @@ def make_batches(
         UsageError: the source is empty, the batch cannot be split evenly, a caption template cannot
             be filled, or there is no field to group by.
     """
+    prepare = make_prepare(source, config, batch_size, tokenizer, size, seed, process)
+    return Batches(prepare, config, batch_size, process)
+
+
+def make_prepare(
+    source: Source,
+    config: DataConfig,
+    batch_size: int,
+    tokenizer: Tokenizer,
+    size: int,
+    seed: int,
+    process: tuple[int, int],
+) -> Prepare:
+    """Return the order of a run; arguments and errors are those of `make_batches`."""
     if not len(source):
         raise UsageError(f"there are no records in {source}")
     index, count = process
@@ -367,5 +347,4 @@ def make_batches(
         )
     _check_templates(source, config.captions)
     groups = groups_of(source, config.group_by) if config.group_by else b""
-    prepare = Prepare(source, config, tokenizer, size, seed, groups)
-    return Batches(prepare, config, batch_size, process)
+    return Prepare(source, config, tokenizer, size, seed, groups)

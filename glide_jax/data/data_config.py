@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from glide_jax.errors import UsageError, nearest
 
-CROPS = ("centre", "random")
+CROPS = ("centre", "random", "window")
+ON_DEVICE = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class DataConfig:
             usual names are tried.
         metadata: .jsonl, .csv or .tsv file in a folder that lists images and captions. Empty:
             `metadata.jsonl` or `metadata.csv`, if there is one.
-        crop: `centre`, the central square; or `random`, a square of random scale and position.
+        crop: `centre`, the central square; `random`, a square of random scale and position; or
+            `window`, a square of the training size at a random position, not scaled.
         min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
             image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
         flip: mirror half of the images, except those whose caption says left, right or clockwise.
         group_by: text field, such as `concept`. Records with the same value follow each other
             in every pass, so the images in a batch for a CLIP differ in little. The fields of
             every record are read once at the start. Empty: no groups.
+        on_device: `yes`: all images lie on the device, and nothing is loaded during the training:
+            for data that fit, with crop `centre` or `window`. The order and the random numbers stay
+            the same. `auto`: on GPUs and TPUs, for .npz files that fit. `no`: a loader on the host.
         workers: worker processes that read and decode. 0: one thread of the training process.
         threads: batches that each process makes at the same time. More than 1 helps if reading
             waits for a network.
@@ -57,6 +62,7 @@ class DataConfig:
     min_crop: float = 0.8
     flip: bool = False
     group_by: str = ""
+    on_device: str = "auto"
     workers: int = 0
     threads: int = 1
     prefetch: int = 2
@@ -65,6 +71,8 @@ class DataConfig:
         if self.crop not in CROPS:
             hint = nearest(self.crop, CROPS)
             raise UsageError(f"crop is {' or '.join(CROPS)}, not {self.crop!r}{hint}")
+        if self.on_device not in ON_DEVICE:
+            raise UsageError(f"on_device is {' or '.join(ON_DEVICE)}, not {self.on_device!r}")
         if not 0 < self.min_crop <= 1:
             raise UsageError(f"min_crop is a share, 0 < min_crop <= 1, not {self.min_crop}")
         if not self.captions:

@@ -110,3 +110,26 @@ def random_square(
     """
     share = 1 / rng.uniform(1, 1 / min_share)
     return square(image, size, share=share, position=(rng.random(), rng.random()))
+
+
+def random_window(
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return `(size, size, 3)` uint8, cut out of an image at a random place, its pixels unchanged.
+
+    Raises:
+        BrokenRecord: the image is smaller, or no `(H, W, 3)` uint8.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise BrokenRecord(f"an image must be (H, W, 3) uint8, not {pixels.shape} {pixels.dtype}")
+    if min(pixels.shape[:2]) < size:
+        raise BrokenRecord(f"an image of {pixels.shape[:2]} has no window of {size} pixels")
+    top, left = window_corner(pixels.shape[:2], size, rng)
+    return pixels[top : top + size, left : left + size]
+
+
+def window_corner(shape: tuple[int, int], size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Return top and left of a random window, uniform over all of an image `(H, W)`."""
+    top, left = (int(rng.integers(side - size + 1)) for side in shape)
+    return top, left

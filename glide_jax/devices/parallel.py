@@ -43,6 +43,20 @@ class Parallel(Protocol):
         """
         ...
 
+    def compile_steps(self, steps: Step, data: Any) -> Step:
+        """Return the compiled program of several steps `(state, items, control)`.
+
+        Args:
+            steps: `(state, items, control, data, *, axis)`; every array of `items` begins with the
+                step, then has this device's rows.
+            data: arrays that every device holds whole.
+        """
+        ...
+
+    def put_items(self, items: Any) -> Any:
+        """Put this process's rows of several steps `(k, b, ...)` on its devices."""
+        ...
+
     def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `function(*arguments)`, a state, on all devices."""
         ...
@@ -111,6 +125,19 @@ class PMap:
     def compile(self, step: Step) -> Step:
         return jax.pmap(
             partial(step, axis=AXIS), axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=0
+        )
+
+    def compile_steps(self, steps: Step, data: Any) -> Step:
+        program = jax.pmap(
+            partial(steps, axis=AXIS), axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0
+        )
+        held = replicate(data, self._local)
+        return lambda state, items, control: program(state, items, control, held)
+
+    def put_items(self, items: Any) -> Any:
+        count = len(self._local)
+        return jax.tree.map(
+            lambda x: x.reshape(x.shape[0], count, -1, *x.shape[2:]).swapaxes(0, 1), items
         )
 
     def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -182,6 +209,20 @@ class FSDP:
     def compile(self, step: Step) -> Step:
         return fsdp_step(step, self._mesh)
 
+    def compile_steps(self, steps: Step, data: Any) -> Step:
+        program = fsdp_step(steps, self._mesh, batch_axis=1)
+        held = jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                x.shape, NamedSharding(self._mesh, PartitionSpec()), lambda index: x[index]
+            ),
+            data,
+        )
+        return lambda state, items, control: program(state, items, control, held)
+
+    def put_items(self, items: Any) -> Any:
+        rows = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), items)
+
     def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
         arguments = jax.tree.map(
             lambda x: shard(x, self._mesh) if isinstance(x, np.ndarray) else x, arguments
@@ -237,9 +278,16 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, shard_spec(np.shape(x), mesh.size)), state)
 
 
-def fsdp_step(step: Step, mesh: Mesh) -> Step:
-    """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used."""
+def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
+    """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used.
+
+    Args:
+        step: `(state, rows, key, *shared, axis)`.
+        mesh: all devices.
+        batch_axis: axis of the arrays in `rows` that is the batch.
+    """
     batch, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
+    given = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, AXIS))
 
     # The first axis of every activation is the batch.
     def stays(x: Any) -> Any:
@@ -251,10 +299,10 @@ def fsdp_step(step: Step, mesh: Mesh) -> Step:
         # Otherwise XLA leaves some parameters sharded and gathers the whole batch instead.
         return jax.tree.map(stays, method(*args, **kwargs))
 
-    def sharded(state: Any, rows: Any, key: jax.Array) -> tuple[Any, Any]:
-        rows = jax.lax.with_sharding_constraint(rows, batch)
+    def sharded(state: Any, rows: Any, key: Any, *shared: Any) -> tuple[Any, Any]:
+        rows = jax.lax.with_sharding_constraint(rows, given)
         with nn.intercept_methods(pinned):
-            state, metrics = step(state, rows, key, axis=None)
+            state, metrics = step(state, rows, key, *shared, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
         layout = state_sharding(state, mesh)
         return jax.lax.with_sharding_constraint(state, layout), metrics

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.schedule import Schedule, posterior, to_eps
+from glide_jax.diffusion.schedule import Schedule, posterior, target_of, to_eps
 
 # Weightings of L_simple over noise levels.
-WEIGHTINGS = ("none", "min-snr")
+WEIGHTINGS = ("none", "min-snr", "v")
 # The value that the paper recommends (2303.09556).
 MIN_SNR_GAMMA = 5.0
 
@@ -140,15 +140,29 @@ def vlb_terms(
     return jnp.where(t == 0, nll, kl) / np.log(2.0)
 
 
-def min_snr_weight(alpha: jax.Array, sigma: jax.Array, prediction: str) -> jax.Array:
-    """Min-SNR weight: `min(SNR, 5) / SNR` for eps, `min(SNR, 5) / (SNR + 1)` for v  (2303.09556).
+def loss_weight(
+    weighting: str, prediction: str, alpha: jax.Array, sigma: jax.Array, gamma: float
+) -> jax.Array:
+    """Return the weight of the squared error of a prediction at a noise level.
 
-    It multiplies the squared error of eps or v. The weight of the squared error of x_0 is
-    `min(SNR, 5)`. The squared error of eps is SNR times that of x_0, the squared error of v SNR + 1
-    times: their weights are smaller by as much.
+    "none" weights every level alike. "min-snr" weights the squared error of x_0 by
+    `min(SNR, gamma)`  (2303.09556). "v" weights it by `SNR + 1`, so that the loss is the squared
+    error of v whatever is predicted  (2511.13720). The squared error of eps is SNR times that of
+    x_0, the squared error of v SNR + 1 times: their weights are smaller by as much.
     """
+    if weighting == "none":
+        return jnp.ones_like(alpha)
     snr = (alpha / sigma) ** 2
-    return jnp.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "eps" else snr + 1)
+    of_x_0 = jnp.minimum(snr, gamma) if weighting == "min-snr" else snr + 1
+    return of_x_0 / {"eps": snr, "v": snr + 1, "x": 1.0}[prediction]
+
+
+def pseudo_huber(error: jax.Array, width: float) -> jax.Array:
+    """`2 w (sqrt(e^2 + w^2) - w)`: `e^2` for small errors, `2 w |e|` for large ones.
+
+    For flat art it prefers one of two likely colours where the squared error prefers their mean.
+    """
+    return 2 * width * (jnp.sqrt(error**2 + width**2) - width)
 
 
 def hybrid_loss(
@@ -161,6 +175,8 @@ def hybrid_loss(
     *,
     prediction: str = "eps",
     weighting: str = "none",
+    gamma: float = MIN_SNR_GAMMA,
+    huber: float = 0.0,
     vlb_weight: float | None = None,
 ) -> Terms:
     """Hybrid loss: `L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
@@ -172,9 +188,11 @@ def hybrid_loss(
         t: `(B,)` integers.
         output: the network's output: `(B, H, W, 2C)`, prediction and variance output, or
             `(B, H, W, C)`, the prediction alone; L_vlb is zero then.
-        prediction: meaning of the prediction: "eps", or "v" = `alpha eps - sigma x_0`
-            (2202.00512).
-        weighting: weighting of L_simple over noise levels: "none" or "min-snr".
+        prediction: meaning of the prediction: "eps", "v" = `alpha eps - sigma x_0` (2202.00512),
+            or "x" = `x_0`.
+        weighting: weighting of L_simple over noise levels: see `loss_weight`.
+        gamma: the gamma of "min-snr".
+        huber: width of the pseudo-Huber loss in the place of the squared error; 0: none.
         vlb_weight: weight of L_vlb; None: T / 1000, that is 0.001 times T, since `T L_t` estimates
             the whole bound.
 
@@ -184,11 +202,12 @@ def hybrid_loss(
     channels = x_0.shape[-1]
     predicted, variance_output = output[..., :channels], output[..., channels:]
     alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
-    target = eps if prediction == "eps" else alpha * eps - sigma * x_0
-    mse = mean_flat((predicted - target) ** 2)
-    simple = mse
-    if weighting == "min-snr":
-        simple = mse * min_snr_weight(alpha, sigma, prediction)[:, 0, 0, 0]
+    error = predicted - target_of(prediction, x_0, eps, alpha, sigma)
+    mse = mean_flat(error**2)
+    simple = mean_flat(pseudo_huber(error, huber)) if huber else mse
+    if weighting != "none":
+        weight = loss_weight(weighting, prediction, alpha, sigma, gamma)
+        simple = simple * weight[:, 0, 0, 0]
     if not variance_output.shape[-1]:
         return Terms(simple, mse, jnp.zeros_like(mse))
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)

@@ -88,13 +88,25 @@ class Schedule:
         return np.where(t == np.round(t), exact, between)
 
 
-# What a network may predict: the noise, or v = alpha eps - sigma x_0.
-PREDICTIONS = ("eps", "v")
+# What a network may predict: the noise, v = alpha eps - sigma x_0, or the clean image x_0.
+PREDICTIONS = ("eps", "v", "x")
 
 
 def to_eps(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
-    """Return eps from the prediction: `eps` itself, or `alpha v + sigma x_t`  (2202.00512)."""
+    """Return eps from the prediction.
+
+    `eps` itself, `alpha v + sigma x_t` (2202.00512), or `(x_t - alpha x_0) / sigma`.
+    """
+    if prediction == "x":
+        return (x - alpha * output) / sigma
     return output if prediction == "eps" else alpha * output + sigma * x
+
+
+def target_of(prediction: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
+    """Return what a network is to predict: `eps`, `alpha eps - sigma x_0` for v, or `x_0`."""
+    if prediction == "x":
+        return x_0
+    return eps if prediction == "eps" else alpha * eps - sigma * x_0
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glide_jax.models.layers import CONV_INIT, attend, layer_norm
+from glide_jax.models.attention import attend
+from glide_jax.models.layers import CONV_INIT, layer_norm
 from glide_jax.models.presets import CLIPConfig
 
 # Mean and standard deviation of red, green and blue in CLIP's training images, on 0..255.

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.models.attention import HALF, attend, split_heads
+
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
 NORM_GROUPS = 32
@@ -38,22 +40,76 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm over 32 groups, computed in float32, then optionally `y * sigmoid(swish * y)`."""
+    """GroupNorm over 32 groups, computed in float32, then optionally `y * sigmoid(swish * y)`.
+
+    In float32 the variance is computed in two passes, as in OpenAI's models, otherwise in one as
+    `E[x^2] - E[x]^2`, which reads x once. Measured on 256x256 pixels, the largest error of the
+    result is 1e-5 where the mean is 3 standard deviations, 6e-5 at 10 and 5e-4 at 30. Rounding to
+    bfloat16 changes it by up to 2e-3 of its size, to float16 by 5e-4.
+    """
 
     swish: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.GroupNorm(
-            num_groups=NORM_GROUPS,
-            epsilon=NORM_EPSILON,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-            name="norm",
-        )(x)
+    def __call__(self, x: jax.Array, film: jax.Array | None = None) -> jax.Array:
+        """Normalise `x (B, ..., C)`.
+
+        Args:
+            film: `(B, 2 C)` float32, a scale and a shift: `norm(x) (1 + scale) + shift`
+                (FiLM, 1709.07871), before the nonlinearity.
+        """
+        if x.dtype in HALF:
+            y = self._in_one_pass(x, film)
+        else:
+            y = nn.GroupNorm(
+                num_groups=NORM_GROUPS,
+                epsilon=NORM_EPSILON,
+                dtype=jnp.float32,
+                use_fast_variance=False,
+                name="norm",
+            )(x)
+            if film is not None:
+                scale, shift = jnp.split(_per_pixel(film, x.ndim), 2, axis=-1)
+                y = y * (1 + scale) + shift
         if self.swish:
             y = y * nn.sigmoid(self.swish * y)
         return y.astype(x.dtype)
+
+    def _in_one_pass(self, x: jax.Array, film: jax.Array | None) -> jax.Array:
+        """Return the norm in float32; all factors become one for each image and channel."""
+        scale, bias = Affine(x.shape[-1], name="norm")()
+        wide, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+
+        def mean(of: jax.Array) -> jax.Array:
+            of = of.mean(pixels).reshape(x.shape[0], NORM_GROUPS, -1)
+            return jnp.broadcast_to(of.mean(-1, keepdims=True), of.shape).reshape(x.shape[0], -1)
+
+        mu = mean(wide)
+        variance = jnp.maximum(mean(jnp.square(wide)) - jnp.square(mu), 0)
+        factor = scale * jax.lax.rsqrt(variance + NORM_EPSILON)
+        offset = bias - mu * factor
+        if film is not None:
+            scale, shift = jnp.split(film, 2, axis=-1)
+            factor, offset = factor * (1 + scale), offset * (1 + scale) + shift
+        return wide * _per_pixel(factor, x.ndim) + _per_pixel(offset, x.ndim)
+
+
+class Affine(nn.Module):
+    """The parameters of a norm over `features` channels, with the names of flax."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Return scale and bias, `(features,)` float32."""
+        shape = (self.features,)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        return scale, self.param("bias", nn.initializers.zeros, shape)
+
+
+def _per_pixel(x: jax.Array, ndim: int) -> jax.Array:
+    """Return `(B, C)` with axes of length 1 for pixels."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - 2), x.shape[-1])
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
@@ -99,38 +155,22 @@ def downsample(x: jax.Array) -> jax.Array:
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
-    """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
-
-    Args:
-        query: `(B, T, heads, d)`.
-        key, value: `(B, S, heads, d)`.
-        mask: boolean, broadcast to `(B, heads, T, S)`; False positions are ignored.
-
-    Returns:
-        `(B, T, heads * d)` in the dtype of `query`.
-    """
-    # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
-    scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
-    logits = jnp.einsum("bthd,bshd->bhts", query * scale, key * scale)
-    logits = logits.astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, -1e10)
-    weights = nn.softmax(logits, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bhts,bshd->bthd", weights, value)
-    return out.reshape(*out.shape[:2], -1)
+def space_to_depth(x: jax.Array, block: int) -> jax.Array:
+    """Move blocks of pixels into channels: `(B, H, W, C) -> (B, H/b, W/b, b*b*C)`."""
+    if block == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // block, width // block, -1)
 
 
-def split_heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:
-    """Split a packed projection into query, key and value, or into key and value.
-
-    `(B, L, heads * parts * d)` becomes `parts` arrays `(B, L, heads, d)`. The heads are the outer
-    axis of the packing, as in OpenAI's weights.
-    """
-    x = x.reshape(*x.shape[:2], heads, parts, -1)
-    return [x[:, :, :, i] for i in range(parts)]
+def depth_to_space(x: jax.Array, block: int) -> jax.Array:
+    """Move channels back into blocks of pixels: the inverse of `space_to_depth`."""
+    if block == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, block, block, channels // block**2).swapaxes(2, 3)
+    return x.reshape(batch, height * block, width * block, -1)
 
 
 class AttentionBlock(nn.Module):
@@ -188,12 +228,9 @@ class ResBlock(nn.Module):
         h = conv3x3(self.features, self.dtype, "conv_1")(h)
 
         width = self.features * (2 if self.film else 1)
-        emb = dense(width, jnp.float32, "emb")(nn.silu(emb)).astype(h.dtype)[:, None, None]
-        if self.film:
-            scale, shift = jnp.split(emb, 2, axis=-1)
-            h = nn.silu(GroupNorm(name="norm_2")(h) * (1 + scale) + shift)
-        else:
-            h = GroupNorm(swish=1.0, name="norm_2")(h + emb)
+        emb = dense(width, jnp.float32, "emb")(nn.silu(emb))
+        norm = GroupNorm(swish=1.0, name="norm_2")
+        h = norm(h, emb) if self.film else norm(h + emb.astype(h.dtype)[:, None, None])
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)
 

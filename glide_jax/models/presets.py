@@ -41,6 +41,12 @@ class ModelConfig:
         low_res_level: for upsamplers: whether the level of the noise that was added to the
             low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
             has it.
+        patch: side of the blocks of pixels that the UNet takes as one position: the input goes from
+            space to depth, the output back. `channel_mult` and `attention_ds` count from there. 1:
+            every pixel is a position, as in all of OpenAI's models. Larger: fewer positions, so
+            wider layers at the same cost.
+        residual: for upsamplers: whether the network adds its output to the bicubic enlargement of
+            the low-resolution image. It then predicts x_0.
         guidance_input: whether the scale of classifier-free guidance is an input, for models with
             distilled guidance (2210.03142). No model of OpenAI's has it.
     """
@@ -66,6 +72,8 @@ class ModelConfig:
     xf_final_ln: bool = True
     xf_padding: bool = True
     low_res_level: bool = False
+    patch: int = 1
+    residual: bool = False
     guidance_input: bool = False
 
     def __post_init__(self):
@@ -75,6 +83,10 @@ class ModelConfig:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
         if self.low_res_level and not self.upsamples:
             raise ValueError("low_res_level is for upsamplers")
+        if self.residual and not self.upsamples:
+            raise ValueError("residual is for upsamplers")
+        if self.patch < 1 or self.image_size % self.patch:
+            raise ValueError(f"patch divides the image size {self.image_size}, not {self.patch}")
 
     @property
     def embed_width(self) -> int:
@@ -85,6 +97,11 @@ class ModelConfig:
     def in_channels(self) -> int:
         """Channels of the input of the first convolution."""
         return VARIANTS[self.variant]
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of its images are multiples of this."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
 
     @property
     def upsamples(self) -> bool:
@@ -143,33 +160,42 @@ def upsample256_paper() -> ModelConfig:
 
 
 def emoji64() -> ModelConfig:
-    """Return the sizes of the embedded model: the same architecture, small enough for a laptop."""
+    """Return the sizes of the embedded model, small enough for a laptop: 13M parameters, 6 GFLOP.
+
+    Blocks of 2x2 pixels are one position, so wide layers are affordable.
+    """
     return ModelConfig(
-        model_channels=32,
-        channel_mult=(1, 1, 2, 3),
+        model_channels=96,
+        channel_mult=(1, 2, 2),
         num_res_blocks=1,
-        attention_ds=(4, 8),
+        attention_ds=(2, 4),
         num_head_channels=32,
         dropout=0.0,
         text_ctx=32,
         xf_width=128,
         xf_layers=4,
         xf_heads=4,
+        patch=2,
     )
 
 
 def emoji_upsample256() -> ModelConfig:
-    """Return the sizes of the embedded upsampler, 64 to 256 pixels: 18 GFLOP per forward pass."""
+    """Return the sizes of the embedded upsampler, 64 to 256 pixels: 6 GFLOP per forward pass."""
     return replace(
         emoji64(),
         variant="superres",
         image_size=256,
-        channel_mult=(1, 1, 2, 2),
+        model_channels=64,
+        channel_mult=(1, 1, 2),
         # Attention in the middle only: the low-resolution image already has the composition.
         attention_ds=(),
+        out_channels=3,
         xf_width=64,
         xf_layers=1,
         xf_heads=2,
+        low_res_level=True,
+        patch=4,
+        residual=True,
     )
 
 

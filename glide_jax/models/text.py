@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glide_jax.models.layers import attend, dense, layer_norm, split_heads
+from glide_jax.models.attention import attend, split_heads
+from glide_jax.models.layers import dense, layer_norm
 
 
 class TextFeatures(NamedTuple):

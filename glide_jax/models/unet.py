@@ -13,7 +13,9 @@ from glide_jax.models.layers import (
     ResBlock,
     conv3x3,
     dense,
+    depth_to_space,
     downsample,
+    space_to_depth,
     timestep_embedding,
     upsample,
 )
@@ -64,7 +66,7 @@ class UNet(nn.Module):
             ValueError: a height or width that is not a multiple of the total downsampling.
         """
         c = self.config
-        factor = 2 ** (len(c.channel_mult) - 1)
+        factor = c.size_multiple
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {x.shape[1:3]}")
 
@@ -111,7 +113,7 @@ class UNet(nn.Module):
 
         # Encoder: the decoder concatenates the output of every entry.
         h = conv3x3(c.model_channels * c.channel_mult[0], self.dtype, "down_0")(
-            x.astype(self.dtype)
+            space_to_depth(x, c.patch).astype(self.dtype)
         )
         skips, ds, i = [h], 1, 1
         for level, mult in enumerate(c.channel_mult):
@@ -151,7 +153,8 @@ class UNet(nn.Module):
                 i += 1
 
         h = GroupNorm(swish=1.0, name="head_norm")(h.astype(jnp.float32))
-        return conv3x3(c.out_channels, jnp.float32, "head", zero=True)(h)
+        h = conv3x3(c.out_channels * c.patch**2, jnp.float32, "head", zero=True)(h)
+        return depth_to_space(h, c.patch)
 
 
 class GLIDE(nn.Module):
@@ -259,7 +262,12 @@ class GLIDE(nn.Module):
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
         h = jnp.concatenate(inputs, axis=-1)
-        return self.unet(h, t, text, train, low_res_level, guidance)
+        output = self.unet(h, t, text, train, low_res_level, guidance)
+        if c.residual:
+            assert low_res is not None
+            enlarged = jax.image.resize(low_res, shape, "bicubic", antialias=False)
+            output = output.at[..., : enlarged.shape[-1]].add(enlarged)
+        return output
 
     def initialise(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Use every parameter once, for `model.init(key, tokens, mask, method=...)`."""

@@ -13,6 +13,7 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Guidance, Network, gradient
 from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.precision import cast_trunk
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.models.tokenizers import CLIPTokenizer
 from glide_jax.pipeline.prompts import Prompt, encode_parts, read_prompt
@@ -58,7 +59,8 @@ class CLIP:
     def network(self) -> Network:
         """The similarity as a network of the sampler."""
         model = NoisedCLIP(self.config, trunk_dtype(self.dtype))
-        return Network(Similarity(model), Placement(self.devices).replicate(self.params))
+        params = cast_trunk(self.params, model.dtype)
+        return Network(Similarity(model), Placement(self.devices).replicate(params))
 
     def encode_text(self, captions: Sequence[str]) -> jax.Array:
         """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1."""

@@ -11,6 +11,7 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network
 from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.models.precision import cast_trunk
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.tokenizers import GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
@@ -56,9 +57,10 @@ class Stage:
 
     @cached_property
     def network(self) -> Network:
-        """The network and its weights, on the devices."""
+        """The network and its weights, on the devices; those of the trunk in its dtype."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
-        params = Placement(self.devices).replicate(self.model.params)
+        params = cast_trunk(self.model.params, module.dtype)
+        params = Placement(self.devices).replicate(params)
         return Network(Denoiser(module), params, self.model.prediction)
 
     @cached_property

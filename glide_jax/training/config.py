@@ -14,79 +14,12 @@ from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
+from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp")
+LEVELS = ("uniform", "log-normal")
 OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
-# Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
-MAX_WIDTH = 0.28
-
-
-def check_width(width: float) -> None:
-    """Check the relative width of a power-function EMA.
-
-    Raises:
-        UsageError: no such EMA has this width.
-    """
-    if not 0 < width < MAX_WIDTH:
-        raise UsageError(f"the width of an EMA is between 0 and {MAX_WIDTH}, not {width}")
-
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """AdamW, its learning rate over time, and the EMA of the weights.
-
-    Attributes:
-        learning_rate: Peak learning rate, above 0; larger learns faster and less stably.
-        decay: Learning rate after the warm-up: "constant", or "cosine", which falls to 0 at the
-            last step.
-        warmup: Steps of linear warm-up from 0; more is stabler at a high learning rate.
-        beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
-        beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
-        epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
-        weight_decay: Weight decay of AdamW; larger keeps the weights smaller; 0: off.
-        moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
-        grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
-            no clipping.
-        freeze: Parts of the network that keep their first weights, by the start of their path, for
-            example "text" (the text transformer) or "unet/down". They cost neither gradients nor
-            optimiser state. Empty: everything is trained.
-        ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
-            steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
-            forget their first weights.
-        ema_power: Relative widths of power-function EMAs to keep besides it, for example 0.05 0.10,
-            each between 0 and 0.28; larger averages over more of the training. The command
-            glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:
-            EDM2, 2312.02696, sec. 3.1).
-        ema_every: Steps between these snapshots, at least 1; larger needs less disk space, and
-            makes the post-hoc EMA less exact.
-    """
-
-    learning_rate: float = 1e-4
-    decay: str = "constant"
-    warmup: int = 0
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    moments: str = "float32"
-    grad_clip: float = 1.0
-    freeze: tuple[str, ...] = ()
-    ema: float = 0.9999
-    ema_power: tuple[float, ...] = ()
-    ema_every: int = 5000
-
-    def __post_init__(self):
-        if self.decay not in ("constant", "cosine"):
-            raise UsageError(f"decay is constant or cosine, not {self.decay!r}")
-        if self.moments not in ("float32", "bfloat16"):
-            raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
-        for width in self.ema_power:
-            check_width(width)
-        if len(set(self.ema_power)) < len(self.ema_power):
-            raise UsageError("ema_power names a width twice")
-        if self.ema_every < 1:
-            raise UsageError("ema_every must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +32,10 @@ class RunConfig:
         schedule: Noise schedule: "cosine" or "linear".
         diffusion_steps: Timesteps of the diffusion process; the paper has 1000.
         data: Source of the images and captions.
-        optimiser: AdamW, its learning rate, and the EMA of the weights.
+        optimiser: The optimiser, its learning rate, and the EMA of the weights.
         steps: Updates in all; larger trains longer.
+        minutes: Time limit of the training in minutes, compilation not counted; the decay
+            "linear" then follows the clock, and the run ends in time; 0: none.
         batch_size: Images per step, over all devices of all processes; larger gives gradients with
             less noise, and needs more memory.
         accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs
@@ -140,6 +75,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     steps: int = 100_000
+    minutes: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     parallelism: str = "pmap"
@@ -165,7 +101,7 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        for name in ("keep_every", "sample_every", "validate_every", "spike"):
+        for name in ("keep_every", "sample_every", "validate_every", "spike", "minutes"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:
@@ -198,10 +134,20 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the network.
-        prediction: What the network predicts: "eps", the noise (the released models), or "v", whose
-            loss trains the noisiest levels as well (2202.00512).
-        weighting: Weighting of the loss over noise levels: "none" (the paper), or "min-snr" with
-            gamma 5 (2303.09556).
+        prediction: What the network predicts: "eps", the noise (the released models); "v", whose
+            loss trains the noisiest levels as well (2202.00512); or "x", the clean image, for
+            networks with large patches (2511.13720) and `model.residual`.
+        weighting: Weighting of the loss over noise levels: "none", the squared error of the
+            prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
+        snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
+        huber: Width of the pseudo-Huber loss, as an error of the prediction; smaller is closer to
+            the absolute error; 0: the squared error.
+        levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
+            "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
+        level_mean: Mean of the log-normal levels; larger trains less noisy levels.
+        level_std: Standard deviation of the log-normal levels, above 0; larger is broader.
+        level_uniform: Share of the log-normal levels that is uniform, from 0 to 1; larger trains
+            the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student of few steps; see `distillation`.
         distillation: Teacher and noise levels of the objective "consistency".
@@ -233,6 +179,12 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     prediction: str = "eps"
     weighting: str = "none"
+    snr_gamma: float = 5.0
+    huber: float = 0.0
+    levels: str = "uniform"
+    level_mean: float = 0.0
+    level_std: float = 1.0
+    level_uniform: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     caption_dropout: float = 0.0
@@ -250,12 +202,13 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("caption_dropout", "low_res_noise", "mask_all"):
+        for name in ("caption_dropout", "low_res_noise", "mask_all", "level_uniform"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
             ("prediction", PREDICTIONS),
             ("weighting", WEIGHTINGS),
+            ("levels", LEVELS),
             ("objective", OBJECTIVES),
             ("sample_sampler", ("", *SOLVERS)),
             ("sample_spacing", ("", *SPACINGS, OPTIMISED)),
@@ -263,6 +216,13 @@ class TrainConfig(RunConfig):
             if getattr(self, name) not in known:
                 choose = " or ".join(filter(None, known))
                 raise UsageError(f"{name} is {choose}, not {getattr(self, name)!r}")
+        for name in ("snr_gamma", "level_std"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.huber < 0:
+            raise UsageError("huber cannot be negative")
+        if self.model.residual and self.prediction != "x":
+            raise UsageError('model.residual predicts the clean image: prediction must be "x"')
         if self.objective == "consistency":
             low, high = self.distillation.guidance
             if low < high and not self.model.guidance_input:
@@ -272,7 +232,7 @@ class TrainConfig(RunConfig):
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
         # Each level but the last halves the image; the small image has a quarter of the side.
-        step = max(2 ** (len(self.model.channel_mult) - 1), 4 if self.model.upsamples else 1)
+        step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
 

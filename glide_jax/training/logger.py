@@ -15,8 +15,8 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params, finish
+from glide_jax.training.optimiser import learning_rate
 from glide_jax.training.runs import model_of
-from glide_jax.training.state import learning_rate
 from glide_jax.training.writers import open_writer
 
 # `(model, prompts, *, seed, dtype) -> image`, such as `glide_jax.pipeline.loading.sample_grid`: an
@@ -45,10 +45,11 @@ class Logger:
         self._main = jax.process_index() == 0
         self._writer = open_writer(config, first_process=self._main)
         self._profile = profiled_steps(config.profile)
-        self._window: list[Metrics] = []
-        self._due: tuple[int, list[Metrics]] | None = None
+        self._window: list[tuple[int, Metrics]] = []
+        self._due: tuple[int, list[tuple[int, Metrics]]] | None = None
         self._since, self._from, self._first = time.monotonic(), first, first
-        self._rate = learning_rate(config.optimiser, config.steps)
+        self._rate = learning_rate(config.optimiser, config.steps, bool(config.minutes))
+        self._factor = 1.0
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         # FLOP/s of all devices; nan if unknown.
         self._peak = count * (peak_flops(kind) or math.nan)
@@ -73,33 +74,51 @@ class Logger:
         self._bar.close()
         self._writer.close()
 
-    def step(self, step: int, metrics: Metrics, saved: int | None = None) -> None:
-        """Record the metrics of a step.
+    def steps(
+        self,
+        step: int,
+        count: int,
+        metrics: Metrics,
+        saved: int | None = None,
+        factor: float = 1.0,
+    ) -> None:
+        """Record the metrics of the last steps.
 
         Args:
             step: number of steps done.
-            metrics: arrays on the device.
+            count: how many of them these are.
+            metrics: arrays on the device; with several steps, every array begins with the step.
             saved: the newest saved step.
+            factor: factor of the learning rate.
 
         Raises:
             GlideError: a step of the last window was bad, and `on_bad_step` is "stop".
         """
-        self._bar.update()
-        # A window is read once the next step is running, so the device never waits.
+        self._bar.update(count)
+        self._factor = factor
+        # A window is read once the next steps are running, so the device never waits.
         self._read(saved)
-        self._window.append(metrics)
-        if step % self._config.log_every == 0 or step in (self._first + 1, self._config.steps):
+        self._window.append((count, metrics))
+        every = self._config.log_every
+        if step // every > (step - count) // every or step in (
+            self._first + count,
+            self._config.steps,
+        ):
             self._due, self._window = (step, self._window), []
         if step == self._config.steps:
             self._read(saved)
-        self._trace(step, metrics)
+        self._trace(step, count, metrics)
 
     def _read(self, saved: int | None) -> None:
         if self._due is None:
             return
         step, window = self._due
         self._due = None
-        window = jax.device_get(window)
+        window = [
+            metrics if count == 1 else {k: v[i] for k, v in metrics.items()}
+            for count, metrics in jax.device_get(window)
+            for i in range(count)
+        ]
         raise_if_bad(self._config, step, window, saved)
         values = finish(mean_metrics(window))
         now = time.monotonic()
@@ -107,7 +126,7 @@ class Logger:
         self._since, self._from = now, step
         values |= {
             "images_per_second": rate,
-            "learning_rate": float(np.asarray(self._rate(step - 1))),
+            "learning_rate": self._factor * float(np.asarray(self._rate(step - 1))),
             "model_flop_utilisation": rate * self._flops / self._peak,
         }
         values |= device_memory()
@@ -115,15 +134,15 @@ class Logger:
         self._writer.scalars(curves, step)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
 
-    def _trace(self, step: int, metrics: Metrics) -> None:
+    def _trace(self, step: int, count: int, metrics: Metrics) -> None:
         """Start and end the trace for TensorBoard's profiler."""
         if self._profile is None:
             return
         begin, end = self._profile
-        if step == begin - 1:
+        if step - count < begin - 1 <= step:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(str(self._config.folder / "logs"))
-        elif step == end:
+        elif step - count < end <= step:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
 

@@ -26,6 +26,7 @@ from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs
+from glide_jax.training.levels import Levels, make_levels
 from glide_jax.training.masks import random_mask
 
 Params = Any
@@ -100,8 +101,8 @@ def make_objective(config: RunConfig) -> Objective:
     distils, init_teacher = False, Objective.init_teacher
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        levels = max(round(config.noise * config.diffusion_steps), 1)
-        loss = partial(contrastive_loss, model=model, tables=tables, levels=levels)
+        highest = max(round(config.noise * config.diffusion_steps), 1)
+        loss = partial(contrastive_loss, model=model, tables=tables, levels=highest)
         init = partial(clip.init_params, model)
     else:
         assert isinstance(config, TrainConfig)
@@ -109,8 +110,11 @@ def make_objective(config: RunConfig) -> Objective:
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
             init_teacher = partial(unet.init_params, teacher_model(model))
-        of_loss = distillation_loss if distils else denoising_loss
-        loss = partial(of_loss, model=model, tables=tables, config=config)
+        options = {"model": model, "tables": tables, "config": config}
+        if distils:
+            loss = partial(distillation_loss, **options)
+        else:
+            loss = partial(denoising_loss, levels=make_levels(config), **options)
         init = partial(unet.init_params, model)
     if frozen := config.optimiser.freeze:
         loss = partial(_without_gradient, loss, frozen)
@@ -153,13 +157,20 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def sample_noise(key: jax.Array, batch: Batch, steps: int) -> Noise:
-    """Return timesteps below `steps`, noise and keys, each record's from its row."""
+def sample_noise(key: jax.Array, batch: Batch, levels: Levels | int) -> Noise:
+    """Return timesteps, noise and keys, each record's from its row.
+
+    Args:
+        key: of the step.
+        batch: its images and rows.
+        levels: distribution of the timesteps; a number T for all timesteps below it alike.
+    """
+    levels = Levels(levels) if isinstance(levels, int) else levels
 
     def one(row: jax.Array | np.ndarray) -> Noise:
         t_key, eps_key, rest = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
-        return Noise(jax.random.randint(t_key, (), 0, steps), eps, rest)
+        return Noise(levels.sample(t_key), eps, rest)
 
     return jax.vmap(one)(batch.row)
 
@@ -194,6 +205,7 @@ def denoising_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
+    levels: Levels | None = None,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -202,7 +214,7 @@ def denoising_loss(
     The mask of an empty caption is False throughout. The conditioning of an upsampler is the image
     averaged over blocks; that of an inpainting model is the image with random regions masked.
     """
-    inputs = prepare(batch, key, len(tables.alpha), tables, config)
+    inputs = prepare(batch, key, levels or len(tables.alpha), tables, config)
     network = network_of(model, params)
     text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
     train = dropout_key is not None and config.model.dropout > 0
@@ -217,6 +229,8 @@ def denoising_loss(
         output,
         prediction=config.prediction,
         weighting=config.weighting,
+        gamma=config.snr_gamma,
+        huber=config.huber,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
     return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
@@ -257,10 +271,10 @@ def distillation_loss(
 
 
 def prepare(
-    batch: Batch, key: jax.Array, steps: int, tables: LossTables, config: TrainConfig
+    batch: Batch, key: jax.Array, levels: Levels | int, tables: LossTables, config: TrainConfig
 ) -> Inputs:
-    """Return a batch noised at timesteps below `steps`, with its conditioning."""
-    noise = sample_noise(key, batch, steps)
+    """Return a batch noised at sampled timesteps, with its conditioning."""
+    noise = sample_noise(key, batch, levels)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = to_range(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glide_jax.training.config import OptimiserConfig, RunConfig
-from glide_jax.training.freezing import frozen_labels
+from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Objective, Params
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser_config import OptimiserConfig
 
 
 @partial(
@@ -55,36 +56,6 @@ class TrainState:
 FIRST_LOSS_SCALE = 20.0
 
 
-def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then constant, or a cosine to 0."""
-    peak = config.learning_rate
-    if config.decay == "cosine":
-        # optax requires the warm-up to end before the run does.
-        warmup = min(config.warmup, max(steps - 1, 0))
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
-    return optax.linear_schedule(0.0 if config.warmup else peak, peak, max(config.warmup, 1))
-
-
-def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
-    """Return gradient clipping and AdamW; frozen parameters get no update."""
-    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta_1,
-        b2=config.beta_2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mu_dtype=jnp.dtype(config.moments),
-    )
-    trained = optax.chain(clip, adamw)
-    if not config.freeze:
-        return trained
-    return optax.partition(
-        {"trained": trained, "frozen": optax.set_to_zero()},
-        partial(frozen_labels, frozen=config.freeze),
-    )
-
-
 def init_state(
     params: Params,
     optimiser: optax.GradientTransformation,
@@ -110,7 +81,7 @@ def new_state(
     config: RunConfig, objective: Objective, params: Params, teacher: Params | None = None
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
-    optimiser = make_optimiser(config.optimiser, config.steps)
+    optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
     float16 = objective.model.dtype == jnp.float16
     return init_state(params, optimiser, config.optimiser, float16=float16, teacher=teacher)
 

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glide_jax.training.config import OptimiserConfig, RunConfig
+from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
-from glide_jax.training.state import TrainState, make_optimiser
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser_config import OptimiserConfig
+from glide_jax.training.state import TrainState
 
 # Decay rate of the running mean of the loss, and the steps before spikes are measured by it.
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
@@ -26,12 +28,57 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
     return partial(
         train_step,
         loss=objective.loss,
+        optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         of_run=objective.of_run,
-        optimiser=make_optimiser(config.optimiser, config.steps),
         config=config.optimiser,
         accumulate=config.accumulate,
         spike=config.spike,
     )
+
+
+class Control(NamedTuple):
+    """What the host tells a program of several steps.
+
+    Attributes:
+        key: of the run.
+        rate: factor of the learning rate; None: 1.
+    """
+
+    key: jax.Array
+    rate: jax.Array | np.ndarray | None = None
+
+
+def scan_steps(
+    state: TrainState,
+    items: Any,
+    control: Control,
+    data: Any = None,
+    *,
+    step: Callable[..., tuple[TrainState, Metrics]],
+    read: Callable[[Any, Any], Batch],
+    axis: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Do several steps in one program.
+
+    Args:
+        state: before the first step.
+        items: what `read` needs of each step; every array begins with the step.
+        control: the key of the run, and the factor of the learning rate.
+        data: arrays that all steps share.
+        step: from `make_step`.
+        read: `(data, item) -> Batch`.
+        axis: as in `train_step`.
+
+    Returns:
+        The new state, and the metrics: of each step, or of the single one.
+    """
+
+    def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
+        return step(state, read(data, item), control.key, rate=control.rate, axis=axis)
+
+    if jax.tree.leaves(items)[0].shape[0] == 1:
+        return one(state, jax.tree.map(lambda x: x[0], items))
+    return jax.lax.scan(one, state, items)
 
 
 def train_step(
@@ -45,6 +92,7 @@ def train_step(
     of_run: Callable[..., dict[str, Any]] = lambda step, teacher: {},
     accumulate: int = 1,
     spike: float = 0.0,
+    rate: jax.Array | np.ndarray | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
@@ -63,6 +111,7 @@ def train_step(
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
+        rate: factor of this step's learning rate; None: 1.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -98,7 +147,7 @@ def train_step(
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
-    new = _update(state, grads, metrics["loss"], optimiser, config)
+    new = _update(state, grads, metrics["loss"], optimiser, config, rate)
     state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
     return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
 
@@ -136,8 +185,11 @@ def _update(
     loss: jax.Array,
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
+    factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+    if factor is not None:
+        updates = jax.tree.map(lambda x: x * factor, updates)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     rate = jnp.minimum(config.ema, (1 + step) / (10 + step))

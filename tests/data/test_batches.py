@@ -9,9 +9,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from glide_jax.data.batches import groups_of, make_batches, shuffled, shuffled_groups, with_article
+from glide_jax.data.batches import make_batches, with_article
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded
+from glide_jax.data.order import groups_of, shuffled, shuffled_groups
 from glide_jax.data.records import Source
 from glide_jax.data.sources import open_source
 from glide_jax.errors import GlideError, UsageError

@@ -23,7 +23,8 @@ from glide_jax.diffusion.solvers.table import step_betas
 from glide_jax.diffusion.spacings import respaced
 from glide_jax.training import objectives
 from glide_jax.training.config import OptimiserConfig, TrainConfig
-from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
 from glide_jax.weights import to_released
 from tests.support import golden
@@ -200,7 +201,7 @@ def update():
     # So late that the EMA has reached its final rate.
     state = replace(fresh, step=jnp.int32(200_000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "sample_noise", lambda key, batch, steps: noise)
+        patch.setattr(objectives, "sample_noise", lambda key, batch, levels: noise)
         loss = objectives.make_objective(config).loss
         one = partial(train_step, loss=loss, optimiser=adamw, config=optimiser)
         state, metrics = jax.jit(one)(state, batch, jax.random.key(0))

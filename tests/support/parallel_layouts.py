@@ -37,8 +37,9 @@ from glide_jax.training.command_line import take_peers
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import Batch
+from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import RECIPE
 from train import train

@@ -16,7 +16,8 @@ from glide_jax.errors import GlideError
 from glide_jax.training import checkpoint
 from glide_jax.training.checkpoint import Checkpoints, checksums, newest, steps_in
 from glide_jax.training.config import OptimiserConfig
-from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.state import init_state
 
 CONFIG = OptimiserConfig(moments="bfloat16", ema_power=(0.1,))
 

@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.losses import at, hybrid_loss, make_tables, min_snr_weight, q_sample
+from glide_jax.diffusion.losses import (
+    at,
+    hybrid_loss,
+    loss_weight,
+    make_tables,
+    pseudo_huber,
+    q_sample,
+)
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training import objectives
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, TrainConfig
+from glide_jax.training.levels import make_levels
 from glide_jax.training.objectives import (
     Batch,
     denoising_loss,
@@ -24,7 +32,8 @@ from glide_jax.training.objectives import (
     shrink,
     to_range,
 )
-from glide_jax.training.state import init_state, make_optimiser
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 
@@ -51,8 +60,8 @@ def make_batch(count=8, size=16, length=8, seed=0):
 def test_min_snr_weighs_as_the_paper_says(snr, eps, v):
     """The weight is min(SNR, 5) / SNR for eps, min(SNR, 5) / (SNR + 1) for v."""
     alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
-    assert float(min_snr_weight(alpha, sigma, "eps")) == pytest.approx(eps)
-    assert float(min_snr_weight(alpha, sigma, "v")) == pytest.approx(v)
+    assert float(loss_weight("min-snr", "eps", alpha, sigma, 5.0)) == pytest.approx(eps)
+    assert float(loss_weight("min-snr", "v", alpha, sigma, 5.0)) == pytest.approx(v)
 
 
 def test_min_snr_weighs_the_error_and_not_the_bound():
@@ -74,9 +83,47 @@ def test_the_same_error_of_x_0_weighs_the_same_for_eps_and_v():
     """An error d of x_0 is alpha / sigma d in eps, and d / sigma in v."""
     for t in (100, 500, 900):
         alpha, sigma = TABLES.alpha[t], TABLES.sigma[t]
-        of_eps = min_snr_weight(alpha, sigma, "eps") * (alpha / sigma) ** 2
-        of_v = min_snr_weight(alpha, sigma, "v") / sigma**2
+        of_eps = loss_weight("min-snr", "eps", alpha, sigma, 5.0) * (alpha / sigma) ** 2
+        of_v = loss_weight("min-snr", "v", alpha, sigma, 5.0) / sigma**2
         assert float(of_v) == pytest.approx(float(of_eps), rel=1e-4)
+        of_x = loss_weight("min-snr", "x", alpha, sigma, 5.0)
+        assert float(of_x) == pytest.approx(float(of_eps), rel=1e-4)
+
+
+def test_weighting_v_gives_the_squared_error_of_v_whatever_is_predicted():
+    rng = np.random.default_rng(0)
+    x_0, eps, guess = (jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32) for _ in range(3))
+    t = jnp.array([20, 300, 600, 990])
+    alpha, sigma = at(TABLES.alpha, t), at(TABLES.sigma, t)
+    x_t = alpha * x_0 + sigma * eps
+    # The same guess of x_0 as each kind of prediction.
+    guessed_eps = (x_t - alpha * guess) / sigma
+    outputs = {"x": guess, "eps": guessed_eps, "v": alpha * guessed_eps - sigma * guess}
+    losses = [
+        hybrid_loss(TABLES, x_0, x_t, t, eps, output, prediction=kind, weighting="v").loss
+        for kind, output in outputs.items()
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=2e-3)
+
+
+def test_pseudo_huber_is_squared_near_zero_and_absolute_far_away():
+    np.testing.assert_allclose(pseudo_huber(jnp.float32(0.01), 1.0), 1e-4, rtol=1e-2)
+    np.testing.assert_allclose(pseudo_huber(jnp.float32(100.0), 0.1), 2 * 0.1 * 100, rtol=1e-2)
+
+
+def test_log_normal_levels_have_their_mean_and_spread():
+    log_snr = make_schedule("cosine").log_snr(np.arange(1000))
+    config = TrainConfig(
+        name="x", model=TINY, levels="log-normal", level_mean=0.5, level_std=0.8, level_uniform=0.0
+    )
+    levels = make_levels(config)
+    t = np.asarray(jax.vmap(levels.sample)(jax.random.split(KEY, 20_000)))
+    assert log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
+    assert log_snr[t].std() == pytest.approx(0.8, abs=0.02)
+    everywhere = make_levels(replace(config, level_uniform=1.0))
+    t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
+    assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)
 
 
 # --- inputs of a model

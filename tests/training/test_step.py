@@ -12,7 +12,8 @@ import pytest
 from glide_jax.training import step as steps
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.objectives import Batch, make_objective
-from glide_jax.training.state import FIRST_LOSS_SCALE, init_state, make_optimiser
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.state import FIRST_LOSS_SCALE, init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 

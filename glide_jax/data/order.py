@@ -1,0 +1,68 @@
+"""The order of a run's records: one shuffled pass over the source after another."""
+
+from functools import lru_cache
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from glide_jax.data.records import Source
+from glide_jax.data.storage import BrokenRecord
+from glide_jax.errors import UsageError
+
+# grain's shuffle needs no memory, but takes milliseconds per record of a small source.
+_PERMUTED = 1 << 15
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """Return the index of the record at a position of the run's order.
+
+    Each pass contains every record once, in an order of its own.
+    """
+    number, i = divmod(position, count)
+    if count < _PERMUTED:
+        return int(_permutation(count, seed, number)[i])
+    (pass_seed,) = np.random.SeedSequence((seed % 2**32, number)).generate_state(1)
+    return index_shuffle(i, max_index=count - 1, seed=int(pass_seed), rounds=4)
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng((seed % 2**32, number, 0)).permutation(count)
+
+
+def shuffled_groups(position: int, groups: bytes, seed: int) -> int:
+    """Return the same as `shuffled`, with the records of a group next to each other.
+
+    `groups` comes from `groups_of`.
+    """
+    number, i = divmod(position, len(groups) // 4)
+    return int(_group_permutation(groups, seed, number)[i])
+
+
+@lru_cache(maxsize=4)
+def _group_permutation(groups: bytes, seed: int, number: int) -> np.ndarray:
+    ids = np.frombuffer(groups, np.int32)
+    rng = np.random.default_rng((seed % 2**32, number, 2))
+    # The last key is the primary one: a random number per group, then one per record.
+    return np.lexsort((rng.random(len(ids)), rng.permutation(ids.max() + 1)[ids]))
+
+
+def groups_of(source: Source, field: str) -> bytes:
+    """Return each record's group number; records with the same text in a field form a group.
+
+    Returns:
+        N int32 values, as bytes because a cache needs a hash.
+
+    Raises:
+        UsageError: a record has no such field.
+    """
+    values = []
+    for number in range(len(source)):
+        try:
+            value = source.records[number].get(field)
+        except BrokenRecord:
+            value = ""  # replaced at its position
+        if not isinstance(value, str):
+            raise UsageError(f"group_by: record {number} of {source} has no text field {field!r}")
+        values.append(value)
+    return np.unique(values, return_inverse=True)[1].astype(np.int32).tobytes()

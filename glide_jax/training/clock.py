@@ -1,0 +1,60 @@
+"""The time limit of a run: the decay follows the clock, and the run ends in time."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from glide_jax.training.config import RunConfig
+from glide_jax.training.optimiser import decay_factor
+
+
+class Clock:
+    """The training time of a run with `minutes`, kept in its checkpoints.
+
+    Time counts from the end of the first call on, so that compilation does not.
+    """
+
+    def __init__(self, config: RunConfig, position: Mapping[str, Any] | None = None):
+        """Start from a checkpoint's position, or from nothing."""
+        self._limit, self._share = 60 * config.minutes, config.optimiser.decay_share
+        self._decays = config.optimiser.decay == "linear"
+        self._before = float((position or {}).get("seconds", 0.0))
+        self._start: float | None = None
+        self._running: Any = None
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far."""
+        return self._before + (time.monotonic() - self._start if self._start is not None else 0.0)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is used up; never without a limit."""
+        return 0 < self._limit <= self.seconds
+
+    def factor(self) -> np.ndarray | None:
+        """Return the factor of the learning rate; None without a limit."""
+        if not self._limit:
+            return None
+        done = self.seconds / self._limit
+        return np.float32(decay_factor(done, self._share) if self._decays else 1.0)
+
+    def started(self, metrics: Any) -> None:
+        """Note that a call was started, after waiting for the one before it.
+
+        Without that the host would run ahead of the device, and the decay would end too early.
+        """
+        if not self._limit:
+            return
+        if self._start is None:
+            jax.block_until_ready(metrics)
+            self._start = time.monotonic()
+        jax.block_until_ready(self._running)
+        self._running = metrics
+
+    def get_state(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
+        return {"seconds": self.seconds} if self._limit else {}

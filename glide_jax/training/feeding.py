@@ -1,0 +1,89 @@
+"""How batches reach the training step: from a loader, one step a call, or from the device, several.
+
+Both ways see the same records with the same random numbers.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from glide_jax.data.batches import Batches, make_batches
+from glide_jax.data.records import Source
+from glide_jax.data.resident import Picks, Resident, ResidentBatches, make_resident, take
+from glide_jax.devices.parallel import Parallel
+from glide_jax.training.config import RunConfig
+from glide_jax.training.objectives import Batch, to_batch
+from glide_jax.training.step import Control, scan_steps
+
+# More steps in a call gain nothing once the host keeps up.
+MOST_STEPS = 20
+
+
+def steps_per_call(config: RunConfig) -> int:
+    """Return the steps of one call, so that checkpoints, samples and the end fall between calls."""
+    if jax.default_backend() == "cpu":
+        return 1  # XLA runs the operations of a loop on one core
+    events = [config.steps, config.save_every, config.keep_every]
+    events += [config.sample_every, config.validate_every]
+    if config.optimiser.ema_power:
+        events.append(config.optimiser.ema_every)
+    common = math.gcd(*events)
+    return max(k for k in range(1, MOST_STEPS + 1) if common % k == 0)
+
+
+def open_batches(
+    config: RunConfig, source: Source, tokenizer: Any, *, process: tuple[int, int]
+) -> tuple[Batches | ResidentBatches, int]:
+    """Return an endless iterator of what one call takes, and the number of its steps.
+
+    Raises:
+        UsageError: see `make_batches` and `make_resident`.
+    """
+    common: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "tokenizer": tokenizer,
+        "size": config.side,
+        "seed": config.seed,
+        "process": process,
+    }
+    calls = steps_per_call(config)
+    resident = make_resident(source, config.data, calls=calls, **common)
+    if resident is not None:
+        return resident, calls
+    return make_batches(source, config.data, **common), 1
+
+
+def compile_steps(
+    config: RunConfig,
+    step: Callable[..., Any],
+    batches: Batches | ResidentBatches,
+    parallel: Parallel,
+) -> Callable[[Any, Any, Control], tuple[Any, Any]]:
+    """Return the compiled `(state, item, control) -> (state, metrics)` over all devices.
+
+    Args:
+        config: the recipe.
+        step: from `make_step`.
+        batches: from `open_batches`; the calls take its items.
+        parallel: the devices.
+    """
+    if isinstance(batches, ResidentBatches):
+
+        def read(data: Resident, picks: Picks) -> Batch:
+            return to_batch(take(data, picks, config.side))
+
+        program = parallel.compile_steps(partial(scan_steps, step=step, read=read), batches.data)
+        return lambda state, item, control: program(state, parallel.put_items(item), control)
+
+    def one(state: Any, batch: Batch, control: Control, *, axis: str | None) -> tuple[Any, Any]:
+        return step(state, batch, control.key, rate=control.rate, axis=axis)
+
+    single = parallel.compile(one)
+
+    def call(state: Any, item: Any, control: Control) -> tuple[Any, Any]:
+        return single(state, parallel.put_batch(to_batch(item)), control)
+
+    return call

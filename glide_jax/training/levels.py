@@ -1,0 +1,56 @@
+"""The distribution of noise levels in training."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.training.config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """A distribution of timesteps.
+
+    Attributes:
+        steps: timesteps are below this number.
+        log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it; None:
+            all timesteps alike.
+        mean, std: of the normal distribution.
+        uniform: share of timesteps that are sampled from all alike.
+    """
+
+    steps: int
+    log_snr: np.ndarray | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    uniform: float = 0.0
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """Return one timestep, int32."""
+        if self.log_snr is None:
+            return jax.random.randint(key, (), 0, self.steps)
+        normal_key, share_key, t_key = jax.random.split(key, 3)
+        log_snr = self.mean + self.std * jax.random.normal(normal_key)
+        # np.interp needs increasing points; log_snr falls with t.
+        t = jnp.interp(-log_snr, -self.log_snr, np.arange(self.steps, dtype=np.float32))
+        t = jnp.round(t).astype(jnp.int32)
+        everywhere = jax.random.uniform(share_key) < self.uniform
+        return jnp.where(everywhere, jax.random.randint(t_key, (), 0, self.steps), t)
+
+
+def make_levels(config: TrainConfig) -> Levels:
+    """Return the noise levels of a recipe  (log-normal: EDM, 2206.00364, sec. 5)."""
+    steps = config.diffusion_steps
+    if config.levels == "uniform":
+        return Levels(steps)
+    log_snr = make_schedule(config.schedule, steps).log_snr(np.arange(steps))
+    return Levels(
+        steps,
+        log_snr.astype(np.float32),
+        config.level_mean,
+        config.level_std,
+        config.level_uniform,
+    )

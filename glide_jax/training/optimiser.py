@@ -1,0 +1,110 @@
+"""The optimiser of a recipe, and its learning rate over time."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from glide_jax.training.freezing import frozen_labels
+from glide_jax.training.optimiser_config import OptimiserConfig
+
+# Kernels outside of Muon: the first and the last layer of a network, as its authors advise.
+_ENDS = ("unet/down_0", "unet/head")
+
+
+def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> optax.Schedule:
+    """Return the learning rate by step: linear warm-up, then constant or falling to 0.
+
+    Args:
+        config: the settings.
+        steps: of the whole run.
+        clock: whether the decay follows the clock: the schedule here is then constant, and
+            `clock_rate` multiplies the updates.
+    """
+    peak = config.learning_rate
+    if config.decay == "cosine":
+        # optax requires the warm-up to end before the run does.
+        warmup = min(config.warmup, max(steps - 1, 0))
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
+    rise = optax.linear_schedule(0.0 if config.warmup else peak, peak, max(config.warmup, 1))
+    if config.decay == "constant" or clock:
+        return rise
+    return lambda step: rise(step) * decay_factor(step / steps, config.decay_share)
+
+
+def decay_factor(done: Any, share: float) -> Any:
+    """Return 1, falling linearly to 0 over the last `share` of a run of which `done` is done."""
+    return jnp.clip((1 - done) / share, 0, 1)
+
+
+def make_optimiser(
+    config: OptimiserConfig, steps: int, clock: bool = False
+) -> optax.GradientTransformation:
+    """Return gradient clipping and the optimiser; frozen parameters get no update."""
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    rate = learning_rate(config, steps, clock)
+    trained = optax.chain(clip, {"adamw": _adamw, "muon": _muon}[config.kind](config, rate))
+    if not config.freeze:
+        return trained
+    return optax.partition(
+        {"trained": trained, "frozen": optax.set_to_zero()},
+        partial(frozen_labels, frozen=config.freeze),
+    )
+
+
+def _adamw(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        rate,
+        b1=config.beta_1,
+        b2=config.beta_2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=kernels,
+        mu_dtype=jnp.dtype(config.moments),
+    )
+
+
+def _muon(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Return Muon for kernels as matrices, AdamW for the rest  (2502.16982).
+
+    Its updates have the root mean square 0.2, as those of AdamW, so one learning rate serves both.
+    """
+    return muon(
+        lambda step: rate(step) * config.muon_rate,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=kernels,
+        mu_dtype=jnp.dtype(config.moments),
+        adam_b1=config.beta_1,
+        adam_b2=config.beta_2,
+        adam_learning_rate=rate,
+        eps=config.epsilon,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def kernels(params: Any) -> Any:
+    """Return whether each parameter is the kernel of a layer: what weight decay acts on."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _path(path).endswith("kernel"), params)
+
+
+def matrices(params: Any) -> Any:
+    """Return the axes of each kernel as a matrix for Muon, or None for AdamW.
+
+    A convolution `(height, width, in, out)` is a matrix from the first three to the last.
+    """
+
+    def axes(path: tuple[Any, ...], x: Any) -> MuonDimensionNumbers | None:
+        name = _path(path)
+        if not name.endswith("kernel") or name.startswith(_ENDS) or x.ndim < 2:
+            return None
+        return MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,0 +1,167 @@
+"""Attention: the plain form against the original code, and the choice of the fused one."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from glide_jax.models.attention import attend, compile_for, has_fused_attention, is_fused
+from glide_jax.models.layers import AttentionBlock, split_heads
+from tests.support.golden import assert_close, load, nhwc
+
+CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
+
+
+def inputs(dtype, heads: int = 3, width: int = 32, pixels: int = 16, text: int = 8):
+    """Return query, key and value of one block."""
+    lengths = pixels, pixels + text, pixels + text
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = zip(keys, lengths, strict=True)
+    return [jax.random.normal(key, (2, n, heads, width)).astype(dtype) for key, n in arrays]
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_attention(with_text):
+    units = load("units")
+    heads = int(units["att.heads"])
+    query, key, value = split_heads(nhwc(units["att.qkv"]), heads, parts=3)
+    if with_text:
+        text_key, text_value = split_heads(nhwc(units["att.ekv"]), heads, parts=2)
+        key, value = jnp.append(text_key, key, axis=1), jnp.append(text_value, value, axis=1)
+    wanted = nhwc(units["att.out_cross" if with_text else "att.out_self"])
+    assert_close(attend(query, key, value), wanted, 5e-6)
+
+
+def test_a_masked_position_is_ignored():
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8), np.float32)
+    mask = np.arange(5) < 3
+    found = attend(query, key, value, mask[None, None, None])
+    assert_close(found, attend(query, key[:, :3], value[:, :3]), 1e-6)
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [
+        ({"platform": "cpu"}, False),
+        ({"platform": "tpu"}, False),
+        ({"platform": "gpu", "compute_capability": "7.5"}, False),
+        ({"platform": "gpu", "compute_capability": "8.0"}, True),
+        ({"platform": "gpu", "compute_capability": "12.0"}, True),
+        ({"platform": "gpu", "compute_capability": "gfx90a"}, False),
+    ],
+)
+def test_the_device_decides(monkeypatch, device, wanted):
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(**device)])
+    assert has_fused_attention() == wanted
+    for platform in ("cpu", "tpu", "cuda"):
+        with compile_for(platform):
+            assert has_fused_attention() == (platform == "cuda")
+
+
+def test_the_default_device_decides_where_it_is_set(monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [gpu])
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert not has_fused_attention()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_the_kernel_takes(dtype):
+    query, key, _ = inputs(dtype)
+    with compile_for("cuda"):
+        assert is_fused(query, key, None)
+        assert not is_fused(query, key, jnp.ones((16, 24), bool))
+        assert not is_fused(query.astype(jnp.float32), key.astype(jnp.float32), None)
+        assert not is_fused(query[..., :12], key[..., :12], None)
+        assert not is_fused(query[:, :15], key, None)
+        assert not is_fused(query, key[:, :23], None)
+        wide = jnp.zeros((1, 8, 1, 256), dtype)
+        assert not is_fused(wide, wide, None)
+    assert not is_fused(query, key, None)
+
+
+# --- the fused form, by jax's own plain form of it
+
+
+@pytest.fixture
+def plain_kernel(monkeypatch):
+    """Replace the kernel of cuDNN, which no CPU has, by what jax defines it to be."""
+    attention, calls = jax.nn.dot_product_attention, []
+
+    def plain(*arrays, implementation):
+        calls.append(implementation)
+        wide = (array.astype(jnp.float32) for array in arrays)
+        return attention(*wide, implementation="xla").astype(arrays[0].dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1.6e-2), (jnp.float16, 2e-3)])
+def test_the_fused_form_equals_the_plain_one(plain_kernel, dtype, tolerance):
+    arrays = inputs(dtype)
+    weights = jax.random.normal(jax.random.key(1), (2, 16, 96))
+
+    @jax.jit
+    def run(*arrays):
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, *pullback(weights.astype(dtype))
+
+    plain = run(*arrays)
+    assert plain_kernel == []
+    with compile_for("cuda"):
+        fused = run(*arrays)
+    assert plain_kernel == ["cudnn"]
+    for found, wanted in zip(fused, plain, strict=True):
+        assert_close(found, wanted, tolerance * float(jnp.abs(wanted).max()))
+
+
+# --- the program for a GPU, which any host lowers
+
+
+@pytest.fixture
+def cudnn_is_there(monkeypatch):
+    """Answer for the library, whose version jax asks; it takes no part in lowering."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+
+
+def calls_in(function, *arrays) -> list[int]:
+    """Return the numbers of forward and backward kernels in a program for a GPU."""
+    with compile_for("cuda"):
+        program = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return [program.count(call) for call in CALLS]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_block_becomes_the_kernel_of_cudnn(cudnn_is_there, dtype, with_text):
+    """Also under differentiation, with and without recomputation, `vmap` and `shard_map`."""
+    x = jnp.ones((2, 4, 4, 64), dtype)
+    text = jnp.ones((2, 8, 24), dtype) if with_text else None
+    block = AttentionBlock(heads=2, dtype=dtype)
+    params = jax.eval_shape(block.init, jax.random.key(0), x, text)
+
+    def loss(params, x, text):
+        return jnp.square(block.apply(params, x, text).astype(jnp.float32)).sum()
+
+    assert calls_in(block.apply, params, x, text) == [1, 0]
+    assert calls_in(jax.grad(loss, (0, 1)), params, x, text) == [1, 1]
+    assert calls_in(jax.value_and_grad(jax.checkpoint(loss)), params, x, text) == [2, 1]
+    more = jax.tree.map(lambda a: jnp.stack([a] * 3), (x, text))
+    assert calls_in(jax.vmap(jax.grad(loss), (None, 0, 0)), params, *more) == [1, 1]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        jax.grad(loss),
+        mesh=mesh,
+        in_specs=(whole, rows, rows),
+        out_specs=whole,
+        check_vma=False,
+    )
+    assert calls_in(mapped, params, x, text) == [1, 1]
