@@ -29,6 +29,7 @@ def get_config() -> TrainConfig:
             base.optimiser, learning_rate=3e-4, warmup=100, decay="cosine", ema=0.995
         ),
         steps=2000,
+        minutes=0,
         sample_steps=4,
         sample_sampler="consistency",
         sample_spacing="few",

@@ -32,9 +32,10 @@ def get_config() -> TrainConfig:
         optimiser=replace(
             base.optimiser, learning_rate=5e-4, warmup=100, decay="cosine", ema=0.995
         ),
-        steps=2000,
-        save_every=500,
-        sample_every=500,
+        steps=1500,
+        minutes=0,
+        save_every=100,
+        sample_every=0,
         sample_steps=4,
         sample_guidance_scale=2.0,
         sample_clip_scale=0.0,

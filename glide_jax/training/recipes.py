@@ -102,6 +102,7 @@ def toy(config: RunConfig) -> RunConfig:
             ema=0.95,
             ema_every=15,
         ),
+        minutes=0.0,
         accumulate=min(config.accumulate, 2),
         remat=False,
         init_from="",
