@@ -255,8 +255,8 @@ def distillation_loss(
     Args:
         teacher: its weights; {}: none, the images take its place.
         step: of the run.
-        done: share of the run that is done, which determines the number of segments; None: by the
-            number of steps.
+        done: share of the time limit that is used up, if there is one. The number of segments
+            depends on it or on the share of the steps, whichever is larger.
     """
     inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
     terms, segments = consistency_terms(
@@ -266,7 +266,8 @@ def distillation_loss(
         tables=tables,
         config=config,
         teacher=teacher,
-        done=step / config.steps if done is None else done,
+        # Whichever limit comes first.
+        done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
         dropout_key=dropout_key,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}

@@ -42,7 +42,7 @@ class Control(NamedTuple):
     Attributes:
         key: of the run.
         rate: factor of the learning rate; None: 1.
-        done: share of the run that is done by the clock; None: by the number of steps.
+        done: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
