@@ -1,15 +1,13 @@
 """emoji_fewstep64: a student of one to four steps of emoji64.
 
-Consistency distillation with guidance inside: see fewstep64. It starts from its teacher and is
-trained on the images of emoji64, in the styles that it draws.
+Consistency distillation with guidance inside: see fewstep64. It starts from its teacher, and is
+trained on the same images and masks.
 
 Result:   not trained here.
 Data:     as emoji64.
 Hardware: one GPU, or two CPU cores for small batches (`--batch-size 8`).
 Time:     not measured here; a step costs twice that of emoji64.
 Command:  glide-jax train --config emoji_fewstep64 --data.source emoji64.npz --data.workers 4
-          glide-jax train --config emoji_fewstep64 --data.source emoji64.npz \\
-              --distillation.teacher runs/emoji64
 """
 
 from dataclasses import replace
@@ -26,9 +24,9 @@ def get_config() -> TrainConfig:
         base,
         name="emoji_fewstep64",
         model=replace(base.model, guidance_input=True),
+        init_from="",
         objective="consistency",
-        distillation=DistillationConfig(teacher="emoji64", guidance=(1.0, 4.0)),
-        data=replace(base.data, styles=load_recipe("emoji64").data.styles),
+        distillation=DistillationConfig(teacher="runs/emoji64", guidance=(1.0, 4.0)),
         optimiser=replace(
             base.optimiser, learning_rate=5e-4, warmup=100, decay="cosine", ema=0.995
         ),

@@ -36,6 +36,7 @@ from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.inputs import Inputs
 
+LEAST_SIGMA = 0.05
 # `(x, point) -> x_0`.
 Denoise = Callable[[jax.Array, Point], jax.Array]
 
@@ -61,11 +62,17 @@ def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
     return max(round(config.distillation.share * usable), 1)
 
 
-def segments_at(step: jax.Array | int, steps: int, segments: tuple[int, int]) -> jax.Array:
-    """Return the number of segments: it doubles at equal intervals  (2310.14189, sec. 3.4)."""
+def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
+    """Return the number of segments: it doubles at equal intervals  (2310.14189, sec. 3.4).
+
+    Args:
+        done: share of the training that is done.
+        segments: at the beginning and at the end.
+    """
     first, last = segments
     stages = math.ceil(math.log2(last / first)) + 1
-    stage = jnp.floor(jnp.asarray(step) * stages / steps)
+    # A share such as 2 / 6 is rounded down as often as up.
+    stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
     return jnp.minimum(first * 2.0**stage, last)
 
 
@@ -189,11 +196,12 @@ def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: flo
     weights of consistency training do (there `1 / gap` in units of noise).
 
     Args:
-        sigma: `(B, 1, 1, 1)`.
+        sigma: `(B, 1, 1, 1)`; below `LEAST_SIGMA` the weight grows no further, since a network that
+            predicts x_0 or eps has errors there that do not fall with the noise.
         huber: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
-    of_v = mse / sigma[:, 0, 0, 0] ** 2
+    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], LEAST_SIGMA) ** 2
     return Terms(jnp.sqrt(of_v + huber**2) - huber, mse)
 
 
@@ -273,10 +281,10 @@ def consistency_terms(
     tables: LossTables,
     config: TrainConfig,
     teacher: Any,
-    step: jax.Array | int,
+    done: Any,
     dropout_key: jax.Array | None,
 ) -> tuple[Terms, jax.Array]:
-    """Return the consistency loss of a batch at a step of the run, and the number of segments.
+    """Return the consistency loss of a batch at a share of the run, and the number of segments.
 
     Args:
         teacher: its weights; {}: none.
@@ -285,7 +293,7 @@ def consistency_terms(
     def network(model: GLIDE, params: Any) -> Callable[..., Any]:
         return partial(model.apply, {"params": params})
 
-    segments = segments_at(step, config.steps, config.distillation.segments)
+    segments = segments_at(done, config.distillation.segments)
     train = dropout_key is not None and config.model.dropout > 0
     terms = consistency(
         network(model, params),

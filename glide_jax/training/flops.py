@@ -25,7 +25,7 @@ def flops_per_image(config: RunConfig) -> float:
     teacher = jax.eval_shape(objective.init_teacher, key)
 
     def loss(params: Any, batch: Any, key: jax.Array, teacher: Any) -> Any:
-        return objective.loss(params, batch, key, **objective.of_run(0, teacher))
+        return objective.loss(params, batch, key, **objective.of_run(teacher, 0))
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     return count_flops(gradient, params, batch, key, teacher) / IMAGES

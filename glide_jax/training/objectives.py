@@ -78,7 +78,7 @@ class Objective:
         init: `key -> params`, random.
         loss: `(params, batch, key, *, dropout_key, axis) -> (loss, metrics)`, the mean over the
             batch; `axis` is the name of the mapped axis over which the batch is split, if any.
-        distils: whether the loss also takes `step`, and `teacher`, frozen weights.
+        distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
         init_teacher: `key -> params`, random, of the teacher; {} without one.
     """
 
@@ -88,9 +88,9 @@ class Objective:
     distils: bool = False
     init_teacher: Callable[[jax.Array], Params] = lambda key: {}
 
-    def of_run(self, step: jax.Array | int, teacher: Params) -> dict[str, Any]:
-        """Return the arguments of the loss that the state of the run holds."""
-        return {"step": step, "teacher": teacher} if self.distils else {}
+    def of_run(self, teacher: Params, step: jax.Array | int, done: Any = None) -> dict[str, Any]:
+        """Return the arguments of the loss that say where a run stands, and its teacher."""
+        return {"teacher": teacher, "step": step, "done": done} if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -246,6 +246,7 @@ def distillation_loss(
     config: TrainConfig,
     teacher: Params,
     step: jax.Array | int,
+    done: jax.Array | np.ndarray | None = None,
     dropout_key: jax.Array | None = None,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -253,7 +254,9 @@ def distillation_loss(
 
     Args:
         teacher: its weights; {}: none, the images take its place.
-        step: of the run; it determines the number of segments.
+        step: of the run.
+        done: share of the time limit that is used up, if there is one. The number of segments
+            depends on it or on the share of the steps, whichever is larger.
     """
     inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
     terms, segments = consistency_terms(
@@ -263,7 +266,8 @@ def distillation_loss(
         tables=tables,
         config=config,
         teacher=teacher,
-        step=step,
+        # Whichever limit comes first.
+        done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
         dropout_key=dropout_key,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}

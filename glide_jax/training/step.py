@@ -42,10 +42,12 @@ class Control(NamedTuple):
     Attributes:
         key: of the run.
         rate: factor of the learning rate; None: 1.
+        done: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
     rate: jax.Array | np.ndarray | None = None
+    done: jax.Array | np.ndarray | None = None
 
 
 def scan_steps(
@@ -74,7 +76,8 @@ def scan_steps(
     """
 
     def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-        return step(state, read(data, item), control.key, rate=control.rate, axis=axis)
+        batch = read(data, item)
+        return step(state, batch, control.key, rate=control.rate, done=control.done, axis=axis)
 
     if jax.tree.leaves(items)[0].shape[0] == 1:
         return one(state, jax.tree.map(lambda x: x[0], items))
@@ -89,10 +92,11 @@ def train_step(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
-    of_run: Callable[..., dict[str, Any]] = lambda step, teacher: {},
+    of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
     rate: jax.Array | np.ndarray | None = None,
+    done: jax.Array | np.ndarray | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
@@ -112,6 +116,7 @@ def train_step(
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
         rate: factor of this step's learning rate; None: 1.
+        done: see `Control`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -125,7 +130,7 @@ def train_step(
 
     def gradient(weights: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
         params, teacher = weights
-        more = of_run(state.step, teacher)
+        more = of_run(teacher, state.step, done)
 
         def scaled(params: Params) -> tuple[jax.Array, Metrics]:
             value, metrics = loss(

@@ -38,11 +38,11 @@ LENGTH = 996  # timesteps up to a log-SNR of -5.1
 
 
 def test_the_number_of_segments_doubles_at_equal_intervals():
-    found = [float(segments_at(step, 400, (8, 64))) for step in range(0, 400, 50)]
+    found = [float(segments_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
     assert found == [8, 8, 16, 16, 32, 32, 64, 64]
-    assert float(segments_at(400, 400, (8, 64))) == 64
-    assert {float(segments_at(s, 9, (10, 10))) for s in range(9)} == {10}
-    assert float(segments_at(8, 9, (3, 20))) == 20
+    assert float(segments_at(1.2, (8, 64))) == 64
+    assert {float(segments_at(s / 9, (10, 10))) for s in range(9)} == {10}
+    assert float(segments_at(8 / 9, (3, 20))) == 20
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])

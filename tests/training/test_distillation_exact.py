@@ -245,7 +245,7 @@ def test_one_step_of_a_student_samples_a_mixture_where_its_teacher_returns_the_m
             inputs_of(key),
             tables=TABLES,
             config=config,
-            segments=segments_at(step, steps, (8, 64)),
+            segments=segments_at(step / steps, (8, 64)),
         ).loss.mean()
 
     found = fit(params, loss, steps)
