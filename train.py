@@ -84,7 +84,7 @@ def train(config: RunConfig) -> None:
         with Logger(config, first, len(source), sample_grid) as log:
             while step + per_call <= config.steps and not clock.over:
                 factor = clock.factor()
-                state, metrics = train_steps(state, next(batches), Control(key, factor))
+                state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
                 clock.started(metrics)
                 step += per_call
                 rate = 1.0 if factor is None else float(factor)

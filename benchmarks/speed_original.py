@@ -45,7 +45,8 @@ def build(name, size, device):
     from glide_text2im.model_creation import create_model_and_diffusion
 
     options = options_of(name, size, device.type == "cuda")
-    model, diffusion = create_model_and_diffusion(**options)
+    with device:
+        model, diffusion = create_model_and_diffusion(**options)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,11 +72,11 @@ def conditions(model, options, device, captions):
     return {"tokens": torch.tensor(tokens, device=device), "mask": mask}
 
 
-def forward(name, size, batch, device):
+def forward(network, name, batch, device):
     """Return a function that runs a forward pass, with cached text features as in the notebook."""
     import torch
 
-    model, _, options = build(name, size, device)
+    model, _, options = network
     inputs = conditions(model, options, device, [PROMPT] * batch)
     side = options["image_size"]
     x = torch.randn(batch, 3, side, side, device=device)
@@ -85,28 +86,35 @@ def forward(name, size, batch, device):
     return lambda: model(x, t, **inputs)
 
 
-def procedure(size, batch, device):
-    """Return a function that runs the notebook text2im: guided ancestral steps, then upsampling."""
+def with_guidance(model):
+    """Return the function of the notebook text2im that guides a model, for pairs of images."""
     import torch
-
-    base, base_diffusion, base_options = build("base", size, device)
-    large, large_diffusion, large_options = build("upsampler", size, device)
-    captions = [PROMPT] * batch + [""] * batch
-    guided_inputs = conditions(base, base_options, device, captions)
-    large_inputs = conditions(large, large_options, device, [PROMPT] * batch)
 
     def guided(x, t, **inputs):
         half = x[: len(x) // 2]
-        out = base(torch.cat([half, half]), t, **inputs)
+        out = model(torch.cat([half, half]), t, **inputs)
         eps, rest = out[:, :3], out[:, 3:]
         cond, null = eps.chunk(2)
         eps = null + 3.0 * (cond - null)
         return torch.cat([torch.cat([eps, eps]), rest], dim=1)
 
+    return guided
+
+
+def procedure(base_network, large_network, batch, device):
+    """Return a function that runs the notebook text2im: guided ancestral steps, then upsampling."""
+    import torch
+
+    base, base_diffusion, base_options = base_network
+    large, large_diffusion, large_options = large_network
+    captions = [PROMPT] * batch + [""] * batch
+    guided_inputs = conditions(base, base_options, device, captions)
+    large_inputs = conditions(large, large_options, device, [PROMPT] * batch)
+
     def generate():
         side = base_options["image_size"]
         small = base_diffusion.p_sample_loop(
-            guided,
+            with_guidance(base),
             (2 * batch, 3, side, side),
             device=device,
             clip_denoised=True,
@@ -149,9 +157,11 @@ def main():
     size, batch, whole = arguments["size"], arguments["batch"], arguments["kind"] == "procedure"
     with torch.no_grad():
         if whole:
-            call = procedure(size, batch, device)
+            networks = [build(name, size, device) for name in ("base", "upsampler")]
+            call = procedure(*networks, batch, device)
         else:
-            call = forward(arguments["model"], size, batch, device)
+            name = arguments["model"]
+            call = forward(build(name, size, device), name, batch, device)
         queued = QUEUED if on_gpu and not whole else 1
         for _ in range(1 if whole else 2):
             call()

@@ -18,6 +18,7 @@ from glide_jax.pipeline.images import package_version
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage, encode_text
+from glide_jax.training.config import RunConfig
 from glide_jax.training.flops import count_flops, flops_per_image
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
@@ -27,7 +28,7 @@ from glide_jax.weights import abstract_params
 from glide_jax.weights.registry import Model
 from glide_jax.weights.released_files import released_defaults, schedule_of
 
-RECIPE = "configs/text64.py"
+RECIPES = {"base": "configs/text64.py", "upsampler": "configs/upsample256.py"}
 TOY_STEPS = 10
 # Calls in a row before one waits for the device, on accelerators.
 QUEUED = 10
@@ -83,7 +84,7 @@ def measure(
     found = {
         "forward": partial(forward, model=model),
         "procedure": procedure,
-        "training": training,
+        "training": partial(training, model=model),
     }[kind](dtype=dtype, batch=batch, size=size, repeats=repeats)
     flops, device = found.pop("flops", None), jax.devices()[0]
     # Multiplications and additions of a call, divided by its time.
@@ -146,22 +147,10 @@ def procedure(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, A
     return {"compile_s": first - times["ms"] / 1000, **times}
 
 
-def training(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
-    """Measure a training step of `configs/text64.py` on the first device."""
-    config = load_recipe(RECIPE)
-    model = config_of("base", size)
-    config = replace(config, model=model, batch_size=batch, dtype=dtype, accumulate=1)
-    objective = make_objective(config)
-    state = new_state(config, objective, jax.device_put(random_params(model)))
-    rng, side, key = np.random.default_rng(0), model.image_size, jax.random.key(0)
-    rows = Batch(
-        image=jnp.asarray(rng.integers(0, 256, (batch, side, side, 3)), jnp.uint8),
-        tokens=jnp.asarray(rng.integers(0, model.n_vocab, (batch, model.text_ctx)), jnp.int32),
-        mask=jnp.ones((batch, model.text_ctx), bool),
-        row=jnp.arange(batch),
-    )
-    step = make_step(config, objective)
-    compiled, seconds = compiled_in(jax.jit(step, donate_argnums=0).lower(state, rows, key))
+def training(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
+    """Measure a training step of the recipe of base or upsampler on the first device."""
+    config, step, (state, rows, key) = training_step(model, dtype, batch, size)
+    compiled, seconds = compiled_in(step.lower(state, rows, key))
 
     def once() -> Any:
         nonlocal state
@@ -170,6 +159,27 @@ def training(*, dtype: str, batch: int, size: str, repeats: int) -> dict[str, An
 
     times = medians(once, repeats)
     return {"compile_s": seconds, **times, "flops": batch * flops_per_image(config)}
+
+
+def training_step(model: str, dtype: str, batch: int, size: str) -> tuple[RunConfig, Any, Any]:
+    """Return a recipe, its training step as a jitted function, and the arguments of that.
+
+    The arguments are state, batch and key; the state is donated.
+    """
+    config = load_recipe(RECIPES[model])
+    network = config_of(model, size)
+    config = replace(config, model=network, batch_size=batch, dtype=dtype, accumulate=1)
+    objective = make_objective(config)
+    state = new_state(config, objective, jax.device_put(random_params(network)))
+    rng, side = np.random.default_rng(0), network.image_size
+    rows = Batch(
+        image=jnp.asarray(rng.integers(0, 256, (batch, side, side, 3)), jnp.uint8),
+        tokens=jnp.asarray(rng.integers(0, network.n_vocab, (batch, network.text_ctx)), jnp.int32),
+        mask=jnp.ones((batch, network.text_ctx), bool),
+        row=jnp.arange(batch),
+    )
+    step = jax.jit(make_step(config, objective), donate_argnums=0)
+    return config, step, (state, rows, jax.random.key(0))
 
 
 def compiled_in(lowered: Any) -> tuple[Any, float]:

@@ -7,7 +7,7 @@ import numpy as np
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.optimised import optimised_grid
 from glide_jax.diffusion.solvers.table import Solver
-from glide_jax.diffusion.spacings import log_snr_uniform, respaced, rho, trailing, uniform
+from glide_jax.diffusion.spacings import few, log_snr_uniform, respaced, rho, trailing, uniform
 from glide_jax.errors import UsageError, nearest
 
 OPTIMISED = "optimised"
@@ -16,6 +16,7 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "uniform": uniform,
     "rho": rho,
     "trailing": trailing,
+    "few": few,
 }
 """Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
 
@@ -30,7 +31,8 @@ def make_grid(
             "10,10,3,2,2". A number as a string is a number.
         spacing: where the levels of a number of steps lie: "logsnr" (even in the log
             signal-to-noise ratio), "uniform" (even in time, as in OpenAI's code), "rho" (EDM),
-            "trailing", or "optimised" for the solver. A respacing string ignores it.
+            "trailing", "few" (even in time, without the noisiest timesteps: for few steps), or
+            "optimised" for the solver. A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.
 
     Raises:

@@ -96,7 +96,12 @@ def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def uniform(schedule: Schedule, steps: int) -> np.ndarray:
-    """`steps` levels evenly spaced in time, over the whole process, as in OpenAI's code."""
+    """`steps` levels evenly spaced in time, over the whole process, as in OpenAI's code.
+
+    One step starts in noise; the respacing "1" of OpenAI's code is the cleanest timestep.
+    """
+    if steps == 1:
+        return np.array([len(schedule) - 1.0])
     return respaced(schedule, str(steps))
 
 
@@ -114,3 +119,19 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
     length = len(schedule)
     left = np.arange(steps, 0, -1)
     return ((2 * length * left + steps) // (2 * steps) - 1).astype(np.float64)
+
+
+def noisiest_timestep(schedule: Schedule) -> float:
+    """Return the timestep, maybe fractional, of the noisiest level of `end_levels`."""
+    return float(schedule.at_log_snr(end_levels(schedule)[0]))
+
+
+def few(schedule: Schedule, steps: int) -> np.ndarray:
+    """`T k / N - 1` for k = N ... 1, `T - 1` the `noisiest_timestep`.
+
+    Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the
+    image: for few steps.
+    """
+    length = noisiest_timestep(schedule) + 1
+    # With more steps than timesteps the cleanest level would be below 0.
+    return np.maximum(length * np.arange(steps, 0, -1) / steps - 1, 0.0)

@@ -47,6 +47,8 @@ class ModelConfig:
             wider layers at the same cost.
         residual: for upsamplers: whether the network adds its output to the bicubic enlargement of
             the low-resolution image. It then predicts x_0.
+        guidance_input: whether the scale of classifier-free guidance is an input, for models with
+            distilled guidance (2210.03142). No model of OpenAI's has it.
     """
 
     variant: str = "base"
@@ -72,6 +74,7 @@ class ModelConfig:
     low_res_level: bool = False
     patch: int = 1
     residual: bool = False
+    guidance_input: bool = False
 
     def __post_init__(self):
         if self.variant not in VARIANTS:

@@ -22,6 +22,10 @@ from glide_jax.models.layers import (
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.text import TextFeatures, TextTransformer
 
+# Scales of guidance are embedded like timesteps, 250 for each unit: usual scales, 1 to 5, then
+# cover the range of the timesteps. Scale 1, no guidance, is position 0.
+SCALE_POSITION = 250.0
+
 
 class UNet(nn.Module):
     """The network from a noised image to its noise  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
@@ -42,6 +46,7 @@ class UNet(nn.Module):
         text: TextFeatures | None,
         train: bool,
         low_res_level: jax.Array | None = None,
+        guidance: jax.Array | None = None,
     ) -> jax.Array:
         """Return noise and, with learned variance, the variance output.
 
@@ -52,6 +57,7 @@ class UNet(nn.Module):
             train: whether dropout is on.
             low_res_level: `(B,)` timesteps of the noise in the low-resolution image, for configs
                 with `low_res_level`.
+            guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
 
         Returns:
             `(B, H, W, out_channels)` float32.
@@ -67,11 +73,17 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, c.model_channels)
         emb = dense(c.embed_width, jnp.float32, "time_1")(emb)
         emb = dense(c.embed_width, jnp.float32, "time_2")(nn.silu(emb))
-        if low_res_level is not None:
-            level_emb = timestep_embedding(low_res_level, c.model_channels)
-            level_emb = nn.silu(dense(c.embed_width, jnp.float32, "level_1")(level_emb))
+
+        def embed(position: jax.Array, name: str) -> jax.Array:
+            hidden = timestep_embedding(position, c.model_channels)
+            hidden = nn.silu(dense(c.embed_width, jnp.float32, f"{name}_1")(hidden))
             # Zero at first: weights that were trained without it keep their outputs.
-            emb = emb + dense(c.embed_width, jnp.float32, "level_2", zero=True)(level_emb)
+            return dense(c.embed_width, jnp.float32, f"{name}_2", zero=True)(hidden)
+
+        if low_res_level is not None:
+            emb = emb + embed(low_res_level, "level")
+        if guidance is not None:
+            emb = emb + embed(SCALE_POSITION * (guidance - 1), "guidance")
         if text is not None:
             emb = emb + text.pooled
         # Activation checkpointing: the backward pass recomputes all but the input of each block.
@@ -196,6 +208,7 @@ class GLIDE(nn.Module):
         inpaint_image: jax.Array | None = None,
         inpaint_mask: jax.Array | None = None,
         low_res_level: jax.Array | None = None,
+        guidance: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         """Return the noise prediction and the variance output for noised images.
@@ -210,6 +223,8 @@ class GLIDE(nn.Module):
             inpaint_mask: `(B, H, W, 1)`, 1 where the pixel is known.
             low_res_level: `(B,)` timesteps of the noise in `low_res`, for configs with
                 `low_res_level`. None: no noise, t = 0.
+            guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
+                None: no guidance, scale 1.
             train: whether dropout is on (needs a "dropout" rng).
 
         Returns:
@@ -230,6 +245,10 @@ class GLIDE(nn.Module):
             raise ValueError("this network takes no low_res_level")
         if c.low_res_level and low_res_level is None:
             low_res_level = jnp.zeros(x.shape[:1])
+        if guidance is not None and not c.guidance_input:
+            raise ValueError("this network takes no guidance scale")
+        if c.guidance_input and guidance is None:
+            guidance = jnp.ones(x.shape[:1])
         if (text is None) == bool(c.xf_width):
             verb = "needs" if text is None else "takes no"
             raise ValueError(f"this network {verb} text features")
@@ -242,7 +261,8 @@ class GLIDE(nn.Module):
         if low_res is not None:
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
-        output = self.unet(jnp.concatenate(inputs, axis=-1), t, text, train, low_res_level)
+        h = jnp.concatenate(inputs, axis=-1)
+        output = self.unet(h, t, text, train, low_res_level, guidance)
         if c.residual:
             assert low_res is not None
             enlarged = jax.image.resize(low_res, shape, "bicubic", antialias=False)

@@ -101,9 +101,11 @@ class SamplingOptions:
             respacing string of OpenAI's code: ddim50, fast27, 10,10,3,2,2. Network evaluations: N;
             with heun and dpm++2s 2N - 1, with plms N + 7 (N of 5 or more), with prk 4(N - 2).
         sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk,
-            ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa.
+            ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa;
+            consistency, for few-step students.
         spacing: Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code),
-            rho, trailing, or optimised (for the sampler and step count).
+            rho, trailing, few (in time, for few steps), or optimised (for the sampler and step
+            count).
         eta: Added noise of ddim (default 0), dpm++2m-sde and sa (default 1), from 0 to 1.
         temperature: Factor on the starting noise; below 1 gives smoother, less varied images.
         restart: Restart sampling: LOW HIGH REPEATS. From noise level (sigma/alpha) LOW, noise is

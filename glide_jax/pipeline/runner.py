@@ -130,6 +130,13 @@ def run(
 
 def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
     """The settings of some of `count` images."""
+    if np.ndim(settings.guidance_scale):
+        scale = np.asarray(settings.guidance_scale, np.float32)
+        if len(scale) not in (1, count):
+            raise UsageError(
+                f"guidance_scale has {len(scale)} values for {count} images: give one each"
+            )
+        settings = replace(settings, guidance_scale=np.broadcast_to(scale, count)[index])
     if settings.guidance is None:
         return settings
     return replace(settings, guidance=select_images(settings.guidance, index, count))
@@ -149,7 +156,11 @@ class _Batch(NamedTuple):
     def arguments(self, reverse: bool) -> tuple[Any, ...]:
         """The arguments of the sampler, on the devices: networks, conds, plan, x, noise."""
         stage, config = self.stage, self.stage.model.config
-        guidances = self.guidances()
+        settings, scale = self.settings, np.float32(1)
+        if config.guidance_input and settings.is_scale_alone(self.prompts):
+            scale = np.asarray(settings.guidance_scale, np.float32)
+            settings = replace(settings, guidance_scale=1.0)
+        guidances = self.guidances(settings)
         plan = self.settings.plan(stage.schedule, guidances, ddim_reverse if reverse else None)
         if reverse:
             assert self.conditioning.image is not None
@@ -170,6 +181,9 @@ class _Batch(NamedTuple):
                 rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
                 text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)
                 conds[branch.name] = {"text": text} | inputs
+                if model.model.config.guidance_input:
+                    scales = jnp.asarray(np.broadcast_to(scale, len(self.prompts)))
+                    conds[branch.name] |= {"guidance": scales}
 
         placement = Placement(stage.devices)
         plan = replace(
@@ -179,9 +193,8 @@ class _Batch(NamedTuple):
         )
         return networks, placement.split(conds), plan, *placement.split((x, self.keys[:, 1]))
 
-    def guidances(self) -> tuple[Guidance, ...]:
+    def guidances(self, settings: Settings) -> tuple[Guidance, ...]:
         """What acts on the prediction: the score of the CLIP last, after all maps of x_0."""
-        settings = self.settings
         if settings.autoguidance_scale != 1 and self.weak_model is None:
             raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
         guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())

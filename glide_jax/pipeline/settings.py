@@ -63,15 +63,18 @@ class Settings:
             (twice), prk (four times) and plms (four times in the first three steps).
         sampler: the solver. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis,
             lms, ipndm, plms, prk, ddim. With added noise: ddpm (the paper's ancestral sampling,
-            learned variance), ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa.
+            learned variance), ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa;
+            consistency, for few-step students.
         spacing: where the noise levels lie: logsnr (even in log SNR), uniform (even in time, as in
-            OpenAI's code), rho (EDM), trailing, or optimised (for the sampler and step count).
+            OpenAI's code), rho (EDM), trailing, few (even in time, for few steps), or optimised
+            (for the sampler and step count).
         eta: added noise of ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse SDE).
         temperature: factor on the starting noise; below 1 gives smoother, less varied images.
         restart: Restart sampling: LOW, HIGH, REPEATS. From noise level (sigma/alpha) LOW, noise is
             added back up to HIGH, REPEATS times.
-        guidance_scale: classifier-free guidance scale; 1 is off, larger follows the prompt more
-            closely with less variety. From 0 to 1 for the method cfg++.
+        guidance_scale: classifier-free guidance scale, or one per image; 1 is off, larger follows
+            the prompt more closely with less variety. From 0 to 1 for the method cfg++. Models with
+            distilled guidance take it as an input, without an evaluation for the empty prompt.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high scales.
         guidance_interval: low, high: guide only at noise levels sigma/alpha between them.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger takes back more of the
@@ -98,7 +101,7 @@ class Settings:
     eta: float | None = None
     temperature: float = 1.0
     restart: tuple[float, float, int] | None = None
-    guidance_scale: float = 3.0
+    guidance_scale: float | Sequence[float] = 3.0
     guidance_method: str = "cfg"
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
@@ -198,6 +201,20 @@ class Settings:
             return (*linear, dynamic_threshold(self.threshold), *maps)
         return (*linear, *maps, clip_x0())
 
+    def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether `guidance_scale` is all that guides, so that a network can take it as an input.
+
+        Otherwise guidance is computed from branches of the network, each without guidance.
+        """
+        return (
+            self.guidance is None
+            and self.guidance_method == "cfg"
+            and self.guidance_interval is None
+            and not self.guidance_rescale
+            and not self.negative_prompt
+            and len(prompts[0].parts) == 1
+        )
+
     def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         """The guidance that is linear in the branches."""
         found = self._towards_prompts(prompts)
@@ -213,15 +230,20 @@ class Settings:
         scale, method = self.guidance_scale, self.guidance_method
         if method not in METHODS:
             raise UsageError(f"unknown guidance_method {method!r}: choose {', '.join(METHODS)}")
-        if method == "cfg++" and not 0 <= scale <= 1:
-            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {scale:g}")
+        scales = np.atleast_1d(scale)
+        if method == "cfg++" and not ((scales >= 0) & (scales <= 1)).all():
+            wrong = scales[(scales < 0) | (scales > 1)][0]
+            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {wrong:g}")
         columns = list(zip(*(prompt.parts for prompt in prompts), strict=True))
         if len(columns) > 1:
             if method != "cfg":
                 raise UsageError(f"AND and NOT need the guidance_method cfg, not {method}")
-            weights = [scale * np.array([part.weight for part in c], np.float32) for c in columns]
+            weights = [
+                np.asarray(scale) * np.array([part.weight for part in c], np.float32)
+                for c in columns
+            ]
             return [all_of([None, *columns[1:]], weights)]
-        if scale == 1 and method != "cfg++":
+        if (scales == 1).all() and method != "cfg++":
             return []
         return [METHODS[method](scale)]
 
@@ -255,7 +277,7 @@ class SettingsArguments(TypedDict, total=False):
     eta: float | None
     temperature: float | None
     restart: tuple[float, float, int] | None
-    guidance_scale: float | None
+    guidance_scale: float | Sequence[float] | None
     guidance_method: str | None
     guidance_interval: tuple[float, float] | None
     guidance_rescale: float | None
@@ -292,6 +314,7 @@ def lists_settings(method: F) -> F:
 def describe(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, for an image's metadata."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    values["guidance_scale"] = _plain(settings.guidance_scale)
     guidance = values.pop("guidance")
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}

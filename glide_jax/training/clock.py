@@ -35,6 +35,11 @@ class Clock:
         """Whether the time is used up; never without a limit."""
         return 0 < self._limit <= self.seconds
 
+    @property
+    def done(self) -> np.ndarray | None:
+        """The share of the time that is used up; None without a limit."""
+        return np.float32(self.seconds / self._limit) if self._limit else None
+
     def factor(self) -> np.ndarray | None:
         """Return the factor of the learning rate; None without a limit."""
         if not self._limit:

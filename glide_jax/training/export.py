@@ -30,9 +30,9 @@ def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
         if jax.tree_util.keystr(path, simple=True, separator="/").endswith(f"nu/{TABLE}"):
             seen = np.atleast_1d(np.asarray(leaf).any(axis=1))
-    if not config.init_from:
+    if not config.starts_from:
         return seen
-    before = _seen_before(config.init_from, config.model.n_vocab)
+    before = _seen_before(config.starts_from, config.model.n_vocab)
     return before if before is None or seen is None else seen | before
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
+
 from glide_jax.data.batches import Batches, make_batches
 from glide_jax.data.records import Source
 from glide_jax.data.resident import Picks, Resident, ResidentBatches, make_resident, take
@@ -22,6 +24,8 @@ MOST_STEPS = 20
 
 def steps_per_call(config: RunConfig) -> int:
     """Return the steps of one call, so that checkpoints, samples and the end fall between calls."""
+    if jax.default_backend() == "cpu":
+        return 1  # XLA runs the operations of a loop on one core
     events = [config.steps, config.save_every, config.keep_every]
     events += [config.sample_every, config.validate_every]
     if config.optimiser.ema_power:

@@ -1,4 +1,4 @@
-"""The first state of a run: random weights, or the weights of `init_from`."""
+"""The first state of a run: random weights or given ones, and the teacher's."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from glide_jax.devices.parallel import Parallel, fast_compile_options
-from glide_jax.errors import GlideError
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.objectives import Objective
@@ -19,27 +19,60 @@ from glide_jax.weights.store import flatten, unflatten
 STEM = "unet/down_0/kernel"
 # Layers that a network may have in addition to the weights it starts from; they start without
 # effect.
-ADDED = ("unet/level_1/", "unet/level_2/")
+ADDED = tuple(f"unet/{name}_{i}/" for name in ("level", "guidance") for i in (1, 2))
 
 
 def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
-    """Return the state before the first step, on all devices: random, or from `init_from`.
+    """Return the state before the first step, on all devices: random, or from given weights.
 
     Raises:
         UsageError: there are no such weights.
         GlideError: the weights cannot be read, or are of another model.
     """
     key = jax.random.key(config.seed)
-    if not config.init_from:
+    teacher = teacher_params(config, objective)
+    if not config.starts_from:
         return parallel.initialise(
             lambda key: new_state(config, objective, objective.init(key)), key
         )
     params = params_from(config, objective, key)
-    return parallel.initialise(partial(new_state, config, objective), params)
+    return parallel.initialise(partial(new_state, config, objective), params, teacher)
+
+
+def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
+    """Return the parameters of the teacher, float32; {} for a run that has none.
+
+    Raises:
+        UsageError: there are no such weights, or none were named where guidance is distilled.
+        GlideError: the weights cannot be read, or are not those of a teacher of this student.
+    """
+    if not isinstance(config, TrainConfig) or not objective.distils:
+        return {}
+    name = config.distillation.teacher
+    if not name:
+        if config.model.guidance_input or config.distillation.guidance != (1, 1):
+            raise UsageError("guidance is distilled from a teacher: set distillation.teacher")
+        return {}
+    model = open_model(name)
+    for what in ("schedule", "diffusion_steps", "prediction"):
+        if (have := getattr(model, what)) != (wanted := getattr(config, what)):
+            raise GlideError(f"{name} cannot be the teacher: its {what} is {have}, not {wanted}")
+    found = flatten(model.params)
+    wanted = jax.eval_shape(objective.init_teacher, jax.random.key(0))
+    if wrong := differences(found, wanted):
+        raise GlideError(f"{name} cannot be the teacher: {_other(wrong)}")
+    return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})
+
+
+def _other(wrong: list[str]) -> str:
+    return (
+        f"{len(wrong)} parameters are missing, unexpected or of another shape "
+        f"({', '.join(wrong[:3])})"
+    )
 
 
 def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict[str, Any]:
-    """Return the parameters of `config.init_from`: nested dictionaries of float32 arrays.
+    """Return the parameters of `config.starts_from`: nested dictionaries of float32 arrays.
 
     An inpainting model may start from a model without mask: its new input channels start at zero
     (GLIDE, sec. 4.3). The image size may differ: the network is convolutional.
@@ -50,10 +83,10 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict
     """
     wanted = flatten(jax.eval_shape(objective.init, key))
     if isinstance(config, CLIPTrainConfig):
-        found = flatten(open_clip(config.init_from).params)
+        found = flatten(open_clip(config.starts_from).params)
     else:
         assert isinstance(config, TrainConfig)
-        model = open_model(config.init_from)
+        model = open_model(config.starts_from)
         found = flatten(model.params)
         if STEM in found:
             found[STEM] = extend_stem(found[STEM], model.config, config.model)
@@ -61,10 +94,7 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict
             random = flatten(jax.jit(objective.init, compiler_options=fast_compile_options())(key))
             found |= {path: random[path] for path in added}
     if wrong := differences(found, unflatten(wanted)):
-        raise GlideError(
-            f"{config.init_from} cannot start this model: {len(wrong)} parameters are missing, "
-            f"unexpected or of another shape ({', '.join(wrong[:3])})"
-        )
+        raise GlideError(f"{config.starts_from} cannot start this model: {_other(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})
 
 

@@ -23,7 +23,9 @@ from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
+from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
+from glide_jax.training.inputs import Inputs
 from glide_jax.training.levels import Levels, make_levels
 from glide_jax.training.masks import random_mask
 
@@ -76,11 +78,19 @@ class Objective:
         init: `key -> params`, random.
         loss: `(params, batch, key, *, dropout_key, axis) -> (loss, metrics)`, the mean over the
             batch; `axis` is the name of the mapped axis over which the batch is split, if any.
+        distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
+        init_teacher: `key -> params`, random, of the teacher; {} without one.
     """
 
     model: GLIDE | NoisedCLIP
     init: Callable[[jax.Array], Params]
     loss: Callable[..., tuple[jax.Array, Metrics]]
+    distils: bool = False
+    init_teacher: Callable[[jax.Array], Params] = lambda key: {}
+
+    def of_run(self, teacher: Params, step: jax.Array | int, done: Any = None) -> dict[str, Any]:
+        """Return the arguments of the loss that say where a run stands, and its teacher."""
+        return {"teacher": teacher, "step": step, "done": done} if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -88,6 +98,7 @@ def make_objective(config: RunConfig) -> Objective:
     dtype = trunk_dtype(config.dtype)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
+    distils, init_teacher = False, Objective.init_teacher
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         highest = max(round(config.noise * config.diffusion_steps), 1)
@@ -96,12 +107,18 @@ def make_objective(config: RunConfig) -> Objective:
     else:
         assert isinstance(config, TrainConfig)
         model = GLIDE(config.model, dtype, config.remat)
-        levels = make_levels(config)
-        loss = partial(denoising_loss, model=model, tables=tables, levels=levels, config=config)
+        distils = config.objective == "consistency"
+        if distils and config.distillation.teacher:
+            init_teacher = partial(unet.init_params, teacher_model(model))
+        options = {"model": model, "tables": tables, "config": config}
+        if distils:
+            loss = partial(distillation_loss, **options)
+        else:
+            loss = partial(denoising_loss, levels=make_levels(config), **options)
         init = partial(unet.init_params, model)
     if frozen := config.optimiser.freeze:
         loss = partial(_without_gradient, loss, frozen)
-    return Objective(model, init, loss)
+    return Objective(model, init, loss, distils, init_teacher)
 
 
 def _without_gradient(
@@ -197,15 +214,77 @@ def denoising_loss(
     The mask of an empty caption is False throughout. The conditioning of an upsampler is the image
     averaged over blocks; that of an inpainting model is the image with random regions masked.
     """
-    noise = sample_noise(key, batch, levels or len(tables.alpha))
+    inputs = prepare(batch, key, levels or len(tables.alpha), tables, config)
+    network = network_of(model, params)
+    text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    train = dropout_key is not None and config.model.dropout > 0
+    rngs = {"dropout": dropout_key} if train else None
+    output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, train=train, rngs=rngs)
+    terms = hybrid_loss(
+        tables,
+        inputs.x_0,
+        inputs.x_t,
+        inputs.t,
+        inputs.eps,
+        output,
+        prediction=config.prediction,
+        weighting=config.weighting,
+        gamma=config.snr_gamma,
+        huber=config.huber,
+    )
+    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
+    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
+
+
+def distillation_loss(
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: GLIDE,
+    tables: LossTables,
+    config: TrainConfig,
+    teacher: Params,
+    step: jax.Array | int,
+    done: jax.Array | np.ndarray | None = None,
+    dropout_key: jax.Array | None = None,
+    axis: str | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Return the mean consistency loss of a batch (`glide_jax.training.distillation`).
+
+    Args:
+        teacher: its weights; {}: none, the images take its place.
+        step: of the run.
+        done: share of the time limit that is used up, if there is one. The number of segments
+            depends on it or on the share of the steps, whichever is larger.
+    """
+    inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
+    terms, segments = consistency_terms(
+        params,
+        inputs,
+        model=model,
+        tables=tables,
+        config=config,
+        teacher=teacher,
+        # Whichever limit comes first.
+        done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
+        dropout_key=dropout_key,
+    )
+    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}
+    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
+
+
+def prepare(
+    batch: Batch, key: jax.Array, levels: Levels | int, tables: LossTables, config: TrainConfig
+) -> Inputs:
+    """Return a batch noised at sampled timesteps, with its conditioning."""
+    noise = sample_noise(key, batch, levels)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = to_range(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
     u = jax.vmap(jax.random.uniform)(keys[:, 0])
     mask = batch.mask & (u >= config.caption_dropout)[:, None]
-    network = network_of(model, params)
-    text = network(batch.tokens, mask, method=GLIDE.encode_text)
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
         low_res = conditioning["low_res"] = to_range(shrink(batch.image))
@@ -216,24 +295,9 @@ def denoising_loss(
         size = batch.image.shape[1]
         known = jax.vmap(partial(random_mask, size=size, share_all=config.mask_all))(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
-
-    train = dropout_key is not None and config.model.dropout > 0
-    rngs = {"dropout": dropout_key} if train else None
-    output = network(x_t, noise.t, text, **conditioning, train=train, rngs=rngs)
-    terms = hybrid_loss(
-        tables,
-        x_0,
-        x_t,
-        noise.t,
-        noise.eps,
-        output,
-        prediction=config.prediction,
-        weighting=config.weighting,
-        gamma=config.snr_gamma,
-        huber=config.huber,
-    )
-    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
-    return metrics["loss"], metrics | by_quartile(terms.loss, noise.t, len(tables.alpha))
+    # A key of its own: the three above are those of denoising.
+    key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
+    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, mask, conditioning, key)
 
 
 def noise_low_res(

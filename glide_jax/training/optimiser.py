@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from glide_jax.training.config import OptimiserConfig
 from glide_jax.training.freezing import frozen_labels
+from glide_jax.training.optimiser_config import OptimiserConfig
 
 # Kernels outside of Muon: the first and the last layer of a network, as its authors advise.
 _ENDS = ("unet/down_0", "unet/head")

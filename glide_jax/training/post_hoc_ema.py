@@ -16,8 +16,9 @@ import numpy as np
 
 from glide_jax.devices.processes import on_first
 from glide_jax.errors import UsageError
-from glide_jax.training.config import RunConfig, check_width, read_config
+from glide_jax.training.config import RunConfig, read_config
 from glide_jax.training.export import description
+from glide_jax.training.optimiser_config import check_width
 from glide_jax.training.step import power_exponent
 from glide_jax.weights.store import CONFIG, flatten, load_weights, save_weights
 

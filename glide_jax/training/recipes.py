@@ -74,7 +74,7 @@ def toy(config: RunConfig) -> RunConfig:
 
     Two CPU cores overfit it to sixteen images in a minute or two. Objective, weighting, EMA, frozen
     parts and parallelism stay those of the recipe. The weights that the recipe starts from do not
-    fit: `init_from` is empty.
+    fit: `init_from` and the teacher are empty.
     """
     late = bool(config.optimiser.freeze)  # with a frozen text transformer captions take longer
     own: Mapping[str, Any]
@@ -88,6 +88,7 @@ def toy(config: RunConfig) -> RunConfig:
             "steps": 300 if late or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
+            "distillation": replace(config.distillation, teacher=""),
         }
     return replace(
         config,
@@ -101,6 +102,7 @@ def toy(config: RunConfig) -> RunConfig:
             ema=0.95,
             ema_every=15,
         ),
+        minutes=0.0,
         accumulate=min(config.accumulate, 2),
         remat=False,
         init_from="",

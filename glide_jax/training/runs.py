@@ -116,6 +116,10 @@ def run_defaults(config: TrainConfig) -> dict[str, Any]:
         found["clip_scale"] = config.sample_clip_scale
     if config.sample_strength is not None:
         found["strength"] = config.sample_strength
+    if config.sample_sampler:
+        found["sampler"] = config.sample_sampler
+    if config.sample_spacing:
+        found["spacing"] = config.sample_spacing
     return found
 
 

@@ -1,21 +1,30 @@
 """The state that a training run carries from step to step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from glide_jax.training.config import OptimiserConfig, RunConfig
+from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Objective, Params
 from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser_config import OptimiserConfig
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "ema", "power_emas", "opt_state", "loss_mean", "loss_scale"],
+    data_fields=[
+        "step",
+        "params",
+        "ema",
+        "power_emas",
+        "opt_state",
+        "loss_mean",
+        "loss_scale",
+        "teacher",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True, eq=False)
@@ -30,6 +39,7 @@ class TrainState:
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
         loss_scale: power of two by which a float16 loss is multiplied; 0 for other dtypes.
+        teacher: frozen parameters that are distilled; {} for other objectives.
     """
 
     step: jax.Array
@@ -39,6 +49,7 @@ class TrainState:
     opt_state: optax.OptState
     loss_mean: jax.Array
     loss_scale: jax.Array
+    teacher: Params = field(default_factory=dict)
 
 
 # The first scale of ADM's code: without one, gradients of float16 activations would underflow.
@@ -51,6 +62,7 @@ def init_state(
     config: OptimiserConfig,
     *,
     float16: bool = False,
+    teacher: Params | None = None,
 ) -> TrainState:
     """Return the state before the first step; every EMA starts as a copy of `params`."""
     return TrainState(
@@ -61,18 +73,22 @@ def init_state(
         opt_state=optimiser.init(params),
         loss_mean=jnp.zeros(()),
         loss_scale=jnp.float32(FIRST_LOSS_SCALE if float16 else 0.0),
+        teacher=teacher or {},
     )
 
 
-def new_state(config: RunConfig, objective: Objective, params: Any) -> TrainState:
+def new_state(
+    config: RunConfig, objective: Objective, params: Params, teacher: Params | None = None
+) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
     float16 = objective.model.dtype == jnp.float16
-    return init_state(params, optimiser, config.optimiser, float16=float16)
+    return init_state(params, optimiser, config.optimiser, float16=float16, teacher=teacher)
 
 
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:
     """Return the shapes and dtypes of a recipe's state, without memory."""
     return jax.eval_shape(
-        lambda key: new_state(config, objective, objective.init(key)), jax.random.key(0)
+        lambda key: new_state(config, objective, objective.init(key), objective.init_teacher(key)),
+        jax.random.key(0),
     )

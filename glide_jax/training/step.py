@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glide_jax.training.config import OptimiserConfig, RunConfig
+from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.state import TrainState
 
 # Decay rate of the running mean of the loss, and the steps before spikes are measured by it.
@@ -28,6 +29,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         train_step,
         loss=objective.loss,
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
+        of_run=objective.of_run,
         config=config.optimiser,
         accumulate=config.accumulate,
         spike=config.spike,
@@ -40,10 +42,12 @@ class Control(NamedTuple):
     Attributes:
         key: of the run.
         rate: factor of the learning rate; None: 1.
+        done: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
     rate: jax.Array | np.ndarray | None = None
+    done: jax.Array | np.ndarray | None = None
 
 
 def scan_steps(
@@ -68,12 +72,15 @@ def scan_steps(
         axis: as in `train_step`.
 
     Returns:
-        The new state, and the metrics of each step.
+        The new state, and the metrics: of each step, or of the single one.
     """
 
     def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-        return step(state, read(data, item), control.key, rate=control.rate, axis=axis)
+        batch = read(data, item)
+        return step(state, batch, control.key, rate=control.rate, done=control.done, axis=axis)
 
+    if jax.tree.leaves(items)[0].shape[0] == 1:
+        return one(state, jax.tree.map(lambda x: x[0], items))
     return jax.lax.scan(one, state, items)
 
 
@@ -85,9 +92,11 @@ def train_step(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
+    of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
     rate: jax.Array | np.ndarray | None = None,
+    done: jax.Array | np.ndarray | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
@@ -103,9 +112,11 @@ def train_step(
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.state.make_optimiser`.
         config: rates and widths of the EMAs.
+        of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
         rate: factor of this step's learning rate; None: 1.
+        done: see `Control`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -117,14 +128,20 @@ def train_step(
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
     scale = 2.0**state.loss_scale
 
-    def gradient(params: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(weights: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+        params, teacher = weights
+        more = of_run(teacher, state.step, done)
+
         def scaled(params: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(params, rows, record_key, dropout_key=dropout_key, axis=axis)
+            value, metrics = loss(
+                params, rows, record_key, dropout_key=dropout_key, axis=axis, **more
+            )
             return value * scale, metrics
 
         return jax.grad(scaled, has_aux=True)(params)
 
-    grads, metrics = _accumulate(gradient, state.params, batch, dropout_key, accumulate)
+    weights = (state.params, state.teacher)
+    grads, metrics = _accumulate(gradient, weights, batch, dropout_key, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = jax.tree.map(lambda g: g / scale, grads)
@@ -142,25 +159,25 @@ def train_step(
 
 def _accumulate(
     gradient: Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]],
-    params: Params,
+    weights: Params,
     batch: Batch,
     dropout_key: jax.Array,
     count: int,
 ) -> tuple[Params, Metrics]:
     """Return the mean gradient and metrics over `count` microbatches, one after the other."""
     if count == 1:
-        return gradient(params, batch, dropout_key)
+        return gradient(weights, batch, dropout_key)
     # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(dropout_key, count)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), keys[0]),
+        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split), keys[0]),
     )
 
     def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         # Otherwise sharded parameters are gathered before the loop and stay whole during it.
-        held, microbatch = jax.lax.optimization_barrier((params, microbatch))
+        held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
         return jax.tree.map(jnp.add, total, gradient(held, *microbatch)), None
 
     total, _ = jax.lax.scan(add, zeros, (split, keys))
@@ -194,6 +211,7 @@ def _update(
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
         loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
+        teacher=state.teacher,
     )
 
 

@@ -143,6 +143,7 @@ def save_torch(model: Model, path: Path) -> None:
     for wrong, what in (
         (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
         (model.config.low_res_level, "takes the noise level of the low-resolution image"),
+        (model.config.guidance_input, "takes the scale of guidance"),
     ):
         if wrong:
             raise GlideError(f"the original code cannot use {model.name}: it {what}")

@@ -39,9 +39,12 @@ _TEXT = {
 _SINGLE = {
     "unet/time_1": "time_embed.0",
     "unet/time_2": "time_embed.2",
-    # These two names are ours: no model of OpenAI's takes the noise level of its low-res image.
+    # These four names are ours: no model of OpenAI's takes the noise level of its low-res image, or
+    # the scale of guidance.
     "unet/level_1": "low_res_level.0",
     "unet/level_2": "low_res_level.2",
+    "unet/guidance_1": "guidance.0",
+    "unet/guidance_2": "guidance.2",
     "unet/down_0": "input_blocks.0.0",
     "unet/head_norm/norm": "out.0",
     "unet/head": "out.2",

@@ -70,6 +70,26 @@ def test_trailing_grid():
     np.testing.assert_array_equal(trailing(SCHEDULE, 1000), np.arange(1000)[::-1])
 
 
+@each_schedule
+@pytest.mark.parametrize("spacing", [*SPACINGS, "optimised"])
+def test_a_single_step_starts_in_noise(name, spacing):
+    schedule = make_schedule(name)
+    (level,) = make_grid(schedule, 1, spacing)
+    assert schedule.log_snr(level) < (-2 if spacing == "optimised" else -5)
+
+
+@each_schedule
+def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
+    schedule = make_schedule(name)
+    for steps in (1, 2, 4, 8):
+        grid = make_grid(schedule, steps, "few")
+        np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
+        assert schedule.log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
+    # The linear schedule is usable to its last timestep.
+    if name == "linear":
+        np.testing.assert_array_equal(make_grid(schedule, 4, "few"), trailing(schedule, 4))
+
+
 @each_spacing
 @pytest.mark.parametrize(
     ("steps", "message"), [(0, "at least one step"), (-1, "at least one step"), (41, "41 of 40")]

@@ -84,6 +84,17 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
         np.testing.assert_allclose(found, getattr(wanted, field)[1:], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_consistency_table(steps):
+    """`x' = alpha' x_0 + sigma' z`: no memory of x, and no noise in the last row."""
+    table = table_of(SOLVERS["consistency"], make_grid(SCHEDULE, steps, "few"))
+    assert len(table.t) == steps
+    assert not any(c.any() for c in (table.Qx, table.Qy, table.Py, table.Px, table.s_learned))
+    np.testing.assert_array_equal(table.E[:, 0], np.append(table.alpha[1:], 1))
+    np.testing.assert_array_equal(table.s, np.append(table.sigma[1:], 0))
+    assert not table.E[:, 1:].any()
+
+
 def test_samplers_share_a_compiled_program():
     """All tables have the same columns: one program serves all with the same number of rows."""
     x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)

@@ -12,9 +12,9 @@ from glide_jax.errors import GlideError
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
-from glide_jax.weights.store import flatten
+from glide_jax.weights.store import flatten, unflatten
 from tests.support import golden
-from tests.support.commands import first_weights, quick_key
+from tests.support.commands import TINY, first_weights, quick_key
 from tests.support.golden import assert_close, encode, error, forward, load, nhwc
 
 # Several times the largest measured error.
@@ -167,6 +167,32 @@ def test_a_new_network_predicts_zero():
     assert not forward("base", reference["x"], reference["t"], text, params=params).any()
 
 
+def test_a_new_guidance_input_changes_no_bit_and_a_trained_one_does():
+    plain, scaled = (replace(golden.config("base"), guidance_input=g) for g in (False, True))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    t, text = jnp.array([10.0, 900.0]), text_of("base", slice(2))
+    params = golden.weights("base")
+
+    def run(config, params, **inputs):
+        return GLIDE(config).apply({"params": params}, x, t, text, **inputs)
+
+    extended = flatten(first_weights(init_params, GLIDE(scaled))) | flatten(params)
+    before = run(plain, params)
+    for scale in (None, jnp.array([1.0, 4.0])):
+        found = run(scaled, unflatten(extended), guidance=scale)
+        np.testing.assert_array_equal(found, before)
+    extended["unet/guidance_2/kernel"] = 0.1 + extended["unet/guidance_2/kernel"]
+    trained = [
+        run(scaled, unflatten(extended), guidance=scale)
+        for scale in (None, jnp.ones(2), jnp.array([1.0, 4.0]))
+    ]
+    np.testing.assert_array_equal(trained[0], trained[1])
+    np.testing.assert_allclose(trained[0][0], trained[2][0], atol=1e-5)
+    assert np.abs(trained[0][1] - trained[2][1]).max() > 1e-3
+    with pytest.raises(ValueError, match="takes no guidance scale"):
+        run(plain, params, guidance=jnp.ones(2))
+
+
 def test_dropout_acts_only_in_training():
     reference = load("unet_base")
     text = text_of("base")
@@ -289,3 +315,35 @@ def test_weights_of_another_variant():
     bigger = replace(golden.config("base"), xf_layers=3)
     with pytest.raises(GlideError, match=r"12 missing \(transformer\.resblocks\.2\.attn"):
         from_released(bigger, golden.state_dict("base"))
+
+
+# --- patches and residuals
+
+
+def test_a_residual_upsampler_begins_as_the_bicubic_enlargement():
+    config = replace(
+        TINY, variant="superres", image_size=16, patch=4, residual=True, out_channels=3
+    )
+    model = GLIDE(config)
+    params = init_params(model, jax.random.key(0))
+    small = jax.random.uniform(jax.random.key(1), (2, 4, 4, 3)) * 2 - 1
+    text = model.apply(
+        {"params": params}, jnp.zeros((2, 8), int), jnp.ones((2, 8), bool), method=GLIDE.encode_text
+    )
+    x = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+    out = model.apply({"params": params}, x, jnp.array([3, 900]), text, low_res=small)
+    np.testing.assert_allclose(
+        out, jax.image.resize(small, (2, 16, 16, 3), "bicubic", antialias=False), atol=1e-6
+    )
+
+
+def test_sizes_and_options_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="patch divides the image size 16, not 3"):
+        replace(TINY, patch=3)
+    with pytest.raises(ValueError, match="residual is for upsamplers"):
+        replace(TINY, residual=True)
+    config = replace(TINY, patch=2, channel_mult=(1, 2))
+    assert config.size_multiple == 4
+    shapes = abstract_params(config)
+    assert shapes["unet/down_0/kernel"].shape[2:] == (12, 32)
+    assert shapes["unet/head/kernel"].shape[-1] == 24

@@ -128,12 +128,17 @@ def test_the_error_for_other_arrays_names_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"prediction": "v"}, "it predicts v"), ({"level": True}, "takes the noise level")],
+    [
+        ({"prediction": "v"}, "it predicts v"),
+        ({"low_res_level": True}, "takes the noise level"),
+        ({"guidance_input": True}, "takes the scale of guidance"),
+    ],
 )
 def test_a_model_that_the_original_code_cannot_use_is_not_written_for_it(changes, reason, tmp_path):
     config = golden.config("superres")
     params = from_released(config, golden.state_dict("superres"))
-    config = replace(config, low_res_level=changes.pop("level", False))
+    inputs = ("low_res_level", "guidance_input")
+    config = replace(config, **{name: changes.pop(name, False) for name in inputs})
     with pytest.raises(GlideError, match=f"cannot use mine: .*{reason}") as caught:
         save_torch(Model("mine", config, params, **changes), tmp_path / "mine.pt")
     one_line(caught)

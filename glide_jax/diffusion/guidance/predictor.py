@@ -19,6 +19,8 @@ from glide_jax.errors import UsageError
 class Point(NamedTuple):
     """The position of one sampling step; scalars are float32 and traced.
 
+    In training every image has its own: t is `(B,)`, alpha and sigma are `(B, 1, 1, 1)`.
+
     Attributes:
         t: timestep of the diffusion process the model was trained on; it may be fractional.
         alpha, sigma: `x_t = alpha x_0 + sigma eps`.
@@ -153,7 +155,7 @@ def noise_predictor(
             mine = [b.name for b in branches if b.network == name]
             output = networks[name](
                 interleave([x] * len(mine)),
-                jnp.full((batch * len(mine),), point.t),
+                jnp.repeat(jnp.broadcast_to(point.t, (batch,)), len(mine)),
                 interleave([conds[branch] for branch in mine]),
             )
             output = output.reshape(batch, len(mine), *output.shape[1:])

@@ -8,7 +8,7 @@ wraps any of them; `optimised` finds grids for them.
 
 from functools import partial
 
-from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse, ddpm
+from glide_jax.diffusion.solvers.ancestral import consistency, ddim, ddim_reverse, ddpm
 from glide_jax.diffusion.solvers.jumps import repaint, restart
 from glide_jax.diffusion.solvers.multistep import (
     dpm_solver_2m,
@@ -39,6 +39,7 @@ SOLVERS: dict[str, Solver] = {
     "ddpm": ddpm,
     "ddpm-small": partial(ddpm, variance="small"),
     "ddpm-large": partial(ddpm, variance="large"),
+    "consistency": consistency,
 }
 """The samplers by name, as `--sampler` takes them: each is a `Solver`."""
 

@@ -1,4 +1,4 @@
-"""Ancestral sampling (DDPM) and DDIM, forwards and backwards.
+"""Ancestral sampling (DDPM), DDIM forwards and backwards, and consistency sampling.
 
 `x_0` is the guided prediction; `eps` follows from it, `(x_t - alpha x_0) / sigma`.
 """
@@ -75,6 +75,16 @@ def ddim(
     direction = np.sqrt(np.maximum(sigma[1:] ** 2 - s**2, 0.0))
     towards = direction / table.sigma
     return table._replace(Qx=towards, E=on_history(alpha[1:] - towards * table.alpha), s=s)
+
+
+def consistency(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+    """Multistep consistency sampling: `x' = alpha' x_0 + sigma' z`  (2303.01469, algorithm 1).
+
+    For few-step students, whose x_0 is a sample rather than a mean. Each step noises it again with
+    fresh noise; the last one returns it.
+    """
+    table = one_row_per_step(schedule, grid)
+    return table._replace(E=on_history(table.next_alpha), s=table.next_sigma)
 
 
 def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:

@@ -1,0 +1,310 @@
+"""Consistency distillation: a student whose clean image is the same along a path of its teacher.
+
+Each record has a timestep t and an earlier one r < t. The teacher takes x_t to x_r by one step of
+DDIM, with classifier-free guidance; the student's clean image at (x_t, t) learns to equal its own
+at (x_r, r), without gradient. Where r is the clean image, the target is x_r itself
+(2303.01469, algorithm 2; guidance inside: 2210.03142). Timestep -1 stands for the clean image.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.diffusion.guidance import (
+    CONDITIONAL,
+    NULL,
+    Network,
+    Point,
+    Predict,
+    apply,
+    branches_of,
+    classifier_free,
+    clip_x0,
+    noise_predictor,
+)
+from glide_jax.diffusion.losses import LossTables, mean_flat
+from glide_jax.diffusion.schedule import to_eps
+from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
+from glide_jax.models.unet import GLIDE
+from glide_jax.training.config import TrainConfig
+from glide_jax.training.distillation_config import DistillationConfig
+from glide_jax.training.inputs import Inputs
+
+LEAST_SIGMA = 0.05
+# `(x, point) -> x_0`.
+Denoise = Callable[[jax.Array, Point], jax.Array]
+
+
+class Terms(NamedTuple):
+    """The loss of each image and the mean square by which it misses its target, `(B,)` float32."""
+
+    loss: jax.Array
+    mse: jax.Array
+
+
+# --- noise levels
+
+
+def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
+    """Return the number of timesteps, from the cleanest, that are distilled.
+
+    They end where the spacings of the sampler do: beyond, nothing is left of the image, and an
+    error of eps is an error of x_0 more than 164 times as large.
+    """
+    log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
+    usable = int((log_snr >= NOISIEST_LOG_SNR).sum())
+    return max(round(config.distillation.share * usable), 1)
+
+
+def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
+    """Return the number of segments: it doubles at equal intervals  (2310.14189, sec. 3.4).
+
+    Args:
+        done: share of the training that is done.
+        segments: at the beginning and at the end.
+    """
+    first, last = segments
+    stages = math.ceil(math.log2(last / first)) + 1
+    # A share such as 2 / 6 is rounded down as often as up.
+    stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
+    return jnp.minimum(first * 2.0**stage, last)
+
+
+def earlier(
+    t: jax.Array, gap: jax.Array | int, length: int, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the earlier timestep of each record, and the end of its part; -1: the clean image.
+
+    Args:
+        t: `(B,)` timesteps below `length`.
+        gap: timesteps from t to the earlier one, if the part does not end before.
+        length: number of timesteps that are distilled.
+        parts: number of parts of equal length.
+    """
+    end = (t * parts // length) * length // parts - 1
+    return jnp.maximum(t - gap, end), end
+
+
+def point_at(tables: LossTables, t: jax.Array, r: jax.Array) -> Point:
+    """Return where records stand, at timesteps t, on their way to r; both `(B,)`."""
+
+    def level(table: np.ndarray, clean: float, i: jax.Array) -> jax.Array:
+        return jnp.append(clean, jnp.asarray(table))[i + 1][:, None, None, None]
+
+    return Point(
+        # A network is never asked about the clean image, but its input is well defined.
+        t=jnp.maximum(t, 0),
+        alpha=level(tables.alpha, 1.0, t),
+        sigma=level(tables.sigma, 0.0, t),
+        next_alpha=level(tables.alpha, 1.0, r),
+        next_sigma=level(tables.sigma, 0.0, r),
+        memory={},
+    )
+
+
+# --- teacher and student
+
+
+def teacher_of(
+    network: Callable[..., Any],
+    prediction: str,
+    tokens: jax.Array | np.ndarray,
+    mask: jax.Array | np.ndarray,
+    conditioning: dict[str, jax.Array],
+    scale: jax.Array | None,
+    clip: bool,
+) -> Predict:
+    """Return the teacher's prediction, with classifier-free guidance in one batched pass.
+
+    Args:
+        network: the teacher as a function of its inputs.
+        scale: `(B,)` guidance scales; None: no guidance, and no second branch.
+    """
+    branches = {CONDITIONAL.name: mask} | ({} if scale is None else {NULL.name: mask & False})
+    conds = {
+        name: {"text": network(tokens, shown, method=GLIDE.encode_text)} | conditioning
+        for name, shown in branches.items()
+    }
+    guidances = [] if scale is None else [classifier_free(scale)]
+    if clip:
+        guidances.append(clip_x0())
+    main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction)
+    predict = noise_predictor({CONDITIONAL.network: main}, conds, branches_of(guidances))
+    return apply(predict, guidances)
+
+
+def student_of(
+    network: Callable[..., Any], prediction: str, inputs: dict[str, Any], clip: bool = False
+) -> Denoise:
+    """Return the student's clean image as a function of a noised image and its noise level."""
+
+    def denoise(x: jax.Array, point: Point) -> jax.Array:
+        output = network(x, point.t, **inputs)[..., : x.shape[-1]]
+        x_0 = point.to_x_0(to_eps(prediction, output, x, point.alpha, point.sigma), x)
+        return jnp.clip(x_0, -1, 1) if clip else x_0
+
+    return denoise
+
+
+# --- target and loss
+
+
+def ddim_step(x: jax.Array, x_0: jax.Array, point: Point) -> jax.Array:
+    """`x_r = alpha_r x_0 + sigma_r eps`  (2010.02502, eq. 12)."""
+    eps = (x - point.alpha * x_0) / point.sigma
+    return point.next_alpha * x_0 + point.next_sigma * eps
+
+
+def consistency_target(
+    tables: LossTables,
+    student: Denoise,
+    x_t: jax.Array,
+    x_r: jax.Array,
+    t: jax.Array,
+    r: jax.Array,
+    end: jax.Array,
+) -> jax.Array:
+    """Return the clean image that x_t should have, by the student's at x_r  (2403.06807, alg. 1).
+
+    From it, one step of DDIM leads from x_t to where the student leads from x_r: the end of the
+    part. With one part the end is the clean image, and the target is the student's x_0 itself.
+
+    Args:
+        student: without gradient.
+        t, r, end: `(B,)` timesteps, see `earlier`.
+    """
+    here, there = point_at(tables, t, end), point_at(tables, r, end)
+    arrived = (r == end)[:, None, None, None]
+    # A finite stand-in where it has arrived: sigma is 0 at the clean image.
+    there = there._replace(sigma=jnp.where(arrived, 1.0, there.sigma))
+    x_end = jnp.where(arrived, x_r, ddim_step(x_r, student(x_r, there), there))
+    ratio = here.next_sigma / here.sigma
+    return (x_end - ratio * x_t) / (here.next_alpha - ratio * here.alpha)
+
+
+def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: float) -> Terms:
+    """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
+
+    The gap in time is the same everywhere, and so is the weight of an error of v: that of the
+    teacher's own training with v-prediction. In units of x_0 it falls with the noise, as the
+    weights of consistency training do (there `1 / gap` in units of noise).
+
+    Args:
+        sigma: `(B, 1, 1, 1)`; below `LEAST_SIGMA` the weight grows no further, since a network that
+            predicts x_0 or eps has errors there that do not fall with the noise.
+        huber: the constant, over the square root of the number of pixels.
+    """
+    mse = mean_flat((x_0 - target) ** 2)
+    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], LEAST_SIGMA) ** 2
+    return Terms(jnp.sqrt(of_v + huber**2) - huber, mse)
+
+
+def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
+    """Sample a guidance scale: 1 for the share `unguided`, otherwise uniform in the range."""
+    low, high = config.guidance
+    if low == high:
+        return jnp.float32(low)
+    which, where = jax.random.uniform(key, (2,))
+    return jnp.where(which < config.unguided, 1.0, low + (high - low) * where)
+
+
+def consistency(
+    student: Callable[..., Any],
+    still: Callable[..., Any],
+    teacher: Callable[..., Any] | None,
+    inputs: Inputs,
+    *,
+    tables: LossTables,
+    config: TrainConfig,
+    segments: jax.Array | int,
+    **options: Any,
+) -> Terms:
+    """Return the consistency loss of a batch.
+
+    Args:
+        student: the student as a function of its inputs.
+        still: the same function of weights without gradient.
+        teacher: the teacher as a function of its inputs; None: the images take its place, and x_r
+            is the image with the same noise  (2303.01469, algorithm 3).
+        segments: of the whole range of timesteps.
+        options: of the student: dropout.
+    """
+    c, x_t, t = config.distillation, inputs.x_t, inputs.t
+    length = timesteps_of(config, tables)
+    gap = jnp.maximum(jnp.round(length / segments), 1).astype(t.dtype)
+    r, end = earlier(t, gap, length, c.parts)
+    point = point_at(tables, t, r)
+    scale = jax.vmap(lambda key: sample_scale(key, c))(inputs.key)
+    if teacher is None:
+        x_r = point.next_alpha * inputs.x_0 + point.next_sigma * inputs.eps
+    else:
+        predict = teacher_of(
+            teacher,
+            config.prediction,
+            inputs.tokens,
+            inputs.mask,
+            inputs.conditioning,
+            None if c.guidance == (1, 1) else scale,
+            c.clip,
+        )
+        x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
+
+    text = student(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    given = inputs.conditioning | options
+    if config.model.guidance_input:
+        given = given | {"guidance": scale}
+    at_r = given | {"text": jax.lax.stop_gradient(text)}
+    target = consistency_target(
+        tables, student_of(still, config.prediction, at_r, c.clip), x_t, x_r, t, r, end
+    )
+    x_0 = student_of(student, config.prediction, given | {"text": text})(x_t, point)
+    return pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber)
+
+
+def teacher_model(student: GLIDE) -> GLIDE:
+    """Return the teacher of a student: the same network without scale and dropout."""
+    config = replace(student.config, guidance_input=False, dropout=0.0)
+    return GLIDE(config, student.dtype)
+
+
+def consistency_terms(
+    params: Any,
+    inputs: Inputs,
+    *,
+    model: GLIDE,
+    tables: LossTables,
+    config: TrainConfig,
+    teacher: Any,
+    done: Any,
+    dropout_key: jax.Array | None,
+) -> tuple[Terms, jax.Array]:
+    """Return the consistency loss of a batch at a share of the run, and the number of segments.
+
+    Args:
+        teacher: its weights; {}: none.
+    """
+
+    def network(model: GLIDE, params: Any) -> Callable[..., Any]:
+        return partial(model.apply, {"params": params})
+
+    segments = segments_at(done, config.distillation.segments)
+    train = dropout_key is not None and config.model.dropout > 0
+    terms = consistency(
+        network(model, params),
+        network(model, jax.lax.stop_gradient(params)),
+        network(teacher_model(model), teacher) if teacher else None,
+        inputs,
+        tables=tables,
+        config=config,
+        segments=segments,
+        train=train,
+        # The same dropout masks at both noise levels.
+        rngs={"dropout": dropout_key} if train else None,
+    )
+    return terms, segments

@@ -1,0 +1,58 @@
+"""The fields of consistency distillation, part of a `TrainConfig`."""
+
+from dataclasses import dataclass
+
+from glide_jax.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Consistency distillation of a trained model into a student of few steps.
+
+    Attributes:
+        teacher: Weights to distil: a name, a folder, a `.pt` file or a run. The student starts from
+            them unless `init_from` is set. Empty: no teacher; the images take its place
+            (consistency tuning: 2406.14548), and no guidance is distilled.
+        guidance: Lowest and highest scale of the teacher's classifier-free guidance, at least 0; 1
+            is none. With `model.guidance_input` each image has a scale between them, and sampling
+            chooses one; otherwise the two are equal.
+        unguided: Share of the images with scale 1, from 0 to 1, if `guidance` is a range; larger
+            trains the student more without guidance.
+        segments: Steps that the teacher would need from noise to image, at the beginning and at the
+            end of the training: the number doubles at equal intervals. More is more accurate,
+            and takes longer to learn.
+        parts: Intervals of time in each of which the student is consistent (2403.06807). 1: it
+            predicts the clean image from any noise level, for the sampler consistency. N: it
+            predicts the beginning of its interval, for N steps of ddim with spacing few; easier to
+            learn.
+        share: Share of the diffusion process that is distilled, from its clean end, above 0 and up
+            to 1. Upsamplers: their `sample_strength`.
+        clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].
+        huber: Pseudo-Huber constant of the loss, in units of the root mean square of an image's
+            error, above 0 (2310.14189); errors well above it count by their size, smaller ones by
+            their square. Larger is closer to the squared error.
+    """
+
+    teacher: str = ""
+    guidance: tuple[float, float] = (1.0, 1.0)
+    unguided: float = 0.1
+    segments: tuple[int, int] = (8, 64)
+    parts: int = 1
+    share: float = 1.0
+    clip: bool = True
+    huber: float = 0.00054
+
+    def __post_init__(self):
+        low, high = self.guidance
+        if not 0 <= low <= high:
+            raise UsageError(f"guidance is a range of scales from 0 on, not {low:g} to {high:g}")
+        if not 1 <= self.segments[0] <= self.segments[1]:
+            raise UsageError(f"segments grow from 1 or more, not {self.segments}")
+        if self.parts < 1 or self.segments[0] < self.parts:
+            raise UsageError(f"parts is from 1 to the number of segments, not {self.parts}")
+        for name in ("unguided", "share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
+        for name in ("share", "huber"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

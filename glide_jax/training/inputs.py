@@ -1,0 +1,28 @@
+"""What the loss of a diffusion model is computed from."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Inputs(NamedTuple):
+    """Noised images of a batch and their conditioning.
+
+    Attributes:
+        x_0, x_t, eps: `(B, H, W, 3)`: clean images, noised images, noise.
+        t: `(B,)` int32 timesteps.
+        tokens: `(B, L)` int32 captions.
+        mask: `(B, L)` bool, True where a token belongs to the caption; some captions are emptied.
+        conditioning: the other inputs of the network, by name.
+        key: `(B,)` keys for everything else.
+    """
+
+    x_0: jax.Array
+    x_t: jax.Array
+    eps: jax.Array
+    t: jax.Array
+    tokens: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    conditioning: dict[str, jax.Array]
+    key: jax.Array

@@ -1,0 +1,91 @@
+"""The settings of the optimiser, its learning rate and the EMA of the weights."""
+
+from dataclasses import dataclass
+
+from glide_jax.errors import UsageError
+
+OPTIMISERS = ("adamw", "muon")
+DECAYS = ("constant", "cosine", "linear")
+# Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
+MAX_WIDTH = 0.28
+
+
+def check_width(width: float) -> None:
+    """Check the relative width of a power-function EMA.
+
+    Raises:
+        UsageError: no such EMA has this width.
+    """
+    if not 0 < width < MAX_WIDTH:
+        raise UsageError(f"the width of an EMA is between 0 and {MAX_WIDTH}, not {width}")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """The optimiser, its learning rate over time, and the EMA of the weights.
+
+    Attributes:
+        kind: "adamw", or "muon" (2502.16982), which makes the updates of convolutions and linear
+            layers orthogonal and leaves the rest to AdamW.
+        learning_rate: Peak learning rate, above 0; larger learns faster and less stably.
+        muon_rate: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
+        decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the last
+            step; or "linear", constant and then falling to 0 over the last `decay_share` of the
+            run (warm-up-stable-decay, 2405.18392).
+        decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
+        warmup: Steps of linear warm-up from 0; more is stabler at a high learning rate.
+        beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
+        beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
+        epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
+        weight_decay: Weight decay of the kernels, not of biases, norms and embeddings; larger
+            keeps them smaller; 0: off.
+        moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
+        grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
+            no clipping.
+        freeze: Parts of the network that keep their first weights, by the start of their path, for
+            example "text" (the text transformer) or "unet/down". They cost neither gradients nor
+            optimiser state. Empty: everything is trained.
+        ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
+            steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
+            forget their first weights.
+        ema_power: Relative widths of power-function EMAs to keep besides it, for example 0.05 0.10,
+            each between 0 and 0.28; larger averages over more of the training. The command
+            glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:
+            EDM2, 2312.02696, sec. 3.1).
+        ema_every: Steps between these snapshots, at least 1; larger needs less disk space, and
+            makes the post-hoc EMA less exact.
+    """
+
+    kind: str = "adamw"
+    learning_rate: float = 1e-4
+    muon_rate: float = 1.0
+    decay: str = "constant"
+    decay_share: float = 0.4
+    warmup: int = 0
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    moments: str = "float32"
+    grad_clip: float = 1.0
+    freeze: tuple[str, ...] = ()
+    ema: float = 0.9999
+    ema_power: tuple[float, ...] = ()
+    ema_every: int = 5000
+
+    def __post_init__(self):
+        for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        if not 0 < self.decay_share <= 1:
+            raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
+        if not self.muon_rate > 0:
+            raise UsageError(f"muon_rate must be above 0, not {self.muon_rate}")
+        if self.moments not in ("float32", "bfloat16"):
+            raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
+        for width in self.ema_power:
+            check_width(width)
+        if len(set(self.ema_power)) < len(self.ema_power):
+            raise UsageError("ema_power names a width twice")
+        if self.ema_every < 1:
+            raise UsageError("ema_every must be at least 1")

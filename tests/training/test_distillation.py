@@ -1,0 +1,180 @@
+"""Consistency distillation: noise levels, scales, and the teacher in the training step."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glide_jax.devices.parallel import make_parallel
+from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.losses import make_tables
+from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.training.config import TrainConfig
+from glide_jax.training.distillation import (
+    earlier,
+    sample_scale,
+    segments_at,
+)
+from glide_jax.training.distillation_config import DistillationConfig
+from glide_jax.training.flops import flops_per_image
+from glide_jax.training.initial import begin_state, teacher_params
+from glide_jax.training.objectives import Batch, finish, make_objective
+from glide_jax.training.state import abstract_state
+from glide_jax.training.step import make_step
+from glide_jax.weights.registry import load_model
+from glide_jax.weights.store import flatten
+from tests.support.commands import TINY, make_weights
+
+SCHEDULE = make_schedule("cosine")
+TABLES = make_tables(SCHEDULE)
+LENGTH = 996  # timesteps up to a log-SNR of -5.1
+
+
+# --- noise levels, scales, settings
+
+
+def test_the_number_of_segments_doubles_at_equal_intervals():
+    found = [float(segments_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
+    assert found == [8, 8, 16, 16, 32, 32, 64, 64]
+    assert float(segments_at(1.2, (8, 64))) == 64
+    assert {float(segments_at(s / 9, (10, 10))) for s in range(9)} == {10}
+    assert float(segments_at(8 / 9, (3, 20))) == 20
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_an_earlier_timestep_stays_in_its_part(parts):
+    t = jnp.arange(LENGTH)
+    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, parts))
+    # The levels of the spacing `few` are the borders, down to the clean image.
+    borders = [k * LENGTH // parts - 1 for k in range(parts)]
+    assert np.unique(end).tolist() == borders
+    assert (end < t).all() and (r == np.maximum(np.asarray(t) - 100, end)).all()
+    levels = make_grid(SCHEDULE, parts, "few")[1:][::-1]
+    np.testing.assert_allclose(levels, borders[1:], atol=1)
+
+
+def test_scales_are_uniform_besides_those_without_guidance():
+    config = DistillationConfig(guidance=(1.5, 4.0), unguided=0.2)
+    keys = jax.random.split(jax.random.key(0), 5000)
+    found = np.asarray(jax.vmap(partial(sample_scale, config=config))(keys))
+    assert (found == 1).mean() == pytest.approx(0.2, abs=0.02)
+    rest = (found[found != 1] - 1.5) / 2.5
+    assert rest.min() >= 0 and rest.max() <= 1
+    assert np.histogram(rest, 5, (0, 1))[0] / len(rest) == pytest.approx(0.2, abs=0.03)
+    assert float(sample_scale(keys[0], DistillationConfig(guidance=(3.0, 3.0)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": (2.0, 1.0)}, "range of scales"),
+        ({"segments": (8, 4)}, "segments grow"),
+        ({"parts": 9}, "parts is from 1"),
+        ({"share": 0.0}, "share must be above 0"),
+        ({"unguided": 1.5}, "share from 0 to 1"),
+        ({"huber": 0.0}, "huber must be above 0"),
+    ],
+)
+def test_fields_that_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        DistillationConfig(**options)
+
+
+def test_a_range_of_scales_needs_the_input_and_a_teacher():
+    with pytest.raises(UsageError, match=r"set model\.guidance_input"):
+        replace(student_config(), model=SMALL)
+    config = student_config(teacher="")
+    with pytest.raises(UsageError, match=r"set distillation\.teacher"):
+        teacher_params(config, make_objective(config))
+    with pytest.raises(UsageError, match="held-out loss"):
+        replace(config, validate_every=5)
+
+
+# --- the whole step
+
+SMALL = replace(TINY, attention_ds=(), image_size=8, n_vocab=300, xf_width=0)
+
+
+def student_config(teacher="teacher", **options):
+    return TrainConfig(
+        name="x",
+        model=replace(SMALL, guidance_input=True),
+        objective="consistency",
+        distillation=DistillationConfig(teacher=str(teacher), guidance=(1.0, 4.0)),
+        batch_size=4,
+        caption_dropout=0.1,
+        **options,
+    )
+
+
+def batch_of(config):
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.side, config.side, 3)
+    empty = np.zeros((config.batch_size, config.model.text_ctx))
+    return Batch(
+        rng.integers(0, 256, shape, dtype=np.uint8),
+        empty.astype(np.int32),
+        empty.astype(bool),
+        np.arange(config.batch_size, dtype=np.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("teacher"), SMALL)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "fsdp"])
+def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
+    config = student_config(teacher, accumulate=2, parallelism=kind)
+    objective, parallel = make_objective(config), make_parallel(kind, 2)
+    state = begin_state(config, objective, parallel)
+    first = jax.device_get(parallel.for_checkpoint(state))
+    wanted = flatten(load_model(teacher).params)
+    step = make_step(config, objective)
+    if kind == "pmap":
+        # Not a constant of the program.
+        traced = jax.make_jaxpr(step)(first, batch_of(config), jax.random.key(0))
+        assert max(np.size(c) for c in traced.consts) <= len(TABLES.alpha)
+    compiled = parallel.compile(step)
+    state, metrics = compiled(state, parallel.put_batch(batch_of(config)), jax.random.key(0))
+    after = jax.device_get(parallel.for_checkpoint(state))
+    for tree in (first.teacher, after.teacher):
+        for path, array in flatten(tree).items():
+            np.testing.assert_array_equal(array, wanted[path])
+    # The student starts as its teacher, and has the layers of the scale besides.
+    started = flatten(first.params)
+    assert set(started) - set(wanted) == {
+        f"unet/guidance_{i}/{leaf}" for i in (1, 2) for leaf in ("kernel", "bias")
+    }
+    for path, array in wanted.items():
+        np.testing.assert_array_equal(started[path], array)
+    assert not np.array_equal(after.params["unet"]["head"]["kernel"], wanted["unet/head/kernel"])
+    sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (after.params, after.opt_state)]
+    assert sizes[1] < 2 * sizes[0] + 10
+    metrics = finish(jax.device_get(parallel.gather(metrics)))
+    assert np.isfinite(metrics["loss"]) and metrics["segments"] == 8
+
+
+def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
+    config = student_config(teacher)
+    shapes = abstract_state(config, make_objective(config)).teacher
+    assert {p: x.shape for p, x in flatten(shapes).items()} == {
+        p: x.shape for p, x in flatten(load_model(teacher).params).items()
+    }
+    assert flops_per_image(config) > flops_per_image(replace(config, objective="denoising"))
+
+
+def test_weights_that_cannot_be_the_teacher(teacher):
+    for changes, message in (
+        ({"prediction": "v"}, "its prediction is eps, not v"),
+        ({"schedule": "linear"}, "its schedule is cosine, not linear"),
+        ({"model": replace(SMALL, model_channels=64, guidance_input=True)}, "parameters are miss"),
+    ):
+        config = replace(student_config(teacher), **changes)
+        with pytest.raises(GlideError, match=message):
+            teacher_params(config, make_objective(config))
