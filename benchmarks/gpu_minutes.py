@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -110,6 +111,11 @@ class Worker:
                 return message["result"], True
             stage = message["stage"]
 
+    def finish(self, limit: float = 20) -> None:
+        """Let the process write what it knows besides results, for some seconds at most."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(limit)
+
     def stop(self) -> None:
         """End the process and those that it started."""
         if self.process.poll() is None:
@@ -135,6 +141,8 @@ def measure_all(
                     now, extra = time.perf_counter(), 0
                     clock = {"row_s": round(now - began, 1), "at_s": round(now - start, 1)}
                     yield asdict(row) | found | clock
+                if going and time.perf_counter() < deadline:
+                    worker.finish()
             finally:
                 worker.stop()
 

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -126,6 +127,8 @@ def compiled(
         counted = pool.submit(flops)
         program = lowered.compile()
         compile_s = time.perf_counter() - traced
+    if error := counted.exception():
+        traceback.print_exception(error)
     memory, text = program.memory_analysis(), program.as_text() or ""
     known = {
         "trace_s": round(traced - began, 2),
@@ -133,7 +136,7 @@ def compiled(
         "bytes": moved_bytes(text, loop),
         "temporary_bytes": memory and memory.temp_size_in_bytes,
         "argument_bytes": memory and memory.argument_size_in_bytes,
-        "flops": None if counted.exception() else counted.result(),
+        "flops": None if error else counted.result(),
     }
     return program, known, text
 
@@ -227,6 +230,8 @@ def step(row: Row) -> Program:
 
 def training(row: Row) -> Program:
     """Return a training step of the recipe of base or upsampler, its batch on the device."""
+    # Large batches need the memory of the pipelines.
+    pipeline.cache_clear()
     config, function, (state, *rest) = training_step(row.model, row.dtype, row.batch, TASK["size"])
     program, known, text = compiled(
         function,
