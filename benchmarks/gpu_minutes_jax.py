@@ -6,20 +6,22 @@ here chooses kernels, layouts or flags.
 
 import json
 import sys
+import threading
 import time
-import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_minutes import Result, Row, say, serve, timed
+from benchmarks.gpu_minutes_programs import moved_bytes, write_profile, write_program
+from benchmarks.gpu_minutes_rows import Result, Row, end_with_parent, say, serve, timed
 from benchmarks.speed_parts import TOY_STEPS, config_of, random_params, training_step
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
@@ -28,6 +30,7 @@ from glide_jax.diffusion.sampling import run_rows, start
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE
 from glide_jax.pipeline.images import package_version, to_uint8
+from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -38,6 +41,8 @@ from glide_jax.weights.registry import Model
 from glide_jax.weights.released_files import released_defaults, schedule_of
 
 PROMPT = "a corgi wearing a red bowtie"
+# Captions for the embedded models.
+TRAINED = ("a red apple", "a cat", "a green tree", "a smiling face")
 # Fewer network evaluations: guided at middle noise levels alone, and a short run of the upsampler.
 QUICK: Any = {
     "steps": 25,
@@ -49,9 +54,31 @@ QUICK_UPSAMPLER: Any = {"steps": 10}
 # A run of text to image is long: a few timings suffice.
 PROCEDURE = {"queued": 1, "warm": 1, "seconds": 3.0}
 
-TASK = json.loads(sys.argv[1]) if __name__ == "__main__" else {"size": "toy", "out": "."}
-# Programs whose text is not written yet, by name.
-unwritten: dict[str, Any] = {}
+TASK: dict[str, Any] = {"size": "toy", "out": ".", "threads": 1, "profile": False}
+# Kinds whose programs may be compiled side by side; states of training are large.
+SIDE_BY_SIDE = ("forward", "step")
+
+
+class Program(NamedTuple):
+    """A compiled program with its arguments.
+
+    Attributes:
+        call: one call.
+        parts: equal parts of a call: the steps of a sampling run.
+        known: what is known of it before it runs.
+        text: the program as text.
+    """
+
+    call: Callable[[], Any]
+    parts: int
+    known: Result
+    text: str
+
+
+prepared: dict[Row, Future[Program]] = {}
+counting = threading.Lock()
+# What is done once the result of a row is out.
+later: list[Callable[[], None]] = []
 
 
 @cache
@@ -61,24 +88,34 @@ def weights_of(name: str) -> dict[str, Any]:
 
 
 @cache
-def pipeline(name: str, dtype: str) -> Pipeline:
-    """Return the pipeline of base or upsampler, with the settings of OpenAI's notebook."""
+def pipeline(name: str, dtype: str, head: float = 1.0) -> Pipeline:
+    """Return the pipeline of base or upsampler, with the settings of OpenAI's notebook.
+
+    Args:
+        head: factor on the weights of the last layer.
+    """
     config = config_of(name, TASK["size"])
     defaults = released_defaults(config)
     if TASK["size"] == "toy" and name == "base":
         defaults["steps"] = TOY_STEPS
-    model = Model(f"random {name}", config, weights_of(name), schedule_of(config))
+    params = weights_of(name)
+    last = jax.tree.map(lambda leaf: leaf * np.float32(head), params["unet"]["head"])
+    params = params | {"unet": params["unet"] | {"head": last}}
+    model = Model(f"random {name}", config, params, schedule_of(config))
     return Pipeline(model, dtype, settings=Settings().changed(**defaults))
 
 
-def program(row: Row, function: Any, *arguments: Any, flops: Callable[[], float]) -> tuple[Any, Result]:
-    """Compile a jitted function for the arguments of a row.
+def compiled(
+    function: Any, arguments: Any, flops: Callable[[], float], loop: bool = False
+) -> tuple[Any, Result, str]:
+    """Compile a jitted function for its arguments.
 
     Args:
-        flops: counts the operations of a call; it runs beside the compiler.
+        flops: counts the operations; it runs beside the compiler.
+        loop: whether bytes are those of a round of its loop.
 
     Returns:
-        The compiled program, and what is known of it before it runs.
+        The compiled program, what is known of it before it runs, and its text.
     """
     say(stage="tracing")
     began = time.perf_counter()
@@ -87,34 +124,35 @@ def program(row: Row, function: Any, *arguments: Any, flops: Callable[[], float]
     say(stage="compiling")
     with ThreadPoolExecutor(1) as pool:
         counted = pool.submit(flops)
-        compiled = lowered.compile()
+        program = lowered.compile()
         compile_s = time.perf_counter() - traced
-    say(stage="running")
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    unwritten[f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"] = compiled
-    return compiled, {
+    memory, text = program.memory_analysis(), program.as_text() or ""
+    known = {
         "trace_s": round(traced - began, 2),
         "compile_s": round(compile_s, 2),
-        "bytes": cost.get("bytes accessed"),
+        "bytes": moved_bytes(text, loop),
         "temporary_bytes": memory and memory.temp_size_in_bytes,
         "argument_bytes": memory and memory.argument_size_in_bytes,
         "flops": None if counted.exception() else counted.result(),
     }
+    return program, known, text
 
 
-def write_programs(row: Row) -> None:
-    """Add the text of the compiled programs to `programs.zip`."""
+def after(row: Row) -> None:
+    """Write what is known of a row besides its result."""
     del row
-    while unwritten:
-        name, compiled = unwritten.popitem()
-        with zipfile.ZipFile(Path(TASK["out"]) / "programs.zip", "a", zipfile.ZIP_DEFLATED) as file:
-            if f"{name}.hlo.txt" not in file.namelist():
-                file.writestr(f"{name}.hlo.txt", compiled.as_text())
+    while later:
+        later.pop(0)()
+
+
+def forward_flops(name: str) -> float:
+    """Return the operations of a forward pass of one image: of the plain float32 network."""
+    with counting:
+        return _forward_flops(name)
 
 
 @cache
-def forward_flops(name: str) -> float:
-    """Return the operations of a forward pass of one image: of the plain float32 network."""
+def _forward_flops(name: str) -> float:
     config = config_of(name, TASK["size"])
     module, params = GLIDE(config), abstract_params(config)
     tokens = jax.ShapeDtypeStruct((1, config.text_ctx), jnp.int32)
@@ -125,7 +163,10 @@ def forward_flops(name: str) -> float:
         jax.ShapeDtypeStruct(tokens.shape, bool),
     )
     side = config.image_size
-    x, t = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jax.ShapeDtypeStruct((1,), "int32")
+    x, t = (
+        jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1,), "int32"),
+    )
     cond = {"text": text} | {
         key: jax.ShapeDtypeStruct(value.shape, value.dtype)
         for key, value in conditioning(config, 1).items()
@@ -143,8 +184,8 @@ def conditioning(config: ModelConfig, batch: int) -> dict[str, np.ndarray]:
     return {"low_res": small.astype(np.float32)}
 
 
-def forward(row: Row) -> Result:
-    """Measure a forward pass, text features precomputed."""
+def forward(row: Row) -> Program:
+    """Return a forward pass, text features precomputed."""
     network, config = pipeline(row.model, row.dtype).network, config_of(row.model, TASK["size"])
     text = pipeline(row.model, row.dtype).text_features([PROMPT] * row.batch)
     cond = {"text": text} | jax.device_put(conditioning(config, row.batch))
@@ -152,41 +193,53 @@ def forward(row: Row) -> Result:
     x = jax.random.normal(jax.random.key(0), (row.batch, side, side, 3))
     arguments = network.params, x, jnp.full(row.batch, 500), cond
     run = jax.jit(lambda params, x, t, cond: network.fn(params, x, t, cond))
-    compiled, found = program(
-        row, run, *arguments, flops=lambda: row.batch * forward_flops(row.model)
-    )
-    return found | timed(lambda: compiled(*arguments), jax.block_until_ready)
+    program, known, text = compiled(run, arguments, lambda: row.batch * forward_flops(row.model))
+    return Program(lambda: program(*arguments), 1, known, text)
 
 
-def sampler_arguments(row: Row) -> tuple[int, int, tuple[Any, ...]]:
+def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any, ...]]:
     """Return the rows of a sampling run, the branches of each, and the arguments of `run_rows`."""
-    stage = pipeline(row.model, row.dtype)
-    config, settings, captions = stage.model.config, stage.settings, [PROMPT] * row.batch
+    config, settings, captions = stage.model.config, stage.settings, [PROMPT] * batch
     guidances = settings.guidances(read_prompts(captions))
     plan = settings.plan(stage.schedule, guidances)
     plan = replace(plan, table=Placement().replicate(plan.table))
-    inputs = jax.device_put(conditioning(config, row.batch))
+    inputs = jax.device_put(conditioning(config, batch))
     branches, conds = branches_of(guidances), {}
     for branch in branches:
-        text = stage.text_features([""] * row.batch if branch.prompt == "" else captions)
+        text = stage.text_features([""] * batch if branch.prompt == "" else captions)
         conds[branch.name] = {"text": text} | inputs
-    keys = image_keys(0, np.arange(row.batch))
+    keys = image_keys(0, np.arange(batch))
     x = settings.temperature * start_noise(keys[:, 0], config.image_size)
     arguments = {"main": stage.network}, conds, plan, start(plan, x), keys[:, 1]
     return len(plan), len(branches), arguments
 
 
-def step(row: Row) -> Result:
-    """Measure a step of the notebook's sampler inside its compiled loop."""
-    length, branches, arguments = sampler_arguments(row)
-    compiled, found = program(
-        row,
-        run_rows,
-        *arguments,
-        flops=lambda: branches * row.batch * forward_flops(row.model),
+def step(row: Row) -> Program:
+    """Return a run of the notebook's sampler; its steps are the parts."""
+    stage = pipeline(row.model, row.dtype)
+    length, branches, arguments = sampler_arguments(stage, row.batch)
+    program, known, text = compiled(
+        run_rows, arguments, lambda: branches * row.batch * forward_flops(row.model), loop=True
     )
-    times = timed(lambda: compiled(*arguments), jax.block_until_ready, queued=1, parts=length)
-    return found | times | {"branches": branches, "steps": length}
+    known |= {"branches": branches, "steps": length}
+    return Program(lambda: program(*arguments), length, known, text)
+
+
+def training(row: Row) -> Program:
+    """Return a training step of the recipe of base or upsampler, its batch on the device."""
+    config, function, (state, *rest) = training_step(row.model, row.dtype, row.batch, TASK["size"])
+    program, known, text = compiled(
+        function,
+        (state, *rest),
+        lambda: row.batch * flops_per_image(replace(config, dtype="float32")),
+    )
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = program(state, *rest)
+        return metrics
+
+    return Program(once, 1, known, text)
 
 
 def from_text(row: Row, upsampler: Any, **settings: Any) -> Result:
@@ -221,58 +274,86 @@ def procedure(row: Row) -> Result:
 def quick(row: Row) -> Result:
     """Measure the same with the settings QUICK."""
     toy = {"steps": TOY_STEPS} if TASK["size"] == "toy" else {}
-    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {"note": "25 steps, 10 upsampler steps"}
+    return from_text(row, QUICK_UPSAMPLER, **(QUICK | toy)) | {
+        "note": "25 steps, 10 upsampler steps"
+    }
 
 
 def numerics(row: Row) -> Result:
-    """Compare the images of a sampling run with those of float32, from the same noise."""
-    images = {}
+    """Compare images with those of float32, from the same noise.
+
+    The random networks predict a tenth of their usual noise: nothing in a later step corrects an
+    error of theirs, as a trained network would. The trained ones are the embedded models.
+    """
+    images: dict[str, np.ndarray] = {}
     for dtype, precision in (("float32", "highest"), (row.dtype, None)):
-        here = replace(row, dtype=dtype)
         with jax.default_matmul_precision(precision):
-            _, _, arguments = sampler_arguments(here)
-            compiled, _ = program(here, run_rows, *arguments, flops=lambda: 0.0)
-        images[dtype] = to_uint8(compiled(*arguments).x).astype(int)
-    difference = np.abs(images["float32"] - images[row.dtype])
+            say(stage=f"sampling in {dtype}")
+            images[dtype] = _images(replace(row, dtype=dtype))
+    difference = np.abs(images["float32"].astype(int) - images[row.dtype])
     largest, mean = int(difference.max()), float(difference.mean())
     above = float((difference > 2).mean())
     note = f"largest difference {largest} of 255, mean {mean:.3f}, {100 * above:.3g}% above 2"
     return {"largest": largest, "mean": mean, "above_2": above, "note": note}
 
 
-def training(row: Row) -> Result:
-    """Measure a training step of the recipe of base or upsampler, its batch on the device."""
-    config, step, arguments = training_step(row.model, row.dtype, row.batch, TASK["size"])
-    compiled, found = program(
-        row,
-        step,
-        *arguments,
-        flops=lambda: row.batch * flops_per_image(replace(config, dtype="float32")),
-    )
-    state, rest = arguments[0], arguments[1:]
-
-    def once() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, *rest)
-        return metrics
-
-    return found | timed(once, jax.block_until_ready)
+def _images(row: Row) -> np.ndarray:
+    """Return images of a row's model; embedded upsamplers enlarge those of emoji64 in float32."""
+    if row.model in ("base", "upsampler"):
+        _, _, arguments = sampler_arguments(pipeline(row.model, row.dtype, head=0.1), row.batch)
+        return to_uint8(run_rows(*arguments).x)
+    alone: Any = {"upsampler": "none", "clip": "none"}
+    small = None
+    if row.model != "emoji64":
+        with jax.default_matmul_precision("highest"):
+            small = load("emoji64", dtype="float32", **alone)(TRAINED, progress=False)
+    pipe = load(row.model, dtype=row.dtype, **alone)
+    return pipe(TRAINED, low_res=small, progress=False).images
 
 
-KINDS: dict[str, Callable[[Row], Result]] = {
+PROGRAMS: dict[str, Callable[[Row], Program]] = {
     "forward": forward,
     "step": step,
+    "training": training,
+}
+OTHERS: dict[str, Callable[[Row], Result]] = {
     "procedure": procedure,
     "quick": quick,
     "numerics": numerics,
-    "training": training,
 }
+
+
+def prepare(first: Row) -> None:
+    """Compile the programs of a row and of those that follow it side by side."""
+    rows = [Row(**fields) for fields in TASK["rows"]]
+    several = list(takewhile(lambda row: row.kind in SIDE_BY_SIDE, rows[rows.index(first) :]))
+    for row in several:
+        # Made once, rather than by each thread.
+        pipeline(row.model, row.dtype).text_features([PROMPT])
+    with ThreadPoolExecutor(TASK["threads"]) as pool:
+        prepared.update({row: pool.submit(PROGRAMS[row.kind], row) for row in several})
+
+
+def run(row: Row) -> Result:
+    """Time the program of a row."""
+    if TASK["threads"] > 1 and row not in prepared:
+        prepare(row)
+    program = prepared.pop(row).result() if row in prepared else PROGRAMS[row.kind](row)
+    say(stage="running")
+    # A sampling run is one long call.
+    once = {"queued": 1} if program.parts > 1 else {}
+    times = timed(program.call, jax.block_until_ready, parts=program.parts, **once)
+    folder, name = Path(TASK["out"]), f"{row.kind}_{row.model}_{row.dtype}_{row.batch}"
+    later.append(partial(write_program, folder, name, program.text))
+    if TASK["profile"]:
+        later.append(partial(write_profile, folder, name, program.call))
+    return program.known | times
 
 
 def measure(row: Row) -> Result:
     """Measure a row of any kind."""
     device = jax.devices()[0]
-    found = KINDS[row.kind](row)
+    found = run(row) if row.kind in PROGRAMS else OTHERS[row.kind](row)
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return found | {
         "device": device.device_kind,
@@ -285,10 +366,12 @@ def measure(row: Row) -> Result:
 
 def main() -> None:
     """Measure the rows of the command line."""
+    end_with_parent()
+    TASK.update(json.loads(sys.argv[1]))
     # A process that goes on after a crash compiles nothing again; the next run compiles everything.
     jax.config.update("jax_compilation_cache_dir", f"{TASK['cache']}/xla")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    serve(measure, write_programs)
+    serve(TASK["rows"], measure, after)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.devices.hardware import peak_flops
-from glide_jax.devices.runtime import DTYPES
 from glide_jax.models.presets import ModelConfig, base64, upsample256
-from glide_jax.models.unet import GLIDE
 from glide_jax.pipeline.images import package_version
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
-from glide_jax.pipeline.stage import encode_text
+from glide_jax.pipeline.stage import Stage, encode_text
 from glide_jax.training.config import RunConfig
 from glide_jax.training.flops import count_flops, flops_per_image
 from glide_jax.training.objectives import Batch, make_objective
@@ -108,8 +106,9 @@ def measure(
 def forward(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> dict[str, Any]:
     """Measure a forward pass of the UNet, with precomputed text features as in sampling."""
     config = config_of(model, size)
-    module = GLIDE(config, DTYPES[dtype])
-    params = jax.device_put(random_params(config))
+    # Weights in the dtype and layout of a pipeline's.
+    network = Stage(Model(f"random {model}", config, random_params(config)), dtype).network
+    module, params = network.fn.model, network.params
     side, rng = config.image_size, np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, config.n_vocab, (batch, config.text_ctx)), jnp.int32)
     inputs = {"text": encode_text(module, params, tokens, jnp.ones(tokens.shape, bool))}

@@ -6,7 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glide_jax.devices.parallel import AXIS, device_mesh
@@ -25,6 +27,16 @@ def local_devices(count: int | str) -> list[jax.Device]:
     if not (str(count).isdecimal() and 1 <= int(count) <= len(here)):
         raise UsageError(f"cannot use {count} devices: there are {len(here)} here; or give all")
     return here[: int(count)]
+
+
+GPUS = "gpu", "cuda"
+# The axes of a kernel (height, width, in, out), from the slowest in memory to the fastest.
+OHWI = Layout((3, 0, 1, 2))
+
+
+def _is_kernel(leaf: jax.Array) -> bool:
+    """Return whether an array is a kernel of more than one pixel in 16 bits."""
+    return leaf.ndim == 4 and leaf.shape[0] > 1 and leaf.dtype in (jnp.bfloat16, jnp.float16)
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,25 @@ class Placement:
         if self.mesh.size == 1:
             return jax.device_put(tree)
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def arrange_kernels(self, tree: Any) -> Any:
+        """Lay kernels of convolutions out in memory as a GPU's convolutions in 16 bits read them.
+
+        Their order is then out, height, width, in. Otherwise each network evaluation would begin
+        by transposing them. Shapes and values stay the same, and so do trees on other devices.
+
+        Args:
+            tree: arrays on these devices.
+        """
+        if self.mesh.devices.flat[0].platform not in GPUS:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        chosen = [i for i, leaf in enumerate(leaves) if _is_kernel(leaf)]
+        formats = [Format(OHWI, leaves[i].sharding) for i in chosen]
+        moved = jax.jit(lambda *kernels: kernels, out_shardings=tuple(formats))
+        for i, kernel in zip(chosen, moved(*(leaves[i] for i in chosen)), strict=True):
+            leaves[i] = kernel
+        return jax.tree.unflatten(structure, leaves)
 
     def split(self, tree: Any, whole: Callable[[Any], bool] = lambda node: False) -> Any:
         """Split arrays, batch first, over the devices; scalars go to each device.

@@ -59,8 +59,8 @@ class Stage:
     def network(self) -> Network:
         """The network and its weights, on the devices; those of the trunk in its dtype."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
-        params = cast_trunk(self.model.params, module.dtype)
-        params = Placement(self.devices).replicate(params)
+        placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
+        params = placement.arrange_kernels(placement.replicate(params))
         return Network(Denoiser(module), params, self.model.prediction)
 
     @cached_property

@@ -13,7 +13,9 @@ from glide_jax.models.layers import (
     GroupNorm,
     ResBlock,
     conv3x3,
+    depth_to_space,
     downsample,
+    space_to_depth,
     split_heads,
     timestep_embedding,
     upsample,
@@ -197,3 +199,11 @@ def test_text_block():
     # In the reference of the attention alone, the input is x itself, not its norm.
     attention = attend(*split_heads(linear("qkv", x), block.heads, parts=3))
     assert_close(linear("proj", attention), units["tb.attn"], 4e-6)
+
+
+def test_depth_to_space_undoes_space_to_depth_block_by_block():
+    x = jnp.arange(2 * 4 * 6 * 3, dtype=FLOAT).reshape(2, 4, 6, 3)
+    deep = space_to_depth(x, 2)
+    assert deep.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(deep[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(depth_to_space(deep, 2), x)

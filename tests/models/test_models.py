@@ -14,7 +14,7 @@ from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights import abstract_params, count_params, from_released, to_released
 from glide_jax.weights.store import flatten, unflatten
 from tests.support import golden
-from tests.support.commands import first_weights, quick_key
+from tests.support.commands import TINY, first_weights, quick_key
 from tests.support.golden import assert_close, encode, error, forward, load, nhwc
 
 # Several times the largest measured error.
@@ -315,3 +315,35 @@ def test_weights_of_another_variant():
     bigger = replace(golden.config("base"), xf_layers=3)
     with pytest.raises(GlideError, match=r"12 missing \(transformer\.resblocks\.2\.attn"):
         from_released(bigger, golden.state_dict("base"))
+
+
+# --- patches and residuals
+
+
+def test_a_residual_upsampler_begins_as_the_bicubic_enlargement():
+    config = replace(
+        TINY, variant="superres", image_size=16, patch=4, residual=True, out_channels=3
+    )
+    model = GLIDE(config)
+    params = init_params(model, jax.random.key(0))
+    small = jax.random.uniform(jax.random.key(1), (2, 4, 4, 3)) * 2 - 1
+    text = model.apply(
+        {"params": params}, jnp.zeros((2, 8), int), jnp.ones((2, 8), bool), method=GLIDE.encode_text
+    )
+    x = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+    out = model.apply({"params": params}, x, jnp.array([3, 900]), text, low_res=small)
+    np.testing.assert_allclose(
+        out, jax.image.resize(small, (2, 16, 16, 3), "bicubic", antialias=False), atol=1e-6
+    )
+
+
+def test_sizes_and_options_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="patch divides the image size 16, not 3"):
+        replace(TINY, patch=3)
+    with pytest.raises(ValueError, match="residual is for upsamplers"):
+        replace(TINY, residual=True)
+    config = replace(TINY, patch=2, channel_mult=(1, 2))
+    assert config.size_multiple == 4
+    shapes = abstract_params(config)
+    assert shapes["unet/down_0/kernel"].shape[2:] == (12, 32)
+    assert shapes["unet/head/kernel"].shape[-1] == 24

@@ -1,0 +1,92 @@
+"""Several steps a call from data on the device equal single steps from the loader."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from glide_jax.data.data_config import DataConfig
+from glide_jax.data.records import Source
+from glide_jax.devices.parallel import make_parallel
+from glide_jax.training import clock as clocks
+from glide_jax.training import feeding
+from glide_jax.training.clock import Clock
+from glide_jax.training.config import OptimiserConfig, TrainConfig
+from glide_jax.training.feeding import compile_steps, open_batches, steps_per_call
+from glide_jax.training.initial import begin_state
+from glide_jax.training.objectives import make_objective, make_tokenizer
+from glide_jax.training.step import Control, make_step
+from tests.support.commands import TINY
+
+CONFIG = TrainConfig(
+    name="x",
+    model=TINY,
+    steps=4,
+    save_every=2,
+    batch_size=4,
+    optimiser=OptimiserConfig(learning_rate=1e-2),
+    data=DataConfig(on_device="yes", captions=("{caption}", "a {caption}"), flip=True),
+)
+
+
+def source() -> Source:
+    rng = np.random.default_rng(0)
+    return Source(
+        [
+            {"image": rng.integers(0, 256, (16, 16, 3), np.uint8), "caption": f"apple {i}"}
+            for i in range(6)
+        ]
+    )
+
+
+def trained(config: TrainConfig, steps: int) -> tuple[dict, np.ndarray]:
+    """Return the state and the loss of each step."""
+    objective = make_objective(config)
+    parallel = make_parallel(config.parallelism, config.batch_size)
+    batches, calls = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
+    run = compile_steps(config, make_step(config, objective), batches, parallel)
+    state, losses = begin_state(config, objective, parallel), []
+    for _ in range(0, steps, calls):
+        state, metrics = run(state, next(batches), Control(jax.random.key(1)))
+        losses.extend(np.ravel(jax.device_get(parallel.gather(metrics))["loss"]))
+    return jax.device_get(parallel.for_checkpoint(state)), np.array(losses)
+
+
+@pytest.mark.parametrize("parallelism", ["pmap", "fsdp"])
+def test_data_on_the_device_train_like_the_loader(parallelism, monkeypatch):
+    config = replace(CONFIG, parallelism=parallelism)
+    loader = replace(config, data=replace(config.data, on_device="no"))
+    expected, losses = trained(loader, 4)
+    monkeypatch.setattr(feeding, "steps_per_call", lambda config: 2)
+    state, found = trained(config, 4)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
+        state.params,
+        expected.params,
+    )
+
+
+def test_calls_end_where_something_is_due(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert steps_per_call(replace(CONFIG, steps=1000, save_every=100)) == 20
+    assert steps_per_call(replace(CONFIG, steps=1000, save_every=100, sample_every=30)) == 10
+    assert steps_per_call(replace(CONFIG, steps=997, save_every=100)) == 1
+
+
+def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
+    config = replace(CONFIG, minutes=1, optimiser=OptimiserConfig(decay="linear", decay_share=0.5))
+    clock = Clock(config)
+    now[0] = 100.0  # compilation does not count
+    assert clock.factor() == 1 and not clock.over
+    clock.started(np.zeros(1))
+    now[0] += 45
+    assert clock.factor() == pytest.approx(0.5)
+    resumed = Clock(config, clock.get_state())
+    assert resumed.seconds == pytest.approx(45)
+    now[0] += 16
+    assert clock.over and clock.factor() == 0
+    assert Clock(replace(config, minutes=0)).factor() is None

@@ -1,0 +1,78 @@
+"""The optimiser: schedules, weight decay on kernels alone, Muon's orthogonal updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from glide_jax.errors import UsageError
+from glide_jax.models.presets import ModelConfig
+from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.training.optimiser import kernels, learning_rate, make_optimiser, matrices
+from glide_jax.training.optimiser_config import OptimiserConfig
+from tests.support.commands import TINY
+
+
+def test_linear_decay_is_constant_and_then_falls_to_zero():
+    config = OptimiserConfig(learning_rate=2.0, warmup=10, decay="linear", decay_share=0.4)
+    rate = learning_rate(config, 100)
+    assert [float(rate(step)) for step in (0, 5, 10, 60, 80, 100)] == pytest.approx(
+        [0, 1, 2, 2, 1, 0]
+    )
+    # With a clock the host multiplies by the decay.
+    assert float(learning_rate(config, 100, clock=True)(99)) == 2
+
+
+def params_of(config: ModelConfig = TINY) -> dict:
+    return jax.eval_shape(lambda: init_params(GLIDE(config), jax.random.key(0)))
+
+
+def test_weight_decay_acts_on_kernels_alone():
+    chosen = kernels(params_of())
+    assert chosen["unet"]["down_0"] == {"bias": False, "kernel": True}
+    assert chosen["unet"]["head_norm"]["norm"] == {"bias": False, "scale": False}
+    assert chosen["text"]["token_embedding"] is False
+    config = OptimiserConfig(learning_rate=0.1, weight_decay=0.5)
+    params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    optimiser = make_optimiser(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimiser.update(zeros, optimiser.init(params), params)
+    np.testing.assert_allclose(updates["layer"]["kernel"], -0.05)
+    np.testing.assert_array_equal(updates["layer"]["bias"], 0)
+
+
+def test_muon_makes_updates_of_kernels_orthogonal():
+    config = OptimiserConfig(kind="muon", learning_rate=0.1, grad_clip=0)
+    rng = np.random.default_rng(0)
+    params = {
+        "unet": {
+            "down_1_res": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32)},
+            "down_0": {"kernel": jnp.ones((3, 3, 2, 6)), "bias": jnp.ones(6)},
+        }
+    }
+    optimiser = make_optimiser(config, 10)
+    state = optimiser.init(params)
+    updates, _ = optimiser.update(jax.tree.map(lambda x: x**2 - 1.3, params), state, params)
+    inner = updates["unet"]["down_1_res"]["kernel"].reshape(36, 6)
+    values = np.linalg.svd(inner, compute_uv=False)
+    # Newton-Schulz brings all singular values near one another; the root mean square is 0.2 rates.
+    assert values.max() / values.min() < 2
+    assert float(jnp.sqrt((inner**2).mean())) == pytest.approx(0.02, rel=0.3)
+    # The first layer and biases belong to AdamW, whose first update is the rate.
+    np.testing.assert_allclose(jnp.abs(updates["unet"]["down_0"]["kernel"]), 0.1, rtol=1e-3)
+
+
+def test_muon_takes_no_first_and_last_layer_nor_embeddings():
+    chosen = matrices(params_of())
+    assert chosen["unet"]["down_0"]["kernel"] is None and chosen["unet"]["head"]["kernel"] is None
+    assert chosen["text"]["token_embedding"] is None
+    assert chosen["unet"]["mid_res_1"]["conv_1"]["kernel"].reduction_axis == (0, 1, 2)
+    assert isinstance(make_optimiser(OptimiserConfig(kind="muon"), 5), optax.GradientTransformation)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="kind is adamw or muon, not 'sgd'"):
+        OptimiserConfig(kind="sgd")
+    with pytest.raises(UsageError, match="decay_share"):
+        OptimiserConfig(decay_share=0)
