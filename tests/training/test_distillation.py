@@ -13,8 +13,10 @@ from glide_jax.diffusion.grids import make_grid
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.training import objectives
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
+    Terms,
     earlier,
     sample_scale,
     segments_at,
@@ -24,7 +26,7 @@ from glide_jax.training.flops import flops_per_image
 from glide_jax.training.initial import begin_state, teacher_params
 from glide_jax.training.objectives import Batch, finish, make_objective
 from glide_jax.training.state import abstract_state
-from glide_jax.training.step import make_step
+from glide_jax.training.step import Control, make_step, scan_steps
 from glide_jax.weights.registry import load_model
 from glide_jax.weights.store import flatten
 from tests.support.commands import TINY, make_weights
@@ -167,6 +169,35 @@ def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }
     assert flops_per_image(config) > flops_per_image(replace(config, objective="denoising"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_several_steps_in_one_program(dtype, teacher):
+    config = student_config(teacher, dtype=dtype)
+    objective, key = make_objective(config), jax.random.key(0)
+    state = abstract_state(config, objective)
+    items = jax.tree.map(lambda x: np.stack([x, x]), batch_of(config))
+    steps = partial(scan_steps, step=make_step(config, objective), read=lambda _, item: item)
+    for control in (Control(key), Control(key, np.float32(1), np.float32(0.5))):
+        after, metrics = jax.eval_shape(steps, state, items, control)
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert metrics["segments"].shape == (2,)
+
+
+def test_the_number_of_segments_follows_the_nearer_limit(monkeypatch):
+    config = replace(student_config(), steps=100)
+    found = []
+
+    def terms(*_, done, **__):
+        found.append(float(done))
+        return Terms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
+
+    monkeypatch.setattr(objectives, "consistency_terms", terms)
+    loss = make_objective(config).loss
+    for step, done in ((25, None), (25, 0.1), (25, 0.5)):
+        loss({}, batch_of(config), jax.random.key(0), teacher={}, step=step, done=done)
+    assert found == [0.25, 0.25, 0.5]
 
 
 def test_weights_that_cannot_be_the_teacher(teacher):
