@@ -7,11 +7,11 @@ at high noise an error of eps is a far larger error of the image.
 
 - the loss is a pseudo-Huber of the error of v, and the number of segments doubles from 8 to 64
   (2310.14189);
-- each step samples 90% of its scales from 1 to 4, and trains the rest without guidance;
+- for 90% of the images the scale is sampled from 1 to 4, the others have no guidance;
 - 10% empty captions keep the model without caption, for negative prompts and AND.
 
-A training step costs twice that of the teacher. Where the time does not suffice, `parts` 4 learns
-faster (2403.06807) and samples with 4 steps of ddim, spacing few:
+A training step costs twice that of the teacher. A student of four parts (2403.06807) has less to
+learn; it is sampled with 4 steps of ddim, spacing few:
 
     --distillation.parts 4 --sample-sampler ddim
 

@@ -36,6 +36,7 @@ from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.inputs import Inputs
 
+# The largest weight of an error of x_0 is 1 / LEAST_SIGMA.
 LEAST_SIGMA = 0.05
 # `(x, point) -> x_0`.
 Denoise = Callable[[jax.Array, Point], jax.Array]

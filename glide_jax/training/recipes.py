@@ -76,19 +76,23 @@ def toy(config: RunConfig) -> RunConfig:
     parts and parallelism stay those of the recipe. The weights that the recipe starts from do not
     fit: `init_from` and the teacher are empty.
     """
+    rate = 2e-3
     late = bool(config.optimiser.freeze)  # with a frozen text transformer captions take longer
     own: Mapping[str, Any]
     if isinstance(config, CLIPTrainConfig):
+        rate = 1e-3
         own = {"model": toy_clip(config.model), "steps": 300, "batch_size": 16}
     else:
         assert isinstance(config, TrainConfig)
         model = config.model
+        if config.objective == "consistency":
+            rate = 5e-4  # it starts from trained weights
         own = {
             "model": toy_model(model),
             "steps": 300 if late or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
-            "distillation": replace(config.distillation, teacher=""),
+            "distillation": replace(config.distillation, teacher="", segments=(4, 16)),
         }
     return replace(
         config,
@@ -96,7 +100,7 @@ def toy(config: RunConfig) -> RunConfig:
         data=replace(config.data, workers=0),
         optimiser=replace(
             config.optimiser,
-            learning_rate=1e-3 if isinstance(config, CLIPTrainConfig) else 2e-3,
+            learning_rate=rate,
             decay="constant",
             warmup=10,
             ema=0.95,

@@ -13,18 +13,22 @@ from glide_jax.diffusion.grids import make_grid
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.pipeline.settings import Settings
+from glide_jax.training import distillation, objectives
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
+    Terms,
     earlier,
     sample_scale,
     segments_at,
 )
 from glide_jax.training.distillation_config import DistillationConfig
+from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.initial import begin_state, teacher_params
 from glide_jax.training.objectives import Batch, finish, make_objective
 from glide_jax.training.state import abstract_state
-from glide_jax.training.step import make_step
+from glide_jax.training.step import Control, make_step, scan_steps
 from glide_jax.weights.registry import load_model
 from glide_jax.weights.store import flatten
 from tests.support.commands import TINY, make_weights
@@ -167,6 +171,84 @@ def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }
     assert flops_per_image(config) > flops_per_image(replace(config, objective="denoising"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_several_steps_in_one_program(dtype, teacher):
+    config = student_config(teacher, dtype=dtype)
+    objective, key = make_objective(config), jax.random.key(0)
+    state = abstract_state(config, objective)
+    items = jax.tree.map(lambda x: np.stack([x, x]), batch_of(config))
+    steps = partial(scan_steps, step=make_step(config, objective), read=lambda _, item: item)
+    for control in (Control(key), Control(key, np.float32(1), np.float32(0.5))):
+        after, metrics = jax.eval_shape(steps, state, items, control)
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert metrics["segments"].shape == (2,)
+
+
+def test_the_number_of_segments_follows_the_nearer_limit(monkeypatch):
+    config = replace(student_config(), steps=100)
+    found = []
+
+    def terms(*_, done, **__):
+        found.append(float(done))
+        return Terms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
+
+    monkeypatch.setattr(objectives, "consistency_terms", terms)
+    loss = make_objective(config).loss
+    for step, done in ((25, None), (25, 0.1), (25, 0.5)):
+        loss({}, batch_of(config), jax.random.key(0), teacher={}, step=step, done=done)
+    assert found == [0.25, 0.25, 0.5]
+
+
+def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(monkeypatch):
+    seen = []
+
+    class Recorder:
+        config, dtype = SMALL, jnp.float32
+
+        def __init__(self, *_):
+            pass
+
+        def apply(self, variables, *inputs, method=None, **given):
+            if method is None:
+                seen.append((variables["params"]["name"], given))
+            return None if method else jnp.zeros_like(inputs[0])
+
+    monkeypatch.setattr(distillation, "teacher_model", lambda _: Recorder())
+    model = replace(SMALL, variant="superres", low_res_level=True)
+    config = TrainConfig(
+        name="x",
+        model=model,
+        prediction="x",
+        objective="consistency",
+        low_res_noise=0.3,
+        batch_size=4,
+    )
+    batch, key = batch_of(config), jax.random.key(0)
+    objectives.distillation_loss(
+        {"name": 1.0}, batch, key, model=Recorder(), tables=TABLES, config=config,
+        teacher={"name": 2.0}, step=0,
+    )  # fmt: skip
+    # The teacher once, without a branch for the empty caption; the student at x_r and at x_t.
+    assert [float(name) for name, _ in seen] == [2, 1, 1]
+    for name in ("low_res", "low_res_level"):
+        for _, given in seen:
+            np.testing.assert_array_equal(given[name], seen[0][1][name])
+    assert seen[0][1]["low_res"].shape == (4, 2, 2, 3)
+
+
+def test_the_sampler_and_its_spacing_come_with_the_weights():
+    config = student_config(sample_sampler="consistency", sample_spacing="few", sample_steps=4)
+    found = description(config, 10)["defaults"]
+    assert found == {
+        "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "few"
+    }  # fmt: skip
+    assert Settings().changed(**found).grid(SCHEDULE)[0] == pytest.approx(LENGTH - 1, abs=1)
+    for name, value in (("sampler", "consistncy"), ("spacing", "fw")):
+        with pytest.raises(UsageError, match=f"sample_{name} is .*, not '{value}'"):
+            replace(config, **{f"sample_{name}": value})
 
 
 def test_weights_that_cannot_be_the_teacher(teacher):

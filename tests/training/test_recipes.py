@@ -14,6 +14,8 @@ from glide_jax.data.data_config import DataConfig
 from glide_jax.errors import UsageError
 from glide_jax.models.presets import PRESETS, CLIPConfig, clip64, clip64_paper
 from glide_jax.pipeline.clip_guide import load_clip
+from glide_jax.pipeline.image_files import read_images
+from glide_jax.pipeline.loading import load
 from glide_jax.training.command_line import parse_recipe
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, read_config, save_config
 from glide_jax.training.export import export, seen_tokens
@@ -254,6 +256,27 @@ def test_the_shortest_recipe_learns_is_resumed_exported_and_guides(tmp_path):
     np.testing.assert_allclose(a, b, atol=0.02)
     error = one_line(run("sample.py", "red", "--weights", run_folder, "--out", tmp_path / "s"), 1)
     assert "noised CLIP" in error and "clip" in error
+
+
+@pytest.mark.slow
+def test_a_student_is_nearer_to_its_images_in_one_step_than_its_teacher(tmp_path):
+    images = toy_runs.write_images(tmp_path / "images")
+    toy_runs.train("improved64", images, tmp_path / "teacher", steps=300)
+    teacher = ("--distillation.teacher", tmp_path / "teacher")
+    toy_runs.train("fewstep64", images, tmp_path / "student", *teacher)
+    files = sorted(images.glob("*.png"))
+    captions = [file.with_suffix(".txt").read_text() for file in files]
+    wanted = np.concatenate([read_images(file, 16, 1) for file in files]).astype(float)
+
+    def distance(run, **settings):
+        found = load(tmp_path / run)(captions, progress=False, **settings).images
+        return np.sqrt(((found - wanted) ** 2).mean())
+
+    for scale in (1.0, 3.0):
+        few = {"guidance_scale": scale, "sampler": "ddim", "spacing": "few"}
+        assert distance("student", steps=1, guidance_scale=scale) < 0.75 * distance(
+            "teacher", steps=1, **few
+        )
 
 
 def test_a_clip_is_not_loaded_from_a_run_of_another_kind(tmp_path):
