@@ -7,14 +7,14 @@
 # rate that falls to zero within it. While one trains, the programs of the next are compiled. The
 # weights are in FOLDER/weights, those of the newest checkpoint where the script was stopped early.
 #
-# Minutes are set by the variables START, BASE and UPSAMPLER, steps of the student by STUDENT;
-# BATCH and EXTRA ("--model.model-channels 32") are for rehearsals on a CPU.
+# Minutes are set by the variables START, BASE, UPSAMPLER and STUDENT (0: no student). BATCH,
+# UPSAMPLER_BATCH and EXTRA ("--model.model-channels 32") are for rehearsals on a CPU.
 set -uo pipefail
 data64=$(realpath "$1") data256=$(realpath "$2")
 mkdir -p "$3/weights" "$3/logs"
 out=$(realpath "$3")
 cd "$(dirname "$0")/.."
-start=${START:-2.8} base=${BASE:-4.8} upsampler=${UPSAMPLER:-1.6} student=${STUDENT:-1200}
+start=${START:-2.2} base=${BASE:-4.6} upsampler=${UPSAMPLER:-1.5} student=${STUDENT:-1.7}
 trial=${TRIAL:-45} batch=${BATCH:-256} extra=${EXTRA:-}
 began=$SECONDS
 note() { echo "[$((SECONDS - began)) s] $*"; }
@@ -62,10 +62,14 @@ chosen=(--optimiser.kind "$kind" --optimiser.learning-rate "$rate")
 train warm_base emoji64 "$out/warm_base" "${second[@]}" --init-from '' --minutes 0.001 \
     "${chosen[@]}" &
 train warm_upsampler emoji_upsample256 "$out/warm_upsampler" --data.source "$data256" \
-    --batch-size "${UPSAMPLER_BATCH:-64}" --minutes 0.001 &
+    --batch-size "${UPSAMPLER_BATCH:-128}" --minutes 0.001 &
 warm=$!
 wait $running
 note "first training: $(mean_loss $kind)"
+# A step of the student costs about twice that of the base.
+speed=$(tr '\r' '\n' <"$out/logs/$kind.log" | grep -o '[0-9.]* images/s' | tail -n 1 | cut -d' ' -f1)
+steps=$(awk "BEGIN { n = int($student * 60 * $speed / $batch / 2 / 20) * 20; print (n < 20 ? 0 : n) }")
+note "$speed images/s; $steps steps of the student"
 
 # -- base and upsampler ----------------------------------------------------------------------------
 wait $warm
@@ -73,13 +77,13 @@ train emoji64 emoji64 "$out/emoji64" "${second[@]}" --init-from "$out/$kind" --m
     "${chosen[@]}" &
 running=$!
 train emoji_upsample256 emoji_upsample256 "$out/emoji_upsample256" --data.source "$data256" \
-    --batch-size "${UPSAMPLER_BATCH:-64}" --minutes "$upsampler"
+    --batch-size "${UPSAMPLER_BATCH:-128}" --minutes "$upsampler"
 note "upsampler: $(mean_loss emoji_upsample256)"
 export_ emoji_upsample256
 # The student's program depends on its teacher's sizes alone: compiled from the base so far.
-if [ "$student" -gt 0 ] && [ -d "$out/emoji64/checkpoints" ]; then
+if [ "$steps" -gt 0 ] && [ -d "$out/emoji64/checkpoints" ]; then
     train warm_student emoji_fewstep64 "$out/warm_student" "${second[@]}" \
-        --distillation.teacher "$out/emoji64" --init-from "$out/emoji64" --steps "$student" \
+        --distillation.teacher "$out/emoji64" --init-from "$out/emoji64" --steps "$steps" \
         --minutes 0.001 --optimiser.kind "$kind"
     note "student compiled"
 fi
@@ -88,9 +92,9 @@ note "base: $(mean_loss emoji64)"
 export_ emoji64 &
 
 # -- student -----------------------------------------------------------------------------------------
-if [ "$student" -gt 0 ]; then
+if [ "$steps" -gt 0 ]; then
     train emoji_fewstep64 emoji_fewstep64 "$out/emoji_fewstep64" "${second[@]}" \
-        --distillation.teacher "$out/emoji64" --init-from "$out/emoji64" --steps "$student" \
+        --distillation.teacher "$out/emoji64" --init-from "$out/emoji64" --steps "$steps" \
         --minutes 9 --optimiser.kind "$kind"
     note "student: $(mean_loss emoji_fewstep64)"
     export_ emoji_fewstep64
