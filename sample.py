@@ -28,7 +28,6 @@ from glide_jax.pipeline.images import Images, check_writable
 from glide_jax.pipeline.options import (
     Options,
     check_options,
-    chosen_weights,
     prompts_of,
     read_options,
 )
@@ -42,7 +41,7 @@ def generate(options: Options) -> None:
     check_options(options)
     model, editing = options.model, options.editing
     pipe = glide.load(
-        chosen_weights(options),
+        model.weights,
         upsampler=model.upsampler,
         clip=model.clip,
         weak_model=model.weak_model,

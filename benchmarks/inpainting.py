@@ -1,8 +1,8 @@
 """How well masked regions are filled, and their edge: python -m benchmarks.inpainting
 
 Writes `inpainting.png`, a sheet with five rows: real images; the masked region in them; the region
-filled by the inpainting model; filled by the base model with resampling (RePaint); and the left
-edge of the third row, enlarged. `inpainting.json` has the mean change of a pixel across the edge,
+filled by the model; filled with resampling (RePaint) besides; and the left edge of the third row,
+enlarged. `inpainting.json` has the mean change of a pixel across the edge,
 and the same for the real images.
 """
 
@@ -20,6 +20,7 @@ from glide_jax.errors import one_line_errors
 from glide_jax.evaluation.captions import prompt_of, random_records, training_pairs
 from glide_jax.pipeline.images import check_writable, image_grid
 from glide_jax.pipeline.runner import check_32_bits
+from glide_jax.pipeline.settings import REPAINT
 from glide_jax.training.recipes import load_recipe
 
 # Top, bottom, left, right of the masked region, as shares of the side: the middle.
@@ -35,8 +36,7 @@ class Options:
     Attributes:
         data: The data set, an .npz file.
         recipe: The recipe whose training images are used, by name or path.
-        inpainter: Weights trained to inpaint.
-        base: Weights not trained to inpaint.
+        weights: The weights that fill, trained to inpaint or not.
         out: Folder for inpainting.png and inpainting.json.
         images: Number of images.
         seed: Seed from 0 to 2^32 - 1; it selects the images and seeds what fills them.
@@ -44,8 +44,7 @@ class Options:
 
     data: str = "emoji64.npz"
     recipe: str = "emoji64"
-    inpainter: str = "emoji_inpaint64"
-    base: str = "emoji64"
+    weights: str = "emoji64"
     out: Path = Path("docs/results/images")
     images: int = 8
     seed: int = 0
@@ -90,16 +89,17 @@ def main() -> None:
         prompts = [prompt_of(record) for record in records]
 
         rows = {"real": real, "masked": np.where(mask[..., None], np.uint8(127), real)}
-        for name, weights in (("inpainter", options.inpainter), ("resampling", options.base)):
-            pipe = glide.load(weights, upsampler="none")
-            rows[name] = pipe(prompts, image=real, mask=mask, seed=options.seed).images
+        pipe = glide.load(options.weights, upsampler="none")
+        for name, repaint in (("plain", None), ("resampling", REPAINT)):
+            call = {"image": real, "mask": mask, "seed": options.seed, "repaint": repaint}
+            rows[name] = pipe(prompts, **call).images
         kept = {name: bool((rows[name][:, ~mask] == real[:, ~mask]).all()) for name in rows}
         found = {
-            "weights": {"inpainter": options.inpainter, "resampling": options.base},
+            "weights": options.weights,
             "images": prompts,
-            "known_pixels_kept": {n: kept[n] for n in ("inpainter", "resampling")},
+            "known_pixels_kept": {n: kept[n] for n in ("plain", "resampling")},
             "change_over_the_edge": {
-                n: round(edge_change(rows[n], box), 1) for n in ("real", "inpainter", "resampling")
+                n: round(edge_change(rows[n], box), 1) for n in ("real", "plain", "resampling")
             },
         }
         text = json.dumps(found, indent=1)
@@ -108,7 +108,7 @@ def main() -> None:
         middle = (top + bottom) // 2
         part = slice(middle - AROUND, middle + AROUND), slice(left - AROUND, left + AROUND)
         factor = side // (2 * AROUND)
-        edges = [image[part].repeat(factor, 0).repeat(factor, 1) for image in rows["inpainter"]]
+        edges = [image[part].repeat(factor, 0).repeat(factor, 1) for image in rows["plain"]]
         rows["edge"] = np.stack(edges)
         sheet = image_grid(np.concatenate(list(rows.values())), columns=options.images)
         Image.fromarray(sheet).save(options.out / "inpainting.png")

@@ -73,7 +73,8 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         caption_dropout=0.1,
         save_every=1000,
         sample_every=0,
-        sample_steps=12,
+        sample_steps=8,
+        sample_spacing="few",
         sample_guidance_scale=2.0,
         sample_prompts=(
             "a red apple",

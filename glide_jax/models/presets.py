@@ -307,7 +307,6 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "upsample256-paper": upsample256_paper,
     "inpaint256": lambda: replace(upsample256(), variant="superres_inpaint"),
     "emoji64": emoji64,
-    "emoji_inpaint64": lambda: replace(emoji64(), variant="inpaint"),
     "emoji_upsample256": emoji_upsample256,
 }
 """The sizes of GLIDE models by name: functions without arguments that return a `ModelConfig`."""

@@ -12,7 +12,6 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training.runs import sampling_defaults
-from glide_jax.weights.registry import EMBEDDED
 
 # The defaults that the help shows: those of the weights that will be used.
 _shown: dict[str, Any] = {}
@@ -38,11 +37,11 @@ class WeightsOptions:
 
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run
-            of train.py. Default: emoji64; with --mask emoji_inpaint64.
+            of train.py.
         upsampler: Weights of an upsampler, which enlarges each image, or none. Default: the one
             that belongs to the weights (emoji_upsample256).
         upsampler_steps: Steps of the upsampler. With a strength below 1 only that share of them
-            is run, the last ones: emoji_upsample256 has strength 0.5.
+            is run, the last ones.
         upsampler_sampler: Sampler of the upsampler; see --sampler.
         clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
             Default: the one that belongs to the weights (emoji_clip64).
@@ -56,7 +55,7 @@ class WeightsOptions:
             quarter of that at 256x256.
     """
 
-    weights: Annotated[str | None, HIDDEN] = None
+    weights: str = "emoji64"
     upsampler: Annotated[str | None, HIDDEN] = None
     upsampler_steps: Annotated[str | None, HIDDEN] = None
     upsampler_sampler: Annotated[str | None, HIDDEN] = None
@@ -186,7 +185,7 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     The help shows the sampling defaults of the weights that the command line names.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    show_defaults_of(_named(words, "--weights") or _weights(inpaints="--mask" in words))
+    show_defaults_of(_named(words, "--weights") or WeightsOptions.weights)
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     return tyro.cli(Options, description=description, args=words, config=plain)
 
@@ -206,17 +205,6 @@ def _named(words: Sequence[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return word.removeprefix(f"{option}=")
     return None
-
-
-def _weights(inpaints: bool) -> str:
-    return "emoji_inpaint64" if inpaints and "emoji_inpaint64" in EMBEDDED else "emoji64"
-
-
-def chosen_weights(options: Options) -> str:
-    """Return the weights that were named, or the embedded ones for the task."""
-    if options.model.weights is not None:
-        return options.model.weights
-    return _weights(inpaints=options.editing.mask is not None)
 
 
 def check_options(options: Options) -> None:

@@ -34,13 +34,13 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED, EMBEDDED_CLIPS = (
     tuple(name for name in names if (ASSETS / name).is_dir())
     for names in (
-        ("emoji64", "emoji_inpaint64", "emoji_upsample256"),
+        ("emoji64", "emoji_upsample256"),
         ("emoji_clip64", "emoji_scorer64"),
     )
 )
 # Default upsampler and default noised CLIP of some weights. The scorer never guides: it measures.
 _FAMILY = {"upsampler": "emoji_upsample256", "clip": "emoji_clip64"}
-COMPANIONS = {"emoji64": _FAMILY, "emoji_inpaint64": _FAMILY}
+COMPANIONS = {"emoji64": _FAMILY}
 NONE = "none"
 FORMAT = 1
 
@@ -54,7 +54,7 @@ class Model:
         config: its sizes.
         params: nested dictionaries of float32 arrays.
         schedule, diffusion_steps: the noise schedule that it was trained with.
-        prediction: the meaning of its output, "eps" or "v".
+        prediction: the meaning of its output, "eps", "v" or "x".
         defaults: default sampling settings, by name.
         prompts: example captions.
     """
@@ -143,6 +143,8 @@ def save_torch(model: Model, path: Path) -> None:
     for wrong, what in (
         (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
         (model.config.low_res_level, "takes the noise level of the low-resolution image"),
+        (model.config.patch > 1, "works on blocks of pixels"),
+        (model.config.residual, "predicts a residual"),
         (model.config.guidance_input, "takes the scale of guidance"),
     ):
         if wrong:

@@ -105,7 +105,7 @@ class Network:
             the variance output in [-1, 1]. Hashable, since it is part of the compiled program's
             identity.
         params: its weights.
-        prediction: meaning of the first C channels, "eps" or "v".
+        prediction: meaning of the first C channels, "eps", "v" or "x".
     """
 
     fn: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
