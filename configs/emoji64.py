@@ -7,8 +7,13 @@ it and learns the four styles that the model is used for, with a learning rate t
 In seven of ten images everything is masked: that is text-to-image. In the others a random region
 is, as in the inpainting models of GLIDE (sec. 4.3).
 
+Result:   the embedded weights: 64x64 emoji of 766 concepts in four styles, and masked regions
+          filled (docs/results/model_card.md); loss 0.055 after the first training, 0.023 at the end.
 Data:     4,909 images of emoji64 (docs/guide/data.md says how to make it), 2,579 in four styles;
-          for 69 of the concepts one or two styles are held out.
+          401 pairs of concept and style are held out, 234 of them in the four styles.
+Hardware: one GPU, 15 GB of its memory.
+Time:     2.2 and 4.6 minutes on one H200, for 1.5 of them at the same time as the upsampler; 7,900
+          images/s alone. `configs/emoji_minutes.sh` runs both, with the upsampler.
 Command:  glide-jax train --config emoji64:eleven-styles --data.source emoji64.npz
           glide-jax train --config emoji64 --data.source emoji64.npz
 """
@@ -66,7 +71,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
             ema=0.999,
         ),
         steps=200_000,
-        minutes=4,
+        minutes=2.2,
         batch_size=256,
         mask_all=0.7,
         # From the start; the paper does so in a training of its own.
@@ -92,5 +97,6 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         name="emoji64",
         init_from="runs/emoji64_eleven_styles",
         data=replace(config.data, styles=STYLES),
+        minutes=4.6,
         optimiser=replace(config.optimiser, decay_share=0.9, ema=0.998),
     )
