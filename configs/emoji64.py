@@ -26,6 +26,10 @@ from glide_jax.training.config import OptimiserConfig, TrainConfig
 
 SIZES = ("four-styles", "eleven-styles")
 STYLES = ("Google Noto style", "Twitter flat style", "Fluent flat style", "EmojiOne style")
+PROMPTS = (
+    "a red apple", "a penguin, Twitter flat style", "a rocket",
+    "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
+)  # fmt: skip
 # Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
 # captions with a part only let `all_of(concept, style)` compose what was never seen together.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
@@ -33,7 +37,7 @@ CAPTIONS = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 
 
 def concepts() -> tuple[str, ...]:
-    """Return the names of the concepts, of one or two words, that exist in at least three STYLES."""
+    """Return the names of the concepts: those in at least three of STYLES, of one or two words."""
     path = Path(__file__).with_name("emoji64_concepts766.txt")
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
@@ -46,17 +50,18 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         concepts=concepts(),
         captions=CAPTIONS,
     )
+    # Almost no decay: the second training has it.
+    optimiser = OptimiserConfig(
+        kind="muon", learning_rate=1.5e-3, warmup=100, beta_2=0.99, weight_decay=0.01,
+        decay="linear", decay_share=0.05, ema=0.999,
+    )  # fmt: skip
     config = TrainConfig(
         name="emoji64_eleven_styles",
         model=replace(presets.emoji64(), variant="inpaint"),
         # In so few steps, noise prediction does not learn the large shapes and colours.
         prediction="v",
         data=data,
-        # Almost no decay: the second training has it.
-        optimiser=OptimiserConfig(
-            kind="muon", learning_rate=1.5e-3, warmup=100, beta_2=0.99, weight_decay=0.01,
-            decay="linear", decay_share=0.05, ema=0.999,
-        ),  # fmt: skip
+        optimiser=optimiser,
         steps=200_000,
         minutes=2.2,
         batch_size=256,
@@ -68,11 +73,8 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         sample_steps=8,
         sample_spacing="few",
         sample_guidance_scale=2.0,
-        sample_prompts=(
-            "a red apple", "a penguin, Twitter flat style", "a rocket",
-            "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
-        ),
-    )  # fmt: skip
+        sample_prompts=PROMPTS,
+    )
     if size == "eleven-styles":
         return config
     return replace(
@@ -81,5 +83,5 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         init_from="runs/emoji64_eleven_styles",
         data=replace(data, styles=STYLES),
         minutes=4.6,
-        optimiser=replace(config.optimiser, decay_share=0.9, ema=0.998),
+        optimiser=replace(optimiser, decay_share=0.9, ema=0.998),
     )
