@@ -3,7 +3,10 @@
 It adds its output to the bicubic enlargement, and predicts the clean image: one or two evaluations
 are enough. It is trained on squares of 128 pixels out of the images of `emoji64` at 256x256.
 
+Result:   the embedded weights: docs/results/model_card.md has their error and their edges.
 Data:     2,579 images of emoji64 at 256x256 (docs/guide/data.md says how to make them).
+Hardware: one GPU, 10 GB of its memory.
+Time:     4,200 steps in 1.5 minutes on one H200, at the same time as emoji64.
 Command:  glide-jax train --config emoji_upsample256 --data.source emoji256.npz
 """
 
@@ -37,8 +40,8 @@ def get_config() -> TrainConfig:
             ema=0.998,
         ),
         steps=200_000,
-        minutes=3,
-        batch_size=64,
+        minutes=1.5,
+        batch_size=128,
         caption_dropout=0.1,
         save_every=1000,
         # A grid would need small images to enlarge.
