@@ -3,7 +3,7 @@
 #
 # Needs a GPU, `pip install '.[data,cuda]'`, npm and apt-get. The same command resumes after an
 # interruption: files that exist are kept, and trainings resume from their newest checkpoint.
-# Base and upsampler end by the clock: see `minutes` in their recipes. configs/emoji_minutes.sh
+# Base and upsampler end by the clock, in the times of one H200. configs/emoji_minutes.sh
 # trains them side by side instead, together with a few-step student.
 # The script was not run as a whole.
 set -euo pipefail
