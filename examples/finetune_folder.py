@@ -28,6 +28,7 @@ def finetune(
         data=DataConfig(source=images),
         optimiser=replace(base.optimiser, learning_rate=2e-4, warmup=20, decay="constant"),
         steps=steps,
+        minutes=0,  # no time limit
         batch_size=8,
         save_every=100,
     )
