@@ -167,13 +167,12 @@ def fits(source: Source, config: DataConfig, size: int) -> bool:
     """
     if jax.default_backend() == "cpu" or config.crop == "random" or not len(source):
         return False
-    try:
-        image = source.records[0]["image"]
-    except BrokenRecord:
-        return False
+    images = getattr(source.records, "images", None)
+    if not isinstance(images, np.ndarray):
+        return False  # made or read when they are asked for
     stats = jax.local_devices()[0].memory_stats() or {}
     room = stats.get("bytes_limit", 8e9) / 4
-    return isinstance(image, np.ndarray) and len(source) * max(image.nbytes, 3 * size**2) < room
+    return max(images.nbytes, 3 * len(source) * size**2) < room
 
 
 def make_resident(

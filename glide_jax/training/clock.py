@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
 from glide_jax.training.optimiser import decay_factor
 
@@ -18,7 +19,13 @@ class Clock:
     """
 
     def __init__(self, config: RunConfig, position: Mapping[str, Any] | None = None):
-        """Start from a checkpoint's position, or from nothing."""
+        """Start from a checkpoint's position, or from nothing.
+
+        Raises:
+            UsageError: there are several processes, whose clocks differ.
+        """
+        if config.minutes and jax.process_count() > 1:
+            raise UsageError("a time limit is for one process: set --minutes 0 and --steps")
         self._limit, self._share = 60 * config.minutes, config.optimiser.decay_share
         self._decays = config.optimiser.decay == "linear"
         self._before = float((position or {}).get("seconds", 0.0))
