@@ -72,7 +72,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         sample_every=0,
         sample_steps=8,
         sample_spacing="few",
-        sample_guidance_scale=2.0,
+        sample_guidance_scale=1.5,
         sample_prompts=PROMPTS,
     )
     if size == "eleven-styles":
