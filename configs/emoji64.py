@@ -57,7 +57,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
     )  # fmt: skip
     config = TrainConfig(
         name="emoji64_eleven_styles",
-        model=replace(presets.emoji64(), variant="inpaint"),
+        model=presets.emoji64(),
         # In so few steps, noise prediction does not learn the large shapes and colours.
         prediction="v",
         data=data,

@@ -160,11 +160,13 @@ def upsample256_paper() -> ModelConfig:
 
 
 def emoji64() -> ModelConfig:
-    """Return the sizes of the embedded model, small enough for a laptop: 13M parameters, 6 GFLOP.
+    """Return the sizes of the embedded model, small enough for a laptop: 14M parameters, 6 GFLOP.
 
-    Blocks of 2x2 pixels are one position, so wide layers are affordable.
+    It inpaints, and generates from text where every pixel is masked. Blocks of 2x2 pixels are one
+    position, so wide layers are affordable.
     """
     return ModelConfig(
+        variant="inpaint",
         model_channels=96,
         channel_mult=(1, 2, 2),
         num_res_blocks=1,

@@ -141,8 +141,9 @@ def recognise(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
     shapes = {name: tuple(array.shape) for name, array in state_dict.items()}
     for preset in PRESETS.values():
         c = preset()
+        width, inputs = c.channel_mult[0] * c.model_channels, c.in_channels * c.patch**2
         wanted = {
-            "input_blocks.0.0.weight": (c.channel_mult[0] * c.model_channels, c.in_channels, 3, 3),
+            "input_blocks.0.0.weight": (width, inputs, 3, 3),
             "token_embedding.weight": (c.n_vocab, c.xf_width),
             "positional_embedding": (c.text_ctx, c.xf_width),
         }

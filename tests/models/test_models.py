@@ -344,6 +344,6 @@ def test_sizes_and_options_that_do_not_fit_are_named():
         replace(TINY, residual=True)
     config = replace(TINY, patch=2, channel_mult=(1, 2))
     assert config.size_multiple == 4
-    shapes = abstract_params(config)
+    shapes = flatten(abstract_params(config))
     assert shapes["unet/down_0/kernel"].shape[2:] == (12, 32)
     assert shapes["unet/head/kernel"].shape[-1] == 24

@@ -205,5 +205,5 @@ def test_a_recipe_may_train_at_another_size_than_it_samples():
 
 @pytest.mark.parametrize("size", [-8, 3, 20])
 def test_a_size_that_the_network_cannot_halve_is_refused(size):
-    with pytest.raises(UsageError, match="train_size is a multiple of 8"):
+    with pytest.raises(UsageError, match="train_size is a multiple of 16"):
         replace(load_recipe("configs/emoji_upsample256.py"), train_size=size)

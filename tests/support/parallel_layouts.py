@@ -71,19 +71,19 @@ def recipe(name: str, images: Path) -> RunConfig:
 
 def losses(config: RunConfig, *, stop: bool = False) -> dict[int, float]:
     """Train, and return the loss of each step."""
-    found, logged = {}, Logger.step
+    found, logged = {}, Logger.steps
 
-    def step(self, number, metrics, *more):
+    def steps(self, number, count, metrics, *more):
         found[number] = float(metrics["loss"])
         if stop and number == 3 and jax.process_index() == jax.process_count() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        logged(self, number, metrics, *more)
+        logged(self, number, count, metrics, *more)
 
-    Logger.step = step
+    Logger.steps = steps
     try:
         train(config)
     finally:
-        Logger.step = logged
+        Logger.steps = logged
     return found
 
 

@@ -82,7 +82,7 @@ def test_a_size_that_a_recipe_lacks_is_one_line_with_those_it_has():
     with pytest.raises(UsageError, match=near):
         load_recipe("text64:papr")
     with pytest.raises(UsageError, match=r"no size 'paper': choose one of toy"):
-        load_recipe("emoji_inpaint64:paper")
+        load_recipe("emoji_upsample256:paper")
     with pytest.raises(UsageError, match=r"choose one of released, 16gb, 24gb, paper, toy"):
         load_recipe("finetune64:8gb")
 
