@@ -22,7 +22,8 @@ def enable_compilation_cache() -> None:
             # With a read-only home each run compiles; results are the same.
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # All programs: some sixty small ones take a second or two together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def trunk_dtype(name: str = "auto") -> jnp.dtype:

@@ -63,7 +63,7 @@ def test_data_on_the_device_train_like_the_loader(parallelism, monkeypatch):
     np.testing.assert_allclose(found, losses, rtol=2e-4)
     # Rounding turns the sign of some of Adam's updates, where a gradient is almost zero.
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
-        assert np.abs(a - b).mean() < 1e-5
+        assert np.abs(a - b).mean() < 1e-4  # an update is 1e-3
 
 
 def test_calls_end_where_something_is_due(monkeypatch):
