@@ -135,11 +135,11 @@ class ResidentBatches:
         variant = int(rng.integers(self._variants[number])) if self._variants[number] else 0
         template = int(rng.integers(len(config.captions)))
         caption = self._first[number] + variant * len(config.captions) + template
-        corner = (0, 0)
+        top, left = 0, 0
         if config.crop == "window":
-            corner = window_corner(self.data.image.shape[1:3], self._prepare.size, rng)
-        flip = config.flip and rng.random() < 0.5 and not self._sides[caption]
-        return number, caption, flip, *corner
+            top, left = window_corner(self.data.image.shape[1:3], self._prepare.size, rng)
+        flip = config.flip and bool(rng.random() < 0.5) and not self._sides[caption]
+        return number, caption, flip, top, left
 
     def get_state(self) -> dict[str, int]:
         """Return the position at which the next batch starts."""

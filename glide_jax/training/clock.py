@@ -52,7 +52,7 @@ class Clock:
         if not self._limit:
             return None
         done = self.seconds / self._limit
-        return np.float32(decay_factor(done, self._share) if self._decays else 1.0)
+        return np.asarray(decay_factor(done, self._share) if self._decays else 1.0, np.float32)
 
     def started(self, metrics: Any) -> None:
         """Note that a call was started, after waiting for the one before it.

@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     row: jax.Array | np.ndarray
 
 
-def to_batch(arrays: Mapping[str, np.ndarray]) -> Batch:
+def to_batch(arrays: Mapping[str, Any]) -> Batch:
     """Return the arrays of a data batch that the training step takes."""
     return Batch(arrays["image"], arrays["tokens"], arrays["mask"], arrays["row"])
 
