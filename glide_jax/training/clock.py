@@ -45,7 +45,7 @@ class Clock:
     @property
     def done(self) -> np.ndarray | None:
         """The share of the time that is used up; None without a limit."""
-        return np.float32(self.seconds / self._limit) if self._limit else None
+        return np.asarray(self.seconds / self._limit, np.float32) if self._limit else None
 
     def factor(self) -> np.ndarray | None:
         """Return the factor of the learning rate; None without a limit."""
