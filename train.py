@@ -34,7 +34,7 @@ from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
-from glide_jax.training.feeding import compile_steps, open_batches
+from glide_jax.training.feeding import align, compile_steps, open_batches
 from glide_jax.training.initial import begin_state
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
@@ -50,7 +50,7 @@ def train(config: RunConfig) -> None:
     # -- data -------------------------------------------------------------------------------
     check_same_model(config)
     source = open_source(config.data)
-    batches, per_call = open_batches(
+    batches = open_batches(
         config,
         source,
         make_tokenizer(config),
@@ -76,6 +76,7 @@ def train(config: RunConfig) -> None:
             first, state, position = checkpoints.restore(like, source.fingerprint)
             state = parallel.put_state(state)
             batches.set_state(position)
+        per_call = align(batches, first)
         clock = Clock(config, position)
         processes.on_first(partial(write_config, config))
 

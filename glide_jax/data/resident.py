@@ -72,6 +72,7 @@ class ResidentBatches:
 
     Attributes:
         data: the images and captions, still on the host.
+        calls: steps in each item.
         skipped: 0, since all records are whole.
     """
 
@@ -91,7 +92,7 @@ class ResidentBatches:
         Raises:
             BrokenRecord: a record is broken, or the images differ in size.
         """
-        self._prepare, self._batch_size, self._calls = prepare, batch_size, calls
+        self._prepare, self._batch_size, self.calls = prepare, batch_size, calls
         index, count = process
         self._rows = np.arange(
             index * batch_size // count, (index + 1) * batch_size // count, dtype=np.int32
@@ -121,8 +122,8 @@ class ResidentBatches:
         return self
 
     def __next__(self) -> Picks:
-        starts = [self._position + i * self._batch_size for i in range(self._calls)]
-        self._position += self._calls * self._batch_size
+        starts = [self._position + i * self._batch_size for i in range(self.calls)]
+        self._position += self.calls * self._batch_size
         chosen = [[self._choose(start + int(row)) for row in self._rows] for start in starts]
         image, caption, flip, top, left = np.array(chosen, np.int32).transpose(2, 0, 1)
         row = np.broadcast_to(self._rows, image.shape)

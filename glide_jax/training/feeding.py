@@ -36,8 +36,8 @@ def steps_per_call(config: RunConfig) -> int:
 
 def open_batches(
     config: RunConfig, source: Source, tokenizer: Any, *, process: tuple[int, int]
-) -> tuple[Batches | ResidentBatches, int]:
-    """Return an endless iterator of what one call takes, and the number of its steps.
+) -> Batches | ResidentBatches:
+    """Return an endless iterator of what one call takes: one step, or several.
 
     Raises:
         UsageError: see `make_batches` and `make_resident`.
@@ -51,9 +51,18 @@ def open_batches(
     }
     calls = steps_per_call(config)
     resident = make_resident(source, config.data, calls=calls, **common)
-    if resident is not None:
-        return resident, calls
-    return make_batches(source, config.data, **common), 1
+    return make_batches(source, config.data, **common) if resident is None else resident
+
+
+def align(batches: Batches | ResidentBatches, first: int) -> int:
+    """Make calls from step `first` on end where something is due, and return their steps.
+
+    A run that was stopped between two such steps, with a loader, goes on with shorter calls.
+    """
+    if not isinstance(batches, ResidentBatches):
+        return 1
+    batches.calls = math.gcd(batches.calls, first)
+    return batches.calls
 
 
 def compile_steps(

@@ -13,7 +13,7 @@ from glide_jax.training import clock as clocks
 from glide_jax.training import feeding
 from glide_jax.training.clock import Clock
 from glide_jax.training.config import OptimiserConfig, TrainConfig
-from glide_jax.training.feeding import compile_steps, open_batches, steps_per_call
+from glide_jax.training.feeding import align, compile_steps, open_batches, steps_per_call
 from glide_jax.training.initial import begin_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.step import Control, make_step
@@ -44,7 +44,8 @@ def trained(config: TrainConfig, steps: int) -> tuple[dict, np.ndarray]:
     """Return the state and the loss of each step."""
     objective = make_objective(config)
     parallel = make_parallel(config.parallelism, config.batch_size)
-    batches, calls = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
+    batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
+    calls = align(batches, 0)
     run = compile_steps(config, make_step(config, objective), batches, parallel)
     state, losses = begin_state(config, objective, parallel), []
     for _ in range(0, steps, calls):
@@ -71,6 +72,14 @@ def test_calls_end_where_something_is_due(monkeypatch):
     assert steps_per_call(replace(CONFIG, steps=1000, save_every=100)) == 20
     assert steps_per_call(replace(CONFIG, steps=1000, save_every=100, sample_every=30)) == 10
     assert steps_per_call(replace(CONFIG, steps=997, save_every=100)) == 1
+
+
+def test_a_run_stopped_between_calls_goes_on_with_shorter_ones(monkeypatch):
+    monkeypatch.setattr(feeding, "steps_per_call", lambda config: 20)
+    for first, expected in ((0, 20), (40, 20), (50, 10), (7, 1)):
+        batches = open_batches(CONFIG, source(), make_tokenizer(CONFIG), process=(0, 1))
+        assert align(batches, first) == expected
+        assert next(batches).image.shape == (expected, 4)
 
 
 def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
