@@ -73,7 +73,12 @@ def test_every_released_name_has_a_file_and_a_preset():
 def first_arrays(config: ModelConfig) -> dict[str, np.ndarray]:
     """Return the arrays by which a preset is recognised, without memory."""
     shapes = {
-        "input_blocks.0.0.weight": (config.model_channels, config.in_channels, 3, 3),
+        "input_blocks.0.0.weight": (
+            config.model_channels,
+            config.in_channels * config.patch**2,
+            3,
+            3,
+        ),
         "token_embedding.weight": (config.n_vocab, config.xf_width),
         "positional_embedding": (config.text_ctx, config.xf_width),
     }
