@@ -4,6 +4,7 @@
 gives the same image and tokens. So a run may change from one to the other when it is resumed.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -209,4 +210,5 @@ def make_resident(
             raise UsageError(
                 f"the data cannot be put on the device: {error}; choose --data.on-device no"
             ) from None
+        print(f"note: a loader makes the batches: {error}", file=sys.stderr)
         return None

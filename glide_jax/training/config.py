@@ -34,8 +34,8 @@ class RunConfig:
         data: Source of the images and captions.
         optimiser: The optimiser, its learning rate, and the EMA of the weights.
         steps: Updates in all; larger trains longer.
-        minutes: Time limit of the training in minutes, compilation not counted; the decay
-            "linear" then follows the clock, and the run ends in time; 0: none.
+        minutes: Time limit of the training in minutes, compilation not counted, for one process;
+            the learning rate of decay "linear" then follows the clock; 0: none.
         batch_size: Images per step, over all devices of all processes; larger gives gradients with
             less noise, and needs more memory.
         accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs

@@ -57,7 +57,7 @@ def open_batches(
 def align(batches: Batches | ResidentBatches, first: int) -> int:
     """Make calls from step `first` on end where something is due, and return their steps.
 
-    A run that was stopped between two such steps, with a loader, goes on with shorter calls.
+    A run that was stopped between two such steps, with a loader, continues in shorter calls.
     """
     if not isinstance(batches, ResidentBatches):
         return 1

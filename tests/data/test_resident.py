@@ -1,8 +1,11 @@
 """Data on the device: the same records, captions and crops as through the loader."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from glide_jax.data import resident
 from glide_jax.data.batches import make_batches
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.records import Source
@@ -70,7 +73,7 @@ def test_resumes_and_shares_like_the_loader() -> None:
         np.testing.assert_array_equal(mine, np.concatenate(theirs, axis=1))
 
 
-def test_refuses_what_it_cannot_hold() -> None:
+def test_refuses_what_it_cannot_hold(monkeypatch, capsys) -> None:
     common = {"batch_size": 2, "tokenizer": GPT2Tokenizer(16), "size": 8, "seed": 0, "calls": 1}
     with pytest.raises(UsageError, match="choose --data.crop"):
         make_resident(records(4), DataConfig(crop="random", on_device="yes"), **common)
@@ -79,5 +82,10 @@ def test_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(UsageError, match="--data.on-device no"):
         make_resident(broken, config, **common)
     assert make_resident(records(4), DataConfig(on_device="no"), **common) is None
+    # Where nobody asked for it, a loader takes over, and says so.
+    monkeypatch.setattr(resident, "fits", lambda *_: True)
+    assert make_resident(broken, replace(config, on_device="auto"), **common) is None
+    assert "note: a loader makes the batches" in capsys.readouterr().err
+    monkeypatch.undo()
     # A CPU reads its own memory anyway.
     assert make_resident(records(4), DataConfig(), **common) is None
