@@ -32,8 +32,8 @@ class DataConfig:
             usual names are tried.
         metadata: .jsonl, .csv or .tsv file in a folder that lists images and captions. Empty:
             `metadata.jsonl` or `metadata.csv`, if there is one.
-        crop: `centre`, the central square; `random`, a square of random scale and position; or a
-            `window` of the training size at a random position, not scaled.
+        crop: `centre`, the central square; `random`, a square of random scale and position;
+            or `window`, one of the training size at a random position, not scaled.
         min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
             image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
         flip: mirror half of the images, except those whose caption says left, right or clockwise.

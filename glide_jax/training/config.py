@@ -142,8 +142,8 @@ class TrainConfig(RunConfig):
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
         huber: Width of the pseudo-Huber loss, as an error of the prediction; smaller is closer to
             the absolute error; 0: the squared error.
-        levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
-            "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
+        levels: Distribution of the noise levels: "uniform" in the timestep (the paper),
+            or "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
         level_mean: Mean of the log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of the log-normal levels, above 0; larger is broader.
         level_uniform: Share of the log-normal levels that is uniform, from 0 to 1; larger trains

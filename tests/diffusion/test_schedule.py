@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
-from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
+from glide_jax.diffusion.schedule import (
+    PREDICTIONS,
+    Schedule,
+    make_schedule,
+    posterior,
+    target_of,
+    to_eps,
+)
 from glide_jax.diffusion.solvers.table import levels, one_row_per_step, step_betas
 from glide_jax.diffusion.spacings import respaced, respaced_steps
 from glide_jax.errors import UsageError
@@ -194,3 +201,14 @@ def test_refused_grids(steps, spacing, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_grid(make_schedule("cosine"), steps, spacing)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_prediction_gives_back_the_noise(prediction):
+    rng = np.random.default_rng(0)
+    x_0, eps = rng.normal(size=(2, 5))
+    alpha, sigma = 0.8, 0.6
+    target = target_of(prediction, x_0, eps, alpha, sigma)
+    np.testing.assert_allclose(
+        to_eps(prediction, target, alpha * x_0 + sigma * eps, alpha, sigma), eps
+    )
