@@ -32,7 +32,7 @@ low=(--optimiser.learning-rate 8e-4 --optimiser.decay-share 1)
 # The student decays by its steps: at 3,600 images/s alone, as many as its minutes hold.
 steps=$(awk "BEGIN { print int($student * 60 * 3600 / $batch / 20 + 1) * 20 }")
 train emoji_fewstep64 emoji_fewstep64 --data.source "$data64" --batch-size "$batch" \
-    --steps "$steps" --minutes "$student" &
+    --distillation.teacher emoji64 --init-from emoji64 --steps "$steps" --minutes "$student" &
 running=$!
 # Meanwhile their programs are compiled.
 train emoji64 warm_base --data.source "$data64" --init-from '' --minutes 0.001 \
