@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 
 import glide_jax as glide
-from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.images import Images, check_writable
 from glide_jax.pipeline.options import (
@@ -97,7 +96,6 @@ def main() -> None:
     """Run the command line."""
     options = read_options(__doc__)
     with one_line_errors("stopped; no image was saved"):
-        enable_compilation_cache()
         generate(options)
 
 

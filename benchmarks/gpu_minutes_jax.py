@@ -212,8 +212,8 @@ def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any,
         text = stage.text_features([""] * batch if branch.prompt == "" else captions)
         conds[branch.name] = {"text": text} | inputs
     keys = image_keys(0, np.arange(batch))
-    x = settings.temperature * start_noise(keys[:, 0], config.image_size)
-    arguments = {"main": stage.network}, conds, plan, start(plan, x), keys[:, 1]
+    x = settings.temperature * start_noise(keys.start, config.image_size)
+    arguments = {"main": stage.network}, conds, plan, start(plan, x), keys.steps
     return len(plan), len(branches), arguments
 
 

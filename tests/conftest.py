@@ -28,3 +28,5 @@ def pytest_collection_modifyitems(items):
 def full_precision():
     """TPUs and GPUs would otherwise multiply in bfloat16 or TF32: 1e-2 away from the references."""
     jax.config.update("jax_default_matmul_precision", "highest")
+    # `glide_jax.load` would fill the user's cache.
+    jax.config.update("jax_enable_compilation_cache", False)

@@ -301,7 +301,9 @@ def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
 
     def sharded(state: Any, rows: Any, key: Any, *shared: Any) -> tuple[Any, Any]:
         rows = jax.lax.with_sharding_constraint(rows, given)
-        with nn.intercept_methods(pinned):
+        # Kernels of our own read from the current mesh how batches are split.
+        known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with known, nn.intercept_methods(pinned):
             state, metrics = step(state, rows, key, *shared, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
         layout = state_sharding(state, mesh)

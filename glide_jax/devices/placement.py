@@ -86,13 +86,11 @@ class Placement:
             whole: whether a node of the tree, such as a network, is not batched: it goes to each
                 device.
         """
-        if self.mesh.size == 1:
-            return tree
         rows = NamedSharding(self.mesh, PartitionSpec(AXIS))
 
         def put(leaf: Any) -> Any:
             if whole(leaf) or np.ndim(leaf) == 0:
                 return self.replicate(leaf)
-            return jax.device_put(leaf, rows)
+            return jax.device_put(leaf, rows if self.mesh.size > 1 else None)
 
         return jax.tree.map(put, tree, is_leaf=whole)

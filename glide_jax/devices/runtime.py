@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from glide_jax.errors import UsageError
 from glide_jax.folders import cache_folder
@@ -11,6 +12,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder: only the first run compiles.
+
+    The commands and `glide_jax.load` call it.
 
     Does nothing where `JAX_COMPILATION_CACHE_DIR` is set, or where the folder cannot be created.
     """
@@ -22,6 +25,8 @@ def enable_compilation_cache() -> None:
             # With a read-only home each run compiles; results are the same.
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # jax decides at its first compilation whether there is a cache; now it decides again.
+        compilation_cache.reset_cache()
     # All programs: some sixty small ones take a second or two together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -34,7 +34,8 @@ class Plan:
     """Everything that a sampling run needs besides networks, conditioning and noise.
 
     Attributes:
-        table: one row per network evaluation, float32.
+        table: one row per network evaluation, float32, on the host: a row costs no slice on the
+            device.
         guidance: the guidances. Intervals and prompts are removed: the table already holds the
             intervals, and another prompt must not compile again.
         programs: the sets of guidances that act together, as indices into `guidance`;
@@ -158,7 +159,11 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
 
 def start(plan: Plan, x: jax.Array) -> State:
     """Return the state before the first row; `x (B, H, W, C)` is noise at the first level."""
-    names = [name for g in plan.guidance for name in g.remembers]
+    return _start(x, tuple(name for g in plan.guidance for name in g.remembers))
+
+
+@partial(jax.jit, static_argnums=1)
+def _start(x: jax.Array, names: tuple[str, ...]) -> State:
     memory = {name: jnp.zeros_like(x) for name in names}
     # The last x is a stand-in of the right shape: the first row replaces it by its x_0.
     return State(x, jnp.zeros_like(x), jnp.zeros((HISTORY, *x.shape), x.dtype), memory, x)
@@ -217,7 +222,11 @@ def run_rows(
             variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )
         if z is None:
-            z = noise_at(noise, row.index, x.shape)
+            z = lax.cond(
+                (row.s != 0) | (row.s_learned != 0),
+                lambda: noise_at(noise, row.index, x.shape),
+                lambda: jnp.zeros_like(x),
+            )
 
         entry = row.u * x + row.v * (x_0 + row.score_x_0 * score)
         history = weighted(row.S, jnp.concatenate([entry[None], history]))

@@ -1,10 +1,12 @@
-"""Attention, in its plain form or as the fused kernel of cuDNN."""
+"""Attention, in its plain form or as the fused kernel of an accelerator."""
 
 import re
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from glide_jax.models import tpu_attention
 
 HALF = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
@@ -17,30 +19,33 @@ MIN_LENGTH = 64
 compile_for = jax.make_user_context(None)
 
 
-def has_fused_attention() -> bool:
-    """Return whether traced programs are for a GPU with fused attention: CUDA from sm80 on."""
+def accelerator() -> str:
+    """Return what traced programs are for, if it has fused attention: "cuda" (sm80 on) or "tpu"."""
     if compile_for.value is not None:
-        return compile_for.value == "cuda"
+        return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
     device = jax.config.values["jax_default_device"]
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
+    if device.platform == "tpu":
+        return "tpu"
     # A GPU of AMD has a capability like "gfx90a".
     capability = str(getattr(device, "compute_capability", ""))
-    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
+    fused = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0
+    return "cuda" if fused else ""
 
 
-def is_fused(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
-    """Return whether `attend` uses the fused kernel for these arguments."""
+def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
+    """Return which kernel `attend` uses for these arguments: "cudnn", "pallas", or "", none."""
+    if query.dtype not in HALF or mask is not None:
+        return ""
     lengths, head = (query.shape[1], key.shape[1]), query.shape[-1]
-    return (
-        query.dtype in HALF
-        and mask is None
-        and head <= MAX_HEAD
-        and min(lengths) >= MIN_LENGTH
-        # cuDNN needs this of the head. Lengths of the UNet have it too; others stay plain.
-        and all(n % 8 == 0 for n in (*lengths, head))
-        and has_fused_attention()
-    )
+    where = accelerator()
+    if where == "tpu":
+        return "pallas" if tpu_attention.suits(query, key) else ""
+    # cuDNN needs multiples of 8 for the head. Lengths of the UNet are too; others stay plain.
+    suits = head <= MAX_HEAD and min(lengths) >= MIN_LENGTH
+    suits = suits and all(n % 8 == 0 for n in (*lengths, head))
+    return "cudnn" if suits and where == "cuda" else ""
 
 
 def attend(
@@ -48,9 +53,9 @@ def attend(
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
 
-    In bfloat16 and float16 on CUDA GPUs from sm80 on, without a mask, this is one kernel of cuDNN,
-    which does not write the logits to memory (FlashAttention, 2205.14135). Both forms are equal up
-    to rounding.
+    In bfloat16 and float16, without a mask, this is one kernel that does not write the logits to
+    memory (FlashAttention, 2205.14135): cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. All
+    forms are equal up to rounding.
 
     Args:
         query: `(B, T, heads, d)`.
@@ -60,9 +65,18 @@ def attend(
     Returns:
         `(B, T, heads * d)` in the dtype of `query`.
     """
-    if is_fused(query, key, mask):
+    kernel = fused_kernel(query, key, mask)
+    if kernel == "cudnn":
         out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         return out.reshape(*out.shape[:2], -1)
+    if kernel == "pallas":
+        return _on_tpu(query, key, value)
+    return _plain(query, key, value, mask)
+
+
+def _plain(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
     logits = jnp.einsum("bthd,bshd->bhts", query * scale, key * scale)
@@ -72,6 +86,18 @@ def attend(
     weights = nn.softmax(logits, axis=-1).astype(query.dtype)
     out = jnp.einsum("bhts,bshd->bthd", weights, value)
     return out.reshape(*out.shape[:2], -1)
+
+
+@jax.custom_vjp
+def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return tpu_attention.attend(query, key, value)
+
+
+# The backward pass computes the logits again, in the plain form: the forward pass keeps none.
+_on_tpu.defvjp(
+    lambda *arrays: (_on_tpu(*arrays), arrays),
+    lambda arrays, gradient: jax.vjp(_plain, *arrays)[1](gradient),
+)
 
 
 def split_heads(x: jax.Array, heads: int, parts: int) -> list[jax.Array]:

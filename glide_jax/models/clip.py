@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from glide_jax.models.attention import attend
-from glide_jax.models.layers import CONV_INIT, layer_norm
+from glide_jax.models.layers import CONV_INIT, Conv, Dense, layer_norm
 from glide_jax.models.presets import CLIPConfig
 
 # Mean and standard deviation of red, green and blue in CLIP's training images, on 0..255.
@@ -47,12 +47,10 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def linear(
-    features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True
-) -> nn.Dense:
+def linear(features: int, std: float, dtype: jnp.dtype, name: str, use_bias: bool = True) -> Dense:
     """Return a linear layer whose weights start normal with standard deviation `std`."""
     init = nn.initializers.normal(std)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, use_bias=use_bias, name=name)
+    return Dense(features, dtype=dtype, kernel_init=init, use_bias=use_bias, name=name)
 
 
 def _check(name: str, array: jax.Array, shape: tuple[int, ...], kind: Any, note: str) -> None:
@@ -142,7 +140,7 @@ class ImageEncoder(nn.Module):
         # In float32: the 8 significant bits of bfloat16 are too few for a noised image on 0..255.
         pixels = (x.astype(jnp.float32) + 1) * 127.5
         pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
-        h = nn.Conv(
+        h = Conv(
             width,
             (c.patch_size, c.patch_size),
             strides=(c.patch_size, c.patch_size),

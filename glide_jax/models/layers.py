@@ -6,13 +6,14 @@ OpenAI's models.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.models.attention import HALF, attend, split_heads
+from glide_jax.models.attention import HALF, accelerator, attend, split_heads
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
@@ -39,6 +40,36 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(features, ((0, 0), (0, dim % 2)))
 
 
+class _Stored:
+    """A layer of flax that takes stored parameters as they are.
+
+    flax traces the initialisation of each parameter again to compare its shape: half of the time
+    that it takes to trace a network. Weights are compared when they are loaded.
+    """
+
+    def param(self: Any, name: str, *args: Any, **options: Any) -> Any:
+        """Return the stored parameter, or initialise it."""
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return super().param(name, *args, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Conv(_Stored, nn.Conv):
+    """`flax.linen.Conv`."""
+
+
+class Dense(_Stored, nn.Dense):
+    """`flax.linen.Dense`."""
+
+
+class _GroupNorm(_Stored, nn.GroupNorm):
+    pass
+
+
+class LayerNorm(_Stored, nn.LayerNorm):
+    """`flax.linen.LayerNorm`."""
+
+
 class GroupNorm(nn.Module):
     """GroupNorm over 32 groups, computed in float32, then optionally `y * sigmoid(swish * y)`.
 
@@ -61,7 +92,7 @@ class GroupNorm(nn.Module):
         if x.dtype in HALF:
             y = self._in_one_pass(x, film)
         else:
-            y = nn.GroupNorm(
+            y = _GroupNorm(
                 num_groups=NORM_GROUPS,
                 epsilon=NORM_EPSILON,
                 dtype=jnp.float32,
@@ -112,19 +143,19 @@ def _per_pixel(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(x.shape[0], *(1,) * (ndim - 2), x.shape[-1])
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
+def layer_norm(name: str) -> LayerNorm:
     """Return a LayerNorm in float32; the caller casts its result."""
-    return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def conv3x3(
     features: int, dtype: jnp.dtype, name: str | None, zero: bool = False, stride: int = 1
-) -> nn.Conv:
+) -> Conv:
     """Return a 3x3 convolution with symmetric padding.
 
     With XLA's padding "SAME" the result would be shifted by one pixel at stride 2.
     """
-    return nn.Conv(
+    return Conv(
         features,
         (3, 3),
         strides=(stride, stride),
@@ -139,10 +170,44 @@ def conv3x3(
 CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def dense(features: int, dtype: jnp.dtype, name: str, zero: bool = False) -> nn.Dense:
+def dense(features: int, dtype: jnp.dtype, name: str, zero: bool = False) -> Dense:
     """Return a linear layer with the initialisation of the original code."""
     init = nn.initializers.zeros if zero else CONV_INIT
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+class Projections(_Stored, nn.Module):
+    """A linear layer to queries, keys and values, or to keys and values, of all heads.
+
+    Attributes:
+        width: channels of each, over all heads.
+        heads: number of heads, the outer axis of the packing, as in OpenAI's weights.
+        parts: how many are packed: 3 or 2.
+    """
+
+    width: int
+    heads: int
+    parts: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Map `x (B, L, C)` to `parts` arrays `(B, L, heads, d)`."""
+        shape = x.shape[-1], self.width * self.parts
+        kernel = self.param("kernel", CONV_INIT, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        if accelerator() != "tpu":
+            return split_heads(x @ kernel + bias, self.heads, self.parts)
+        # On a TPU, to take the packed result apart would copy it: heads are narrower than a
+        # register. The kernel is small.
+        kernels = split_heads(kernel[None], self.heads, self.parts)
+        biases = split_heads(bias[None, None], self.heads, self.parts)
+        found = (
+            x @ k.reshape(shape[0], -1) + b.reshape(-1)
+            for k, b in zip(kernels, biases, strict=True)
+        )
+        return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
 
 
 def upsample(x: jax.Array) -> jax.Array:
@@ -188,12 +253,10 @@ class AttentionBlock(nn.Module):
         """Map `x (B, H, W, C)` and `text (B, L, W_text)`, or None, to `(B, H, W, C)`."""
         channels = x.shape[-1]
         h = GroupNorm(name="norm")(x).reshape(x.shape[0], -1, channels)
-        query, key, value = split_heads(
-            dense(3 * channels, self.dtype, "qkv")(h), self.heads, parts=3
-        )
+        query, key, value = Projections(channels, self.heads, 3, self.dtype, name="qkv")(h)
         if text is not None:
-            text_kv = dense(2 * channels, self.dtype, "text_kv")(text)
-            text_key, text_value = split_heads(text_kv, self.heads, parts=2)
+            packed = Projections(channels, self.heads, 2, self.dtype, name="text_kv")
+            text_key, text_value = packed(text)
             key = jnp.concatenate([text_key, key], axis=1)
             value = jnp.concatenate([text_value, value], axis=1)
         h = dense(channels, self.dtype, "proj", zero=True)(attend(query, key, value))

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glide_jax.models.attention import attend, split_heads
-from glide_jax.models.layers import dense, layer_norm
+from glide_jax.models.attention import attend
+from glide_jax.models.layers import Projections, dense, layer_norm
 
 
 class TextFeatures(NamedTuple):
@@ -33,7 +33,7 @@ class TextBlock(nn.Module):
         """Map `x (B, L, W)` to `(B, L, W)`."""
         width = x.shape[-1]
         h = layer_norm("norm_1")(x).astype(self.dtype)
-        query, key, value = split_heads(dense(3 * width, self.dtype, "qkv")(h), self.heads, parts=3)
+        query, key, value = Projections(width, self.heads, 3, self.dtype, name="qkv")(h)
         x = x + dense(width, self.dtype, "proj")(attend(query, key, value))
         h = layer_norm("norm_2")(x).astype(self.dtype)
         # The exact (erf) form; the tanh form, the default of jax, differs by 3e-4.

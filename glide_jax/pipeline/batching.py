@@ -16,20 +16,29 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 64}
 
 
 def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
-    """Return the indices of `count` images, in batches of one length.
+    """Return the indices of `count` images, in batches of few lengths, the longest first.
 
-    They then run the same compiled program. The length is at most `size`, rounded up to a multiple
-    of the devices; the last image is repeated to fill the last batch.
+    The lengths are `size` and the powers of 4 below it, each for one device: a run of another
+    number of images then uses programs that are compiled already. A batch takes the longest that
+    the remaining images fill to more than three quarters, and repeats the last image in the rest.
+
+    Args:
+        size: the most images at a time, rounded up to a multiple of the devices.
 
     Raises:
         UsageError: the size is below 1.
     """
     if size < 1:
         raise UsageError(f"a batch holds at least one image, not {size}")
-    even = -(-count // -(-count // size))
-    even = -(-even // devices) * devices
-    rows = np.arange(-(-count // even) * even).reshape(-1, even)
-    return list(np.minimum(rows, count - 1))
+    longest = -(-size // devices)
+    powers = (4**k for k in reversed(range(longest.bit_length())))
+    lengths = [n * devices for n in (longest, *(n for n in powers if n < longest))]
+    found, done = [], 0
+    while done < count:
+        length = next((n for n in lengths if 4 * (count - done) > 3 * n), lengths[-1])
+        found.append(np.minimum(np.arange(done, done + length), count - 1))
+        done += length
+    return found
 
 
 def usual_batch(side: int) -> int:

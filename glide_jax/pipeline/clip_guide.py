@@ -62,11 +62,18 @@ class CLIP:
         params = cast_trunk(self.params, model.dtype)
         return Network(Similarity(model), Placement(self.devices).replicate(params))
 
-    def encode_text(self, captions: Sequence[str]) -> jax.Array:
-        """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1."""
+    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+        """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1, on the host.
+
+        One caption at a time: the same compiled program then serves every number of captions.
+        """
         tokens = CLIPTokenizer(self.config.max_text_len)(list(captions))
         network = self.network
-        return _encode_text(network.fn.model, network.params, tokens.ids, tokens.lengths)
+        found = [
+            _encode_text(network.fn.model, network.params, ids[None], length[None])
+            for ids, length in zip(tokens.ids, tokens.lengths, strict=True)
+        ]
+        return np.concatenate(found)
 
     def guidance(self, prompts: Sequence[str | Prompt], scale: float) -> Guidance:
         """CLIP guidance: `mu + s Sigma grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
@@ -76,7 +83,7 @@ class CLIP:
         it guides nowhere.
         """
 
-        def encode(texts: list[str]) -> jax.Array:
+        def encode(texts: list[str]) -> np.ndarray:
             filled = np.array([bool(text) for text in texts], np.float32)
             return self.encode_text(texts) * filled[:, None]
 

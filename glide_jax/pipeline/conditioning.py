@@ -44,13 +44,12 @@ class Conditioning:
         """Return the entries of some images."""
         return Conditioning(*(None if a is None else a[index] for a in vars(self).values()))
 
-    def known_image(self) -> tuple[jax.Array, jax.Array]:
+    def known_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the image, grey where it is unknown, `(N, H, W, 3)` in [-1, 1], and `known`."""
         assert self.image is not None and self.known is not None
-        known = jnp.asarray(self.known)
-        return from_uint8(self.image) * known, known
+        return from_uint8(self.image) * self.known, self.known
 
-    def inputs(self, config: ModelConfig) -> dict[str, jax.Array]:
+    def inputs(self, config: ModelConfig) -> dict[str, np.ndarray]:
         """Return the inputs of the network besides text and noise."""
         found = {}
         if self.low_res is not None:
@@ -72,16 +71,14 @@ class Conditioning:
         That is SDEdit (2108.01073); an upsampler starts from the small image, enlarged
         (2112.05146).
         """
-        noise = settings.temperature * (noise if self.noise is None else jnp.asarray(self.noise))
+        noise = noise if self.noise is None else jnp.asarray(self.noise)
+        temperature = np.float32(settings.temperature)
         if settings.strength is None:
-            return noise
-        if self.low_res is None:
-            assert self.image is not None
-            image = from_uint8(self.image)
-        else:
-            image = from_uint8(self.low_res)
-            image = jax.image.resize(image, noise.shape, "bilinear", antialias=False)
-        return plan.table.alpha[0] * image + plan.table.sigma[0] * noise
+            return _noised(None, noise, temperature, None, None)
+        image = self.image if self.low_res is None else self.low_res
+        assert image is not None
+        alpha, sigma = plan.table.alpha[0], plan.table.sigma[0]
+        return _noised(from_uint8(image), noise, temperature, alpha, sigma)
 
     def restore_known(self, images: np.ndarray) -> np.ndarray:
         """Return 8-bit images with the exact bytes of the known pixels.
@@ -92,6 +89,16 @@ class Conditioning:
             return images
         assert self.image is not None
         return np.where(self.known > 0, self.image, images)
+
+
+@jax.jit
+def _noised(image: Any, noise: jax.Array, temperature: Any, alpha: Any, sigma: Any) -> jax.Array:
+    noise = temperature * noise
+    if image is None:
+        return noise
+    if image.shape != noise.shape:
+        image = jax.image.resize(image, noise.shape, "bilinear", antialias=False)
+    return alpha * image + sigma * noise
 
 
 def read_conditioning(

@@ -9,7 +9,7 @@ from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.prompts import Prompt
-from glide_jax.pipeline.runner import image_keys, run
+from glide_jax.pipeline.runner import run
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
@@ -50,7 +50,8 @@ def invert_images(
     for found in run(
         stage,
         prompts,
-        image_keys(0, np.arange(len(images))),
+        0,
+        np.arange(len(images)),
         Conditioning(image=images),
         settings,
         clip=clip,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -153,14 +152,14 @@ class Images:
         return buffer.getvalue()
 
 
-def to_uint8(x: jax.Array) -> np.ndarray:
+def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
     """Convert `[-1, 1] -> 0..255`, rounded to even as in OpenAI's code."""
-    return np.asarray(jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8))
+    return np.clip(np.round((np.asarray(x) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
 
 
-def from_uint8(images: np.ndarray) -> jax.Array:
+def from_uint8(images: np.ndarray) -> np.ndarray:
     """Convert `0..255 -> [-1, 1]` float32."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+    return np.asarray(images, np.float32) / np.float32(127.5) - 1
 
 
 def check_writable(folder: Path) -> None:

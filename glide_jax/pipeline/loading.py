@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from glide_jax.devices.placement import local_devices
+from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.pipeline import Pipeline
@@ -26,6 +27,8 @@ def load(
 ) -> Pipeline:
     """Load weights as a pipeline.
 
+    It also turns on the cache of compiled programs: see `enable_compilation_cache`.
+
     Args:
         weights: a name ("emoji64", "openai/base", ...), a folder of weights, a `.pt` file under
             OpenAI's parameter names, or a run of `train.py`.
@@ -41,6 +44,7 @@ def load(
         UsageError: there are no such weights, or fewer devices.
         GlideError: the weights are broken, or cannot be downloaded.
     """
+    enable_compilation_cache()
     # Called for its error, before anything expensive.
     local_devices(devices)
     upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)

@@ -171,7 +171,8 @@ class Pipeline(Stage):
         for index, state, done, evaluations in run(
             self,
             parsed,
-            image_keys(seed, indices),
+            seed,
+            indices,
             conditioning,
             chosen,
             clip=self.clip,
@@ -287,7 +288,7 @@ class Pipeline(Stage):
             steps=chosen.get("steps"),
             spacing=chosen.get("spacing"),
         )
-        new = start_noise(image_keys(seed, first_index + np.arange(num))[:, 0], side)
+        new = start_noise(image_keys(seed, first_index + np.arange(num)).start, side)
         images = self(
             prompt,
             num=num,
@@ -339,7 +340,7 @@ class Pipeline(Stage):
         first, last = read_prompts([start, start if end is None else end])
         shares = np.linspace(0, 1, num)
         side = self.model.config.image_size
-        a, b = (start_noise(image_keys(s, [first_index])[:, 0], side) for s in (seed, to_seed))
+        a, b = (start_noise(image_keys(s, [first_index]).start, side) for s in (seed, to_seed))
         images = self(
             [interpolated(first, last, share) for share in shares],
             seed=seed,

@@ -130,7 +130,7 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
         encode: texts -> a tree of their features; called once, with the distinct texts.
     """
     distinct = list(dict.fromkeys(text for part in parts for text in part.ends))
-    features = encode(distinct)
+    features = jax.tree.map(np.asarray, encode(distinct))
     text, end = (np.array([distinct.index(part.ends[i]) for part in parts]) for i in range(2))
     share = np.array([part.share for part in parts], np.float32)
     if (text == end).all():

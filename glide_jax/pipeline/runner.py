@@ -3,10 +3,10 @@
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -58,20 +58,45 @@ def check_32_bits(name: str, value: int) -> None:
         raise UsageError(f"{name} must be between 0 and 2^32 - 1, not {value}")
 
 
-def image_keys(seed: int, indices: Sequence[int] | np.ndarray) -> jax.Array:
-    """Return `(B, 2)` keys of images: for the starting noise, and for the noise of the steps.
+class ImageKeys(NamedTuple):
+    """The keys of images, `(B,)` each.
+
+    Attributes:
+        start: of the starting noise.
+        steps: of the noise of the steps.
+    """
+
+    start: jax.Array
+    steps: jax.Array
+
+
+def image_keys(
+    seed: int, indices: Sequence[int] | np.ndarray, *, upsampler: bool = False
+) -> ImageKeys:
+    """Return the keys of images, from the seed of the run and the index of each.
+
+    Args:
+        upsampler: whether they are for the upsampler, whose noise is independent of the base's.
 
     Raises:
         UsageError: jax would cut the seed or an index to 32 bits.
     """
     for name, value in (("seed", seed), *(("first_index", index) for index in indices)):
         check_32_bits(name, value)
-    key = jax.random.key(np.uint32(operator.index(seed)))
-    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(
-        jnp.asarray(indices, jnp.uint32)
-    )
+    return _image_keys(np.uint32(operator.index(seed)), np.asarray(indices, np.uint32), upsampler)
 
 
+@partial(jax.jit, static_argnums=2)
+def _image_keys(seed: jax.Array, indices: jax.Array, upsampler: bool) -> ImageKeys:
+    def keys(index: jax.Array) -> ImageKeys:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        # Children 0 and 1 of an image's key are the base's, 2 and 3 the upsampler's.
+        return ImageKeys(*(jax.random.fold_in(key, 2 * upsampler + i) for i in range(2)))
+
+    return jax.vmap(keys)(indices)
+
+
+@partial(jax.jit, static_argnums=1)
 def start_noise(keys: jax.Array, size: int) -> jax.Array:
     """Sample `(B, size, size, 3)` standard normal noise, one image from each key."""
     return jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(keys)
@@ -80,7 +105,8 @@ def start_noise(keys: jax.Array, size: int) -> jax.Array:
 def run(
     stage: Stage,
     prompts: Sequence[Prompt],
-    keys: jax.Array,
+    seed: int,
+    indices: np.ndarray,
     conditioning: Conditioning,
     settings: Settings,
     *,
@@ -95,7 +121,7 @@ def run(
 
     Args:
         prompts: one per image, all with the same number of parts.
-        keys: of `image_keys`.
+        seed, indices: of the run, and of each image in it: see `image_keys`.
         clip: guides where the settings have a `clip_scale`.
         weak_model: the weak model of autoguidance.
         every: yield after each `every` evaluations too, not only at the end of a batch.
@@ -111,7 +137,7 @@ def run(
             batch = _Batch(
                 stage,
                 [prompts[i] for i in index],
-                keys[index],
+                image_keys(seed, indices[index], upsampler=stage.model.config.upsamples),
                 conditioning.select(index),
                 _settings_of(settings, index, count),
                 clip=clip,
@@ -120,12 +146,17 @@ def run(
             arguments = batch.arguments(reverse)
             length = len(arguments[2])
             bar.total = len(todo) * length
-            # One compiled program of one row serves every number of steps, and previews.
-            for done, state in stream(*arguments, rows=1 if progress or every else length):
-                jax.block_until_ready(state.x)
-                bar.update(done - bar.n % length)
+            # One compiled program, of one row, serves every number of steps, and previews. The
+            # device has the next row before the host waits for one, so that it never idles.
+            before: list[jax.Array] = []
+            for done, state in stream(*arguments):
+                if before:
+                    jax.block_until_ready(before.pop())
+                    bar.update()
+                before.append(state.x)
                 if done == length or (every and done % every == 0):
                     yield BatchState(index, state, done == length, length)
+            bar.update()
 
 
 def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
@@ -147,7 +178,7 @@ class _Batch(NamedTuple):
 
     stage: Stage
     prompts: Sequence[Prompt]
-    keys: jax.Array
+    keys: ImageKeys
     conditioning: Conditioning
     settings: Settings
     clip: CLIP | None
@@ -166,7 +197,7 @@ class _Batch(NamedTuple):
             assert self.conditioning.image is not None
             x = from_uint8(self.conditioning.image)
         else:
-            noise = start_noise(self.keys[:, 0], config.image_size)
+            noise = start_noise(self.keys.start, config.image_size)
             x = self.conditioning.start(plan, self.settings, noise)
 
         networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
@@ -182,16 +213,12 @@ class _Batch(NamedTuple):
                 text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)
                 conds[branch.name] = {"text": text} | inputs
                 if model.model.config.guidance_input:
-                    scales = jnp.asarray(np.broadcast_to(scale, len(self.prompts)))
+                    scales = np.broadcast_to(scale, len(self.prompts))
                     conds[branch.name] |= {"guidance": scales}
 
         placement = Placement(stage.devices)
-        plan = replace(
-            plan,
-            table=placement.replicate(plan.table),
-            guidance=placement.split(plan.guidance, whole=is_network),
-        )
-        return networks, placement.split(conds), plan, *placement.split((x, self.keys[:, 1]))
+        plan = replace(plan, guidance=placement.split(plan.guidance, whole=is_network))
+        return networks, placement.split(conds), plan, *placement.split((x, self.keys.steps))
 
     def guidances(self, settings: Settings) -> tuple[Guidance, ...]:
         """What acts on the prediction: the score of the CLIP last, after all maps of x_0."""

@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import AbstractMesh
 
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
@@ -20,12 +22,19 @@ from glide_jax.weights.registry import Model
 
 @dataclass(frozen=True)
 class Denoiser:
-    """`Network.fn` of a GLIDE model: the conditioning is a dictionary of its keyword arguments."""
+    """`Network.fn` of a GLIDE model: the conditioning is a dictionary of its keyword arguments.
+
+    Attributes:
+        model: the module.
+        mesh: the devices over which batches are split.
+    """
 
     model: GLIDE
+    mesh: AbstractMesh
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
-        output: Any = self.model.apply({"params": params}, x, t, **cond)
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            output: Any = self.model.apply({"params": params}, x, t, **cond)
         return output
 
 
@@ -61,7 +70,8 @@ class Stage:
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
         placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
         params = placement.arrange_kernels(placement.replicate(params))
-        return Network(Denoiser(module), params, self.model.prediction)
+        denoiser = Denoiser(module, placement.mesh.abstract_mesh)
+        return Network(denoiser, params, self.model.prediction)
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
@@ -69,6 +79,13 @@ class Stage:
         return GPT2Tokenizer(self.model.config.text_ctx)
 
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
-        """Return the text features of captions; those of "" are unconditional."""
-        tokens = self.tokenizer(list(captions))
-        return encode_text(self.network.fn.model, self.network.params, tokens.ids, tokens.mask)
+        """Return the text features of captions, on the host; those of "" are unconditional.
+
+        One caption at a time: the same compiled program then serves every number of captions.
+        """
+        tokens, network = self.tokenizer(list(captions)), self.network
+        found = [
+            encode_text(network.fn.model, network.params, ids[None], mask[None])
+            for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)

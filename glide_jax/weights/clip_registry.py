@@ -56,7 +56,8 @@ def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
     except (TypeError, ValueError) as error:
         raise GlideError(f"{folder / 'config.json'} does not describe a CLIP: {error}") from None
     flat = expand(flat, sizes.n_vocab)
-    if wrong := clip_misfits(flat, sizes):
+    # The embedded weights fit, as a test checks: to trace the network would double the start-up.
+    if not embedded and (wrong := clip_misfits(flat, sizes)):
         raise GlideError(
             f"the weights in {folder} do not fit its config.json: {len(wrong)} parameters are "
             f"missing, unexpected or of the wrong shape ({', '.join(wrong[:3])})"

@@ -130,7 +130,8 @@ def test_matrix_products_of_the_compiled_program(guidances, wanted):
     compiled = run_rows.lower(networks, CONDS, run, start(run, X), keys()).compile().as_text()
     products = re.findall(rf"f32\[(\d+),{size}\]\S* dot\(", compiled)
     assert sorted(int(rows) // 3 for rows in products) == wanted
-    assert compiled.count(" conditional(") == (len(wanted) == 2)
+    # One for the guidances, and one that decides whether the row adds noise.
+    assert compiled.count(" conditional(") == (len(wanted) == 2) + 1
 
 
 # --- what compiles

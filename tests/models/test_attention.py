@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from glide_jax.models.attention import attend, compile_for, has_fused_attention, is_fused
+from glide_jax.devices.parallel import AXIS, device_mesh
+from glide_jax.models import tpu_attention
+from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel
 from glide_jax.models.layers import AttentionBlock, split_heads
 from tests.support.golden import assert_close, load, nhwc
 
@@ -48,43 +50,43 @@ def test_a_masked_position_is_ignored():
 @pytest.mark.parametrize(
     ("device", "wanted"),
     [
-        ({"platform": "cpu"}, False),
-        ({"platform": "tpu"}, False),
-        ({"platform": "gpu", "compute_capability": "7.5"}, False),
-        ({"platform": "gpu", "compute_capability": "8.0"}, True),
-        ({"platform": "gpu", "compute_capability": "12.0"}, True),
-        ({"platform": "gpu", "compute_capability": "gfx90a"}, False),
+        ({"platform": "cpu"}, ""),
+        ({"platform": "tpu"}, "tpu"),
+        ({"platform": "gpu", "compute_capability": "7.5"}, ""),
+        ({"platform": "gpu", "compute_capability": "8.0"}, "cuda"),
+        ({"platform": "gpu", "compute_capability": "12.0"}, "cuda"),
+        ({"platform": "gpu", "compute_capability": "gfx90a"}, ""),
     ],
 )
 def test_the_device_decides(monkeypatch, device, wanted):
     monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(**device)])
-    assert has_fused_attention() == wanted
+    assert accelerator() == wanted
     for platform in ("cpu", "tpu", "cuda"):
         with compile_for(platform):
-            assert has_fused_attention() == (platform == "cuda")
+            assert accelerator() == ("" if platform == "cpu" else platform)
 
 
 def test_the_default_device_decides_where_it_is_set(monkeypatch):
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(jax, "local_devices", lambda **_: [gpu])
     with jax.default_device(jax.devices("cpu")[0]):
-        assert not has_fused_attention()
+        assert not accelerator()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_what_the_kernel_takes(dtype):
     query, key, _ = inputs(dtype)
     with compile_for("cuda"):
-        assert is_fused(query, key, None)
-        assert not is_fused(query, key, jnp.ones((64, 72), bool))
-        assert not is_fused(query.astype(jnp.float32), key.astype(jnp.float32), None)
-        assert not is_fused(query[..., :12], key[..., :12], None)
-        assert not is_fused(query[:, :63], key, None)
-        assert not is_fused(query, key[:, :71], None)
-        assert not is_fused(query[:, :56], key, None)
+        assert fused_kernel(query, key, None) == "cudnn"
+        assert not fused_kernel(query, key, jnp.ones((64, 72), bool))
+        assert not fused_kernel(query.astype(jnp.float32), key.astype(jnp.float32), None)
+        assert not fused_kernel(query[..., :12], key[..., :12], None)
+        assert not fused_kernel(query[:, :63], key, None)
+        assert not fused_kernel(query, key[:, :71], None)
+        assert not fused_kernel(query[:, :56], key, None)
         wide = jnp.zeros((1, 64, 1, 256), dtype)
-        assert not is_fused(wide, wide, None)
-    assert not is_fused(query, key, None)
+        assert not fused_kernel(wide, wide, None)
+    assert not fused_kernel(query, key, None)
 
 
 # --- the fused form, by jax's own plain form of it
@@ -166,3 +168,82 @@ def test_a_block_becomes_the_kernel_of_cudnn(cudnn_is_there, dtype, with_text):
         check_vma=False,
     )
     assert calls_in(mapped, params, x, text) == [1, 1]
+
+
+# --- the kernel for TPUs, its body as ordinary operations
+
+
+def tpu_inputs(dtype, heads: int = 4, width: int = 64, batch: int = 2):
+    lengths = 256, 384, 384
+    keys = jax.random.split(jax.random.key(1), 3)
+    return [
+        jax.random.normal(key, (batch, n, heads, width), dtype)
+        for key, n in zip(keys, lengths, strict=True)
+    ]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel runs on the CPU."""
+    call = tpu_attention.attend
+    monkeypatch.setattr(tpu_attention, "attend", lambda *arrays: call(*arrays, interpret=True))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_the_kernel_for_tpus_computes_attention(width):
+    arrays = tpu_inputs(jnp.float32, width=width)
+    assert_close(tpu_attention.attend(*arrays, interpret=True), attend(*arrays), 2e-6)
+
+
+def test_what_the_kernel_for_tpus_takes():
+    query, key, _ = tpu_inputs(jnp.bfloat16)
+    with compile_for("tpu"):
+        assert fused_kernel(query, key, None) == "pallas"
+        assert not fused_kernel(query, key, jnp.ones((256, 384), bool))
+        assert not fused_kernel(query.astype(jnp.float32), key.astype(jnp.float32), None)
+        assert not fused_kernel(query[:, :128], key, None)
+        assert not fused_kernel(query, key[:, :300], None)
+        assert not fused_kernel(query[:, :, :1], key[:, :, :1], None)
+        assert not fused_kernel(query[..., :48], key[..., :48], None)
+    assert not fused_kernel(query, key, None)
+
+
+def test_a_block_and_its_gradient_take_the_kernel_for_tpus(interpreted):
+    block = AttentionBlock(2, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 128), jnp.bfloat16)
+    text = jax.random.normal(jax.random.key(1), (2, 128, 24), jnp.bfloat16)
+    params = block.init(jax.random.key(2), x, text)
+    params = jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(jax.random.key(3), p.shape), params
+    )
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(block.apply(params, x, text).astype(jnp.float32)))
+
+    def found():
+        # A function of its own: jax would find the other trace.
+        return jax.jit(jax.value_and_grad(lambda *a: loss(*a), (0, 1)))(params, x)
+
+    plain = found()
+    with compile_for("tpu"):
+        assert "pallas_call" in str(jax.make_jaxpr(lambda *a: loss(*a))(params, x))
+        fused = found()
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+        wide = b.astype(jnp.float32)
+        assert_close(a.astype(jnp.float32), wide, 0.02 * float(jnp.abs(wide).max()))
+
+
+def test_the_kernel_for_tpus_is_split_with_the_batch(interpreted):
+    """XLA cannot split a kernel: without the mesh the plain form is used."""
+    mesh = device_mesh(jax.devices()[:1])
+    wide = jax.sharding.AbstractMesh((4,), (AXIS,), axis_types=mesh.axis_types)
+    query, key, value = tpu_inputs(jnp.bfloat16, batch=8)
+
+    def program(mesh):
+        with compile_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
+            return str(jax.make_jaxpr(lambda *a: attend(*a))(query, key, value))
+
+    assert "shard_map" in program(wide) and "shard_map" not in program(mesh.abstract_mesh)
+    assert "pallas_call" in program(wide) and "pallas_call" in program(mesh.abstract_mesh)
+    query, key, value = tpu_inputs(jnp.bfloat16, batch=6)
+    assert "pallas_call" not in program(wide)

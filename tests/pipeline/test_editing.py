@@ -37,7 +37,7 @@ def mask():
 
 
 def noise_of_index(i, seed=0):
-    return np.asarray(start_noise(image_keys(seed, [i])[:, 0], 8))[0]
+    return np.asarray(start_noise(image_keys(seed, [i]).start, 8))[0]
 
 
 def flowed(x, alpha, sigma, mean):
@@ -69,7 +69,10 @@ def test_an_upsampler_with_a_strength_starts_from_the_small_image_enlarged(photo
     alpha = np.sqrt(up.schedule.alpha_bar_at(up.settings.changed(**settings).grid(up.schedule)[0]))
     sigma = np.sqrt(1 - alpha**2)
     smooth = jax.image.resize(pixels(photo), (32, 32, 3), "bilinear")
-    x = alpha * smooth + sigma * np.asarray(start_noise(image_keys(0, [0])[:, 0], 32))[0]
+    x = (
+        alpha * smooth
+        + sigma * np.asarray(start_noise(image_keys(0, [0], upsampler=True).start, 32))[0]
+    )
     mean = pixels(photo).repeat(4, 0).repeat(4, 1)
     exact = flowed(x, alpha, sigma, mean)
     assert np.abs(pixels(found.images[0]) - exact).max() < 2 * LEVEL

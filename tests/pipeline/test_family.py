@@ -166,7 +166,7 @@ def test_weights_bring_the_scale_of_their_clip_which_acts_only_with_a_clip(
     with pytest.warns(UserWarning, match="clip_scale=300"):
         assert pipe.settings.changed(guidance=own).clip_scale == 0
     seen = []
-    monkeypatch.setattr(editing, "run", lambda *call, **_: seen.append(call[4]) or ())
+    monkeypatch.setattr(editing, "run", lambda *call, **_: seen.append(call[5]) or ())
     pipe.invert(np.zeros((1, 16, 16, 3), np.uint8), "red")
     assert seen[0].clip_scale == 0 and seen[0].guidance_scale == 1
     call = {"sampler": "ddim", "steps": 2, "progress": False}

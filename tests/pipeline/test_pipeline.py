@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
 from glide_jax.pipeline.image_files import read_images, read_known
+from glide_jax.pipeline.runner import image_keys, start_noise
 from glide_jax.weights.clip_registry import CLIPModel, save_clip
 from tests.support.commands import TINY, first_weights, make_weights
 
@@ -43,6 +45,45 @@ def test_an_upsampler_enlarges_the_images_of_the_base(folders):
     assert images.images.shape == (2, 32, 32, 3)
     made = images.metadata(1)
     assert made["prompt"] == "blue" and made["upsampler"]["weights"] == str(folders["superres"])
+
+
+def test_no_number_of_images_captions_or_steps_compiles_again(folders):
+    compiled = []
+
+    def count(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    pipe = glide.load(folders["base"], upsampler=folders["superres"])
+    call = {"guidance_scale": 3.0, "progress": False, "upsampler": {"steps": 2}}
+    pipe("red", **call)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        pipe("red", **call)
+        pipe("red", num=2, seed=3, **call)
+        pipe(["red", "blue", "a green one"], first_index=7, **call)
+        pipe("blue", **call | {"guidance_scale": 2, "negative_prompt": "red"})
+        pipe("blue", **call | {"steps": 7, "sampler": "ddim", "upsampler": {"steps": 5}})
+        list(pipe.stream("blue", every=2, **call))
+        assert compiled == []
+        # Four images at a time are another program; eight distinct captions are not.
+        pipe("red", num=4, **call)
+        once = len(compiled)
+        assert once > 0
+        pipe([f"red {i}" for i in range(8)], **call)
+        pipe([f"blue {i}" for i in range(5)], **call)
+        assert len(compiled) == once
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_the_upsampler_has_noise_of_its_own():
+    base, larger = (image_keys(5, [0, 3], upsampler=upsampler) for upsampler in (False, True))
+    keys = [np.asarray(jax.random.key_data(k)).tolist() for k in (*base, *larger)]
+    found = [tuple(key) for stage in keys for key in stage]
+    assert len(set(found)) == 8
+    one, other = (np.asarray(start_noise(k.start, 64)).ravel() for k in (base, larger))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.05
 
 
 def test_an_upsampler_reads_the_small_image(folders, photo):

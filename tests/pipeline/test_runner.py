@@ -26,14 +26,18 @@ def pipe():
 @pytest.mark.parametrize(
     ("count", "size", "devices", "lengths"),
     [
-        (5, 16, 1, [5]),
-        (5, 4, 1, [3, 3]),
+        (1, 16, 1, [1]),
+        (3, 16, 1, [1, 1, 1]),
+        (5, 16, 1, [4, 1]),
+        (13, 16, 1, [16]),
+        (50, 16, 1, [16, 16, 16, 1, 1]),
         (16, 4, 1, [4] * 4),
+        (10, 3, 1, [3, 3, 3, 1]),
         (10, 3, 4, [4, 4, 4]),
         (1, 1, 4, [4]),
     ],
 )
-def test_batches_have_one_length_and_hold_each_image(count, size, devices, lengths):
+def test_batches_have_few_lengths_and_hold_each_image(count, size, devices, lengths):
     found = batches(count, size, devices)
     assert [len(batch) for batch in found] == lengths
     indices = np.concatenate(found)
@@ -277,7 +281,7 @@ def test_a_preview_is_written_while_images_are_generated(pipe, tmp_path):
         with Image.open(images.preview(tmp_path)) as image:
             seen.append(np.array(image))
 
-    result = pipe(["red", "blue"], preview=preview)
+    result = pipe(["red", "blue"], preview=preview, batch_size=2)
     assert len(seen) == 2 and not np.array_equal(*seen)
     assert np.array_equal(seen[-1], np.asarray(result.grid()))
     assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]

@@ -115,9 +115,10 @@ def test_scale_seed_prompt_and_sampler_do_not_recompile(pipe):
     generate(sampler="ddim")
     generate(sampler="ddim", eta=0.5)
     generate(sampler="dpm++2m", spacing="uniform")
-    assert run_rows._cache_size() == before
-    # The count does count: another number of rows is another program.
     generate(steps=5)
+    assert run_rows._cache_size() == before
+    # The count does count: four images at a time are another program.
+    generate(num=4)
     assert run_rows._cache_size() == before + 1
 
 
