@@ -52,7 +52,8 @@ def attend(
         # XLA cannot split a kernel by itself.
         spec = PartitionSpec(axes)
         call = jax.shard_map(call, in_specs=spec, out_specs=spec, check_vma=False)
-    return call(*(array.reshape(*array.shape[:2], -1) for array in (query, key, value)))
+    query, key, value = (array.reshape(*array.shape[:2], -1) for array in (query, key, value))
+    return call(query, key, value)
 
 
 def _split_axes() -> tuple[str, ...]:
