@@ -54,6 +54,11 @@ class Placement:
         """The devices as one axis."""
         return device_mesh(local_devices(self.devices))
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: "cpu", "gpu", "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def replicate(self, tree: Any) -> Any:
         """Put whole arrays on each device."""
         if self.mesh.size == 1:
@@ -69,7 +74,7 @@ class Placement:
         Args:
             tree: arrays on these devices.
         """
-        if self.mesh.devices.flat[0].platform not in GPUS:
+        if self.platform not in GPUS:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         chosen = [i for i, leaf in enumerate(leaves) if _is_kernel(leaf)]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.models import winograd
 from glide_jax.models.attention import HALF, accelerator, attend, split_heads
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
@@ -148,22 +149,41 @@ def layer_norm(name: str) -> LayerNorm:
     return LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def conv3x3(
-    features: int, dtype: jnp.dtype, name: str | None, zero: bool = False, stride: int = 1
-) -> Conv:
-    """Return a 3x3 convolution with symmetric padding.
+class Conv3x3(_Stored, nn.Module):
+    """A 3x3 convolution with symmetric padding.
 
     With XLA's padding "SAME" the result would be shifted by one pixel at stride 2.
+
+    Attributes:
+        features: channels of the result.
+        zero: whether the kernel starts at zero.
     """
-    return Conv(
-        features,
-        (3, 3),
-        strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
-        dtype=dtype,
-        kernel_init=nn.initializers.zeros if zero else CONV_INIT,
-        name=name,
-    )
+
+    features: int
+    dtype: jnp.dtype
+    zero: bool = False
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `x (B, H, W, C)` to `(B, H', W', features)`."""
+        init = nn.initializers.zeros if self.zero else CONV_INIT
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        if kernel.shape[0] in winograd.FORMS:
+            return winograd.convolve(x, kernel) + bias
+        strides, padding = (self.stride,) * 2, ((1, 1),) * 2
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=axes)
+        return y + bias
+
+
+def conv3x3(
+    features: int, dtype: jnp.dtype, name: str | None, zero: bool = False, stride: int = 1
+) -> Conv3x3:
+    """Return a 3x3 convolution with the initialisation of the original code."""
+    return Conv3x3(features, dtype, zero, stride, name=name)
 
 
 # The default of torch for convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).

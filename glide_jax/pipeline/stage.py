@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
@@ -17,6 +18,7 @@ from glide_jax.models.precision import cast_trunk
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.tokenizers import GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
+from glide_jax.models.winograd import transform_kernels
 from glide_jax.weights.registry import Model
 
 
@@ -69,6 +71,8 @@ class Stage:
         """The network and its weights, on the devices; those of the trunk in its dtype."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
         placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
+        if placement.platform == "cpu" and module.dtype == jnp.float32:
+            params = transform_kernels(params, self.model.config)
         params = placement.arrange_kernels(placement.replicate(params))
         denoiser = Denoiser(module, placement.mesh.abstract_mesh)
         return Network(denoiser, params, self.model.prediction)

@@ -1,0 +1,61 @@
+"""Convolutions with fewer products, on a CPU."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glide_jax as glide
+from glide_jax.models import winograd
+from glide_jax.models.layers import Conv3x3
+from glide_jax.models.unet import GLIDE, init_params
+from tests.support.commands import TINY, first_weights, make_weights
+
+
+@pytest.mark.parametrize(("length", "tolerance"), [(4, 2e-6), (6, 3e-5)])
+def test_transformed_kernels_give_the_same_convolution(length, tolerance):
+    x = jax.random.normal(jax.random.key(0), (2, 16, 24, 40))
+    layer = Conv3x3(48, jnp.float32)
+    params = layer.init(jax.random.key(1), x)["params"]
+    wanted = np.asarray(layer.apply({"params": params}, x))
+    kernel = winograd.transform_kernel(params["kernel"], length)
+    assert kernel.shape == (length, length, 40, 48)
+    found = np.asarray(layer.apply({"params": params | {"kernel": kernel}}, x))
+    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
+
+
+def test_every_block_is_found_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(winograd, "F4_SIDE", 16)
+    config = replace(TINY, channel_mult=(1, 2), num_res_blocks=2)
+    model = GLIDE(config)
+    params = first_weights(init_params, model, 0)
+    moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params)
+    changed = winograd.transform_kernels(moved, config)
+
+    def kernels(tree):
+        flat, _ = jax.tree.flatten_with_path(tree["unet"])
+        names = {jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in flat if leaf.ndim == 4}
+        return {name: side for name, side in names.items() if "conv_" in name}
+
+    assert set(kernels(moved).values()) == {3}
+    by_block = kernels(changed)
+    assert set(by_block) == set(kernels(moved)) and set(by_block.values()) == {4, 6}
+    assert by_block["['mid_res_1']['conv_1']['kernel']"] == 4
+    assert by_block["['up_2_up']['conv_1']['kernel']"] == 6
+    tokens = jnp.zeros((2, config.text_ctx), jnp.int32)
+    text = model.apply({"params": moved}, tokens, tokens > 0, method=GLIDE.encode_text)
+    x = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+    t = jnp.array([3.0, 700.0])
+    wanted, found = (np.asarray(model.apply({"params": p}, x, t, text)) for p in (moved, changed))
+    assert 0 < np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_pipelines_use_them_in_float32_on_a_cpu_alone(tmp_path):
+    folder = make_weights(tmp_path / "weights")
+    for dtype, side in (("float32", 4), ("bfloat16", 3)):
+        pipe = glide.load(folder, dtype=dtype)
+        assert pipe.network.params["unet"]["mid_res_1"]["conv_1"]["kernel"].shape[0] == side
+        # What is exported and trained further stays as it is.
+        assert pipe.model.params["unet"]["mid_res_1"]["conv_1"]["kernel"].shape[0] == 3
