@@ -45,7 +45,8 @@ FORMS: dict[int, tuple[list[list[float]], ...]] = {
 }
 # From this side on, the blocks of F(2x2) exceed the caches of a CPU, and F(4x4) is faster.
 F4_SIDE = 64
-MIN_CHANNELS = 32
+# Programs take longer to compile and to load: a small network would lose more than it gains.
+MIN_CHANNELS = 128
 
 
 def scales(config: ModelConfig) -> dict[str, int]:
@@ -72,15 +73,19 @@ def scales(config: ModelConfig) -> dict[str, int]:
 def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return the parameters of a network with the kernels of its residual blocks transformed.
 
+    Those of a network of fewer than 128 channels stay.
+
     Args:
         params: of `GLIDE`, float32.
     """
+    if config.model_channels < MIN_CHANNELS:
+        return params
     side = config.image_size // config.patch
     unet, kernels = dict(params["unet"]), {length: {} for length in FORMS}
     for block, scale in scales(config).items():
         for layer in ("conv_1", "conv_2"):
             kernel = unet.get(block, {}).get(layer, {}).get("kernel")
-            if kernel is not None and kernel.shape[2] >= MIN_CHANNELS:
+            if kernel is not None:
                 kernels[6 if side // scale >= F4_SIDE else 4][block, layer] = kernel
     for length, chosen in kernels.items():
         for (block, layer), kernel in _transformed(chosen, length).items():

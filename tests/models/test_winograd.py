@@ -28,6 +28,7 @@ def test_transformed_kernels_give_the_same_convolution(length, tolerance):
 
 def test_every_block_is_found_and_computes_the_same(monkeypatch):
     monkeypatch.setattr(winograd, "F4_SIDE", 16)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
     config = replace(TINY, channel_mult=(1, 2), num_res_blocks=2)
     model = GLIDE(config)
     params = first_weights(init_params, model, 0)
@@ -52,9 +53,10 @@ def test_every_block_is_found_and_computes_the_same(monkeypatch):
     assert 0 < np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
-def test_pipelines_use_them_in_float32_on_a_cpu_alone(tmp_path):
+def test_pipelines_use_them_in_float32_on_a_cpu_for_wide_networks(tmp_path, monkeypatch):
     folder = make_weights(tmp_path / "weights")
-    for dtype, side in (("float32", 4), ("bfloat16", 3)):
+    for dtype, width, side in (("float32", 32, 4), ("bfloat16", 32, 3), ("float32", 64, 3)):
+        monkeypatch.setattr(winograd, "MIN_CHANNELS", width)
         pipe = glide.load(folder, dtype=dtype)
         assert pipe.network.params["unet"]["mid_res_1"]["conv_1"]["kernel"].shape[0] == side
         # What is exported and trained further stays as it is.
