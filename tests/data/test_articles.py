@@ -6,12 +6,12 @@ from glide_jax.data.articles import with_article
 
 AN = """apple;hourglass;hour;honest face;heir;umbrella;up arrow;unidentified object;unimportant man;
 uninvited guest;usher;urn;urban street;egg;eight o'clock;8-ball;80s car;11th hour;18;1800s dress;
-11,000 bees;X-ray;F-16;NFL team;SOS button;LED lamp;MP3 player;OK hand;ID card;e-mail;O button;old "cat";
-éclair;île;Übung;“apple”;(old) car;onerous task;orca;Apple;utter fool;Ewok;HMS ship"""
+11,000 bees;X-ray;F-16;NFL team;SOS button;LED lamp;MP3 player;OK hand;ID card;e-mail;O button;
+old "cat";éclair;île;Übung;“apple”;(old) car;onerous task;orca;Apple;utter fool;Ewok;HMS ship"""
 A = """rocket;unicorn;uniform;unit;union;unique hat;university;useful tool;used car;user;usual day;
 utensil;utopia;ukulele;European;eucalyptus;ewe;one-piece swimsuit;one-way street;one;once-red car;
-U-turn;UFO;USB stick;US flag;house;hotel;T-Rex;B button;PNG file;ZZZ;110 bees;100;3D cube;7;180 bees;
-猫;ubiquitous sign;urinal;Uranus;red apple;yo-yo;FREE button;Mx Claus"""
+U-turn;UFO;USB stick;US flag;house;hotel;T-Rex;B button;PNG file;ZZZ;110 bees;100;3D cube;7;
+180 bees;猫;ubiquitous sign;urinal;Uranus;red apple;yo-yo;FREE button;Mx Claus"""
 
 
 def words(text):
