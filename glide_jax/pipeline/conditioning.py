@@ -170,7 +170,7 @@ def read_sources(
         notes.append(masks.note(side))
     small = None if low_res is None else open_images(low_res, side, fit=fit)
     if small is not None and small is not low_res and not isinstance(low_res, Images):
-        notes += _noted(small, small_side(small, side), "low_res ")
+        notes += _noted(small, small_side(small, side), "low_res: ")
     if notes:
         print(f"note: {'; '.join(notes)}", file=sys.stderr)
     return Sources(images, masks, small, reading=reading)
