@@ -75,8 +75,8 @@ class EditingOptions:
     Attributes:
         init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: An image of the region to fill: white is regenerated, black is kept byte for byte. So
-            are what is painted on a transparent layer, and what is erased from the image.
+        mask: An image of the region to fill: white is regenerated, black is kept byte for byte.
+            Also regenerated: what is painted on a transparent layer, or erased from the image.
         invert_mask: Regenerate what the mask keeps, and keep the rest.
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image; otherwise it
             is an error.
