@@ -74,10 +74,15 @@ def generate(options: Options) -> None:
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")
-        near = {"amount": editing.variation, "caption": editing.init_caption}
+        near = {"amount": editing.variation, "caption": editing.init_caption, "fit": editing.fit}
         images = pipe.variations(image, *prompts, **near, **call)
     else:
-        images = pipe(prompts, image=image, mask=editing.mask, **call)
+        reading = {
+            "fit": editing.fit,
+            "invert_mask": editing.invert_mask,
+            "allow_uniform_mask": editing.allow_uniform_mask,
+        }
+        images = pipe(prompts, image=image, mask=editing.mask, **reading, **call)
 
     # -- save -------------------------------------------------------------------------------------
     report(images, images.save(options.out))

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from glide_jax.data.articles import with_article
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, load_image, random_square, random_window, square
 from glide_jax.data.order import groups_of, shuffled, shuffled_groups
@@ -33,11 +34,6 @@ _TRIES = 32
 # Words in a caption that become wrong if the image is mirrored.
 _SIDES = re.compile(r"\b(left|right|(counter|anti)?clockwise)(ward|wards)?\b", re.IGNORECASE)
 _NAMED = 5  # broken records that stderr names; further ones are only counted
-
-
-def with_article(caption: str) -> str:
-    """Return the caption with "a" or "an": `"an apple"` for `"apple"`."""
-    return f"{'an' if caption[:1].lower() in 'aeiou' else 'a'} {caption}"
 
 
 class Tokenizer(Protocol):

@@ -5,9 +5,9 @@ user's mask is white where the image is regenerated; inside the program there is
 `known`: 1 where the pixel is kept.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ from glide_jax.diffusion.guidance import Guidance, known_pixels
 from glide_jax.diffusion.sampling import Plan
 from glide_jax.errors import UsageError
 from glide_jax.models.presets import ModelConfig
-from glide_jax.pipeline.image_files import read_images, read_known
-from glide_jax.pipeline.images import from_uint8
+from glide_jax.pipeline.image_files import Fit, ImageLike, SourceImages, open_images
+from glide_jax.pipeline.images import Images, from_uint8
+from glide_jax.pipeline.mask_files import MaskLike, SourceMasks, open_masks
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights.registry import Model
 
@@ -101,17 +102,108 @@ def _noised(image: Any, noise: jax.Array, temperature: Any, alpha: Any, sigma: A
     return alpha * image + sigma * noise
 
 
+class Reading(TypedDict, total=False):
+    """How images and masks are read.
+
+    Attributes:
+        fit: "crop" or "pad": how images become squares.
+        invert_mask: regenerate what the mask keeps, and keep the rest.
+        allow_uniform_mask: accept a mask that keeps, or regenerates, everything.
+    """
+
+    fit: Fit
+    invert_mask: bool
+    allow_uniform_mask: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What a run of images is made from, read but of any size; None: nothing. See `Conditioning`.
+
+    The stages of a cascade share them, and each makes its own size of them.
+    """
+
+    image: SourceImages | None = None
+    mask: SourceMasks | None = None
+    low_res: SourceImages | None = None
+    noise: np.ndarray | None = None
+    reading: Reading = field(default_factory=Reading)
+
+    def names(self) -> dict[str, Any]:
+        """Return the metadata: the files, "array" for what has none, and how they were read."""
+        sources = {"image": self.image, "mask": self.mask}
+        found = {key: s.name or "array" for key, s in sources.items() if s is not None}
+        found |= {} if self.noise is None else {"noise": "array"}
+        usual = ("crop", False)
+        return found | {key: value for key, value in self.reading.items() if value not in usual}
+
+
+def read_sources(
+    image: ImageLike | None,
+    mask: MaskLike | None,
+    low_res: ImageLike | None,
+    side: int,
+    **reading: Unpack[Reading],
+) -> Sources:
+    """Read images and masks, and print one note on stderr: what was changed in them.
+
+    Nothing is printed of what was read before.
+
+    Args:
+        side: of the result; of a cascade, that of its last stage.
+        **reading: see `Reading`.
+
+    Raises:
+        UsageError: the mask does not belong to the image, or is uniform.
+        GlideError: a file cannot be read.
+    """
+    notes, fit = [], reading.get("fit", "crop")
+    images = None if image is None else open_images(image, side, fit=fit)
+    if images is not None and images is not image:
+        notes += _noted(images, side, "")
+    masks = (
+        None if mask is None else open_masks(mask, images, invert=reading.get("invert_mask", False))
+    )
+    if masks is not None and masks is not mask:
+        if not reading.get("allow_uniform_mask", False):
+            masks.check(side)
+        notes.append(masks.note(side))
+    small = None if low_res is None else open_images(low_res, side, fit=fit)
+    if small is not None and small is not low_res and not isinstance(low_res, Images):
+        notes += _noted(small, small_side(small, side), "low_res: ")
+    if notes:
+        print(f"note: {'; '.join(notes)}", file=sys.stderr)
+    return Sources(images, masks, small, reading=reading)
+
+
+def _noted(images: SourceImages, side: int | None, what: str) -> list[str]:
+    changes = images.changes(side)
+    listed = " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
+    return [f"{what}{images.label} was {listed}"] if changes else []
+
+
+def small_side(images: SourceImages, side: int) -> int | None:
+    """Return the side that small images are reduced to; None: as small as they are."""
+    choose = min if images.fit == "crop" else max
+    return side if any(choose(found.size) > side for found in images.images) else None
+
+
 def read_conditioning(
     model: Model,
     settings: Settings,
     count: int,
     *,
-    image: Any = None,
-    mask: Any = None,
-    low_res: Any = None,
-    noise: Any = None,
-) -> Conditioning:
+    side: int,
+    image: ImageLike | None = None,
+    mask: MaskLike | None = None,
+    low_res: ImageLike | None = None,
+    noise: np.ndarray | None = None,
+    **reading: Unpack[Reading],
+) -> tuple[Conditioning, Sources]:
     """Read and check what `count` images of a model are made from; see `Pipeline.stream`.
+
+    Args:
+        side: see `read_sources`, and for `reading`.
 
     Raises:
         UsageError: something is missing, is not what the model takes, or has no effect.
@@ -147,14 +239,12 @@ def read_conditioning(
         if noise.shape not in ((1, size, size, 3), (count, size, size, 3)):
             raise UsageError(f"noise is ({size}, {size}, 3), or one for each of {count} images")
         noise = np.broadcast_to(noise, (count, size, size, 3))
-    return Conditioning(
-        image=None if image is None else read_images(image, size, count),
-        known=None if mask is None else read_known(mask, size, count),
-        low_res=None if low_res is None else read_images(low_res, None, count),
+    sources = read_sources(image, mask, low_res, side, **reading)
+    images, masks, small = sources.image, sources.mask, sources.low_res
+    conditioning = Conditioning(
+        image=None if images is None else images.squares(size, count),
+        known=None if masks is None else masks.known(size, count),
+        low_res=None if small is None else small.squares(small_side(small, size), count),
         noise=noise,
     )
-
-
-def source_name(source: Any) -> str:
-    """Return a file's name for the metadata; "array" for anything else."""
-    return str(source) if isinstance(source, str | Path) else "array"
+    return conditioning, replace(sources, noise=noise)

@@ -1,76 +1,202 @@
-"""Reading images to edit, and masks, from files, PIL images and arrays."""
+"""Reading images to edit from files, PIL images and arrays, as training reads them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
 
+from glide_jax.data import storage
+from glide_jax.data.decoding import Encoded, Upright, decode, square
+from glide_jax.data.modes import UnfitPixels, to_bytes
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.pipeline.images import Images
 
-# What an image can be given as; arrays are uint8, `(H, W, 3)` or `(N, H, W, 3)`.
-ImageLike = str | Path | Image.Image | np.ndarray | Images
-# Arrays are `(H, W)` or `(N, H, W)`; not zero (white) is regenerated.
-MaskLike = str | Path | Image.Image | np.ndarray
+Fit = Literal["crop", "pad"]
+FITS = ("crop", "pad")
 
 
-def _open(source: Any, what: str) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        image = Image.open(Path(source).expanduser())
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise GlideError(f"cannot read the {what} {source}: {error}") from None
-    return image
+@dataclass(frozen=True, eq=False)
+class SourceImages:
+    """Images of any size, read and upright.
+
+    Attributes:
+        images: RGB images; their sizes and orientations in the file are in them.
+        name: the file; empty if there is none.
+        fit: how they become squares: "crop", the centre, or "pad", with white.
+    """
+
+    images: tuple[Upright, ...]
+    name: str = ""
+    fit: Fit = "crop"
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return self.name or "the image"
+
+    def squares(self, size: int | None, count: int | None) -> np.ndarray:
+        """Return the images as squares: `(count, size, size, 3)` uint8.
+
+        Args:
+            size: side of the squares; None: the shorter (longer, if padded) side of the image.
+            count: the number of images needed, unless there is one for all; None: any number.
+
+        Raises:
+            UsageError: there is neither one image nor one for each.
+        """
+        count = len(self.images) if count is None else count
+        if len(self.images) not in (1, count):
+            raise UsageError(
+                f"{len(self.images)} images for {count} prompts: give one, or one each"
+            )
+        if size is None:
+            side = min if self.fit == "crop" else max
+            sides = {side(found.image.size) for found in self.images}
+            if len(sides) > 1:
+                raise UsageError(f"{self.label} has several sizes: make them equal")
+            size = sides.pop()
+        squares = np.stack([to_square(found.image, size, self.fit) for found in self.images])
+        return np.broadcast_to(squares, (count, *squares.shape[1:]))
+
+    def changes(self, size: int | None) -> list[str]:
+        """Return what is done to the images to make squares of them, such as "turned upright"."""
+        found = [c for image in self.images for c in image.changes]
+        found += [c for image in self.images for c in _fitting(image.size, size, self.fit)]
+        return list(dict.fromkeys(found))
 
 
-def read_images(source: ImageLike, size: int | None, batch: int | None) -> np.ndarray:
-    """Read images for a batch: `(batch, H, W, 3)` uint8.
+# What an image can be given as: a file, a PIL image, an array `(H, W)`, `(H, W, C)` or
+# `(N, H, W, C)`, or a list of these.
+ImageLike = str | Path | Image.Image | np.ndarray | Images | SourceImages | Sequence[Any]
+
+
+def _fitting(size: tuple[int, int], side: int | None, fit: Fit) -> list[str]:
+    width, height = size
+    found, now = [], min(size) if fit == "crop" else max(size)
+    if width != height:
+        how = "cropped to its central" if fit == "crop" else "padded with white to"
+        found.append(f"{how} {now}x{now} of {width}x{height}")
+    if side is not None and now != side:
+        found.append(f"{'reduced' if now > side else 'enlarged'} from {now}x{now} to {side}x{side}")
+    return found
+
+
+def to_square(image: Image.Image, size: int, fit: Fit) -> np.ndarray:
+    """Return an RGB image as `(size, size, 3)` uint8: cropped at the centre, or padded."""
+    if fit == "crop" or image.width == image.height:
+        return square(image, size)
+    canvas = Image.new("RGB", (size, size), "white")
+    left, top, width, height = padded_box(image.size, size)
+    kind = Image.Resampling.BOX if max(image.size) > size else Image.Resampling.BICUBIC
+    canvas.paste(image.resize((width, height), kind), (left, top))
+    return np.asarray(canvas)
+
+
+def padded_box(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of an image that is padded to a square."""
+    width, height = (max(1, round(n * side / max(size))) for n in size)
+    return (side - width) // 2, (side - height) // 2, width, height
+
+
+def open_images(source: ImageLike, side: int | None = None, *, fit: Fit = "crop") -> SourceImages:
+    """Read images; `SourceImages` are returned as they are.
 
     Args:
-        source: `Images`, a file, a `PIL.Image`, or a uint8 array `(H, W, 3)` or `(N, H, W, 3)`.
-        size: side to scale them to (bicubic, as in OpenAI's notebooks); None: not scaled.
-        batch: the number of images needed, unless there is one for all; None: any number.
+        source: see `ImageLike`. Arrays have 1 to 4 channels, or none, of uint8, bool, 16 bits, or
+            floats from 0 to 1 or from -1 to 1.
+        side: the side of the largest squares that will be made: a JPEG is decoded at a fraction.
+        fit: see `SourceImages`.
 
     Raises:
-        GlideError: the file is not an image.
-        UsageError: an array of another kind, or neither one image nor one for each of the batch.
+        GlideError: a file cannot be read, or is not an image.
+        UsageError: an array of another shape, or with values that are no image.
     """
+    if fit not in FITS:
+        raise UsageError(f"fit is crop or pad, not {fit!r}")
+    if isinstance(source, SourceImages):
+        return source
     if isinstance(source, Images):
         source = source.images
-    if not isinstance(source, np.ndarray):
-        source = np.asarray(_open(source, "image").convert("RGB"))
-    images = source[None] if source.ndim == 3 else source
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UsageError(f"an image is (H, W, 3) uint8, not {source.shape} {source.dtype}")
-    batch = len(images) if batch is None else batch
-    if len(images) not in (1, batch):
-        raise UsageError(f"{len(images)} images for {batch} prompts: give one, or one each")
-    if size is not None and images.shape[1:3] != (size, size):
-        scale = [Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC) for i in images]
-        images = np.stack([np.asarray(i) for i in scale])
-    return np.broadcast_to(images, (batch, *images.shape[1:]))
+    if isinstance(source, str | Path):
+        return SourceImages((decode(read_file(source, "image"), side),), str(source), fit)
+    if isinstance(source, Image.Image):
+        return SourceImages((decode(source, side),), file_of(source), fit)
+    if isinstance(source, list | tuple) and any(_is_image(one) for one in source):
+        each = [open_images(one, side, fit=fit) for one in source]
+        return SourceImages(tuple(found for one in each for found in one.images), "", fit)
+    images, change = _from_array(to_array(source, "an image"))
+    before = (change,) if change else ()
+    decoded = (decode(image) for image in images)
+    return SourceImages(
+        tuple(found._replace(changes=before + found.changes) for found in decoded), "", fit
+    )
 
 
-def read_known(mask: MaskLike, size: int, batch: int) -> np.ndarray:
-    """Read a mask for a batch: `(batch, size, size, 1)` float32, 1 where the pixel is kept.
+def read_images(
+    source: ImageLike, size: int | None, batch: int | None, *, fit: Fit = "crop"
+) -> np.ndarray:
+    """Read images as squares: `(batch, size, size, 3)` uint8; see `open_images` and `squares`."""
+    return open_images(source, size, fit=fit).squares(size, batch)
 
-    Args:
-        mask: a file, a `PIL.Image`, or an array `(H, W)` or `(N, H, W)`; white (not zero) is
-            regenerated, black is kept.
+
+def read_file(source: str | Path, what: str) -> Encoded:
+    """Return the bytes of a file; `~` and addresses are understood.
 
     Raises:
-        GlideError: the file is not an image.
-        UsageError: an array of another shape.
+        GlideError: it cannot be read; `what` names it in the message.
     """
-    if not isinstance(mask, np.ndarray):
-        mask = np.asarray(_open(mask, "mask").convert("L")) > 127
-    masks = (mask[None] if mask.ndim == 2 else mask) != 0
-    if masks.ndim != 3 or len(masks) not in (1, batch):
-        raise UsageError(f"a mask is (H, W), or one for each of {batch} prompts, not {mask.shape}")
-    # Nearest neighbour, as OpenAI's code enlarges masks: a mask has no grey.
-    rows, columns = (np.arange(size) * n // size for n in masks.shape[1:])
-    known = 1 - masks[:, rows][:, :, columns].astype(np.float32)[..., None]
-    return np.broadcast_to(known, (batch, *known.shape[1:]))
+    path = storage.expand(str(source))
+    try:
+        return Encoded(storage.read(path), str(source))
+    except GlideError as error:
+        reason = str(error).removeprefix(f"cannot read {path}: ")
+        raise GlideError(f"cannot read the {what} {source}: {reason}; check the path") from None
+
+
+def file_of(image: Image.Image) -> str:
+    """Return the file that a PIL image was opened from; empty if there is none."""
+    return str(getattr(image, "filename", "") or "")
+
+
+def _is_image(one: Any) -> bool:
+    kinds = (str, Path, Image.Image, SourceImages, Images)
+    return isinstance(one, kinds) or getattr(one, "ndim", 0) >= 2
+
+
+def to_array(source: Any, what: str) -> np.ndarray:
+    """Return arrays of any library, and nested lists of numbers, as a numpy array.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        array = np.asarray(source)
+    except Exception as error:  # libraries raise errors of any kind, for example for a GPU's array
+        raise UsageError(f"{what} cannot be read as an array: {error!s:.200}") from None
+    if array.dtype.kind not in "biuf" or not array.size:
+        kind = f"{array.shape} {array.dtype}" if array.ndim else type(source).__name__
+        raise UsageError(f"{what} is a file, a PIL.Image or an array of numbers, not {kind}")
+    return array
+
+
+def _from_array(array: np.ndarray) -> tuple[list[Image.Image], str | None]:
+    """Return the images of an array, and what was done to its values."""
+    batch = array[..., None] if array.ndim == 2 else array
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or batch.shape[-1] > 4:
+        first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
+        hint = ": put the channels last" if first else ""
+        raise UsageError(f"an image is (H, W, 3) uint8, not {array.shape} {array.dtype}{hint}")
+    try:
+        values, change = to_bytes(batch)
+    except UnfitPixels as error:
+        raise UsageError(f"cannot read the array {array.shape} as an image: {error}") from None
+    return [to_pil(image) for image in values], change
+
+
+def to_pil(values: np.ndarray) -> Image.Image:
+    """Return `(H, W, C)` uint8 with 1 to 4 channels as an image of mode L, LA, RGB or RGBA."""
+    return cast(Image.Image, Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values))

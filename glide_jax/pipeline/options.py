@@ -10,6 +10,8 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from glide_jax.errors import UsageError
+from glide_jax.pipeline.image_files import Fit
+from glide_jax.pipeline.prompts import read_prompts_file
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training.runs import sampling_defaults
 
@@ -74,6 +76,11 @@ class EditingOptions:
         init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
         mask: An image of the region to fill: white is regenerated, black is kept byte for byte.
+            Also regenerated: what is painted on a transparent layer, or erased from the image.
+        invert_mask: Regenerate what the mask keeps, and keep the rest.
+        allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image; otherwise it
+            is an error.
+        fit: How an image becomes a square. crop: its centre; pad: white beside it.
         variation: Generate variations of --init-image. Variation strength: 0 = DDIM
             reconstruction, 1 = unrelated.
         init_caption: Caption of the input image, for the inversion of --variation, if it differs
@@ -85,6 +92,9 @@ class EditingOptions:
 
     init_image: Annotated[Path | None, HIDDEN] = None
     mask: Annotated[Path | None, HIDDEN] = None
+    invert_mask: Annotated[bool, HIDDEN] = False
+    allow_uniform_mask: Annotated[bool, HIDDEN] = False
+    fit: Fit = "crop"
     variation: Annotated[float | None, HIDDEN] = None
     init_caption: Annotated[str | None, HIDDEN] = None
     between: Annotated[bool, HIDDEN] = False
@@ -217,6 +227,14 @@ def check_options(options: Options) -> None:
     for wrong, message in (
         (varies and e.init_image is None, "--variation needs an image: give --init-image"),
         (varies and e.mask is not None, "--variation changes the whole image: it takes no --mask"),
+        (
+            e.mask is None and (e.invert_mask or e.allow_uniform_mask),
+            "--invert-mask and --allow-uniform-mask are for --mask",
+        ),
+        (
+            e.fit != "crop" and e.init_image is None,
+            "--fit is for --init-image",
+        ),
         (e.init_caption is not None and not varies, "--init-caption is for --variation"),
         (e.to_seed is not None and not e.between, "--to-seed is for --between"),
         (e.between and e.init_image is not None, "--between takes prompts: it has no --init-image"),
@@ -233,11 +251,7 @@ def prompts_of(options: Options) -> tuple[str, ...]:
     """
     if options.prompts_file is None:
         return options.prompts
-    try:
-        lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompts in {options.prompts_file}: {error}") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    prompts = read_prompts_file(options.prompts_file)
     if not prompts and not options.prompts:
-        raise UsageError(f"{options.prompts_file} holds no prompt")
+        raise UsageError(f"{options.prompts_file} holds no prompt: write one a line")
     return options.prompts + prompts

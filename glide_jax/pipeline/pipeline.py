@@ -8,10 +8,11 @@ import numpy as np
 
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.conditioning import read_conditioning, source_name
+from glide_jax.pipeline.conditioning import read_conditioning, read_sources
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
-from glide_jax.pipeline.image_files import ImageLike, MaskLike, read_images
+from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
+from glide_jax.pipeline.mask_files import MaskLike
 from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
@@ -48,6 +49,9 @@ class Pipeline(Stage):
         image: ImageLike | None = None,
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
+        fit: Fit = "crop",
+        invert_mask: bool = False,
+        allow_uniform_mask: bool = False,
         noise: np.ndarray | None = None,
         upsampler: SettingsArguments | None = None,
         batch_size: int | None = None,
@@ -76,6 +80,9 @@ class Pipeline(Stage):
             image=image,
             mask=mask,
             low_res=low_res,
+            fit=fit,
+            invert_mask=invert_mask,
+            allow_uniform_mask=allow_uniform_mask,
             noise=noise,
             upsampler=upsampler,
             batch_size=batch_size,
@@ -99,6 +106,9 @@ class Pipeline(Stage):
         image: ImageLike | None = None,
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
+        fit: Fit = "crop",
+        invert_mask: bool = False,
+        allow_uniform_mask: bool = False,
         noise: np.ndarray | None = None,
         upsampler: SettingsArguments | None = None,
         batch_size: int | None = None,
@@ -118,11 +128,16 @@ class Pipeline(Stage):
             seed: of the run, from 0 to 2^32 - 1.
             first_index: index of the first image, or of each.
             image: the image to edit: a file, a `PIL.Image`, or an array `(H, W, 3)` or
-                `(N, H, W, 3)` of uint8, scaled to the model's size. It needs a mask (inpainting),
-                a `strength` (img2img), or both.
-            mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)` of bool or
-                uint8; white (not zero) is regenerated, black is kept to the byte.
+                `(N, H, W, 3)` of uint8. It is read as training reads images; one line on stderr
+                says what was changed. It needs a mask (inpainting), a `strength` (img2img), or
+                both.
+            mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)`; white
+                (or painted on a transparent layer, or erased from the image) is regenerated, black
+                is kept to the byte. See `glide_jax.pipeline.mask_files`.
             low_res: small images to enlarge (upsamplers): `Images`, or like `image`.
+            fit: how images become squares: "crop" takes the centre, "pad" adds white.
+            invert_mask: regenerate what the mask keeps, and keep the rest.
+            allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.
             noise: the starting noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
             upsampler: settings of the upsampler.
             batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
@@ -145,28 +160,35 @@ class Pipeline(Stage):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
         if upsampler and self.upsampler is None:
             raise UsageError("settings of an upsampler, but there is none: load one")
-        config, sources = self.model.config, {"image": image, "mask": mask, "noise": noise}
-        sources = {
-            name: source_name(source) for name, source in sources.items() if source is not None
-        }
-        conditioning = read_conditioning(
-            self.model, chosen, len(parsed), image=image, mask=mask, low_res=low_res, noise=noise
+        config = self.model.config
+        conditioning, sources = read_conditioning(
+            self.model,
+            chosen,
+            len(parsed),
+            side=(self.upsampler or self).model.config.image_size,
+            image=image,
+            mask=mask,
+            low_res=low_res,
+            noise=noise,
+            fit=fit,
+            invert_mask=invert_mask,
+            allow_uniform_mask=allow_uniform_mask,
         )
         if mask is not None and not (config.inpaints or config.upsamples):
             chosen = chosen.with_repaint(self.schedule)
 
         side = config.image_size
-        if low_res is None:
+        if sources.low_res is None:
             pixels = np.full((len(parsed), side, side, 3), 127, np.uint8)
         else:
-            pixels = read_images(low_res, side, len(parsed)).copy()
+            pixels = sources.low_res.squares(side, len(parsed)).copy()
         images = Images(
             images=pixels,
             prompts=tuple(prompt.text for prompt in parsed),
             seed=seed,
             indices=tuple(indices.tolist()),
             weights=self.model.name,
-            settings=describe(chosen) | sources,
+            settings=describe(chosen) | sources.names(),
         )
         for index, state, done, evaluations in run(
             self,
@@ -195,8 +217,8 @@ class Pipeline(Stage):
             seed=seed,
             first_index=indices,
             low_res=images,
-            image=None if mask is None else image,
-            mask=mask,
+            image=None if mask is None else sources.image,
+            mask=sources.mask,
             batch_size=batch_size,
             every=every,
             progress=progress,
@@ -213,6 +235,7 @@ class Pipeline(Stage):
         image: ImageLike,
         prompt: str | Prompt = "",
         *,
+        fit: Fit = "crop",
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Unpack[SettingsArguments],
@@ -223,7 +246,7 @@ class Pipeline(Stage):
         with a deterministic sampler; dpm++2m comes closer than ddim.
 
         Args:
-            image: one or several; see `stream`.
+            image, fit: one or several; see `stream`.
             prompt: the caption of the image.
             **settings: fields of `Settings`; more steps are more exact. Guidance is off unless it
                 is set here; the sampler is DDIM run backwards.
@@ -234,7 +257,10 @@ class Pipeline(Stage):
         Raises:
             UsageError, GlideError: see `stream`.
         """
-        images = read_images(image, self.model.config.image_size, None)
+        side = self.model.config.image_size
+        source = read_sources(image, None, None, side, fit=fit).image
+        assert source is not None
+        images = source.squares(side, None)
         return invert_images(
             self,
             images,
@@ -254,6 +280,7 @@ class Pipeline(Stage):
         *,
         amount: float = 0.3,
         caption: str | None = None,
+        fit: Fit = "crop",
         num: int = 1,
         seed: int = 0,
         first_index: int = 0,
@@ -266,7 +293,7 @@ class Pipeline(Stage):
         """Generate variations of an image: its noise (`invert`), rotated towards fresh noise.
 
         Args:
-            image: one image; see `stream`.
+            image, fit: one image; see `stream`.
             prompt: the prompt of the variations.
             amount: variation strength: 0 = DDIM reconstruction, 1 = unrelated.
             caption: caption of the input image, for inversion, if it differs from the prompt.
@@ -280,8 +307,10 @@ class Pipeline(Stage):
             raise UsageError(f"the amount of a variation must be between 0 and 1, not {amount}")
         chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
+        sources = read_sources(image, None, None, side, fit=fit)
+        assert sources.image is not None
         old = self.invert(
-            read_images(image, side, 1),
+            sources.image.squares(side, 1),
             prompt if caption is None else caption,
             batch_size=batch_size,
             progress=progress,
@@ -301,7 +330,7 @@ class Pipeline(Stage):
             preview=preview,
             **{"sampler": "dpm++2m", **unguided(chosen)},
         )
-        made = {"variation": amount, "image": source_name(image), "caption": caption}
+        made = {"variation": amount, "caption": caption, **sources.names()}
         return replace(images, settings=images.settings | made)
 
     @lists_settings

@@ -5,12 +5,16 @@
 Only these two words, in capitals and between spaces, have a meaning; the networks read lower case,
 so a caption can always write them in lower case. A weight after a space and a colon belongs to the
 caption before it: the guidance towards it, or away from it (1 if not given). A prompt without the
-two words is one caption.
+two words is one caption. So is a prompt that is all capitals and has no weight, "DO NOT ENTER": one
+line on stderr says so. White space and byte-order marks around a prompt change nothing.
 """
 
+import codecs
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +24,14 @@ from glide_jax.errors import UsageError
 
 _JOINTS = re.compile(r"(?:^|\s+)((?:AND\s+)?NOT|AND)(?=\s|$)")
 _WEIGHT = re.compile(r"\s:(\d+\.?\d*|\.\d+)$")
+# Invisible around a text, and no white space to Python: byte-order mark, zero-width space, joiner.
+_INVISIBLE = "\ufeff\u200b\u2060"
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 class Part(NamedTuple):
@@ -71,6 +83,21 @@ class Prompt:
         return replace(self, parts=(Part(text, 1.0, end, self.parts[0].share),))
 
 
+def clean(text: str) -> str:
+    """Return a text without the white space and the byte-order marks around it."""
+    while (shorter := text.strip().strip(_INVISIBLE)) != text:
+        text = shorter
+    return text
+
+
+def shouts(prompt: str) -> bool:
+    """Whether AND and NOT are words of a prompt: it is all capitals and has no weights."""
+    captions = _JOINTS.split(clean(prompt))[::2]
+    letters = [c for caption in captions for c in caption if c.upper() != c.lower()]
+    weighted = any(_WEIGHT.search(f" {caption.strip()}") for caption in captions)
+    return len(captions) > 1 and bool(letters) and not weighted and all(map(str.isupper, letters))
+
+
 def read_prompt(prompt: str | Prompt) -> Prompt:
     """Parse a prompt.
 
@@ -81,8 +108,9 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
         return prompt
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.60}")
+    prompt = clean(prompt)
     first, *rest = _JOINTS.split(prompt)
-    if not rest:
+    if not rest or shouts(prompt):
         return Prompt(prompt, (Part(prompt),))
     parts = []
     for joint, caption in zip(["AND", *rest[::2]], [first, *rest[1::2]], strict=True):
@@ -99,6 +127,8 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
 def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -> list[Prompt]:
     """Parse prompts; return each of them `num` times, all padded to the same number of parts.
 
+    One line on stderr names a prompt whose AND or NOT is a word because all of it is capitals.
+
     Raises:
         UsageError: there is no prompt; or see `read_prompt`.
     """
@@ -106,6 +136,13 @@ def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -
     if not prompts or num < 1:
         raise UsageError("give at least one prompt, and a num of at least 1")
     found = [read_prompt(prompt) for prompt in prompts]
+    if loud := [prompt for prompt in prompts if isinstance(prompt, str) and shouts(prompt)]:
+        more = f" and in {len(loud) - 1} more" if loud[1:] else ""
+        print(
+            f"note: AND and NOT are words in {clean(loud[0])!r:.80}{more}, which is all capitals: "
+            "write the captions in lower case to join them",
+            file=sys.stderr,
+        )
     count = max(len(prompt.parts) for prompt in found)
     return [prompt.padded(count) for prompt in found for _ in range(num)]
 
@@ -141,3 +178,41 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
         return ((1 - weight) * leaf[text] + weight * leaf[end]).astype(leaf.dtype)
 
     return jax.tree.map(mix, features)
+
+
+def read_prompts_file(path: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, one a line, without empty lines.
+
+    UTF-8 with or without a byte-order mark; a file in UTF-16 or UTF-32 is read too, and one line on
+    stderr says so.
+
+    Raises:
+        UsageError: the file cannot be read, or has another encoding.
+    """
+    try:
+        data = path.expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the prompts in {path}: {reason}; check the path") from None
+    encoding = _encoding(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read the prompts in {path}: it is not {encoding.upper()} (byte "
+            f"{error.start}); save it as UTF-8"
+        ) from None
+    if encoding != "utf-8":
+        print(f"note: {path} is {encoding.upper()[:6]}: read as such", file=sys.stderr)
+    return tuple(line for line in map(clean, re.split(r"\r\n?|\n", text)) if line)
+
+
+def _encoding(data: bytes) -> str:
+    """Return the encoding of a text file, from its byte-order mark or its zero bytes."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name.lower()
+    # Half of the bytes of Latin text in UTF-16 are zero; no text in UTF-8 has one.
+    if data[1::2].count(0) > len(data) // 8 and not len(data) % 2:
+        return "utf-16-le"
+    return "utf-16-be" if data[::2].count(0) > len(data) // 8 and not len(data) % 2 else "utf-8"

@@ -26,7 +26,7 @@ from glide_jax.pipeline.batching import batches, select_images, usual_batch
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.images import from_uint8
-from glide_jax.pipeline.prompts import Part, Prompt, encode_parts
+from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
 from glide_jax.weights.registry import Model
@@ -260,5 +260,5 @@ def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
     if branch.prompt is None:
         return [prompt.parts[0] for prompt in prompts]
     if isinstance(branch.prompt, str):
-        return [Part(branch.prompt)] * len(prompts)
+        return [Part(clean(branch.prompt))] * len(prompts)
     return branch.prompt

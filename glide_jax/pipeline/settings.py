@@ -28,7 +28,7 @@ from glide_jax.diffusion.sampling import Plan, plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
 from glide_jax.errors import UsageError, nearest
-from glide_jax.pipeline.prompts import Prompt
+from glide_jax.pipeline.prompts import Prompt, clean
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
 # embedded model without mask input (November 2026): across the edge of the mask pixels change by 23
@@ -124,6 +124,8 @@ class Settings:
             if name not in names:
                 raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
         values = {name: value for name, value in values.items() if value is not None}
+        if isinstance(negative := values.get("negative_prompt"), str):
+            values["negative_prompt"] = clean(negative)
         if "guidance" in values:
             if beside := set(GUIDING) & set(values):
                 raise UsageError(f"guidance=[...] replaces {min(beside)}: give one of them")

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from glide_jax.data.batches import make_batches, with_article
+from glide_jax.data.batches import make_batches
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded
 from glide_jax.data.order import groups_of, shuffled, shuffled_groups
@@ -313,10 +313,6 @@ def test_clip_tokens_come_with_a_mask():
 def test_data_workers_do_not_use_the_accelerator():
     code = "import glide_jax.data.batches; from jax._src import xla_bridge as b; print(b._backends)"
     assert run("-c", code).stdout.strip() == "{}"
-
-
-def test_articles():
-    assert with_article("apple") == "an apple" and with_article("rocket") == "a rocket"
 
 
 # -- images ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 import glide_jax as glide
 from glide_jax.pipeline.editing import slerp
+from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.runner import image_keys, start_noise
 from tests.support.exact_model import SPREAD, colour, exact_pipeline, pixels
 
@@ -133,6 +134,30 @@ def test_both_stages_inpaint(photo, mask):
         big = mask.repeat(2, axis=0).repeat(2, axis=1)
         assert np.array_equal(found[~big], large[~big])
         assert np.abs(pixels(found[big]).mean(axis=0) - colour("green")).max() < SPREAD
+
+
+def test_both_stages_read_the_same_image_and_mask_and_one_line_says_how(photo, mask, capsys):
+    pipe = exact_pipeline("inpaint", upsampler=exact_pipeline("superres_inpaint", size=16))
+    wide = np.concatenate([photo, photo], axis=1).repeat(2, axis=0).repeat(2, axis=1)
+    call = {"image": wide, "mask": mask, "fit": "pad", "invert_mask": True, "progress": False}
+    result = pipe("green", **call)
+    big = mask.repeat(2, axis=0).repeat(2, axis=1)
+    kept = result.images[0][big]
+    assert np.array_equal(kept, read_images(wide, 16, 1, fit="pad")[0][big])
+    assert result.settings["fit"] == "pad" and result.settings["invert_mask"] is True
+    share = 100 * (1 - mask.mean())
+    assert capsys.readouterr().err == (
+        "note: the image was padded with white to 32x32 of 32x16 and reduced from 32x32 to 16x16; "
+        f"the mask regenerates {share:.3g}% of the image (inverted)\n"
+    )
+
+
+def test_a_mask_without_a_hole_is_an_error_unless_it_is_allowed(photo, mask):
+    pipe, nothing = exact_pipeline("inpaint"), np.zeros_like(mask)
+    with pytest.raises(glide.UsageError, match="the mask has no hole"):
+        pipe("green", image=photo, mask=nothing)
+    found = pipe("green", image=photo, mask=nothing, allow_uniform_mask=True)
+    assert np.array_equal(found.images[0], photo)
 
 
 # --- inversion

@@ -10,7 +10,8 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
-from glide_jax.pipeline.image_files import read_images, read_known
+from glide_jax.pipeline.image_files import read_images
+from glide_jax.pipeline.mask_files import read_known
 from glide_jax.pipeline.runner import image_keys, start_noise
 from glide_jax.weights.clip_registry import CLIPModel, save_clip
 from tests.support.commands import TINY, first_weights, make_weights
@@ -119,7 +120,7 @@ def test_inputs_that_a_variant_does_not_take_or_lacks_are_named(folders, photo, 
         (lambda: base("red", low_res=photo), "takes no low_res"),
         (lambda: up("red"), "give it small images as low_res"),
         (lambda: inpaint("red", image=photo), "needs a mask of the region"),
-        (lambda: inpaint("red", image=photo[:, :, 0], mask=mask), "uint8"),
+        (lambda: inpaint("red", image=photo[..., [0] * 5], mask=mask), "uint8"),
         (lambda: inpaint(["red"] * 3, image=np.stack([photo] * 2), mask=mask), "2 images for 3"),
         (lambda: glide.load(folders["base"], upsampler=folders["inpaint"]), "not an upsampler"),
         (lambda: glide.load(folders["base"], weak_model=folders["inpaint"]), "cannot be the weak"),

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 import glide_jax as glide
-from glide_jax.pipeline.prompts import Part, encode_parts, interpolated, read_prompt, read_prompts
+from glide_jax.diffusion.guidance import Branch
+from glide_jax.pipeline.prompts import (
+    Part,
+    encode_parts,
+    interpolated,
+    read_prompt,
+    read_prompts,
+    read_prompts_file,
+)
+from glide_jax.pipeline.runner import captions_of
+from glide_jax.pipeline.settings import Settings
 from tests.support.exact_model import SPREAD, colour, exact_pipeline, pixels
 
 
@@ -30,11 +40,81 @@ def test_captions_with_weights(prompt, parts):
         "a cat :3",
         "a clock at 10:30",
         "BRAND NEW, NOTHING ELSE",
-        "  spaces  ",
     ],
 )
 def test_a_prompt_without_and_or_not_is_one_caption_unchanged(prompt):
     assert read_prompt(prompt).parts == (Part(prompt),)
+
+
+@pytest.mark.parametrize(
+    "around", ["  {}  ", "\ufeff{}", "{}\r\n", "\ufeff \u200b{}\t\u3000", "\u00a0{}\ufeff\n"]
+)
+def test_white_space_and_byte_order_marks_around_a_prompt_change_nothing(around):
+    for prompt in ("a red apple", "a  cat AND a dog :0.5"):
+        assert read_prompt(around.format(prompt)) == read_prompt(prompt)
+    assert Settings().changed(negative_prompt=around.format("a dog")).negative_prompt == "a dog"
+    branch = Branch("other", prompt=around.format("a dog"))
+    assert captions_of(branch, read_prompts("a cat")) == [Part("a dog")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("DO NOT ENTER", True),
+        ("A RED APPLE AND A TULIP", True),
+        ("\u0416\u0423\u041a AND \u041a\u041e\u0422", True),
+        ("A CAT :1 AND A DOG", False),
+        ("a CAT AND A DOG", False),
+        ("\u732b AND \u72ac", False),
+        ("BRAND NEW", False),
+    ],
+)
+def test_and_and_not_are_words_of_a_prompt_in_capitals_and_one_line_says_so(prompt, said, capsys):
+    (found,) = read_prompts(prompt)
+    assert (found.parts == (Part(prompt),)) == (said or prompt == "BRAND NEW")
+    note = (
+        f"note: AND and NOT are words in {prompt!r}, which is all capitals: write the captions in "
+        "lower case to join them\n"
+    )
+    assert capsys.readouterr().err == (note if said else "")
+
+
+LINES = "a red apple\r\n\n \ufeff \n  a rocket \rcaf\u00e9 \u2028x"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "said"),
+    [
+        ("utf-8", "", ""),
+        ("utf-8", "\ufeff", ""),
+        ("utf-16-le", "\ufeff", "UTF-16"),
+        ("utf-16-be", "\ufeff", "UTF-16"),
+        ("utf-16-le", "", "UTF-16"),
+        ("utf-16-be", "", "UTF-16"),
+        ("utf-32-le", "\ufeff", "UTF-32"),
+    ],
+)
+def test_files_of_prompts_in_unicode_are_read(tmp_path, capsys, encoding, mark, said):
+    path = tmp_path / "p.txt"
+    path.write_bytes((mark + LINES).encode(encoding))
+    assert read_prompts_file(path) == ("a red apple", "a rocket", "caf\u00e9 \u2028x")
+    wanted = f"note: {path} is {said}: read as such\n" if said else ""
+    assert capsys.readouterr().err == wanted
+
+
+def test_files_of_prompts_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "p.txt"
+    for data, reason in (
+        ("caf\u00e9".encode("latin-1"), "it is not UTF-8 (byte 3); save it as UTF-8"),
+        (b"\xff\xfea\0b", "it is not UTF-16 (byte 4); save it as UTF-8"),
+        (None, "No such file or directory; check the path"),
+    ):
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(glide.UsageError) as caught:
+            read_prompts_file(path)
+        assert str(caught.value) == f"cannot read the prompts in {path}: {reason}"
 
 
 @pytest.mark.parametrize("prompt", ["AND a cat", "NOT a cat", "a cat AND", "a AND :2 NOT b", "AND"])

@@ -176,6 +176,8 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
         (("--init-image", "photo.png", "--variation", "3"), "between 0 and 1"),
         (("blue", "--init-image", "photo.png", "--variation", "0.5"), "one prompt"),
         (("--init-caption", "blue"), "for --variation"),
+        (("--init-image", "photo.png", "--invert-mask"), "are for --mask"),
+        (("--fit", "pad"), "for --init-image"),
         (("--between",), "two prompts, or one and --to-seed"),
         (("blue", "--between"), "at least 2"),
         (("blue", "--between", "--init-image", "photo.png"), "no --init-image"),
@@ -223,9 +225,12 @@ def made(folder):
     return [np.array(p) for p in images], [json.loads(p.text["glide_jax"]) for p in images]
 
 
-def test_inpainting_from_the_command_line(weights, editing, tmp_path):
+def test_inpainting_from_the_command_line(weights, editing, tmp_path, capsys):
     files = ("--init-image", editing / "photo.png", "--mask", editing / "mask.png")
     generate("red", *files, "--weights", weights, "--out", tmp_path, "--repaint", 2, 2)
+    said = f"note: the mask {editing / 'mask.png'} regenerates 12.5% of the image\n"
+    error = capsys.readouterr().err
+    assert said in error and error.count("note:") == 1
     (found,), (metadata,) = made(tmp_path)
     photo, mask = (np.array(Image.open(editing / n)) for n in ("photo.png", "mask.png"))
     assert np.array_equal(found[mask == 0], photo[mask == 0])

@@ -22,7 +22,7 @@ ALLOWED = {
     "devices": FREE,
     "weights": FREE | {"models"},
     "training": FREE | BASE | {"weights"},
-    "pipeline": FREE | BASE - {"data"} | {"weights", "training"},
+    "pipeline": FREE | BASE | {"weights", "training"},
     "evaluation": FREE | BASE | {"weights", "training", "pipeline"},
     "commands": FREE | BASE | {"weights", "training", "pipeline", "evaluation", ""},
     "__main__": FREE | {"commands"},
