@@ -8,7 +8,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from glide_jax.data.storage import BrokenRecord
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if at least this many of its pixels, along a side, make one
 # output pixel. With 2 the result differs from averaging the full image by 3 of 255 (root mean
 # square).
