@@ -16,8 +16,9 @@ class DataConfig:
     Attributes:
         source: an .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
             metadata file); a metadata file; tar shards (`shards/{000..099}.tar`, `shards/*.tar`,
-            or their folder); a prepared tensorflow-datasets folder, or the name of one in `data_dir`; `scenes64` or
-            `scenes256` for procedural scenes. Folders and shards may be `gs://` addresses.
+            or their folder); a prepared tensorflow-datasets folder, or the name of one in
+            `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders and shards may be
+            `gs://` addresses.
         split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
             tensorflow-datasets, or the subfolder of that name in a folder.
         data_dir: folder of the named data sets.

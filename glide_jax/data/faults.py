@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 _NAMED = 3  # names of each reason in the line; the log of a run has all of them
@@ -57,13 +58,17 @@ class Faults(NamedTuple):
         if line := self.line(where, records):
             print(line, file=sys.stderr)
 
-    def list_all(self) -> list[str]:
-        """Return one line for every file, without a limit."""
-        return [
+    def save(self, path: Path) -> None:
+        """Write a file with one line for every file that is not used, or remove an old one."""
+        lines = [
             f"{kind}: {_shown(fault.name)}: {fault.reason}"
             for kind, faults in zip(("left out", "broken", "not used", "used"), self, strict=True)
             for fault in faults
         ]
+        if lines:
+            path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+        else:
+            path.unlink(missing_ok=True)
 
 
 NO_FAULTS = Faults()

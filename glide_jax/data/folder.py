@@ -12,10 +12,10 @@ from glide_jax.data.decoding import Encoded
 from glide_jax.data.faults import Fault, Faults, by_reason
 from glide_jax.data.inspection import inspect
 from glide_jax.data.listing import Listing, read_listing
-from glide_jax.data.pairing import Pairs, extension, pair
+from glide_jax.data.pairing import Pairs, extension, is_caption_folder, pair
 from glide_jax.data.records import Source, digest
 from glide_jax.data.sidecars import is_image, texts_of
-from glide_jax.data.tables import METADATA
+from glide_jax.data.tables import is_metadata
 from glide_jax.errors import UsageError
 
 _HOW = (
@@ -82,7 +82,12 @@ class ListedRecords:
 
 
 def open_folder(
-    folder: str, names: Sequence[str], config: DataConfig, unused: Sequence[Fault] = ()
+    folder: str,
+    names: Sequence[str],
+    config: DataConfig,
+    unused: Sequence[Fault] = (),
+    *,
+    within: str = "",
 ) -> Source:
     """Open the captioned images of a folder, or those that its metadata files list.
 
@@ -93,6 +98,7 @@ def open_folder(
         names: files below the folder.
         config: names the metadata file and its fields.
         unused: links, hidden files and others that are not among the names.
+        within: beginning of the paths to use, of those that a metadata file lists.
 
     Raises:
         UsageError: there are no captioned images.
@@ -104,8 +110,8 @@ def open_folder(
         table = storage.expand(config.metadata)
         if not storage.is_remote(folder) and not os.path.exists(storage.join(folder, table)):
             table = os.path.abspath(table) if os.path.isfile(table) else table
-        return _listed(folder, [table], names, config, unused)
-    tables = [name for name in names if name.rpartition("/")[2].casefold() in METADATA]
+        return _listed(folder, [table], names, config, unused, within)
+    tables = [name for name in names if is_metadata(name)]
     found = [name for name in tables if "/" not in name] or tables
     places = [name.rpartition("/")[0] for name in found]
     for place in places:
@@ -148,9 +154,23 @@ def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
             f"{folder} has {images} images and none with a caption: if {tables[0]} lists them, "
             f"add --data.metadata {tables[0]}"
         )
+    if images and (texts := _texts_beside(folder)):
+        return f"{folder} has {images} images and no caption: {texts}"
     others = by_reason((*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name))))
     also = f" (there is also {others})" if others else ""
     return f"{folder} has {images} images and none with a caption{also}: {_HOW}"
+
+
+def _texts_beside(folder: str) -> str:
+    """Return what to do if captions lie in a folder beside this one; empty if there is none."""
+    above = PurePosixPath(os.path.abspath(folder)).parent
+    if storage.is_remote(folder) or not os.access(above, os.R_OK):
+        return ""
+    found = [name for name in storage.children(str(above))[0] if is_caption_folder(name)]
+    if not found:
+        return ""
+    both = f"name the folder of both, --data.source {above}"
+    return f"if the captions are those of {above / found[0]}, {both}"
 
 
 def _listed(
@@ -159,11 +179,12 @@ def _listed(
     names: Sequence[str],
     config: DataConfig,
     unused: Sequence[Fault],
+    within: str = "",
 ) -> Source:
     found = Listing([], [])
     for table in tables:
         one = read_listing(folder, table, names, config)
-        found.entries.extend(one.entries)
+        found.entries.extend(e for e in one.entries if e[0].startswith(within))
         found.bad.extend(one.bad)
     path = storage.join(folder, tables[0])
     if not found.entries:

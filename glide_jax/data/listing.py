@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.faults import Fault
+from glide_jax.data.pairing import is_image_folder
 from glide_jax.data.records import (
     CAPTION_FIELDS,
     captions_of,
@@ -43,7 +44,10 @@ class _Names:
 
     def __init__(self, folder: str, table: str, names: Sequence[str]) -> None:
         self._folder, self._names = folder, set(names)
-        self._beside = table.rpartition("/")[0]
+        # Tables name images from the folder, from their own place, or within `images/`.
+        self._own = table.rpartition("/")[0]
+        inside = sorted({n.split("/")[0] for n in names if is_image_folder(n.split("/")[0])})
+        self._bases = list(dict.fromkeys(("", self._own, *inside)))
         self._alike: dict[str, set[str]] = {}
         for name in names:
             if is_image(name):
@@ -60,7 +64,7 @@ class _Names:
             if inside in self._names:
                 return inside
         wanted = name.replace("\\", "/") if name not in self._names else name
-        for base in dict.fromkeys(("", self._beside)):
+        for base in self._bases:
             path = posixpath.normpath(posixpath.join(base, wanted.lstrip("/")))
             if path in self._names:
                 return path
@@ -70,7 +74,7 @@ class _Names:
                 return next(iter(same))
         if storage.is_remote(self._folder):
             return None
-        for path in (name, posixpath.join(self._beside, name)):
+        for path in (name, posixpath.join(self._own, name)):
             if os.path.isfile(full := storage.join(self._folder, storage.expand(path))):
                 return full if os.path.isabs(storage.expand(path)) else path
         return None

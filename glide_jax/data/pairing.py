@@ -16,7 +16,7 @@ _IMAGE_FOLDERS = {
     *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
     *("jpg", "jpgs", "jpeg", "jpegs", "jpegimages", "png", "pngs"),
 }
-_EXTENSIONS = (*TEXTS, "json")
+_EXTENSIONS: tuple[str, ...] = (*TEXTS, "json")
 
 
 class Pairs(NamedTuple):
@@ -88,6 +88,16 @@ def pair(names: Sequence[str], preferred: str = "") -> Pairs:
     return pairs
 
 
+def is_caption_folder(name: str) -> bool:
+    """Whether a folder has the name of one with captions for the images of another."""
+    return name.casefold() in _CAPTION_FOLDERS
+
+
+def is_image_folder(name: str) -> bool:
+    """Whether a folder has the name of one with images, their captions in another."""
+    return name.casefold() in _IMAGE_FOLDERS
+
+
 def extension(name: str) -> str:
     """Return the extension of a file, in lower case and without the dot."""
     return PurePosixPath(name).suffix.lower()[1:]
@@ -153,6 +163,6 @@ def _folders(names: Iterable[str]) -> dict[str, set[str]]:
     for name in names:
         parts = _whole(name).split("/")
         for i, part in enumerate(parts[:-1]):
-            if part.casefold() not in _CAPTION_FOLDERS:
+            if not is_caption_folder(part):
                 inside.setdefault("/".join(parts[:i]), set()).add(part)
     return inside

@@ -30,7 +30,7 @@ class Scan:
         spans: `(M, 2)` int64, first and last + 1 byte of parts of the file.
         first: `(N + 1,)` int64: record i consists of the spans first[i] up to first[i + 1].
         kinds: `(N,)` int32, for each record an index into `names`.
-        names: extensions of a record, separated by spaces; empty where records have none.
+        names: sorted extensions of a record, separated by spaces; "" where records have none.
         damage: the reason why reading ended early, or "".
         unused: members that belong to no record: reason, name of the first, and count.
     """

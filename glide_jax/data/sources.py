@@ -1,7 +1,7 @@
 """`open_source`: from the name of a data set to a source of captioned images."""
 
+import os
 import re
-import sys
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,13 @@ from dataclasses import replace
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.emoji.npz import load_npz
-from glide_jax.data.faults import Fault, by_reason
+from glide_jax.data.faults import Fault
 from glide_jax.data.folder import open_folder
-from glide_jax.data.pairing import extension
+from glide_jax.data.pairing import extension, pair
 from glide_jax.data.records import Source, digest
 from glide_jax.data.scenes import SPLITS, ScenesSource
 from glide_jax.data.sidecars import is_image
+from glide_jax.data.tables import is_metadata
 from glide_jax.data.tfds import newest_version, open_tfds
 from glide_jax.data.tree import find
 from glide_jax.data.webdataset import is_packed_name, is_tar_name, open_webdataset
@@ -66,8 +67,11 @@ def open_source(config: DataConfig) -> Source:
 def _files(pattern: str, config: DataConfig) -> Source:
     """Open the tar shards that a pattern or a name stands for."""
     paths = storage.matching(pattern)
-    shards = [path for path in paths if is_tar_name(path) and not storage.is_folder(path)]
-    others = [path for path in paths if path not in shards]
+    folders = {path for path in paths if os.path.isdir(path)}
+    shards = [path for path in paths if is_tar_name(path) and path not in folders]
+    others = [path for path in paths if not is_tar_name(path) or path in folders]
+    if pattern.startswith("pipe:"):
+        raise UsageError(f"{pattern} is a command, which is not run: name tar files")
     if not paths:
         raise UsageError(f"no file matches {pattern}")
     if len(others) == len(paths):
@@ -75,9 +79,7 @@ def _files(pattern: str, config: DataConfig) -> Source:
             f"{pattern} matches {paths[0]}, and no tar shards: patterns are for shards; name the "
             "folder of images, or one .npz file"
         )
-    if stray := _not_of_shards(shards, others):
-        print(f"{pattern}: not used: {by_reason(stray)}", file=sys.stderr)
-    return open_webdataset(shards, config)
+    return open_webdataset(shards, config, _not_of_shards(shards, others))
 
 
 def _file(path: str, config: DataConfig) -> Source:
@@ -113,8 +115,21 @@ def _folder(folder: str, config: DataConfig) -> Source:
         raise UsageError(f"{folder} has no split {config.split!r}: there is no folder {missing}")
     if split:
         unused = [*unused, *_beside_splits(folder, split)]
-    source = _open(chosen, names, config, unused)
+    if split and (table := _table_above(folder, names, config)):
+        inside = [f"{split}/{name}" for name in names]
+        listed = replace(config, metadata=table)
+        source = open_folder(folder, inside, listed, unused, within=f"{split}/")
+    else:
+        source = _open(chosen, names, config, unused)
     return replace(source, label=f"{source.label}, {config.split}") if split else source
+
+
+def _table_above(folder: str, names: Sequence[str], config: DataConfig) -> str:
+    """Return the metadata file beside the folders of splits, if the captions are there alone."""
+    if config.metadata or any(is_metadata(name) or is_tar_name(name) for name in names):
+        return ""
+    tables = [name for name in storage.children(folder)[1] if is_metadata(name)]
+    return tables[0] if len(tables) == 1 and not pair(names).images else ""
 
 
 def _open(folder: str, names: list[str], config: DataConfig, unused: list[Fault]) -> Source:
@@ -122,9 +137,8 @@ def _open(folder: str, names: list[str], config: DataConfig, unused: list[Fault]
     if not shards or config.metadata:
         return open_folder(folder, names, config, unused)
     stray = _not_of_shards(shards, [name for name in names if name not in set(shards)])
-    if stray or unused:
-        print(f"{folder}: not used: {by_reason([*stray, *unused])}", file=sys.stderr)
-    return open_webdataset([storage.join(folder, name) for name in shards], config)
+    paths = [storage.join(folder, name) for name in shards]
+    return open_webdataset(paths, config, [*stray, *unused])
 
 
 def _is_split(name: str) -> bool:

@@ -119,16 +119,26 @@ def find(folder: str) -> list[str]:
 
 def children(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the files in a folder, sorted, without hidden ones."""
+    if not is_remote(folder):
+        return _local_children(folder)
     entries = _ask(folder, lambda system: system.ls(folder, detail=True))
     folders, files = [], []
     for entry in entries:
         path = str(entry["name"]).rstrip("/")
         name = path.rpartition("/")[2]
         if name and not name.startswith("."):
-            # A link to a folder is none of both for fsspec.
-            linked = not is_remote(folder) and os.path.isdir(path)
-            (folders if linked or entry["type"] == "directory" else files).append(name)
+            (folders if entry["type"] == "directory" else files).append(name)
     return sorted(folders), sorted(files)
+
+
+def _local_children(folder: str) -> tuple[list[str], list[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
+    except OSError as error:
+        raise GlideError(f"cannot read {folder} ({error.strerror})") from None
+    shown = [(name, is_dir) for name, is_dir in found if not name.startswith(".")]
+    return [n for n, is_dir in shown if is_dir], [n for n, is_dir in shown if not is_dir]
 
 
 def is_pattern(path: str) -> bool:

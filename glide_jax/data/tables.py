@@ -18,7 +18,14 @@ IMAGE_FIELDS = (
     *("image_file", "img", "img_path", "image/path", "image_id", "name", "id", "key"),
 )
 # Names of metadata files that are found by themselves.
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.ndjson")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.ndjson")
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a path has the name of a metadata file that is found by itself."""
+    return name.rpartition("/")[2].casefold() in _METADATA
+
+
 _DELIMITERS = ",;\t|"
 
 # The fields of a row, or what is wrong with it.

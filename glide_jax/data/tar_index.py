@@ -86,7 +86,7 @@ def scan_tar(file: IO[bytes]) -> Scan:
     for record in records:
         spans.extend(_spans(record))
         first.append(len(spans))
-        kind = " ".join(sorted({member.extension for member in record}))
+        kind = " ".join(sorted(member.extension for member in record))
         kinds.append(names.setdefault(kind, len(names)))
     return Scan(
         np.array(spans, np.int64).reshape(-1, 2),

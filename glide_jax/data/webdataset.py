@@ -23,6 +23,7 @@ from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tar_index import MALFORMED, fault_of, scan_tar, split_name
 from glide_jax.errors import UsageError
 
+_KEYS = 100  # broken records that are named by a member; further ones have their number
 _PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
@@ -82,9 +83,19 @@ class TarRecords:
         texts = texts_of(members, name, self.caption, self.join)
         return {"image": Encoded(members[image], name), **texts}
 
+    def key(self, index: int) -> str:
+        """Return the name of the first member of a record, or the record's number."""
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self.shards[index]), mode="r:") as tar:
+                return next(iter(tar)).name
+        except (BrokenRecord, StopIteration, *MALFORMED):
+            return f"record {index}"
+
     def fault(self, extensions: str) -> str:
         """Return what a record with these extensions lacks, or ""."""
         have = extensions.split(" ")
+        if twice := next((e for e in have if have.count(e) > 1), None):
+            return f"{twice} twice"
         try:
             if choose_image(have, self.image) is None:
                 return f"no {self.image or 'image'}"
@@ -95,8 +106,15 @@ class TarRecords:
             return str(error).partition(":")[0]
 
 
-def open_webdataset(paths: Sequence[str], config: DataConfig) -> Source:
+def open_webdataset(
+    paths: Sequence[str], config: DataConfig, unused: Sequence[Fault] = ()
+) -> Source:
     """Open the records of tar files.
+
+    Args:
+        paths: the files.
+        config: names the extensions of image and caption.
+        unused: files beside them.
 
     Raises:
         UsageError: the files have no records, or are compressed.
@@ -113,26 +131,44 @@ def open_webdataset(paths: Sequence[str], config: DataConfig) -> Source:
     joined = config.caption_lines == "join"
     records = TarRecords(shards, config.image_field.lower(), config.caption_field, joined)
     faults = _faults(records)
+    faults = faults._replace(unused=(*faults.unused, *unused))
     if len(faults.broken) == len(records):
-        try:
-            why = str(records[0] and "")
-        except BrokenRecord as error:
-            why = str(error)
-        raise UsageError(f"no record of {paths[0]} can be used: {why}")
+        raise UsageError(f"no record of {paths[0]} can be used: {_reason(records, faults)}")
     faults.say(paths[0] if len(paths) == 1 else f"{len(paths)} tar files", len(records))
+    damaged = (Fault(p, s.damage) for p, s in zip(paths, shards.scans, strict=True) if s.damage)
+    faults = faults._replace(left_out=tuple(damaged))
     identity = f"{shards.identity}{config.caption_lines}"
     return Source(records, f"{len(paths)} tar files", identity, shards.damaged, faults)
 
 
+def _reason(records: TarRecords, faults: Faults) -> str:
+    """Return why no record can be used."""
+    if {"no image", "no caption"} <= {fault.reason for fault in faults.broken}:
+        return (
+            "its images and texts have different names: the members of a record must be equal up "
+            "to the first dot, 1.jpg and 1.txt, or 1.input.jpg and 1.output.txt; there are "
+            f"{', '.join(fault.name for fault in faults.broken[:2])}"
+        )
+    try:
+        return str(records[0] and "")
+    except BrokenRecord as error:
+        return str(error)
+
+
 def _faults(records: TarRecords) -> Faults:
-    broken, unused = [], []
+    broken: list[Fault] = []
+    unused: list[Fault] = []
+    start = 0
     for path, scan in zip(records.shards.paths, records.shards.scans, strict=True):
         for kind, names in enumerate(scan.names):
             if len(scan) and (why := records.fault(names)):
                 at = np.flatnonzero(scan.kinds == kind)
-                broken += [Fault(f"record {i} of {path}", why) for i in at]
+                for i in at.tolist():
+                    named = records.key(start + i) if len(broken) < _KEYS else f"record {i}"
+                    broken.append(Fault(f"{named} in {path}", why))
         for why, name, count in scan.unused:
             unused += [Fault(f"{name} in {path}", why)] * count
         if not len(scan) and not scan.damage:
             unused.append(Fault(path, "no records"))
+        start += len(scan)
     return Faults(broken=tuple(broken), unused=tuple(unused))
