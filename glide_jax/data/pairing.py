@@ -1,8 +1,8 @@
 """Which text files belong to which image of a folder."""
 
+import posixpath
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from glide_jax.data.faults import Fault
@@ -72,7 +72,7 @@ def pair(names: Sequence[str], preferred: str = "") -> Pairs:
     for name in others:
         if name in used:
             continue
-        suffix = PurePosixPath(name).suffix
+        suffix = posixpath.splitext(name)[1]
         if extension(name) in _EXTENSIONS:
             second = _stem(name) in own
             why = "image has another text" if second else "text without an image"
@@ -100,7 +100,7 @@ def is_image_folder(name: str) -> bool:
 
 def extension(name: str) -> str:
     """Return the extension of a file, in lower case and without the dot."""
-    return PurePosixPath(name).suffix.lower()[1:]
+    return posixpath.splitext(name)[1].lower()[1:]
 
 
 def _whole(name: str) -> str:
@@ -109,7 +109,7 @@ def _whole(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Return a path without its suffix, in composed letters: file systems differ in that."""
-    return unicodedata.normalize("NFC", name[: len(name) - len(PurePosixPath(name).suffix)])
+    return unicodedata.normalize("NFC", posixpath.splitext(name)[0])
 
 
 def _texts(
@@ -120,11 +120,11 @@ def _texts(
 ) -> tuple[str, ...]:
     """Return the text files of an image: those for its full name, beside it, in other folders."""
     whole = _whole(image)
-    keys = [whole, *_without(image, _IMAGE_FOLDERS, folders, whole=True)]
-    stems = [_stem(image), *_without(image, _IMAGE_FOLDERS, folders)]
-    found: list[str] = [*beside.get(whole, []), *beside.get(stems[0], [])]
-    for key in (*keys, *stems):
-        found += parallel.get(key, [])
+    found: list[str] = [*beside.get(whole, []), *beside.get(_stem(image), [])]
+    if parallel:
+        keys = [whole, *_without(image, _IMAGE_FOLDERS, folders, whole=True)]
+        for key in (*keys, _stem(image), *_without(image, _IMAGE_FOLDERS, folders)):
+            found += parallel.get(key, [])
     captions = [name for name in found if extension(name) != "json" and name != image]
     described = [name for name in found if extension(name) == "json" and name != image]
     return (*captions[:1], *described[:1])

@@ -1,10 +1,10 @@
 """Captions and other texts in the files that belong to one image."""
 
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image, ImageFile
@@ -35,7 +35,7 @@ def image_suffixes() -> frozenset[str]:
 
 def is_image(name: str) -> bool:
     """Whether the suffix of a file is that of an image format that Pillow reads."""
-    return PurePosixPath(name).suffix.lower() in image_suffixes()
+    return posixpath.splitext(name)[1].lower() in image_suffixes()
 
 
 def choose(extensions: Iterable[str], wanted: str, usual: Iterable[str], what: str) -> str | None:

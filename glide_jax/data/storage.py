@@ -173,9 +173,11 @@ def matching(pattern: str) -> list[str]:
     folder, slash, last = pattern.rpartition("/")
     if re.search(r"[*?\[]", folder) and exists(folder):
         pattern = glob.escape(folder) + slash + last  # the name of a folder may have brackets
-    scheme = pattern.split("://")[0] + "://" if is_remote(pattern) else ""
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    scheme = pattern.split("://")[0] + "://"
     found = cast(list[str], _ask(pattern, lambda system: system.glob(pattern)))
-    return sorted(scheme + path.lstrip("/") if scheme else path for path in found)
+    return sorted(scheme + path.lstrip("/") for path in found)
 
 
 def _alternatives(text: str, pattern: str) -> list[str]:

@@ -11,6 +11,7 @@ not be adjacent. Three layouts differ from that, and are recognised:
   folder.
 """
 
+import re
 import tarfile
 import unicodedata
 from collections import Counter
@@ -25,6 +26,7 @@ from glide_jax.data.sidecars import TEXTS, image_suffixes
 # Raised by tarfile on malformed headers. An OSError is not here: it comes from disk or network.
 MALFORMED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, MemoryError)
 _TEXTS = {*TEXTS, "json", "cls"}
+_HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -47,7 +49,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def fault_of(member: tarfile.TarInfo) -> str:
     """Return why a member is no file of a record, or ""."""
-    if any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/")):
+    if _HIDDEN.search(member.name):
         return "hidden"
     if member.issym() or member.islnk():
         return "link"
