@@ -57,6 +57,8 @@ class _Names:
 
     def __call__(self, name: str) -> str | None:
         """Return the path of a file, relative to the folder if it is in it; None: no such file."""
+        if "\0" in name:
+            return None
         if storage.is_remote(name):
             return name
         if os.path.isabs(name) and not storage.is_remote(self._folder):
