@@ -79,6 +79,7 @@ def train(config: RunConfig) -> None:
         per_call = align(batches, first)
         clock = Clock(config, position)
         processes.on_first(partial(write_config, config))
+        processes.on_first(partial(source.faults.save, config.folder / "left_out.txt"))
 
         # -- the loop -------------------------------------------------------------------------
         step = first

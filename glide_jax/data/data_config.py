@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from glide_jax.errors import UsageError, nearest
 
 CROPS = ("centre", "random", "window")
+CAPTION_LINES = ("choose", "join")
 ON_DEVICE = ("auto", "yes", "no")
 
 
@@ -14,9 +15,10 @@ class DataConfig:
 
     Attributes:
         source: an .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
-            metadata file); tar shards (`shards/{000..099}.tar`, `shards/*.tar`, or their folder);
-            a prepared tensorflow-datasets folder, or the name of one in `data_dir`; `scenes64` or
-            `scenes256` for procedural scenes. Folders and shards may be `gs://` addresses.
+            metadata file); a metadata file; tar shards (`shards/{000..099}.tar`, `shards/*.tar`,
+            or their folder); a prepared tensorflow-datasets folder, or the name of one in
+            `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders and shards may be
+            `gs://` addresses.
         split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
             tensorflow-datasets, or the subfolder of that name in a folder.
         data_dir: folder of the named data sets.
@@ -30,8 +32,10 @@ class DataConfig:
         caption_field: field of a record that has the caption, with `/` between levels
             (`captions/text`). Of several captions one is chosen at random each time. Empty: the
             usual names are tried.
-        metadata: .jsonl, .csv or .tsv file in a folder that lists images and captions. Empty:
-            `metadata.jsonl` or `metadata.csv`, if there is one.
+        caption_lines: `choose`: each line of a text file is a caption, and one is chosen at random
+            each time. `join`: the lines of a file are one caption.
+        metadata: .jsonl, .json, .csv or .tsv file in a folder that lists images and captions.
+            Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
         crop: `centre`, the central square; `random`, a square of random scale and position;
             or `window`, one of the training size at a random position, not scaled.
         min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
@@ -57,6 +61,7 @@ class DataConfig:
     styles: tuple[str, ...] = ()
     image_field: str = ""
     caption_field: str = ""
+    caption_lines: str = "choose"
     metadata: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
@@ -71,6 +76,9 @@ class DataConfig:
         if self.crop not in CROPS:
             hint = nearest(self.crop, CROPS)
             raise UsageError(f"crop is {' or '.join(CROPS)}, not {self.crop!r}{hint}")
+        if self.caption_lines not in CAPTION_LINES:
+            hint = nearest(self.caption_lines, CAPTION_LINES)
+            raise UsageError(f"caption_lines is choose or join, not {self.caption_lines!r}{hint}")
         if self.on_device not in ON_DEVICE:
             raise UsageError(f"on_device is {' or '.join(ON_DEVICE)}, not {self.on_device!r}")
         if not 0 < self.min_crop <= 1:

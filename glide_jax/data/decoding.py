@@ -17,7 +17,6 @@ from glide_jax.data.modes import settle_transparent_colour, to_rgb
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if at least this many of its pixels, along a side, make one
 # output pixel. With 2 the result differs from averaging the full image by 3 of 255 (root mean
 # square).

@@ -1,32 +1,23 @@
-"""Folders of images, with captions in text files beside the images or in one metadata file."""
+"""Folders of images, with captions in text files or in metadata files."""
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.decoding import SUFFIXES, Encoded
-from glide_jax.data.records import (
-    CAPTION_FIELDS,
-    Source,
-    captions_of,
-    digest,
-    field_of,
-    lookup,
-    other_texts,
-    report_left_out,
-    text,
-)
-from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.decoding import Encoded
+from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.inspection import inspect
+from glide_jax.data.listing import Listing, read_listing
+from glide_jax.data.pairing import Pairs, extension, is_caption_folder, pair
+from glide_jax.data.records import Source, digest
+from glide_jax.data.sidecars import is_image, texts_of
+from glide_jax.data.tables import is_metadata
 from glide_jax.errors import UsageError
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-IMAGE_FIELDS = ("file_name", "image", "file", "filename", "path", "image_path")
 _HOW = (
     "put the caption of cat.png into cat.txt, or list images and captions in metadata.jsonl, "
     'lines such as {"file_name": "cat.png", "caption": "a cat"}, or in metadata.csv'
@@ -35,21 +26,39 @@ _HOW = (
 
 @dataclass(frozen=True, eq=False)
 class BesideRecords:
-    """Images with captions beside them: the caption of `cat.png` is in `cat.txt`."""
+    """Images with captions in files of their own, such as `cat.txt` for `cat.png`.
+
+    Attributes:
+        folder: path or address.
+        names: the images.
+        sidecars: text files of each image.
+        caption: extension or JSON field of the captions; empty for the usual ones.
+        join: the lines of a text file are one caption.
+    """
 
     folder: str
     names: tuple[str, ...]
+    sidecars: tuple[tuple[str, ...], ...]
+    caption: str = ""
+    join: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = storage.join(self.folder, self.names[index])
-        beside = _beside(path)
-        return {
-            "image": Encoded(storage.read(path), path),
-            "caption": captions_of(storage.read(beside), beside),
-        }
+        return {"image": Encoded(storage.read(path), path), **self.texts(index)}
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """Return the caption and the other texts of a record.
+
+        Raises:
+            BrokenRecord: they cannot be read.
+        """
+        paths = [storage.join(self.folder, name) for name in self.sidecars[index]]
+        members = {extension(path): storage.read(path) for path in paths}
+        chosen = self.caption if "json" in members or self.caption in members else ""
+        return texts_of(members, paths[0], chosen, self.join)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +81,24 @@ class ListedRecords:
         return {"image": Encoded(storage.read(path), path), **fields}
 
 
-def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source:
-    """Open the captioned images of a folder, or those that its metadata file lists.
+def open_folder(
+    folder: str,
+    names: Sequence[str],
+    config: DataConfig,
+    unused: Sequence[Fault] = (),
+    *,
+    within: str = "",
+) -> Source:
+    """Open the captioned images of a folder, or those that its metadata files list.
+
+    One line on stderr names the files that are not used, by reason.
 
     Args:
         folder: path or address.
         names: files below the folder.
         config: names the metadata file and its fields.
+        unused: links, hidden files and others that are not among the names.
+        within: beginning of the paths to use, of those that a metadata file lists.
 
     Raises:
         UsageError: there are no captioned images.
@@ -87,102 +107,103 @@ def open_folder(folder: str, names: Sequence[str], config: DataConfig) -> Source
     if config.concepts or config.styles:
         raise UsageError(f"{folder} has no concepts or styles to select by")
     if config.metadata:
-        return _listed(folder, storage.join(folder, config.metadata), config)
-    found = [name for name in METADATA if name in names]
-    if len(found) > 1:
-        raise UsageError(f"{folder} has {' and '.join(found)}: choose one with --data.metadata")
+        table = storage.expand(config.metadata)
+        if not storage.is_remote(folder) and not os.path.exists(storage.join(folder, table)):
+            table = os.path.abspath(table) if os.path.isfile(table) else table
+        return _listed(folder, [table], names, config, unused, within)
+    tables = [name for name in names if is_metadata(name)]
+    found = [name for name in tables if "/" not in name] or tables
+    places = [name.rpartition("/")[0] for name in found]
+    for place in places:
+        if places.count(place) > 1:
+            several = " and ".join(n for n in found if n.rpartition("/")[0] == place)
+            raise UsageError(f"{folder} has {several}: choose one with --data.metadata")
     if found:
-        return _listed(folder, storage.join(folder, found[0]), config)
-    return _captioned(folder, names)
+        return _listed(folder, found, names, config, unused)
+    return _captioned(folder, names, config, unused)
 
 
-def _beside(image: str) -> str:
-    return image[: image.rindex(".")] + ".txt"
+def _captioned(
+    folder: str, names: Sequence[str], config: DataConfig, unused: Sequence[Fault]
+) -> Source:
+    pairs = pair(names, config.caption_field)
+    if not pairs.images:
+        raise UsageError(_no_captions(folder, pairs, unused))
+    records = BesideRecords(
+        folder,
+        tuple(pairs.images),
+        tuple(pairs.sidecars),
+        config.caption_field,
+        config.caption_lines == "join",
+    )
+    broken, empty = inspect(folder, records.names, lambda i: records.texts(i)["caption"])
+    faults = Faults(tuple(pairs.bare), broken, (*pairs.unused, *unused), empty)
+    if len(broken) == len(records):
+        raise UsageError(f"{folder} has no image that can be used: {by_reason(broken)}")
+    faults.say(folder, len(records))
+    beside = (name for sidecars in records.sidecars for name in sidecars)
+    identity = digest([*records.names, *beside, config.caption_lines, config.caption_field])
+    return Source(records, "a folder", identity, len(pairs.bare), faults)
 
 
-def _captioned(folder: str, names: Sequence[str]) -> Source:
-    present = set(names)
-    images = [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
-    captioned = tuple(n for n in images if _beside(n) in present)
-    if not captioned:
-        raise UsageError(f"{folder} has {len(images)} images and none with a caption: {_HOW}")
-    bare = [f"{n} has no caption beside it" for n in images if _beside(n) not in present]
-    report_left_out(folder, bare, len(images))
-    records = BesideRecords(folder, captioned)
-    return Source(records, "a folder", digest(captioned), len(bare))
+def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
+    images = sum(is_image(fault.name) for fault in pairs.bare)
+    tables = [f.name for f in pairs.unused if extension(f.name) in ("csv", "tsv", "jsonl", "json")]
+    if tables and images:
+        return (
+            f"{folder} has {images} images and none with a caption: if {tables[0]} lists them, "
+            f"add --data.metadata {tables[0]}"
+        )
+    if images and (texts := _texts_beside(folder)):
+        return f"{folder} has {images} images and no caption: {texts}"
+    others = by_reason((*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name))))
+    also = f" (there is also {others})" if others else ""
+    return f"{folder} has {images} images and none with a caption{also}: {_HOW}"
 
 
-def _listed(folder: str, path: str, config: DataConfig) -> Source:
-    name = PurePosixPath(path).name
-    entries, bad = [], []
-    for number, row in _rows(path):
-        try:
-            entries.append(_entry(row, config))
-        except BrokenRecord as error:
-            bad.append(f"{name}, line {number}: {error}")
-    if not entries:
-        examples = f": {'; '.join(bad[:3])}" if bad else ""
+def _texts_beside(folder: str) -> str:
+    """Return what to do if captions lie in a folder beside this one; empty if there is none."""
+    above = PurePosixPath(os.path.abspath(folder)).parent
+    if storage.is_remote(folder) or not os.access(above, os.R_OK):
+        return ""
+    found = [name for name in storage.children(str(above))[0] if is_caption_folder(name)]
+    if not found:
+        return ""
+    both = f"name the folder of both, --data.source {above}"
+    return f"if the captions are those of {above / found[0]}, {both}"
+
+
+def _listed(
+    folder: str,
+    tables: Sequence[str],
+    names: Sequence[str],
+    config: DataConfig,
+    unused: Sequence[Fault],
+    within: str = "",
+) -> Source:
+    found = Listing([], [])
+    for table in tables:
+        one = read_listing(folder, table, names, config)
+        found.entries.extend(e for e in one.entries if e[0].startswith(within))
+        found.bad.extend(one.bad)
+    path = storage.join(folder, tables[0])
+    if not found.entries:
+        examples = f": {by_reason(found.bad)}" if found.bad else ""
         raise UsageError(f"{path} lists no image with a caption{examples}")
-    report_left_out(path, bad, len(entries) + len(bad))
-    identity = digest(f"{image}\n{fields['caption']}" for image, fields in entries)
-    return Source(ListedRecords(folder, tuple(entries)), name, identity, len(bad))
+    records = ListedRecords(folder, tuple(found.entries))
+    images = [image for image, _ in found.entries]
+    broken, empty = inspect(folder, images, lambda i: records.entries[i][1]["caption"])
+    if len(broken) == len(records):
+        raise UsageError(f"{path} lists no image that can be used: {by_reason(broken)}")
+    known = {*images, *tables}
+    table = PurePosixPath(path).name
+    rest = [Fault(n, _unlisted(n, table)) for n in names if n not in known]
+    faults = Faults(tuple(found.bad), broken, (*rest, *unused), empty)
+    faults.say(path, len(records))
+    identity = digest(f"{image}\n{fields['caption']}" for image, fields in records.entries)
+    return Source(records, table, identity, len(found.bad), faults)
 
 
-def _entry(row: dict[str, Any] | str, config: DataConfig) -> tuple[str, dict[str, Any]]:
-    """Return the path of the image of a row, and its caption and other texts."""
-    if isinstance(row, str):
-        raise BrokenRecord(row)
-    image_field = field_of(row, config.image_field, IMAGE_FIELDS, "image-field")
-    image = text(lookup(row, image_field), f"its {image_field}")
-    if not image:
-        raise BrokenRecord(f"its {image_field} is empty")
-    caption_field = field_of(row, config.caption_field, CAPTION_FIELDS, "caption-field")
-    caption = captions_of(lookup(row, caption_field), f"its {caption_field}")
-    return image, {"caption": caption, **other_texts(row)}
-
-
-def _rows(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield the line number and the fields of each row, or what is wrong with the row."""
-    suffix = PurePosixPath(path).suffix.lower()
-    # A byte that is not UTF-8 spoils its own line only: it is found when the text is checked.
-    content = storage.read(path).decode("utf-8-sig", "surrogateescape")
-    if suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(content)
-    elif suffix in (".csv", ".tsv"):
-        yield from _table(content, "\t" if suffix == ".tsv" else ",")
-    else:
-        raise UsageError(f"{path} must be .jsonl, .csv or .tsv")
-
-
-def _json_lines(content: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    # Not splitlines(): it also splits at characters that JSON text may contain.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, f"is not JSON ({error})"
-        else:
-            yield number, row if isinstance(row, dict) else "is not a JSON object"
-
-
-def _table(content: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, str(error)
-            continue
-        if not values:
-            continue
-        if header is None:
-            header = values
-        elif len(values) != len(header):
-            yield reader.line_num, f"has {len(values)} columns, the first line has {len(header)}"
-        else:
-            yield reader.line_num, dict(zip(header, values, strict=True))
+def _unlisted(name: str, table: str) -> str:
+    suffix = PurePosixPath(name).suffix
+    return f"not in {table}" if is_image(name) else f"suffix {suffix}" if suffix else "no suffix"

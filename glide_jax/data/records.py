@@ -1,7 +1,8 @@
 """Records and sources: the common form of captioned images from all kinds of data."""
 
+import codecs
 import hashlib
-import sys
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,9 +10,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from glide_jax.data.decoding import Encoded, load_image
+from glide_jax.data.faults import NO_FAULTS, Faults
 from glide_jax.data.storage import BrokenRecord
 
-CAPTION_FIELDS = ("caption", "captions", "text", "captions/text")
+CAPTION_FIELDS = (
+    *("caption", "captions", "text", "captions/text", "texts", "prompt", "prompts"),
+    *("description", "sentence", "sentences", "comment", "alt_text"),
+)
+# Longer marks first: that of UTF-16 begins that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class Records(Protocol):
@@ -34,12 +47,17 @@ class Source:
         label: description of the source. It has no path, because data are moved.
         identity: checksum of the records and their order, for `fingerprint`.
         left_out: number of records that were found unusable when the source was opened.
+        faults: what the source does not use; worker processes do not get it.
     """
 
     records: Records
     label: str = "records"
     identity: str = ""
     left_out: int = 0
+    faults: Faults = NO_FAULTS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"faults": NO_FAULTS}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -74,6 +92,19 @@ def digest(items: Iterable[str | bytes]) -> str:
     return sha.hexdigest()[:12]
 
 
+def decode(data: bytes, errors: str = "strict") -> str:
+    """Return bytes as text: UTF-8, or the Unicode encoding that a byte-order mark names.
+
+    Raises:
+        UnicodeError: the bytes are in another encoding.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    decoded = data.decode(encoding, errors)
+    if "\0" in decoded:
+        raise UnicodeError("it has bytes 0, like UTF-16 without a byte-order mark: save as UTF-8")
+    return decoded
+
+
 def text(value: Any, name: str) -> str:
     """Return a field as text, without white space around it.
 
@@ -86,10 +117,10 @@ def text(value: Any, name: str) -> str:
     """
     try:
         if isinstance(value, bytes):
-            return value.decode("utf-8-sig").strip()
+            return decode(value).strip()
         if isinstance(value, str):
             value.encode("utf-8")
-            return value.strip()
+            return value.removeprefix("\ufeff").strip()
     except UnicodeError as error:
         raise BrokenRecord(f"the text of {name} is not valid UTF-8 ({error})") from None
     raise BrokenRecord(f"the text of {name} is {type(value).__name__}, not text")
@@ -128,6 +159,29 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
     raise KeyError(path)
 
 
+def fields_of(record: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
+    """Return the paths of those usual fields that a record has.
+
+    Case, spaces, `-` and `_` do not count: `File Name` is `file_name`.
+    """
+    plain = {_plain(name): name for name in reversed(list(record))}
+    found: list[str] = []
+    for path in usual:
+        name = path if path in record or "/" in path else plain.get(_plain(path), path)
+        try:
+            lookup(record, name)
+        except KeyError:
+            continue
+        found.append(name)
+    # `TEXT` and `Text` beside each other are two fields.
+    same = [name for name in record if _plain(name) in map(_plain, found)]
+    return list(dict.fromkeys([*found, *same]))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
 def field_of(record: Mapping[str, Any], wanted: str, usual: Sequence[str], option: str) -> str:
     """Return the path of a field for `lookup`: the wanted one, or the first usual one.
 
@@ -140,14 +194,16 @@ def field_of(record: Mapping[str, Any], wanted: str, usual: Sequence[str], optio
     Raises:
         BrokenRecord: the record has no such field.
     """
-    for path in (wanted,) if wanted else usual:
+    if wanted:
         try:
-            lookup(record, path)
+            lookup(record, wanted)
+            return wanted
         except KeyError:
-            continue
-        return path
+            pass
+    elif found := fields_of(record, usual):
+        return found[0]
     raise BrokenRecord(
-        f"has {', '.join(record) or 'no fields'}, not {wanted or ' or '.join(usual)}: "
+        f"has {', '.join(record) or 'no fields'}, not {wanted or ' or '.join(usual[:3])}: "
         f"name the field with --data.{option}"
     )
 
@@ -155,10 +211,3 @@ def field_of(record: Mapping[str, Any], wanted: str, usual: Sequence[str], optio
 def other_texts(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the other text fields of a record, for caption templates."""
     return {k: v for k, v in record.items() if isinstance(v, str) and k not in ("image", "caption")}
-
-
-def report_left_out(where: str, reasons: Sequence[str], total: int) -> None:
-    """Print on stderr how many records of a source are unusable, and the first three reasons."""
-    if reasons:
-        few = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
-        print(f"{where}: left out {len(reasons)} of {total:,}: {few}", file=sys.stderr)

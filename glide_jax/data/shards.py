@@ -1,5 +1,6 @@
 """Records inside large files, read in any order. Their positions are found once and cached."""
 
+import json
 import os
 import sys
 import zipfile
@@ -20,9 +21,41 @@ from glide_jax.folders import cache_folder
 # A larger record is not an image with its caption, and would be read into memory as a whole.
 _LARGEST = 1 << 28
 
-# A function from a file to the bounds of its records, `(N + 1,)` int64, and the reason why reading
-# ended early, or "". Record i is bytes [bounds[i], bounds[i + 1]).
-Scan = Callable[[IO[bytes]], tuple[np.ndarray, str]]
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Where the records of a file lie.
+
+    Attributes:
+        spans: `(M, 2)` int64, first and last + 1 byte of parts of the file.
+        first: `(N + 1,)` int64: record i consists of the spans first[i] up to first[i + 1].
+        kinds: `(N,)` int32, for each record an index into `names`.
+        names: sorted extensions of a record, separated by spaces; "" where records have none.
+        damage: the reason why reading ended early, or "".
+        unused: members that belong to no record: reason, name of the first, and count.
+    """
+
+    spans: np.ndarray
+    first: np.ndarray
+    kinds: np.ndarray
+    names: tuple[str, ...] = ("",)
+    damage: str = ""
+    unused: tuple[tuple[str, str, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+
+def in_a_row(bounds: Sequence[int], damage: str = "") -> Scan:
+    """Return the scan of records without gaps: record i is bytes [bounds[i], bounds[i + 1])."""
+    edges = np.array(bounds, np.int64)
+    count = len(edges) - 1
+    spans = np.stack([edges[:-1], edges[1:]], 1)
+    return Scan(spans, np.arange(count + 1), np.zeros(count, np.int32), damage=damage)
+
+
+# A function from a file to the places of its records.
+Scanner = Callable[[IO[bytes]], Scan]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +64,21 @@ class Shards:
 
     Attributes:
         paths: the files.
-        bounds: for each file `(N + 1,)` int64: record i is bytes [bounds[i], bounds[i + 1]).
+        scans: where the records of each file lie.
         counts: `(len(paths),)`, the number of records up to and including each file.
-        damaged: number of files that could not be read to their end.
     """
 
     paths: tuple[str, ...]
-    bounds: tuple[np.ndarray, ...]
+    scans: tuple[Scan, ...]
     counts: np.ndarray
-    damaged: int
 
     def __len__(self) -> int:
         return int(self.counts[-1])
+
+    @property
+    def damaged(self) -> int:
+        """Number of files that could not be read to their end."""
+        return sum(bool(scan.damage) for scan in self.scans)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the file of a record, and the record's number in that file."""
@@ -58,22 +94,26 @@ class Shards:
 
     def __getitem__(self, index: int) -> bytes:
         file, i = self.locate(index)
-        start, end = (int(n) for n in self.bounds[file][i : i + 2])
-        if end - start > _LARGEST:
-            raise BrokenRecord(f"{self.name(index)} has {end - start:,} bytes")
-        data = storage.read(self.paths[file], start, end)
-        if len(data) != end - start:
+        scan = self.scans[file]
+        spans = scan.spans[scan.first[i] : scan.first[i + 1]]
+        size = int((spans[:, 1] - spans[:, 0]).sum())
+        if size > _LARGEST:
+            raise BrokenRecord(f"{self.name(index)} has {size:,} bytes")
+        parts = [storage.read(self.paths[file], int(start), int(end)) for start, end in spans]
+        data = b"".join(parts)
+        if len(data) != size:
             raise BrokenRecord(f"{self.name(index)} ends early: the file has become shorter")
         return data
 
     @property
     def identity(self) -> str:
-        """Checksum of the names of the files and the bounds of their records."""
+        """Checksum of the names of the files and the places of their records."""
         names = [PurePosixPath(path).name for path in self.paths]
-        return digest([*names, *(bounds.tobytes() for bounds in self.bounds)])
+        places = (a.tobytes() for scan in self.scans for a in (scan.spans, scan.first))
+        return digest([*names, *places])
 
 
-def index_shards(paths: Sequence[str], scan: Scan) -> Shards:
+def index_shards(paths: Sequence[str], scan: Scanner) -> Shards:
     """Find the records of some files, or read their positions from the user's cache.
 
     A damaged file is read up to the damage, and named on stderr.
@@ -82,35 +122,36 @@ def index_shards(paths: Sequence[str], scan: Scan) -> Shards:
         GlideError: a file is missing or cannot be read.
     """
     with ThreadPoolExecutor(8) as pool:
-        scanned = pool.map(lambda path: _bounds(path, scan), paths)
+        scanned = pool.map(lambda path: _scanned(path, scan), paths)
         found = list(tqdm(scanned, "finding records", len(paths), unit="file", delay=2))
-    for path, (bounds, damage) in zip(paths, found, strict=True):
-        if damage:
-            print(f"{path} is damaged after {len(bounds) - 1} records: {damage}", file=sys.stderr)
-    bounds = tuple(b for b, _ in found)
-    counts = np.cumsum([len(b) - 1 for b in bounds])
-    return Shards(tuple(paths), bounds, counts, sum(bool(damage) for _, damage in found))
+    for path, one in zip(paths, found, strict=True):
+        if one.damage:
+            print(f"{path} is damaged after {len(one)} records: {one.damage}", file=sys.stderr)
+    return Shards(tuple(paths), tuple(found), np.cumsum([len(one) for one in found]))
 
 
-def _bounds(path: str, scan: Scan) -> tuple[np.ndarray, str]:
+def _scanned(path: str, scan: Scanner) -> Scan:
     stamp = storage.stamp(path)
     cached = cache_folder() / "shards" / f"{digest([scan.__name__, path, stamp])}.npz"
     try:
         with np.load(cached, allow_pickle=False) as arrays:
-            return arrays["bounds"], str(arrays["damage"])
+            names, damage, unused = json.loads(str(arrays["texts"]))
+            places = (arrays["spans"], arrays["first"], arrays["kinds"])
+            return Scan(*places, tuple(names), damage, tuple(map(tuple, unused)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not cached, or the cache is damaged: scan the file
-    bounds, damage = storage.with_opened(path, scan)
-    _save(cached, bounds, damage)
-    return bounds, damage
+    found = storage.with_opened(path, scan)
+    _save(cached, found)
+    return found
 
 
-def _save(path: Path, bounds: np.ndarray, damage: str) -> None:
+def _save(path: Path, scan: Scan) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            np.savez(file, bounds=bounds, damage=np.array(damage))
+            texts = np.array(json.dumps([scan.names, scan.damage, scan.unused]))
+            np.savez(file, spans=scan.spans, first=scan.first, kinds=scan.kinds, texts=texts)
         partial.replace(path)
     except OSError:
         # A read-only or full home folder costs time at the next start, not results.

@@ -1,20 +1,35 @@
 """`open_source`: from the name of a data set to a source of captioned images."""
 
+import os
+import re
+import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.emoji.npz import load_npz
+from glide_jax.data.faults import Fault
 from glide_jax.data.folder import open_folder
+from glide_jax.data.pairing import extension, pair
 from glide_jax.data.records import Source, digest
 from glide_jax.data.scenes import SPLITS, ScenesSource
+from glide_jax.data.sidecars import is_image
+from glide_jax.data.tables import is_metadata
 from glide_jax.data.tfds import newest_version, open_tfds
-from glide_jax.data.webdataset import open_webdataset
+from glide_jax.data.tree import find
+from glide_jax.data.webdataset import is_packed_name, is_tar_name, open_webdataset
 from glide_jax.errors import UsageError
 
 # Procedural scenes by name, and the height and width of their images.
 SCENES = {"scenes64": 64, "scenes256": 256}
 SCENES_PER_PASS = 1_000_000
+# Usual names of splits: `train`, `val2017`, `test_iid`. `train_station` is a class.
+_SPLITS = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|(hold|held)[-_ ]?out)[-_ ]?\d*"
+    r"|(val|valid|validation|dev|test|eval)[-_].+",
+    re.IGNORECASE,
+)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -33,37 +48,145 @@ def open_source(config: DataConfig) -> Source:
     if config.source in SCENES:
         return _scenes(SCENES[config.source], config)
     name = storage.expand(config.source)
-    if name.endswith(".npz"):
+    if storage.is_folder(name):
+        return _folder(name, config)
+    if name.endswith(".npz") and not storage.is_pattern(name):
         return _npz(name, config)
-    if ".tar" in name.rpartition("/")[2] or name.endswith(".tgz"):
-        if paths := storage.matching(name):
-            return open_webdataset(paths, config)
-        raise UsageError(f"no file matches {name}")
-    candidates = [name]
+    if storage.is_pattern(name) or "::" in name or is_tar_name(name):
+        return _files(name, config)
     if not storage.is_remote(name):
         # `coco_captions:1.1.0` is how tensorflow-datasets writes a version.
-        candidates.append(storage.join(storage.expand(config.data_dir), name.replace(":", "/")))
-    for folder in dict.fromkeys(candidates):
-        if storage.is_folder(folder):
-            return _folder(folder, config)
-    raise UsageError(_missing(config.source, candidates[-1]))
+        prepared = storage.join(storage.expand(config.data_dir), name.replace(":", "/"))
+        if storage.is_folder(prepared):
+            return _folder(prepared, config)
+    if storage.exists(name):
+        return _file(name, config)
+    raise UsageError(_missing(config.source, name if storage.is_remote(name) else prepared))
+
+
+def _files(pattern: str, config: DataConfig) -> Source:
+    """Open the tar shards that a pattern or a name stands for."""
+    paths = storage.matching(pattern)
+    folders = {path for path in paths if os.path.isdir(path)}
+    shards = [path for path in paths if is_tar_name(path) and path not in folders]
+    others = [path for path in paths if not is_tar_name(path) or path in folders]
+    if pattern.startswith("pipe:"):
+        raise UsageError(f"{pattern} is a command, which is not run: name tar files")
+    if not paths:
+        raise UsageError(f"no file matches {pattern}")
+    if len(others) == len(paths):
+        raise UsageError(
+            f"{pattern} matches {paths[0]}, and no tar shards: patterns are for shards; name the "
+            "folder of images, or one .npz file"
+        )
+    return open_webdataset(shards, config, _not_of_shards(shards, others))
+
+
+def _file(path: str, config: DataConfig) -> Source:
+    """Open a file that is neither .npz nor called a tar: a metadata file, or a tar in fact."""
+    folder, _, name = path.rpartition("/")
+    if extension(name) in ("jsonl", "ndjson", "json", "csv", "tsv"):
+        folder = folder or "."
+        tree = find(folder)
+        return open_folder(folder, tree.names, replace(config, metadata=name), tree.unused)
+    if is_packed_name(name):
+        raise UsageError(f"{path} is an archive that is not read: unpack it, and name its folder")
+    if storage.with_opened(path, tarfile.is_tarfile):
+        return open_webdataset([path], config)
+    raise UsageError(f"{path} is not read: name a folder, tar shards or an .npz file")
+
+
+def _not_of_shards(shards: Sequence[str], others: Sequence[str]) -> list[Fault]:
+    """Return the files beside shards, apart from those that describe a shard, `0_stats.json`."""
+    stems = tuple(path.rpartition(".")[0] for path in shards)
+    stray = [name for name in others if is_image(name) or not name.startswith(stems)]
+    return [Fault(name, "beside tar shards") for name in stray]
 
 
 def _folder(folder: str, config: DataConfig) -> Source:
-    split = storage.join(folder, config.split)
-    own = storage.is_folder(split)
-    names = storage.find(split if own else folder)
+    split = _split(folder, config)
+    chosen = storage.join(folder, split) if split else folder
+    names, unused = find(chosen)
     if version := newest_version(folder, names):
         return open_tfds(version, config)
     # Every recipe asks for "train"; a folder without subfolders for splits is that.
-    if not own and config.split != DataConfig.split:
-        raise UsageError(f"{folder} has no split {config.split!r}: there is no folder {split}")
-    folder = split if own else folder
-    if shards := [storage.join(folder, name) for name in names if name.endswith(".tar")]:
-        source = open_webdataset(shards, config)
+    if not split and config.split != DataConfig.split:
+        missing = storage.join(folder, config.split)
+        raise UsageError(f"{folder} has no split {config.split!r}: there is no folder {missing}")
+    if split:
+        unused = [*unused, *_beside_splits(folder, split)]
+    if split and (table := _table_above(folder, names, config)):
+        inside = [f"{split}/{name}" for name in names]
+        listed = replace(config, metadata=table)
+        source = open_folder(folder, inside, listed, unused, within=f"{split}/")
     else:
-        source = open_folder(folder, names, config)
-    return replace(source, label=f"{source.label}, {config.split}") if own else source
+        source = _open(chosen, names, config, unused)
+    return replace(source, label=f"{source.label}, {config.split}") if split else source
+
+
+def _table_above(folder: str, names: Sequence[str], config: DataConfig) -> str:
+    """Return the metadata file beside the folders of splits, if the captions are there alone."""
+    if config.metadata or any(is_metadata(name) or is_tar_name(name) for name in names):
+        return ""
+    tables = [name for name in storage.children(folder)[1] if is_metadata(name)]
+    return tables[0] if len(tables) == 1 and not pair(names).images else ""
+
+
+def _open(folder: str, names: list[str], config: DataConfig, unused: list[Fault]) -> Source:
+    shards = [name for name in names if is_tar_name(name)]
+    if not shards or config.metadata:
+        return open_folder(folder, names, config, unused)
+    stray = _not_of_shards(shards, [name for name in names if name not in set(shards)])
+    paths = [storage.join(folder, name) for name in shards]
+    return open_webdataset(paths, config, [*stray, *unused])
+
+
+def _is_split(name: str) -> bool:
+    return bool(_SPLITS.fullmatch(name))
+
+
+def _split(folder: str, config: DataConfig) -> str:
+    """Return the subfolder that is the split; empty if the folder is not divided into splits.
+
+    A folder called `train` beside `plane` and `car` is a class. Beside `test` it is a split.
+
+    Raises:
+        UsageError: the folder has splits, but not that one; or the split's folder is a class.
+    """
+    wanted = config.split
+    folders, files = storage.children(folder)
+    # A folder of another case, `Train`, if there is no other like it.
+    alike = [name for name in folders if name.casefold() == wanted.casefold()]
+    own = wanted if wanted in folders else alike[0] if len(alike) == 1 else ""
+    others = [name for name in folders if name != own]
+    splits = [name for name in others if _is_split(name)]
+    if not own:
+        # A path, or a folder that was hidden from the list.
+        if storage.is_folder(storage.join(folder, wanted)) and not alike:
+            return wanted
+        if len(splits) > 1 and len(splits) == len(others):
+            raise UsageError(
+                f"{folder} has the splits {', '.join(splits)}, and no {wanted!r}: "
+                "choose with --data.split"
+            )
+        return ""
+    loose = any(map(is_image, files))
+    if not _is_split(own) or splits or not (others or loose):
+        return own
+    if wanted != DataConfig.split:
+        beside = f"the folders beside {own} are no splits ({', '.join(others[:3])})"
+        raise UsageError(
+            f"{folder} has no split {wanted!r}: {beside if others else 'images lie beside it'}; to "
+            f"train on that folder alone, add --data.source {storage.join(folder, own)}"
+        )
+    return ""
+
+
+def _beside_splits(folder: str, split: str) -> list[Fault]:
+    """Return the folders and images beside splits that belong to none of them."""
+    folders, files = storage.children(folder)
+    other = [f"{name}/" for name in folders if name != split and not _is_split(name)]
+    return [Fault(name, "beside the splits") for name in [*other, *filter(is_image, files)]]
 
 
 def _npz(path: str, config: DataConfig) -> Source:

@@ -1,5 +1,6 @@
 """Files on this machine and at gs:// and other addresses, through the same functions."""
 
+import glob
 import os
 import re
 from collections.abc import Callable
@@ -85,6 +86,11 @@ def with_opened(path: str, use: Callable[[IO[bytes]], T]) -> T:
     return _ask(path, opened)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder."""
+    return _ask(path, lambda system: system.exists(path))
+
+
 def is_folder(path: str) -> bool:
     """Whether there is such a folder."""
     return _ask(path, lambda system: system.isdir(path))
@@ -105,25 +111,84 @@ def join(folder: str, name: str) -> str:
 
 
 def find(folder: str) -> list[str]:
-    """Return the files below a folder, relative to it and sorted, without hidden ones (`._a`)."""
+    """Return the files below an address, relative to it."""
     paths = _ask(folder, lambda system: system.find(folder))
     root = str(fsspec.core.strip_protocol(folder)).rstrip("/")
-    names = (str(path).removeprefix(root).lstrip("/") for path in paths)
-    return sorted(name for name in names if not re.search(r"(^|/)\.", name))
+    return [str(path).removeprefix(root).lstrip("/") for path in paths]
+
+
+def children(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the files in a folder, sorted, without hidden ones."""
+    if not is_remote(folder):
+        return _local_children(folder)
+    entries = _ask(folder, lambda system: system.ls(folder, detail=True))
+    folders, files = [], []
+    for entry in entries:
+        path = str(entry["name"]).rstrip("/")
+        name = path.rpartition("/")[2]
+        if name and not name.startswith("."):
+            (folders if entry["type"] == "directory" else files).append(name)
+    return sorted(folders), sorted(files)
+
+
+def _local_children(folder: str) -> tuple[list[str], list[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
+    except OSError as error:
+        raise GlideError(f"cannot read {folder} ({error.strerror})") from None
+    shown = [(name, is_dir) for name, is_dir in found if not name.startswith(".")]
+    return [n for n, is_dir in shown if is_dir], [n for n, is_dir in shown if not is_dir]
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has wildcards or braces."""
+    return bool(re.search(r"[*?\[]|\{[^{}]*(,|\.\.)[^{}]*\}", path))
 
 
 def matching(pattern: str) -> list[str]:
-    """Return the files of a pattern, sorted: `{000..099}` counts, `*` and `?` match any text.
+    """Return the files of a pattern, sorted.
 
-    Counted names need not exist: a missing one is noticed when it is opened.
+    `{000..099}` counts, `{a,b}` lists, `*`, `?` and `[abc]` match text, and `::` joins patterns. A
+    file of that very name comes first. Names in braces need not exist: a missing one is noticed
+    when it is opened.
+
+    Raises:
+        UsageError: the braces are not closed, or count what is no number.
     """
-    if counted := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        first, last = counted.groups()
-        names = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
-        paths = (pattern[: counted.start()] + n + pattern[counted.end() :] for n in names)
-        return sorted({found for path in paths for found in matching(path)})
-    if not re.search(r"[*?]", pattern):
+    if "::" in pattern:
+        return sorted({found for part in pattern.split("::") for found in matching(part)})
+    if not is_pattern(pattern):
+        if re.search(r"[{}]", pattern) and not exists(pattern):
+            raise UsageError(
+                f"cannot read the braces of {pattern}: write {{000..099}} to count, {{a,b}} to list"
+            )
         return [pattern]
-    scheme = pattern.split("://")[0] + "://" if is_remote(pattern) else ""
+    if exists(pattern):
+        return [pattern]
+    if braces := re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern):
+        names = _alternatives(braces.group(1), pattern)
+        paths = (pattern[: braces.start()] + n + pattern[braces.end() :] for n in names)
+        return sorted({found for path in paths for found in matching(path)})
+    folder, slash, last = pattern.rpartition("/")
+    if re.search(r"[*?\[]", folder) and exists(folder):
+        pattern = glob.escape(folder) + slash + last  # the name of a folder may have brackets
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    scheme = pattern.split("://")[0] + "://"
     found = cast(list[str], _ask(pattern, lambda system: system.glob(pattern)))
-    return sorted(scheme + path.lstrip("/") if scheme else path for path in found)
+    return sorted(scheme + path.lstrip("/") for path in found)
+
+
+def _alternatives(text: str, pattern: str) -> list[str]:
+    """Return the names that braces stand for: `08..10` -> 08, 09, 10."""
+    if "," in text:
+        return text.split(",")
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?", text)
+    if not counted or (counted.group(3) and not int(counted.group(3))):
+        raise UsageError(f"cannot count {{{text}}} of {pattern}: write {{000..099}}")
+    first, last, step = counted.groups(default="1")
+    low, high = sorted((int(first), int(last)))
+    # As a shell does it: the width is that of the longer number with leading zeros.
+    width = max((len(n) for n in (first, last) if n.startswith("0")), default=0)
+    return [str(i).zfill(width) for i in range(low, high + 1, int(step))]

@@ -20,7 +20,7 @@ from glide_jax.data.records import (
     other_texts,
     text,
 )
-from glide_jax.data.shards import Shards, index_shards
+from glide_jax.data.shards import Scan, Shards, in_a_row, index_shards
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError, nearest
 
@@ -101,17 +101,17 @@ class TfRecords:
         return self.parse(self.shards[int(self.selected[index])][12:-4])
 
 
-def scan_tfrecord(file: IO[bytes]) -> tuple[np.ndarray, str]:
-    """Return the bounds of the records of a tfrecord file, and its damage (see `shards.Scan`)."""
+def scan_tfrecord(file: IO[bytes]) -> Scan:
+    """Return where the records of a tfrecord file lie."""
     size = file.seek(0, 2)
     bounds = [0]
     while bounds[-1] < size:
         file.seek(bounds[-1])
         end = bounds[-1] + 16 + int.from_bytes(file.read(8), "little")
         if end > size:
-            return np.array(bounds, np.int64), "it ends within a record"
+            return in_a_row(bounds, "it ends within a record")
         bounds.append(end)
-    return np.array(bounds, np.int64), ""
+    return in_a_row(bounds)
 
 
 def newest_version(folder: str, names: Sequence[str]) -> str | None:
@@ -257,7 +257,7 @@ def _tfrecords(info: Any, split: str, decoders: Any) -> TfRecords:
     selected = []
     for one in instructions:
         file = paths.index(str(one.filename))
-        have = len(shards.bounds[file]) - 1
+        have = len(shards.scans[file])
         if have != one.examples_in_shard:
             raise GlideError(
                 f"{one.filename} has {have} records, not {one.examples_in_shard}: copy it again"

@@ -1,65 +1,40 @@
 """Tar shards as webdataset and img2dataset write them: `0001.jpg 0001.txt 0001.json 0002.jpg ...`
 
-Consecutive members whose names are equal up to the first dot are one record. Nothing is unpacked:
-members are read by their position in the file, so their names never become paths. Links, folders,
-devices, sparse files and hidden files are ignored.
+Nothing is unpacked: members are read by their position in the file, so their names never become
+paths. Links, folders, devices, sparse files and hidden files are not read.
 """
 
 import io
-import json
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.decoding import SUFFIXES, Encoded
-from glide_jax.data.records import (
-    CAPTION_FIELDS,
-    Source,
-    captions_of,
-    field_of,
-    lookup,
-    other_texts,
-)
+from glide_jax.data.decoding import Encoded
+from glide_jax.data.faults import Fault, Faults
+from glide_jax.data.records import Source
 from glide_jax.data.shards import Shards, index_shards
+from glide_jax.data.sidecars import TEXTS, choose, choose_image, texts_of
 from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.tar_index import MALFORMED, fault_of, scan_tar, split_name
 from glide_jax.errors import UsageError
 
-_TEXT = ("txt", "caption")
-# Raised by tarfile on malformed headers. An OSError is not here: it comes from disk or network.
-_MALFORMED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, MemoryError)
+_KEYS = 100  # broken records that are named by a member; further ones have their number
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Yield each file, its record's key and its extension: `a/b.Seg.PNG` -> `a/b`, `seg.png`."""
-    for member in tar:
-        folder, slash, name = member.name.rpartition("/")
-        key, _, extension = name.partition(".")
-        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse() and key:
-            yield member, folder + slash + key, extension.lower()
+def is_tar_name(name: str) -> bool:
+    """Whether a name is that of a tar file, compressed or not."""
+    return bool(re.search(r"\.(tar|tar\.\w+|tgz|tbz2?|txz|tzst)$", name, re.IGNORECASE))
 
 
-def scan_tar(file: IO[bytes]) -> tuple[np.ndarray, str]:
-    """Return the bounds of the records of a tar file, and its damage (see `shards.Scan`)."""
-    bounds, damage, last, end = [], "", None, 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member, key, _ in _members(tar):
-                if key != last:
-                    bounds.append(member.offset)
-                    last = key
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            file.seek(tar.offset)
-            # For tarfile, a header that it cannot read is the end of the archive.
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                damage = "there is no member where one should start"
-    except _MALFORMED as error:
-        # The last record may be incomplete.
-        damage, end = str(error) or type(error).__name__, bounds.pop() if bounds else 0
-    return np.array([*bounds, end], np.int64), damage
+def is_packed_name(name: str) -> bool:
+    """Whether a name is that of a compressed file, which is not read."""
+    return bool(_PACKED.search(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +45,13 @@ class TarRecords:
         shards: the files.
         image: extension of the images; empty for the usual ones.
         caption: extension or JSON field of the captions; empty for the usual ones.
+        join: the lines of a text file are one caption.
     """
 
     shards: Shards
     image: str
     caption: str
+    join: bool = False
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -83,45 +60,61 @@ class TarRecords:
         where = name = self.shards.name(index)
         members: dict[str, bytes] = {}
         try:
-            # Consecutive whole members are a tar file themselves.
+            # Whole members are a tar file themselves.
             with tarfile.open(fileobj=io.BytesIO(self.shards[index]), mode="r:") as tar:
-                for member, key, extension in _members(tar):
+                for member in tar:
+                    if fault_of(member) or member.isdir():
+                        continue
+                    key, extension = split_name(member.name)
                     name = f"{where} ({key})"
                     if extension in members:
                         raise BrokenRecord(f"{name} has its {extension} twice")
                     file = tar.extractfile(member)
-                    assert file is not None  # `_members` yields regular files only
+                    assert file is not None  # it is a regular file
                     members[extension] = file.read()
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise BrokenRecord(f"cannot read {name}: {error}") from None
-        image = self.image or next((e for e in members if f".{e}" in SUFFIXES), None)
-        if image not in members:
-            raise BrokenRecord(f"{name} has {', '.join(members)}, and no {image or 'image'}")
-        return {"image": Encoded(members[image], name), **self._texts(members, name)}
+        try:
+            image = choose_image(members, self.image)
+        except BrokenRecord as error:
+            raise BrokenRecord(f"{name} has {error}") from None
+        if image is None:
+            raise BrokenRecord(f"{name} has {', '.join(members)}, and no {self.image or 'image'}")
+        texts = texts_of(members, name, self.caption, self.join)
+        return {"image": Encoded(members[image], name), **texts}
 
-    def _texts(self, members: dict[str, bytes], name: str) -> dict[str, Any]:
-        fields = {}
-        if "json" in members:
-            try:
-                fields = json.loads(members["json"])
-            except (ValueError, RecursionError) as error:
-                raise BrokenRecord(f"the JSON of {name} cannot be read: {error}") from None
-            if not isinstance(fields, dict):
-                raise BrokenRecord(f"the JSON of {name} is not an object")
-        extensions = (self.caption,) if self.caption else _TEXT
-        if extension := next((e for e in extensions if e in members), None):
-            caption = members[extension]
-        else:
-            try:
-                field = field_of(fields, self.caption, CAPTION_FIELDS, "caption-field")
-            except BrokenRecord as error:
-                raise BrokenRecord(f"{name} has no text file, and its JSON {error}") from None
-            caption = lookup(fields, field)
-        return {"caption": captions_of(caption, name), **other_texts(fields)}
+    def key(self, index: int) -> str:
+        """Return the name of the first member of a record, or the record's number."""
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self.shards[index]), mode="r:") as tar:
+                return next(iter(tar)).name
+        except (BrokenRecord, StopIteration, *MALFORMED):
+            return f"record {index}"
+
+    def fault(self, extensions: str) -> str:
+        """Return what a record with these extensions lacks, or ""."""
+        have = extensions.split(" ")
+        if twice := next((e for e in have if have.count(e) > 1), None):
+            return f"{twice} twice"
+        try:
+            if choose_image(have, self.image) is None:
+                return f"no {self.image or 'image'}"
+            if choose(have, self.caption, TEXTS, "caption") or choose(have, "", ("json",), "JSON"):
+                return ""
+            return "no caption"
+        except BrokenRecord as error:
+            return str(error).partition(":")[0]
 
 
-def open_webdataset(paths: Sequence[str], config: DataConfig) -> Source:
+def open_webdataset(
+    paths: Sequence[str], config: DataConfig, unused: Sequence[Fault] = ()
+) -> Source:
     """Open the records of tar files.
+
+    Args:
+        paths: the files.
+        config: names the extensions of image and caption.
+        unused: files beside them.
 
     Raises:
         UsageError: the files have no records, or are compressed.
@@ -129,10 +122,53 @@ def open_webdataset(paths: Sequence[str], config: DataConfig) -> Source:
     """
     if config.concepts or config.styles:
         raise UsageError(f"{paths[0]} has no concepts or styles to select by")
-    if packed := [path for path in paths if not path.endswith(".tar")]:
+    if packed := [path for path in paths if is_packed_name(path)]:
         raise UsageError(f"{packed[0]} is compressed or not a .tar: unpack it to a plain .tar file")
     shards = index_shards(paths, scan_tar)
     if not len(shards):
-        raise UsageError(f"there are no records in {len(paths)} tar files, {paths[0]} ...")
-    records = TarRecords(shards, config.image_field.lower(), config.caption_field)
-    return Source(records, f"{len(paths)} tar files", shards.identity, shards.damaged)
+        why = next((f": {scan.damage}" for scan in shards.scans if scan.damage), "")
+        raise UsageError(f"there are no records in {len(paths)} tar files, {paths[0]} ...{why}")
+    joined = config.caption_lines == "join"
+    records = TarRecords(shards, config.image_field.lower(), config.caption_field, joined)
+    faults = _faults(records)
+    faults = faults._replace(unused=(*faults.unused, *unused))
+    if len(faults.broken) == len(records):
+        raise UsageError(f"no record of {paths[0]} can be used: {_reason(records, faults)}")
+    faults.say(paths[0] if len(paths) == 1 else f"{len(paths)} tar files", len(records))
+    damaged = (Fault(p, s.damage) for p, s in zip(paths, shards.scans, strict=True) if s.damage)
+    faults = faults._replace(left_out=tuple(damaged))
+    identity = f"{shards.identity}{config.caption_lines}"
+    return Source(records, f"{len(paths)} tar files", identity, shards.damaged, faults)
+
+
+def _reason(records: TarRecords, faults: Faults) -> str:
+    """Return why no record can be used."""
+    if {"no image", "no caption"} <= {fault.reason for fault in faults.broken}:
+        return (
+            "its images and texts have different names: the members of a record must be equal up "
+            "to the first dot, 1.jpg and 1.txt, or 1.input.jpg and 1.output.txt; there are "
+            f"{', '.join(fault.name for fault in faults.broken[:2])}"
+        )
+    try:
+        return str(records[0] and "")
+    except BrokenRecord as error:
+        return str(error)
+
+
+def _faults(records: TarRecords) -> Faults:
+    broken: list[Fault] = []
+    unused: list[Fault] = []
+    start = 0
+    for path, scan in zip(records.shards.paths, records.shards.scans, strict=True):
+        for kind, names in enumerate(scan.names):
+            if len(scan) and (why := records.fault(names)):
+                at = np.flatnonzero(scan.kinds == kind)
+                for i in at.tolist():
+                    named = records.key(start + i) if len(broken) < _KEYS else f"record {i}"
+                    broken.append(Fault(f"{named} in {path}", why))
+        for why, name, count in scan.unused:
+            unused += [Fault(f"{name} in {path}", why)] * count
+        if not len(scan) and not scan.damage:
+            unused.append(Fault(path, "no records"))
+        start += len(scan)
+    return Faults(broken=tuple(broken), unused=tuple(unused))

@@ -157,9 +157,17 @@ def test_an_unreadable_image_is_skipped_and_named(tmp_path):
     data = make_images(tmp_path / "data")
     broken = data / "03.png"
     broken.write_bytes(broken.read_bytes()[:40])
+    (data / "bare.jfif").write_bytes(b"")
     result = run(*arguments(data, tmp_path / "run", 5, "--sample-every", 0))
     assert result.returncode == 0, result.stderr
     assert "skipped a record" in result.stderr and "03.png" in result.stderr
+    start = f"{data}: left out 1 of 13: bare.jfif (no caption: 1); 1 of 12 records are broken"
+    assert start in result.stderr
+    (log,) = (tmp_path / "run").rglob("left_out.txt")
+    assert log.read_text().splitlines() == [
+        "left out: bare.jfif: no caption",
+        "broken: 03.png: unreadable",
+    ]
 
 
 def test_a_run_can_start_from_other_weights(whole_run, images, tmp_path):
