@@ -94,8 +94,8 @@ def report(images: Images, files: list[Path]) -> None:
 
 def main() -> None:
     """Run the command line."""
-    options = read_options(__doc__)
     with one_line_errors("stopped; no image was saved"):
+        options = read_options(__doc__ or "")
         generate(options)
 
 

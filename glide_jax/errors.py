@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class GlideError(Exception):
@@ -29,23 +31,71 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+# Faults of the disk, of a path or of its permissions.
+_OF_THE_DISK = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE"),
+        *("ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE"),
+    )
+    if hasattr(errno, name)
+}
+# The exit code of a program that the closed end of a pipe stops.
+_PIPE_CLOSED = 141
+
+
 @contextmanager
 def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
     """End a command with one line and an exit code if the user can fix the error.
 
+    A closed pipe ends it without a word. A character that the terminal cannot print is printed as
+    an escape.
+
     Args:
         stopped: the line to print after an interrupt from the keyboard.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
     except GlideError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        _silence_output()
+        sys.exit(_PIPE_CLOSED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _OF_THE_DISK:
             raise
         print(f"error: {error.strerror}: {error.filename or 'the disk'}", file=sys.stderr)
+        try:
+            _flush()
+        except OSError:
+            _silence_output()
         sys.exit(1)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error: object) -> str:
+    """Return a message with its white space, also that of a file's name, on one line."""
+    return " ".join(str(error).split())
+
+
+def _flush() -> None:
+    """Write what is buffered, so that its errors come here, not at the end of the interpreter."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _silence_output() -> None:
+    """Send what is still buffered nowhere: the interpreter flushes it at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

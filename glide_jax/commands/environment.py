@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,6 +9,7 @@ import jax
 
 import glide_jax
 from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.errors import UsageError
 from glide_jax.folders import cache_folder
 from glide_jax.pipeline.images import package_version
 from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
@@ -60,6 +60,5 @@ def _version(package: str) -> str:
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the environment; it takes no options."""
     if arguments and arguments[0] not in ("-h", "--help"):
-        print(f"error: glide-jax env takes no options, not {arguments[0]}", file=sys.stderr)
-        sys.exit(2)
+        raise UsageError(f"glide-jax env takes no options, not {arguments[0]}")
     print(describe_environment())
