@@ -26,7 +26,7 @@ import jax
 from glide_jax.data.sources import open_source
 from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.devices.runtime import prepare
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
@@ -121,7 +121,7 @@ def main() -> None:
         config, hardware = parse_recipe(arguments, __doc__ or "")
         if peers:
             processes.join(peers)
-        enable_compilation_cache()
+        prepare(dry_run=hardware is not None)
         if hardware is None:
             train(config)
         else:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.folders import expand_home, expand_words
 from glide_jax.training.config import CLIPTrainConfig, read_config
@@ -160,6 +161,7 @@ def _megabytes(file: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; on an error print one line and exit with code 1 or 2."""
     with one_line_errors():
+        find_devices()
         tyro.extras.subcommand_cli_from_dict(
             {"convert": convert, "ema": ema, "export": export_run},
             prog="glide-jax weights",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.evaluation import (
     experiment,
@@ -396,5 +396,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
     with one_line_errors("stopped; the same command resumes a sweep"):
         command = read(sys.argv[1:] if arguments is None else arguments)
-        enable_compilation_cache()
+        prepare()
         command.run()

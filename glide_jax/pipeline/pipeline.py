@@ -6,6 +6,7 @@ from typing import Unpack, cast
 
 import numpy as np
 
+from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, source_name
@@ -89,6 +90,7 @@ class Pipeline(Stage):
         return images
 
     @lists_settings
+    @in_32_bits
     def stream(
         self,
         prompts: str | Prompt | Sequence[str | Prompt],
@@ -208,6 +210,7 @@ class Pipeline(Stage):
             )
 
     @lists_settings
+    @in_32_bits
     def invert(
         self,
         image: ImageLike,
@@ -247,6 +250,7 @@ class Pipeline(Stage):
         )
 
     @lists_settings
+    @in_32_bits
     def variations(
         self,
         image: ImageLike,
@@ -305,6 +309,7 @@ class Pipeline(Stage):
         return replace(images, settings=images.settings | made)
 
     @lists_settings
+    @in_32_bits
     def between(
         self,
         start: str | Prompt,
