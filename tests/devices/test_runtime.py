@@ -57,6 +57,7 @@ def test_libtpu_is_not_started_without_a_tpu(monkeypatch):
     monkeypatch.setattr(runtime.jax, "local_devices", list)
     monkeypatch.setattr(runtime, "has_tpu", lambda: False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(xla_bridge, "_backends", {"cpu": object()})
     find_devices()
     assert "tpu" in factories  # jax has begun: nothing is changed
     monkeypatch.setattr(xla_bridge, "_backends", {})
