@@ -36,9 +36,11 @@ from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import align, compile_steps, open_batches
 from glide_jax.training.initial import begin_state
+from glide_jax.training.locking import only_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
+from glide_jax.training.resuming import say_changes
 from glide_jax.training.state import abstract_state
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
@@ -74,6 +76,7 @@ def train(config: RunConfig) -> None:
         else:
             like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
+            say_changes(config, first, position.get("seconds", 0.0))
             state = parallel.put_state(state)
             batches.set_state(position)
         per_call = align(batches, first)
@@ -123,7 +126,8 @@ def main() -> None:
             processes.join(peers)
         prepare(dry_run=hardware is not None)
         if hardware is None:
-            train(config)
+            with only_run(config.folder):
+                train(config)
         else:
             print(dry_run(config, hardware))
 

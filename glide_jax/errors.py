@@ -5,8 +5,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
 
 
 class GlideError(Exception):
@@ -29,6 +32,30 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` if a known name is close to `name`, else an empty string."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def check_finite(values: Mapping[str, Any], *, unbounded: Iterable[str] = ()) -> None:
+    """Check that numbers, also those in sequences and arrays, are finite; other values pass.
+
+    Args:
+        values: by the names that messages use.
+        unbounded: names of those that may be infinite; none may be nan.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name, value in values.items():
+        try:
+            numbers = np.asarray(value)
+        except (TypeError, ValueError):
+            continue  # no numbers, or not known yet (traced)
+        if numbers.dtype.kind != "f":
+            continue
+        if name in unbounded:
+            if np.isnan(numbers).any():
+                raise UsageError(f"{name} must be a number, not {value}")
+        elif not np.isfinite(numbers).all():
+            raise UsageError(f"{name} must be finite, not {value}")
 
 
 # Faults of the disk, of a path or of its permissions.

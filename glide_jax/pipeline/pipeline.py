@@ -1,8 +1,8 @@
 """The object that a notebook holds: prompts in, images out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Unpack, cast
+from typing import Literal, Unpack, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
 from glide_jax.pipeline.stage import Stage
+from glide_jax.weights.registry import NONE
 
 Preview = Callable[[Images], None]
 
@@ -50,7 +51,7 @@ class Pipeline(Stage):
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
         noise: np.ndarray | None = None,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
@@ -102,7 +103,7 @@ class Pipeline(Stage):
         mask: MaskLike | None = None,
         low_res: ImageLike | None = None,
         noise: np.ndarray | None = None,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         every: int | None = None,
         progress: bool = False,
@@ -126,7 +127,7 @@ class Pipeline(Stage):
                 uint8; white (not zero) is regenerated, black is kept to the byte.
             low_res: small images to enlarge (upsamplers): `Images`, or like `image`.
             noise: the starting noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
-            upsampler: settings of the upsampler.
+            upsampler: settings of the upsampler; "none": the images are not enlarged.
             batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
             every: yield every so many evaluations, rather than after each batch.
             progress: show a progress bar.
@@ -145,8 +146,7 @@ class Pipeline(Stage):
             indices = np.asarray(first_index)
         if indices.shape != (len(parsed),):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
-        if upsampler and self.upsampler is None:
-            raise UsageError("settings of an upsampler, but there is none: load one")
+        larger = self._checked_upsampler(upsampler)
         config, sources = self.model.config, {"image": image, "mask": mask, "noise": noise}
         sources = {
             name: source_name(source) for name, source in sources.items() if source is not None
@@ -190,9 +190,9 @@ class Pipeline(Stage):
                 settings=images.settings | {"evaluations": evaluations},
             )
             yield images
-        if self.upsampler is None:
+        if larger is None:
             return
-        for larger in self.upsampler.stream(
+        for enlarged in larger.stream(
             [prompt.joined() for prompt in parsed],
             seed=seed,
             first_index=indices,
@@ -202,12 +202,34 @@ class Pipeline(Stage):
             batch_size=batch_size,
             every=every,
             progress=progress,
-            **(upsampler or {}),
+            **(upsampler if isinstance(upsampler, Mapping) else {}),
         ):
-            enlarged = {"weights": larger.weights} | larger.settings
+            stage = {"weights": enlarged.weights} | enlarged.settings
             yield replace(
-                images, images=larger.images, settings=images.settings | {"upsampler": enlarged}
+                images, images=enlarged.images, settings=images.settings | {"upsampler": stage}
             )
+
+    def _checked_upsampler(
+        self, chosen: SettingsArguments | Literal["none"] | None
+    ) -> "Pipeline | None":
+        """Return the upsampler that these settings are for, or None for a run without one.
+
+        Raises:
+            UsageError: there is no upsampler for the settings, or they are none.
+        """
+        if isinstance(chosen, str) and chosen == NONE:
+            return None
+        if chosen is not None and not isinstance(chosen, Mapping):
+            raise UsageError(
+                f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {chosen!r}: '
+                "glide_jax.load(upsampler=...) chooses its weights"
+            )
+        if self.upsampler is None:
+            if chosen:
+                raise UsageError("settings of an upsampler, but there is none: load one")
+            return None
+        self.upsampler.settings.changed(**(chosen or {}))  # called for its errors
+        return self.upsampler
 
     @lists_settings
     @in_32_bits
@@ -261,7 +283,7 @@ class Pipeline(Stage):
         num: int = 1,
         seed: int = 0,
         first_index: int = 0,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
@@ -319,7 +341,7 @@ class Pipeline(Stage):
         seed: int = 0,
         to_seed: int | None = None,
         first_index: int = 0,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,

@@ -11,7 +11,7 @@ from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.errors import GlideError, UsageError, check_finite, nearest
 from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
@@ -99,6 +99,8 @@ class RunConfig:
     wandb: str = ""
 
     def __post_init__(self):
+        check_finite(vars(self))
+        check_finite({f"model.{name}": value for name, value in vars(self.model).items()})
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")

@@ -1,0 +1,79 @@
+"""What a resumed run says where its recipe is no longer that of the run before."""
+
+import sys
+
+import jax
+import numpy as np
+
+from glide_jax.training.config import RunConfig, read_config
+from glide_jax.training.optimiser import decay_factor, learning_rate
+
+
+def say_changes(config: RunConfig, step: int, seconds: float = 0.0) -> None:
+    """Print one line on stderr for each change that matters, in the first process.
+
+    Args:
+        config: the recipe as it is now; the folder still has the one before.
+        step: the steps that are done.
+        seconds: the training time so far, for a run with a time limit.
+    """
+    path = config.folder / "config.json"
+    if jax.process_index() == 0 and path.exists():
+        for note in changes(read_config(path), config, step, seconds):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def changes(before: RunConfig, config: RunConfig, step: int, seconds: float = 0.0) -> list[str]:
+    """Return what a run says that resumes after `step` steps with another recipe."""
+    found = []
+    if config.steps < step:
+        found.append(
+            f"step {step:,} is done and --steps is {config.steps:,}: there is nothing to train"
+        )
+    if before.seed != config.seed:
+        found.append(
+            f"the seed is {config.seed}, it was {before.seed}: the order of the data and the noise "
+            f"are others from step {step:,} on"
+        )
+    if config.starts_from != before.starts_from:
+        found.append(
+            f"the run resumes from step {step:,}: --init-from {_name(config.starts_from)} has no "
+            f"effect (it began with {_name(before.starts_from)}); to start anew, choose another "
+            "--out"
+        )
+    if config.steps > step and (note := _rate_note(before, config, step, seconds)):
+        found.append(note)
+    return found
+
+
+def _name(weights: str) -> str:
+    return weights or "random weights"
+
+
+def _rate_note(before: RunConfig, config: RunConfig, step: int, seconds: float) -> str:
+    """Return what becomes of the learning rate; "" if it goes on as it was planned."""
+    # The plan of the rest: a longer run may have the same rate now, and another one later.
+    ahead = np.linspace(step, max(step, min(before.steps, config.steps) - 1), 33).astype(int)
+    then = [_rate(before, at, seconds) for at in ahead]
+    now = [_rate(config, at, seconds) for at in ahead]
+    if np.allclose(now, then, rtol=1e-3, atol=0):
+        return ""
+    return (
+        f"the learning rate of step {step + 1:,} is {now[0]:.3g}, it was planned as {then[0]:.3g} "
+        f"({_plan(config)}, before {_plan(before)})"
+    )
+
+
+def _rate(config: RunConfig, step: int, seconds: float) -> float:
+    schedule = learning_rate(config.optimiser, config.steps, bool(config.minutes))
+    rate = float(np.asarray(schedule(step)))
+    if config.minutes and config.optimiser.decay == "linear":
+        rate *= float(decay_factor(seconds / (60 * config.minutes), config.optimiser.decay_share))
+    return rate
+
+
+def _plan(config: RunConfig) -> str:
+    o = config.optimiser
+    over = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
+    warmup = f", warm-up {o.warmup:,}" if o.warmup else ""
+    return f"{o.decay} {o.learning_rate:g} over {over}{warmup}"
