@@ -52,24 +52,26 @@ def _name(weights: str) -> str:
 
 def _rate_note(before: RunConfig, config: RunConfig, step: int, seconds: float) -> str:
     """Return what becomes of the learning rate; "" if it goes on as it was planned."""
-    # The plan of the rest: a longer run may have the same rate now, and another one later.
-    ahead = np.linspace(step, max(step, min(before.steps, config.steps) - 1), 33).astype(int)
-    then = [_rate(before, at, seconds) for at in ahead]
-    now = [_rate(config, at, seconds) for at in ahead]
-    if np.allclose(now, then, rtol=1e-3, atol=0):
+    # A longer run may have the same rate now, and another one later.
+    ahead = np.arange(step, max(step + 1, min(before.steps, config.steps)))
+    now, then = (_rates(recipe, ahead, seconds) for recipe in (config, before))
+    different = np.flatnonzero(np.abs(now - then) > 1e-3 * np.abs(then))
+    if not len(different):
         return ""
+    i = int(different[0])
     return (
-        f"the learning rate of step {step + 1:,} is {now[0]:.3g}, it was planned as {then[0]:.3g} "
-        f"({_plan(config)}, before {_plan(before)})"
+        f"the learning rate of step {ahead[i] + 1:,} is {now[i]:.3g}, it was planned as "
+        f"{then[i]:.3g} ({_plan(config)}, before {_plan(before)})"
     )
 
 
-def _rate(config: RunConfig, step: int, seconds: float) -> float:
+def _rates(config: RunConfig, steps: np.ndarray, seconds: float) -> np.ndarray:
     schedule = learning_rate(config.optimiser, config.steps, bool(config.minutes))
-    rate = float(np.asarray(schedule(step)))
+    rates = np.broadcast_to(np.asarray(schedule(steps)), steps.shape)
     if config.minutes and config.optimiser.decay == "linear":
-        rate *= float(decay_factor(seconds / (60 * config.minutes), config.optimiser.decay_share))
-    return rate
+        done = seconds / (60 * config.minutes)
+        rates = rates * float(decay_factor(done, config.optimiser.decay_share))
+    return rates
 
 
 def _plan(config: RunConfig) -> str:

@@ -277,9 +277,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value):
 
 def test_an_interval_may_be_endless_but_not_nan():
     assert Settings().changed(guidance_interval=(0.3, float("inf"))).guidance_interval[1] > 1e300
-    with pytest.raises(
-        glide.UsageError, match=r"^guidance_interval must be a number, not \(0\.3, "
-    ):
+    with pytest.raises(glide.UsageError, match="^guidance_interval must be a number, not "):
         Settings().changed(guidance_interval=(0.3, float("nan")))
     with pytest.raises(glide.UsageError, match="an interval needs 0 <= low < high"):
         glide.classifier_free(scale=3.0).within(float("nan"), 5.0)
