@@ -106,6 +106,11 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
         except OSError:
             _silence_output()
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "JaxRuntimeError":
+            raise
+        print(f"error: {_of_jax(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -114,6 +119,17 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
 def one_line(error: object) -> str:
     """Return a message with its white space, also that of a file's name, on one line."""
     return " ".join(str(error).split())
+
+
+def _of_jax(error: RuntimeError) -> str:
+    """Return one line on an error of a device, with the remedy where it is known."""
+    lines = str(error).strip().splitlines() or [""]
+    remedy = ""
+    if "RESOURCE_EXHAUSTED" in lines[0]:
+        remedy = "; use a smaller --batch-size"
+    elif not os.path.exists("/proc/self") and sys.platform == "linux":
+        remedy = "; jax needs /proc on a CPU: mount it"
+    return one_line(lines[0]) + remedy
 
 
 def _flush() -> None:

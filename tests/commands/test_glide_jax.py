@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from glide_jax.__main__ import COMMANDS
+from glide_jax.errors import one_line_errors
 from tests.support.commands import ROOT, environment, make_weights, one_line, run
 
 
@@ -91,3 +92,17 @@ def test_a_terminal_that_cannot_print_a_character_ends_no_run(tmp_path, monkeypa
     assert (tmp_path / "samples" / "00000_un-café.png").is_file()
     assert r"00000_un-caf\xe9.png  un caf\xe9 \U0001f34e" in result.stdout
     assert command("sample", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory\nmore", "; use a smaller --batch-size"),
+        ("INTERNAL: failed", ""),
+    ],
+)
+def test_an_error_of_a_device_is_one_line(message, line, capsys):
+    with pytest.raises(SystemExit) as error, one_line_errors():
+        raise jax.errors.JaxRuntimeError(message)
+    assert error.value.code == 1
+    assert capsys.readouterr().err == f"error: {message.splitlines()[0]}{line}\n"
