@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 
 import glide_jax as glide
+from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.images import Images, check_writable
 from glide_jax.pipeline.options import (
@@ -99,8 +100,9 @@ def report(images: Images, files: list[Path]) -> None:
 
 def main() -> None:
     """Run the command line."""
-    options = read_options(__doc__)
     with one_line_errors("stopped; no image was saved"):
+        options = read_options(__doc__ or "")
+        prepare()
         generate(options)
 
 

@@ -26,7 +26,7 @@ import jax
 from glide_jax.data.sources import open_source
 from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.devices.runtime import prepare
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
@@ -36,9 +36,11 @@ from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import align, compile_steps, open_batches
 from glide_jax.training.initial import begin_state
+from glide_jax.training.locking import only_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
+from glide_jax.training.resuming import say_changes
 from glide_jax.training.state import abstract_state
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
@@ -74,6 +76,7 @@ def train(config: RunConfig) -> None:
         else:
             like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
+            say_changes(config, first, position.get("seconds", 0.0))
             state = parallel.put_state(state)
             batches.set_state(position)
         per_call = align(batches, first)
@@ -122,9 +125,10 @@ def main() -> None:
         config, hardware = parse_recipe(arguments, __doc__ or "")
         if peers:
             processes.join(peers)
-        enable_compilation_cache()
+        prepare(dry_run=hardware is not None)
         if hardware is None:
-            train(config)
+            with only_run(config.folder):
+                train(config)
         else:
             print(dry_run(config, hardware))
 

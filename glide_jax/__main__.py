@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
+from glide_jax.errors import UsageError, nearest, one_line_errors
 from glide_jax.folders import SCRIPTS
 
 USAGE = """usage: glide-jax COMMAND [OPTIONS]
@@ -68,20 +69,17 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main() -> None:
     """Run the command that the first argument names."""
-    from glide_jax.errors import nearest
-
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(USAGE)
-    elif name in COMMANDS:
-        COMMANDS[name](arguments)
-    else:
-        print(
-            f"error: there is no command {name!r}{nearest(name, COMMANDS)}: choose one of "
-            f"{', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    with one_line_errors():
+        if name in ("-h", "--help"):
+            print(USAGE)
+        elif name in COMMANDS:
+            COMMANDS[name](arguments)
+        else:
+            raise UsageError(
+                f"there is no command {name!r}{nearest(name, COMMANDS)}: choose one of "
+                f"{', '.join(COMMANDS)}"
+            )
 
 
 if __name__ == "__main__":

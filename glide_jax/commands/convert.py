@@ -1,32 +1,38 @@
 """`glide-jax weights`: convert weights, make an EMA after training, export a run."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.training.runs import open_clip, open_model
+from glide_jax.folders import expand_home, expand_words
+from glide_jax.training.config import CLIPTrainConfig, read_config
+from glide_jax.training.runs import is_run, open_clip, open_model
+from glide_jax.weights.choosing import SAFETENSORS, read_released, split_choice
 from glide_jax.weights.clip_registry import RELEASED, CLIPModel, clip_from_files, save_clip
-from glide_jax.weights.registry import Model, save_model, save_torch
+from glide_jax.weights.registry import EMBEDDED_CLIPS, Model, save_model, save_torch
 from glide_jax.weights.released_clip import clip_to_released
 from glide_jax.weights.released_files import clip_side
 from glide_jax.weights.store import CONFIG, MODEL, load_weights
-from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 
 ENDINGS = (".pt", ".pth")
+READABLE = (*ENDINGS, ".ckpt", SAFETENSORS)
 Paths = Annotated[
     tuple[str, ...],
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="FROM... TO...",
         help_behavior_hint="",
-        help="FROM: a .pt file (for a noised CLIP both files), a name (openai/base, openai/clip, "
-        "emoji64), a folder of weights, or a run of train.py. TO: a name that ends in .pt (for a "
-        "noised CLIP two, for image and text), or else a folder, which gets config.json and "
-        "model.safetensors. Existing files are never replaced.",
+        help="FROM: a .pt, .ckpt or .safetensors file under the released names (for a noised CLIP "
+        "both files; FILE:MODEL for one of several models in it), a name (openai/base, "
+        "openai/clip, emoji64), a folder of weights, or a run of train.py. TO: a name that ends in "
+        ".pt (for a noised CLIP two, for image and text), or else a folder, which gets config.json "
+        "and model.safetensors. Existing files are never replaced.",
     ),
 ]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -85,13 +91,22 @@ def _is_torch(path: str | Path) -> bool:
     return str(path).endswith(ENDINGS)
 
 
+def _is_readable(path: str) -> bool:
+    return split_choice(path)[0].suffix in READABLE
+
+
 def _split(paths: tuple[str, ...]) -> tuple[list[str], list[Path]]:
     """Split the paths into sources and targets; a noised CLIP has two as .pt files."""
-    reads = 2 if len(paths) == 3 and _is_torch(paths[0]) and _is_torch(paths[1]) else 1
+    reads = 2 if len(paths) in (3, 4) and all(map(_is_readable, paths[:2])) else 1
     targets = paths[reads:]
     if len(targets) != 1 and (len(targets) != 2 or not all(map(_is_torch, targets))):
         raise UsageError("name what to read, then what to write: convert base.pt FOLDER")
-    return list(paths[:reads]), [Path(path).expanduser() for path in targets]
+    if wrong := [path for path in targets if path.endswith((".ckpt", SAFETENSORS))]:
+        raise UsageError(
+            f"{wrong[0]} is the name of a file: name a folder, which gets {CONFIG} and {MODEL}, or "
+            "a .pt file"
+        )
+    return list(paths[:reads]), [expand_home(path) for path in targets]
 
 
 def _refuse_to_replace(to: Path) -> None:
@@ -103,18 +118,19 @@ def _refuse_to_replace(to: Path) -> None:
 
 def _read(sources: list[str]) -> Model | CLIPModel:
     if len(sources) == 2:
-        files = [Path(source).expanduser() for source in sources]
-        by_side = {clip_side(read_torch_file(file)): file for file in files}
+        by_side = {clip_side(read_released(source)): source for source in sources}
         if set(by_side) != {"image", "text"}:
             raise UsageError("two files are a noised CLIP: give its image and its text encoder")
         return clip_from_files(by_side["image"], by_side["text"])
     (source,) = sources
-    if source == RELEASED or _holds_clip(Path(source).expanduser()):
+    if source in (RELEASED, *EMBEDDED_CLIPS) or _holds_clip(expand_home(source)):
         return open_clip(source)
     return open_model(source)
 
 
 def _holds_clip(folder: Path) -> bool:
+    if is_run(folder):
+        return isinstance(read_config(folder / CONFIG), CLIPTrainConfig)
     return (folder / MODEL).is_file() and "clip" in load_weights(folder)[0]
 
 
@@ -145,11 +161,12 @@ def _megabytes(file: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; on an error print one line and exit with code 1 or 2."""
     with one_line_errors():
+        find_devices()
         tyro.extras.subcommand_cli_from_dict(
             {"convert": convert, "ema": ema, "export": export_run},
             prog="glide-jax weights",
             description=__doc__,
-            args=arguments,
+            args=expand_words(sys.argv[1:] if arguments is None else arguments),
             config=(tyro.conf.DisallowNone,),
         )
 

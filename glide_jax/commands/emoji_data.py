@@ -1,5 +1,6 @@
 """`glide-jax data`: make the emoji data set from its pinned sources."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import tyro
 
 from glide_jax.errors import one_line_errors
+from glide_jax.folders import expand_words
 
 
 def fetch(to: Path, vendors: tuple[str, ...] = ()) -> None:
@@ -65,5 +67,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {"fetch": fetch, "rasterise": rasterise, "prepare": prepare},
             prog="glide-jax data",
             description=__doc__,
-            args=arguments,
+            args=expand_words(sys.argv[1:] if arguments is None else arguments),
         )

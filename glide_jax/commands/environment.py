@@ -2,14 +2,14 @@
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
 
 import glide_jax
-from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.devices.runtime import find_devices, trunk_dtype
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import cache_folder
 from glide_jax.pipeline.images import package_version
 from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
@@ -38,12 +38,13 @@ def describe_environment() -> str:
     }
     lines |= {name: _version(name) for name in PACKAGES}
     try:
+        find_devices()
         devices = jax.devices()
         kinds = sorted({f"{d.platform}: {d.device_kind}" for d in devices})
         lines["devices"] = f"{len(devices)} ({', '.join(kinds)})"
         lines["trunk dtype"] = f"{jax.numpy.dtype(trunk_dtype()).name} (auto)"
-    except RuntimeError as error:
-        lines["devices"] = f"none: {str(error).splitlines()[0]}"
+    except GlideError as error:
+        lines["devices"] = f"none: {error}"
     lines["cache"] = str(cache_folder())
     lines["weights"] = ", ".join((*EMBEDDED, *EMBEDDED_CLIPS)) or "none are installed"
     lines |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -60,6 +61,5 @@ def _version(package: str) -> str:
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the environment; it takes no options."""
     if arguments and arguments[0] not in ("-h", "--help"):
-        print(f"error: glide-jax env takes no options, not {arguments[0]}", file=sys.stderr)
-        sys.exit(2)
+        raise UsageError(f"glide-jax env takes no options, not {arguments[0]}")
     print(describe_environment())

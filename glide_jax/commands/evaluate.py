@@ -7,14 +7,16 @@ glide-jax evaluate sweep --data emoji64.npz --sweep guidance-scale
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from glide_jax.devices.runtime import enable_compilation_cache
+from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.evaluation import (
     experiment,
@@ -27,9 +29,10 @@ from glide_jax.evaluation import (
 )
 from glide_jax.evaluation.features import SCORER, open_scorer, open_space
 from glide_jax.evaluation.reports import write_json
+from glide_jax.folders import expand_words
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, SamplingOptions, show_defaults_of
+from glide_jax.pipeline.options import HIDDEN, TEXTS, SamplingOptions, show_defaults_of
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.runner import check_32_bits
 from glide_jax.training.config import TrainConfig
@@ -366,15 +369,12 @@ COMMANDS: dict[str, type[Command]] = {
 
 def read(arguments: Sequence[str]) -> Command:
     """Return the command of a command line."""
-    words = list(arguments)
+    words = expand_words(arguments, TEXTS)
     if weights := _weights(words):
         show_defaults_of(weights)
     kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
-    union = kinds[0]
-    for kind in kinds[1:]:
-        union = union | kind
     return tyro.cli(
-        union,
+        reduce(or_, kinds),
         prog="glide-jax evaluate",
         description="Measure the images that a model generates.",
         args=words,
@@ -394,7 +394,7 @@ def _weights(words: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
-    command = read(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors("stopped; the same command resumes a sweep"):
-        enable_compilation_cache()
+        command = read(sys.argv[1:] if arguments is None else arguments)
+        prepare()
         command.run()

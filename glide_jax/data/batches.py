@@ -12,6 +12,7 @@ import re
 import sys
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from glide_jax.data.decoding import Encoded, load_image, random_square, random_w
 from glide_jax.data.order import groups_of, shuffled, shuffled_groups
 from glide_jax.data.records import Source
 from glide_jax.data.storage import BrokenRecord
+from glide_jax.data.workers import keep_working, shielded
 from glide_jax.errors import GlideError, UsageError
 
 # This many broken records in a row stop a run. If half of the records are broken, that happens at
@@ -225,7 +227,7 @@ class Batches(grain.DatasetIterator):
         super().__init__()
         self._prepare, self._config = prepare, config
         self._batch_size, self._process = batch_size, process
-        self._position = 0
+        self._position, self._taken = 0, 0
         self._running: list[grain.DatasetIterator] = []  # one, once batches are being made
         # Workers that still run when Python ends would print tracebacks.
         weakref.finalize(self, self._end, self._running)
@@ -233,8 +235,18 @@ class Batches(grain.DatasetIterator):
         self.skipped = 0
 
     def __next__(self) -> dict[str, Any]:
-        self.start_prefetch()
-        arrays = next(self._running[0])
+        # The workers start at the latest when their first batches are awaited.
+        starting = self._taken < self._config.workers
+        self._taken += 1
+        try:
+            with shielded() if starting else nullcontext():
+                self.start_prefetch()
+                arrays = next(self._running[0])
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            why = str(error).partition(". ")[0]
+            raise GlideError(f"{why}: if memory was short, use fewer --data.workers") from None
         if self._config.workers:
             # Copied: the memory shared with the worker lasts only as long as grain's arrays.
             arrays = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
@@ -261,7 +273,9 @@ class Batches(grain.DatasetIterator):
         if config.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads its own flags and fails before that
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+            options = grain.MultiprocessingOptions(num_workers=config.workers)
+            batches = batches.mp_prefetch(options, worker_init_fn=keep_working)
+        self._taken = 0
         self._running.append(iter(batches))
         self._running[0].start_prefetch()
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, check_finite, nearest
 
 CROPS = ("centre", "random", "window")
 CAPTION_LINES = ("choose", "join")
@@ -73,6 +73,7 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self):
+        check_finite(vars(self))
         if self.crop not in CROPS:
             hint = nearest(self.crop, CROPS)
             raise UsageError(f"crop is {' or '.join(CROPS)}, not {self.crop!r}{hint}")

@@ -12,6 +12,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glide_jax.devices.parallel import AXIS, device_mesh
+from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError
 
 
@@ -20,8 +21,9 @@ def local_devices(count: int | str) -> list[jax.Device]:
 
     Raises:
         UsageError: there are fewer.
+        GlideError: jax finds none.
     """
-    here = jax.local_devices()
+    here = find_devices()
     if count == "all":
         return here
     if not (str(count).isdecimal() and 1 <= int(count) <= len(here)):

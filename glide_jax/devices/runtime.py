@@ -1,13 +1,120 @@
-"""Choices that depend on the machine: the dtype of the trunk and the compilation cache."""
+"""Choices that depend on the machine: devices, 32 bits, dtype of the trunk, compilation cache."""
+
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from glide_jax.errors import UsageError
+from glide_jax.errors import GlideError, UsageError, one_line
 from glide_jax.folders import cache_folder
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def prepare(*, dry_run: bool = False) -> None:
+    """Prepare this process for a command: its devices, 32 bits, and the compilation cache.
+
+    Args:
+        dry_run: whether the command compiles for a TPU that is not there.
+
+    Raises:
+        GlideError: jax finds no device.
+    """
+    if jax.config.values["jax_enable_x64"]:
+        jax.config.update("jax_enable_x64", False)
+        print("note: JAX_ENABLE_X64 is ignored: glide-jax computes in 32 bits", file=sys.stderr)
+    find_devices(dry_run=dry_run)
+    enable_compilation_cache()
+
+
+def find_devices(*, dry_run: bool = False) -> list[jax.Device]:
+    """Return the devices of this process.
+
+    Args:
+        dry_run: whether the TPU compiler will be used without a TPU.
+
+    Raises:
+        GlideError: jax finds none.
+    """
+    if not dry_run and not os.environ.get("JAX_PLATFORMS") and not has_tpu():
+        _leave_out_tpu()
+    try:
+        return jax.local_devices()
+    # An AssertionError: a platform in JAX_PLATFORMS whose plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.values["jax_platforms"]
+        wanted = f" for JAX_PLATFORMS={platforms}" if platforms else ""
+        why = one_line(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise GlideError(
+            f"jax finds no device{wanted}{f' ({why})' if why else ''}: unset JAX_PLATFORMS, set it "
+            "to cpu, or install jax for the device"
+        ) from None
+
+
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, or its environment names one."""
+    named = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "TPU_NAME")
+    if any(os.environ.get(name) for name in (*named, "CLOUD_TPU_TASK_ID", "COLAB_TPU_ADDR")):
+        return True
+    found = (*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return bool(found) or any(map(_of_google, Path("/sys/bus/pci/devices").glob("*/vendor")))
+
+
+def _of_google(vendor: Path) -> bool:
+    try:
+        return vendor.read_text().strip() == "0x1ae0"
+    except OSError:
+        return False
+
+
+def _leave_out_tpu() -> None:
+    """Keep jax from starting libtpu, which without a TPU fills the terminal with its errors.
+
+    jax offers no other way that leaves the platforms of a GPU as they are. Where this one is gone,
+    the errors are printed, and all works.
+    """
+    from jax._src import xla_bridge
+
+    if not getattr(xla_bridge, "_backends", None):
+        getattr(xla_bridge, "_backend_factories", {}).pop("tpu", None)
+
+
+def in_32_bits(function: F) -> F:
+    """Make a function, or a generator, compute in 32 bits whatever `jax_enable_x64` says.
+
+    Otherwise its random numbers would be others, and so would the images of a seed.
+    """
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generator(*arguments: Any, **named: Any) -> Iterator[Any]:
+            inner = function(*arguments, **named)
+            while True:
+                with jax.enable_x64(False):
+                    try:
+                        value = next(inner)
+                    except StopIteration:
+                        return
+                yield value
+
+        return generator  # type: ignore[return-value]
+
+    @functools.wraps(function)
+    def plain(*arguments: Any, **named: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*arguments, **named)
+
+    return plain  # type: ignore[return-value]
 
 
 def enable_compilation_cache() -> None:
@@ -34,20 +141,34 @@ def enable_compilation_cache() -> None:
 def trunk_dtype(name: str = "auto") -> jnp.dtype:
     """Return the dtype of a name; "auto" depends on the default device.
 
-    "auto" is bfloat16 on TPUs and on GPUs of compute capability 8.0 or higher, float16 on older
-    GPUs, float32 on CPUs.
+    "auto" is bfloat16 on TPUs and on GPUs with units for it (see `computes_bfloat16`), float16 on
+    older GPUs, float32 on CPUs.
 
     Raises:
         UsageError: an unknown name.
+        GlideError: jax finds no device.
     """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
-    device = jax.devices()[0]
+    device = find_devices()[0]
     if device.platform == "tpu":
         return jnp.bfloat16
-    if device.platform in ("gpu", "cuda"):
-        capability = float(getattr(device, "compute_capability", 8.0))
-        return jnp.bfloat16 if capability >= 8.0 else jnp.float16
+    if device.platform in ("gpu", "cuda", "rocm"):
+        capability = str(getattr(device, "compute_capability", ""))
+        return jnp.bfloat16 if computes_bfloat16(capability) else jnp.float16
     return jnp.float32
+
+
+def computes_bfloat16(capability: str) -> bool:
+    """Whether a GPU has units for bfloat16, by its `compute_capability` in jax.
+
+    NVIDIA GPUs from 8.0 on ("8.6"); AMD GPUs CDNA ("gfx908", "gfx90a", "gfx942", "gfx950") and from
+    RDNA3 on ("gfx1100"). Unknown ones count as newer ones.
+    """
+    if amd := re.match(r"gfx(\d+)([0-9a-f])([0-9a-f])", capability):
+        generation, model = int(amd[1]), amd[2] + amd[3]
+        return generation >= 11 or (generation == 9 and (model in ("08", "0a") or model >= "40"))
+    number = re.match(r"\d+", capability)
+    return number is None or int(number[0]) >= 8

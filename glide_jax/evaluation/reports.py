@@ -1,5 +1,6 @@
 """Files that an evaluation writes: JSON and PNG."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from glide_jax.errors import GlideError
+from glide_jax.folders import write_whole
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -15,22 +17,22 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         GlideError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}")
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write an image as PNG.
+    """Write an image as PNG, whole or not at all.
 
     Raises:
         GlideError: the file cannot be written.
     """
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
     try:
-        image.save(path, "PNG", optimize=True)
+        write_whole(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None

@@ -15,7 +15,7 @@ import numpy as np
 
 from glide_jax.diffusion.guidance import Guidance, known_pixels
 from glide_jax.diffusion.sampling import Plan
-from glide_jax.errors import UsageError
+from glide_jax.errors import UsageError, check_finite
 from glide_jax.models.presets import ModelConfig
 from glide_jax.pipeline.image_files import Fit, ImageLike, SourceImages, open_images
 from glide_jax.pipeline.images import Images, from_uint8
@@ -238,6 +238,7 @@ def read_conditioning(
         noise = noise[None] if noise.ndim == 3 else noise
         if noise.shape not in ((1, size, size, 3), (count, size, size, 3)):
             raise UsageError(f"noise is ({size}, {size}, 3), or one for each of {count} images")
+        check_finite({"noise": noise})
         noise = np.broadcast_to(noise, (count, size, size, 3))
     sources = read_sources(image, mask, low_res, side, **reading)
     images, masks, small = sources.image, sources.mask, sources.low_res

@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import os
 import re
+import tempfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glide_jax.errors import GlideError
+from glide_jax.folders import expand_home, locked, write_new, write_whole
 
 # The text chunk of a PNG file that holds an image's metadata, as JSON.
 METADATA = "glide_jax"
@@ -103,30 +107,39 @@ class Images:
     def save(self, folder: str | Path) -> list[Path]:
         """Write each image as a PNG file, and a grid of them where there are several.
 
-        File numbers continue from those in the folder; no file is overwritten. Each file holds
-        `metadata(i)` in its text chunk "glide_jax".
+        File numbers continue from those in the folder; no file is overwritten, also where several
+        runs write to one folder at once. A file is whole or absent. Each file holds `metadata(i)`
+        in its text chunk "glide_jax".
 
         Returns:
             The files, the grid last.
 
         Raises:
-            GlideError: the folder cannot be written.
+            GlideError: the folder cannot be written, or the disk is full.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_home(folder)
         check_writable(folder)
-        start = next_number(folder)
-        files = []
+        files: list[Path] = []
         try:
-            for i, image in enumerate(self.pil()):
-                path = folder / f"{start + i:05}_{slug(self.prompts[i])}.png"
-                _write(path, image, self.metadata(i))
-                files.append(path)
-            if len(self) > 1:
-                path = folder / f"{start:05}-{start + len(self) - 1:05}_grid.png"
-                _write(path, self.grid(), {"images": [f.name for f in files]})
-                files.append(path)
+            with locked(folder):
+                number = next_number(folder)
+                for i, image in enumerate(self.pil()):
+                    name = file_name_part(self.prompts[i])
+                    data = _png(image, self.metadata(i))
+                    path = _claim(folder, number, f"{{number:05}}_{name}.png", data)
+                    files.append(path)
+                    number = _number(path) + 1
+                if len(self) > 1:
+                    first, last = _number(files[0]), _number(files[-1])
+                    grid = _png(self.grid(), {"images": [f.name for f in files]})
+                    path = folder / f"{first:05}-{last:05}_grid.png"
+                    write_new(path, grid)
+                    files.append(path)
         except OSError as error:
-            raise GlideError(f"cannot write images to {folder}: {error}") from None
+            saved = f"; {len(files)} of {len(self)} images are saved" if files else ""
+            raise GlideError(
+                f"cannot write images to {folder}: {error.strerror or error}{saved}"
+            ) from None
         return files
 
     def preview(self, folder: str | Path) -> Path:
@@ -135,15 +148,14 @@ class Images:
         Raises:
             GlideError: the folder cannot be written.
         """
-        folder = Path(folder).expanduser()
-        path, part = folder / "preview.png", folder / ".preview.png"
+        folder = expand_home(folder)
+        path = folder / "preview.png"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.grid().save(part, "PNG")
             # A rename: a viewer never sees half an image.
-            part.replace(path)
+            write_whole(path, self._repr_png_())
         except OSError as error:
-            raise GlideError(f"cannot write {path}: {error}") from None
+            raise GlideError(f"cannot write {path}: {error.strerror or error}") from None
         return path
 
     def _repr_png_(self) -> bytes:
@@ -168,24 +180,48 @@ def check_writable(folder: Path) -> None:
     Raises:
         GlideError: it cannot.
     """
-    probe = folder / ".glide_jax"
+    folder = expand_home(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileExistsError:
+        raise GlideError(f"cannot write images to {folder}: it is a file, not a folder") from None
     except OSError as error:
         raise GlideError(f"cannot write images to {folder}: {error.strerror}") from None
 
 
 def next_number(folder: Path) -> int:
     """Return one more than the largest number that a file in the folder begins with."""
-    numbers = (re.match(r"(\d+)(?:-(\d+))?_", p.name) for p in folder.glob("*.png"))
+    numbers = (re.match(r"([0-9]+)(?:-([0-9]+))?_", p.name) for p in folder.glob("*.png"))
     return 1 + max((int(m[2] or m[1]) for m in numbers if m), default=-1)
 
 
-def slug(prompt: str) -> str:
-    """Return a prompt as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:50].strip("-") or "empty"
+def slug(text: str) -> str:
+    """Return a text as a part of a file name, in ASCII."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:50].strip("-") or "empty"
+
+
+def file_name_part(prompt: str) -> str:
+    """Return a prompt as a part of a file name: letters, marks and digits of any script, NFC.
+
+    At most 50 characters and 120 bytes: file systems limit a name to 255 bytes, some to 143.
+    """
+    text = unicodedata.normalize("NFC", prompt.lower())
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
+    name = re.sub("-+", "-", kept).strip("-")
+    cut = name[:50]
+    while len(cut.encode()) > 120:
+        cut = cut[:-1]
+    if len(cut) < len(name):
+        # A letter is not parted from its marks.
+        while cut and unicodedata.category(name[len(cut)])[0] == "M":
+            cut = cut[:-1]
+    cut = cut.strip("-")
+    try:
+        os.fsencode(cut)
+    except UnicodeEncodeError:  # a locale whose file names are ASCII
+        return slug(prompt)
+    return cut or "empty"
 
 
 def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
@@ -201,11 +237,26 @@ def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = 
     return canvas
 
 
-def _write(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
+def _png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
     info = PngInfo()
     info.add_text(METADATA, json.dumps(metadata))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    # Exclusive creation: two runs at once cannot take each other's names.
-    with path.open("xb") as file:
-        file.write(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _claim(folder: Path, number: int, pattern: str, data: bytes) -> Path:
+    """Write a file under the first number from `number` on whose name is free."""
+    while True:
+        path = folder / pattern.format(number=number)
+        try:
+            write_new(path, data)
+        except FileExistsError:
+            # On a file system without locks another run was faster.
+            number = max(number + 1, next_number(folder))
+        else:
+            return path
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("_")[0])

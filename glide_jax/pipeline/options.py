@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from glide_jax.errors import UsageError
+from glide_jax.folders import expand_words
 from glide_jax.pipeline.image_files import Fit
 from glide_jax.pipeline.prompts import read_prompts_file
 from glide_jax.pipeline.settings import Settings
@@ -31,6 +32,8 @@ def _default(name: str) -> Any:
 
 # For options whose help says what happens without them.
 HIDDEN = arg(help_behavior_hint="")
+# Options whose values are text: `~` has no meaning in them.
+TEXTS = ("--negative-prompt", "--init-caption")
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,50 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_defaults_of(_named(words, "--weights") or WeightsOptions.weights)
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    chosen, prompts = split_prompts(words)
+    chosen = expand_words(chosen, TEXTS)
+    words = [*chosen, "--", *prompts] if prompts else chosen
     return tyro.cli(Options, description=description, args=words, config=plain)
+
+
+def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into options, with their values, and prompts; both in any order.
+
+    All that follows `--` is prompts.
+    """
+    lengths, chosen, prompts = _lengths(Options), [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return chosen, prompts + rest
+        if not word.startswith("-") or " " in word.partition("=")[0] or word == "-":
+            prompts.append(word)
+            continue
+        chosen.append(word)
+        if "=" not in word:
+            count = lengths.get(word.replace("_", "-"), 0)
+            chosen += rest[:count]
+            del rest[:count]
+    return chosen, prompts
+
+
+def _lengths(kind: Any) -> dict[str, int]:
+    """Return the number of values that each option takes."""
+    found: dict[str, int] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        marks = [mark for mark in getattr(hint, "__metadata__", ()) if hasattr(mark, "aliases")]
+        plain = get_type_hints(kind)[name]
+        if is_dataclass(plain):
+            found |= _lengths(plain)
+            continue
+        tuples = [get_args(kind) for kind in (plain, *get_args(plain)) if get_origin(kind) is tuple]
+        if any(Ellipsis in kinds for kinds in tuples):
+            continue  # the prompts themselves
+        count = 0 if plain is bool else len(tuples[0]) if tuples else 1
+        names = [f"--{name.replace('_', '-')}", *(a for mark in marks for a in mark.aliases or ())]
+        found |= dict.fromkeys(names, count)
+    return found
 
 
 def show_defaults_of(weights: str) -> None:

@@ -1,11 +1,12 @@
 """The object that a notebook holds: prompts in, images out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Unpack, cast
+from typing import Literal, Unpack, cast
 
 import numpy as np
 
+from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, read_sources
@@ -17,6 +18,7 @@ from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
 from glide_jax.pipeline.stage import Stage
+from glide_jax.weights.registry import NONE
 
 Preview = Callable[[Images], None]
 
@@ -53,7 +55,7 @@ class Pipeline(Stage):
         invert_mask: bool = False,
         allow_uniform_mask: bool = False,
         noise: np.ndarray | None = None,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
@@ -96,6 +98,7 @@ class Pipeline(Stage):
         return images
 
     @lists_settings
+    @in_32_bits
     def stream(
         self,
         prompts: str | Prompt | Sequence[str | Prompt],
@@ -110,7 +113,7 @@ class Pipeline(Stage):
         invert_mask: bool = False,
         allow_uniform_mask: bool = False,
         noise: np.ndarray | None = None,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         every: int | None = None,
         progress: bool = False,
@@ -139,7 +142,7 @@ class Pipeline(Stage):
             invert_mask: regenerate what the mask keeps, and keep the rest.
             allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.
             noise: the starting noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
-            upsampler: settings of the upsampler.
+            upsampler: settings of the upsampler; "none": the images are not enlarged.
             batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
             every: yield every so many evaluations, rather than after each batch.
             progress: show a progress bar.
@@ -158,14 +161,13 @@ class Pipeline(Stage):
             indices = np.asarray(first_index)
         if indices.shape != (len(parsed),):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
-        if upsampler and self.upsampler is None:
-            raise UsageError("settings of an upsampler, but there is none: load one")
+        larger = self._checked_upsampler(upsampler)
         config = self.model.config
         conditioning, sources = read_conditioning(
             self.model,
             chosen,
             len(parsed),
-            side=(self.upsampler or self).model.config.image_size,
+            side=(larger or self).model.config.image_size,
             image=image,
             mask=mask,
             low_res=low_res,
@@ -210,9 +212,9 @@ class Pipeline(Stage):
                 settings=images.settings | {"evaluations": evaluations},
             )
             yield images
-        if self.upsampler is None:
+        if larger is None:
             return
-        for larger in self.upsampler.stream(
+        for enlarged in larger.stream(
             [prompt.joined() for prompt in parsed],
             seed=seed,
             first_index=indices,
@@ -222,14 +224,37 @@ class Pipeline(Stage):
             batch_size=batch_size,
             every=every,
             progress=progress,
-            **(upsampler or {}),
+            **(upsampler if isinstance(upsampler, Mapping) else {}),
         ):
-            enlarged = {"weights": larger.weights} | larger.settings
+            stage = {"weights": enlarged.weights} | enlarged.settings
             yield replace(
-                images, images=larger.images, settings=images.settings | {"upsampler": enlarged}
+                images, images=enlarged.images, settings=images.settings | {"upsampler": stage}
             )
 
+    def _checked_upsampler(
+        self, chosen: SettingsArguments | Literal["none"] | None
+    ) -> "Pipeline | None":
+        """Return the upsampler that these settings are for, or None for a run without one.
+
+        Raises:
+            UsageError: there is no upsampler for the settings, or they are none.
+        """
+        if isinstance(chosen, str) and chosen == NONE:
+            return None
+        if chosen is not None and not isinstance(chosen, Mapping):
+            raise UsageError(
+                f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {chosen!r}: '
+                "glide_jax.load(upsampler=...) chooses its weights"
+            )
+        if self.upsampler is None:
+            if chosen:
+                raise UsageError("settings of an upsampler, but there is none: load one")
+            return None
+        self.upsampler.settings.changed(**(chosen or {}))  # called for its errors
+        return self.upsampler
+
     @lists_settings
+    @in_32_bits
     def invert(
         self,
         image: ImageLike,
@@ -273,6 +298,7 @@ class Pipeline(Stage):
         )
 
     @lists_settings
+    @in_32_bits
     def variations(
         self,
         image: ImageLike,
@@ -284,7 +310,7 @@ class Pipeline(Stage):
         num: int = 1,
         seed: int = 0,
         first_index: int = 0,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
@@ -334,6 +360,7 @@ class Pipeline(Stage):
         return replace(images, settings=images.settings | made)
 
     @lists_settings
+    @in_32_bits
     def between(
         self,
         start: str | Prompt,
@@ -343,7 +370,7 @@ class Pipeline(Stage):
         seed: int = 0,
         to_seed: int | None = None,
         first_index: int = 0,
-        upsampler: SettingsArguments | None = None,
+        upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,

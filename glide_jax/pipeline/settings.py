@@ -27,7 +27,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import Plan, plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, check_finite, nearest
 from glide_jax.pipeline.prompts import Prompt, clean
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -112,6 +112,9 @@ class Settings:
     strength: float | None = None
     repaint: tuple[int, int] | None = None
     guidance: Sequence[Guidance] | None = None
+
+    def __post_init__(self):
+        check_finite(vars(self), unbounded=("guidance_interval",))
 
     def changed(self, **values: Any) -> "Settings":
         """Return these settings with some replaced; None leaves a value as it is.

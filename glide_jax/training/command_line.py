@@ -8,6 +8,7 @@ import tyro
 
 from glide_jax.devices.processes import Peers
 from glide_jax.errors import UsageError
+from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
 
@@ -25,7 +26,7 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
     Raises:
         UsageError: no recipe is named, or there is none of that name.
     """
-    arguments, program = list(arguments), called_as()
+    arguments, program = expand_words(arguments), called_as()
     name = _take(arguments, "--config")
     hardware = _take(arguments, "--dry-run")
     if name is None:

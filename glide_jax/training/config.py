@@ -11,7 +11,8 @@ from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.errors import GlideError, UsageError, check_finite, nearest
+from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.optimiser_config import OptimiserConfig
@@ -98,6 +99,8 @@ class RunConfig:
     wandb: str = ""
 
     def __post_init__(self):
+        check_finite(vars(self))
+        check_finite({f"model.{name}": value for name, value in vars(self.model).items()})
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
@@ -115,7 +118,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """Folder of the run's checkpoints, logs and samples."""
-        return Path(self.out or Path("runs") / self.name).expanduser().absolute()
+        return expand_home(self.out or Path("runs") / self.name).absolute()
 
     @property
     def side(self) -> int:
@@ -275,9 +278,7 @@ KINDS: dict[str, type[RunConfig]] = {"glide": TrainConfig, "clip": CLIPTrainConf
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a recipe as JSON, atomically: a killed run leaves the old file or the new one."""
     kind = next(k for k, t in KINDS.items() if type(config) is t)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1))
-    partial.replace(path)
+    write_whole(path, json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1).encode())
 
 
 def check_same_model(config: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glide_jax.errors import UsageError
+from glide_jax.errors import UsageError, check_finite
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class DistillationConfig:
     huber: float = 0.1
 
     def __post_init__(self):
+        check_finite(vars(self))
         low, high = self.guidance
         if not 0 <= low <= high:
             raise UsageError(f"guidance is a range of scales from 0 on, not {low:g} to {high:g}")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.folders import expand_home
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.runs import is_run, restore_run, run_defaults
 from glide_jax.training.state import TrainState
@@ -39,7 +40,7 @@ def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
 def _seen_before(weights: str, n_vocab: int) -> np.ndarray | None:
     """`seen_tokens` of the weights that a run started from."""
     embedded = weights in (*EMBEDDED, *EMBEDDED_CLIPS)
-    folder = ASSETS / weights if embedded else Path(weights).expanduser()
+    folder = ASSETS / weights if embedded else expand_home(weights)
     if is_run(folder):
         return seen_tokens(*restore_run(folder))
     if not folder.is_dir():

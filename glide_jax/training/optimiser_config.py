@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glide_jax.errors import UsageError
+from glide_jax.errors import UsageError, check_finite
 
 OPTIMISERS = ("adamw", "muon")
 DECAYS = ("constant", "cosine", "linear")
@@ -74,6 +74,10 @@ class OptimiserConfig:
     ema_every: int = 5000
 
     def __post_init__(self):
+        check_finite(vars(self))
+        for name in ("learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")

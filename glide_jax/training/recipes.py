@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glide_jax.errors import UsageError, nearest
-from glide_jax.folders import RECIPES
+from glide_jax.folders import RECIPES, expand_home
 from glide_jax.models.presets import toy_clip, toy_model
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 
@@ -56,7 +56,7 @@ def find_recipe(name: str) -> Path:
         UsageError: there is no such file.
     """
     by_path = name.endswith(".py")
-    path = Path(name) if by_path else RECIPES / f"{name}.py"
+    path = expand_home(name) if by_path else RECIPES / f"{name}.py"
     if path.is_file():
         return path
     folder = path.parent if by_path else RECIPES

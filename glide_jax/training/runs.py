@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glide_jax.errors import GlideError
+from glide_jax.folders import expand_home
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, read_config
 from glide_jax.weights.clip_registry import CLIPModel, load_clip_model
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder is a training run, rather than weights."""
-    return (Path(folder).expanduser() / "checkpoints").is_dir()
+    return (expand_home(folder) / "checkpoints").is_dir()
 
 
 def open_model(weights: str | Path) -> Model:
@@ -27,7 +28,7 @@ def open_model(weights: str | Path) -> Model:
         UsageError: there is no such name, folder or file.
         GlideError: the files are missing, broken, or do not fit together.
     """
-    return load_run(Path(weights).expanduser()) if is_run(weights) else load_model(weights)
+    return load_run(expand_home(weights)) if is_run(weights) else load_model(weights)
 
 
 def open_clip(weights: str | Path) -> CLIPModel:
@@ -39,7 +40,7 @@ def open_clip(weights: str | Path) -> CLIPModel:
     """
     if not is_run(weights):
         return load_clip_model(weights)
-    return CLIPModel(str(weights), *load_clip_run(Path(weights).expanduser()))
+    return CLIPModel(str(weights), *load_clip_run(expand_home(weights)))
 
 
 def load_run(folder: Path) -> Model:
@@ -131,7 +132,7 @@ def sampling_defaults(weights: str | Path) -> dict[str, Any]:
     try:
         if not is_run(weights):
             return defaults_of(weights)
-        config = read_config(Path(weights).expanduser() / "config.json")
+        config = read_config(expand_home(weights) / "config.json")
     except GlideError:
         return {}
     return run_defaults(config) if isinstance(config, TrainConfig) else {}

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.folders import expand_home
 from glide_jax.models.presets import CLIPConfig, clip64
+from glide_jax.weights.choosing import read_released
 from glide_jax.weights.registry import ASSETS, EMBEDDED_CLIPS, FORMAT
 from glide_jax.weights.released_clip import clip_from_released, clip_misfits
 from glide_jax.weights.released_files import fetch
 from glide_jax.weights.store import flatten, load_weights, save_weights, unflatten
 from glide_jax.weights.token_rows import expand
-from glide_jax.weights.torch_file import read_torch_file
 
 RELEASED = "openai/clip"
 
@@ -44,7 +45,7 @@ def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
         image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
         return clip_from_files(image, text)
     embedded = str(weights) in EMBEDDED_CLIPS
-    folder = ASSETS / str(weights) if embedded else Path(weights).expanduser()
+    folder = ASSETS / str(weights) if embedded else expand_home(weights)
     if not folder.is_dir():
         known = ", ".join((RELEASED, *EMBEDDED_CLIPS))
         raise UsageError(f"there is no noised CLIP {str(weights)!r}: name {known} or a folder")
@@ -66,8 +67,10 @@ def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
     return CLIPModel(str(weights), sizes, params)
 
 
-def clip_from_files(image: Path, text: Path, config: CLIPConfig | None = None) -> CLIPModel:
-    """Load a noised CLIP from its two `.pt` files under OpenAI's parameter names.
+def clip_from_files(
+    image: str | Path, text: str | Path, config: CLIPConfig | None = None
+) -> CLIPModel:
+    """Load a noised CLIP from its two files under OpenAI's parameter names.
 
     Args:
         config: its sizes; None: those of OpenAI's noised CLIP.
@@ -76,7 +79,7 @@ def clip_from_files(image: Path, text: Path, config: CLIPConfig | None = None) -
         GlideError: a file is broken, or holds another model.
     """
     config = config or clip64()
-    params = clip_from_released(config, read_torch_file(image), read_torch_file(text))
+    params = clip_from_released(config, read_released(image), read_released(text))
     return CLIPModel(RELEASED, config, params)
 
 

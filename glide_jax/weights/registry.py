@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.folders import expand_home
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
+from glide_jax.weights.choosing import read_released, split_choice
 from glide_jax.weights.released import from_released, misfits, to_released
 from glide_jax.weights.released_files import (
     PRESET_OF,
@@ -19,6 +21,7 @@ from glide_jax.weights.released_files import (
 )
 from glide_jax.weights.store import (
     CONFIG,
+    MODEL,
     flatten,
     load_weights,
     read_config_json,
@@ -26,7 +29,6 @@ from glide_jax.weights.store import (
     unflatten,
 )
 from glide_jax.weights.token_rows import expand
-from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -83,7 +85,10 @@ def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str 
 
 
 def load_model(name: str | Path) -> Model:
-    """Load a model by name ("emoji64"), from a folder of weights, or from a `.pt` file.
+    """Load a model by name ("emoji64"), from a folder of weights, or from a file.
+
+    A file has OpenAI's parameter names and is a `.pt`, `.ckpt` or `.safetensors` file;
+    `FILE:MODEL` chooses one of several models in it.
 
     Raises:
         UsageError: there is no such name, folder or file.
@@ -93,9 +98,11 @@ def load_model(name: str | Path) -> Model:
         return _load_exported(str(name), ASSETS / str(name))
     if str(name) in PRESET_OF:
         return load_torch(fetch(str(name)), str(name), PRESETS[PRESET_OF[str(name)]]())
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        return load_torch(folder, str(name))
+    folder = expand_home(name)
+    if folder.name == MODEL and (folder.parent / CONFIG).is_file():
+        folder = folder.parent
+    if split_choice(name)[0].is_file() and not folder.is_dir():
+        return load_torch(name, str(name))
     if folder.is_dir():
         return _load_exported(str(name), folder)
     known = (*EMBEDDED, *PRESET_OF)
@@ -113,22 +120,24 @@ def defaults_of(name: str | Path) -> dict[str, Any]:
     """
     if str(name) in PRESET_OF:
         return released_defaults(PRESETS[PRESET_OF[str(name)]]())
-    folder = ASSETS / str(name) if str(name) in EMBEDDED else Path(name).expanduser()
+    folder = ASSETS / str(name) if str(name) in EMBEDDED else expand_home(name)
     if not (folder / CONFIG).is_file():
         return {}
     return dict(read_config_json(folder / CONFIG).get("defaults", {}))
 
 
-def load_torch(path: Path, name: str, config: ModelConfig | None = None) -> Model:
-    """Load a model from a `.pt` file under OpenAI's parameter names; runs no code of the file.
+def load_torch(path: str | Path, name: str, config: ModelConfig | None = None) -> Model:
+    """Load a model from a file under OpenAI's parameter names; runs no code of the file.
 
     Args:
+        path: a `.pt`, `.ckpt` or `.safetensors` file; `FILE:MODEL` chooses one of several models.
         config: its sizes; None: recognised by names and shapes.
 
     Raises:
+        UsageError: the file holds several models, and none of them is chosen.
         GlideError: the file is broken or hostile, or holds another model.
     """
-    state_dict = read_torch_file(path)
+    state_dict = read_released(path)
     config = config or recognise(state_dict)
     params = from_released(config, state_dict)
     return Model(name, config, params, schedule_of(config), defaults=released_defaults(config))

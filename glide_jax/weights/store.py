@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.folders import expand_home
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -153,7 +154,7 @@ def save_weights(
         UsageError: config, params or metadata cannot be stored.
         GlideError: the disk is full or the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     text = _to_json(config)
     unflatten(params)  # It raises for names that could not be read back.
     header = _header(params, metadata or {})
@@ -224,7 +225,7 @@ def load_weights(
     Raises:
         GlideError: the folder or a file in it is missing, incomplete or damaged.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise GlideError(f"{folder} {what}: give a folder with {CONFIG} and {MODEL}")

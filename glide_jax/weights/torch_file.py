@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glide_jax.errors import GlideError
+from glide_jax.folders import expand_home
 from glide_jax.weights.torch_pickle import (
     DamagedError,
     Storage,
@@ -43,11 +44,12 @@ _LEGACY_PROTOCOL = 1001
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+def read_torch_file(path: str | Path, *, unwrap: bool = True) -> dict[str, np.ndarray]:
     """Read the tensors of a state dict saved by `torch.save`; run no code of the file.
 
     Args:
-        path: a `.pt` or `.pth` file, in the zip or in the legacy format.
+        path: a `.pt`, `.pth` or `.ckpt` file, in the zip or in the legacy format.
+        unwrap: read one dictionary of several; see below.
 
     Returns:
         Name -> array, in the order of the file. Shapes and dtypes are those of the tensors
@@ -56,22 +58,22 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         they are in use. Tied tensors share their memory. In legacy files the views may be
         unaligned.
 
-        If the top level has a dictionary under "state_dict", "model_state_dict" or "model", the
-        first of these is read and the rest, such as an optimizer, is left out. Nested dictionaries
-        and lists are flattened, with names joined by dots: `{"a": {"b": [x]}}` gives "a.b.0".
-        Values that are not tensors are left out.
+        If `unwrap`, and the top level has a dictionary under "state_dict", "model_state_dict" or
+        "model", the first of these is read and the rest, such as an optimizer, is left out. Nested
+        dictionaries and lists are flattened, with names joined by dots: `{"a": {"b": [x]}}` gives
+        "a.b.0". Values that are not tensors are left out.
 
     Raises:
         GlideError: the file is missing, incomplete, damaged, compressed, big-endian, without
             tensors, not from PyTorch, or uses a name that is not on the list of allowed names.
     """
-    path = Path(path)
+    path = expand_home(path)
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise GlideError(f"{path} {what}: give the path of a .pt file")
         with path.open("rb") as file:
-            return _read(path, file)
+            return _read(path, file, unwrap)
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
     # Any fault of a hostile or broken pickle raises one of these.
@@ -80,7 +82,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         raise GlideError(f"{path} is incomplete or damaged{what}: download it again") from error
 
 
-def _read(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+def _read(path: Path, file: BinaryIO, unwrap: bool) -> dict[str, np.ndarray]:
     head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         tree, locate = _read_zip(path, file)
@@ -90,7 +92,7 @@ def _read(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
         raise GlideError(f"{path} was written by PyTorch 0.1: load and save it with a newer one")
     else:
         raise _not_torch(path, head)
-    tensors = _name_tensors(path, tree)
+    tensors = _name_tensors(path, tree, unwrap)
     data = np.memmap(file, dtype=np.uint8, mode="r")
     return {
         name: _as_array(path, name, tensor, data[locate(tensor.storage)])
@@ -201,9 +203,9 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
 # ---------------------------------------------------------------- names and arrays
 
 
-def _name_tensors(path: Path, tree: Any) -> dict[str, Tensor]:
+def _name_tensors(path: Path, tree: Any, unwrap: bool) -> dict[str, Tensor]:
     """Flatten the tree. Lists may contain each other many times, so the entries are counted."""
-    if isinstance(tree, dict):
+    if unwrap and isinstance(tree, dict):
         inner = [tree[key] for key in _WRAPPERS if isinstance(tree.get(key), dict)]
         tree = inner[0] if inner else tree
     found: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+class _Opaque:
+    """Stands for an object that no weights need; nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,33 @@ def _list(items=()):
     return items
 
 
+def _opaque(*_):
+    return _Opaque()
+
+
+def _typed(call, kind, arguments, state):
+    """Make a tensor that had attributes of its own, without them."""
+    require(isinstance(call, _Function) and isinstance(arguments, tuple), "an unexpected call")
+    return call.call(*arguments)
+
+
 def _set_items(target: object, flat: list) -> None:
     """Set items with plain keys; the hash of a deeply nested tuple would overflow the C stack."""
+    if isinstance(target, _Opaque):
+        return
     if not isinstance(target, dict) or len(flat) % 2:
         raise DamagedError("an impossible dictionary")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         plain = isinstance(key, str | float | None) or (isinstance(key, int) and abs(key) < _LIMIT)
         require(plain, "a dictionary key that is neither text nor number")
         target[key] = value
+
+
+def _extend(target: object, items: list) -> None:
+    if not isinstance(target, _Opaque):
+        require(isinstance(target, list), "an impossible list")
+        assert isinstance(target, list)
+        target.extend(items)
 
 
 _DTYPES = {
@@ -180,6 +204,7 @@ _ALLOWED: dict[str, np.dtype | _StorageType | _Function] = {
     "torch._utils._rebuild_tensor": _Function(_tensor),
     "torch._utils._rebuild_tensor_v2": _Function(_tensor),
     "torch._utils._rebuild_tensor_v3": _Function(_typed_tensor),
+    "torch._tensor._rebuild_from_type_v2": _Function(_typed),
     "torch._utils._rebuild_parameter": _Function(_parameter),
     "torch._utils._rebuild_parameter_with_state": _Function(_parameter),
     **{f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()},
@@ -191,7 +216,19 @@ _ALLOWED: dict[str, np.dtype | _StorageType | _Function] = {
 }
 
 
+# Trainers write such objects beside the weights: their settings, scalars and random states. They
+# become `_Opaque`; they are not imported either.
+_BESIDE = re.compile(
+    r"torch\.(device|Tensor|nn\.parameter\.Parameter|random\..*|strided|Generator)"
+    r"|(argparse|pathlib|collections|datetime|uuid|decimal|omegaconf|easydict|ml_collections|yacs)\..+"
+    r"|typing\.[A-Za-z]+|numpy\..+|_codecs\.encode|copyreg\._reconstructor|builtins\.(object|complex)"
+    r"|(lightning|pytorch_lightning|lightning_fabric|lightning_utilities)\..+"
+)
+
+
 def _look_up(path: Path, name: str) -> np.dtype | _StorageType | _Function:
+    if name not in _ALLOWED and _BESIDE.fullmatch(name):
+        return _Function(_opaque)
     if name not in _ALLOWED:
         raise GlideError(
             f"refusing to load {printable(name)} from {path}: weights need nothing but tensors in "
@@ -274,6 +311,8 @@ def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None =
                 valid = isinstance(stack[-1], _Function) and isinstance(arguments, tuple)
                 require(valid, "a call of something that is not a function")
                 stack[-1] = stack[-1].call(*arguments)
+            case "NEWOBJ" if isinstance(stack[-2], _Function) and stack[-2].call is _opaque:
+                stack[-2:] = [_Opaque()]
             case "BUILD":  # Attributes: a state dict has the versions of its modules in one.
                 stack.pop()
             case "MARK":
@@ -300,12 +339,10 @@ def unpickle(path: Path, file: io.BytesIO, storages: dict[str, Storage] | None =
                 _set_items(stack[-1], items)
             case "APPEND":
                 item = stack.pop()
-                require(isinstance(stack[-1], list), "an impossible list")
-                stack[-1].append(item)
+                _extend(stack[-1], [item])
             case "APPENDS" | "ADDITEMS":
                 items, stack = stack, outer.pop()
-                require(isinstance(stack[-1], list), "an impossible list")
-                stack[-1].extend(items)
+                _extend(stack[-1], items)
             case "NONE":
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE" as name:

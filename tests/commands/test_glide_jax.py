@@ -1,10 +1,16 @@
 """The command `glide-jax`: its scripts and commands, from any folder, and what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
 from glide_jax.__main__ import COMMANDS
-from tests.support.commands import make_weights, one_line, run
+from glide_jax.errors import one_line_errors
+from tests.support.commands import ROOT, environment, make_weights, one_line, run
 
 
 def command(*arguments, **options):
@@ -53,3 +59,50 @@ def test_every_command_has_a_help(name, shows, tmp_path):
     result = command(name, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert shows in result.stdout and f"glide-jax {name}" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("env",), ("--help",), ("sample", "--help")])
+def test_a_closed_pipe_is_quiet(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "glide_jax", *arguments],
+        cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_full_output_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "glide_jax", "--help"],
+            cwd=ROOT, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "error: No space left on device: the disk\n"
+
+
+def test_a_terminal_that_cannot_print_a_character_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    weights = make_weights(tmp_path / "tiny")
+    result = command("sample", "un café 🍎", "--weights", weights, "--steps", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "samples" / "00000_un-café.png").is_file()
+    assert r"00000_un-caf\xe9.png  un caf\xe9 \U0001f34e" in result.stdout
+    assert command("sample", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory\nmore", "; use a smaller --batch-size"),
+        ("INTERNAL: failed", ""),
+    ],
+)
+def test_an_error_of_a_device_is_one_line(message, line, capsys):
+    with pytest.raises(SystemExit) as error, one_line_errors():
+        raise jax.errors.JaxRuntimeError(message)
+    assert error.value.code == 1
+    assert capsys.readouterr().err == f"error: {message.splitlines()[0]}{line}\n"

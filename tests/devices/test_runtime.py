@@ -1,10 +1,107 @@
-"""Choices that depend on the machine."""
+"""What a machine lacks or has in addition: devices, 64 bits, libtpu, GPUs of AMD, a home."""
 
 import os
 import subprocess
 import sys
+import types
 
-from tests.support.commands import ROOT, environment
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import xla_bridge
+
+from glide_jax.devices import runtime
+from glide_jax.devices.runtime import computes_bfloat16, find_devices, in_32_bits, trunk_dtype
+from glide_jax.errors import GlideError
+from tests.support.commands import ROOT, environment, make_weights, one_line, run
+
+
+@pytest.mark.parametrize(
+    ("capability", "bfloat16"),
+    [
+        ("7.0", False), ("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True), ("12.1", True),
+        ("gfx803", False), ("gfx900", False), ("gfx906", False), ("gfx908", True),
+        ("gfx90a", True), ("gfx90a:sramecc+:xnack-", True), ("gfx942", True), ("gfx950", True),
+        ("gfx1030", False), ("gfx1100", True), ("gfx1201", True), ("", True), ("unknown", True),
+    ],
+)  # fmt: skip
+def test_the_dtype_of_a_gpu_follows_from_its_units(capability, bfloat16, monkeypatch):
+    assert computes_bfloat16(capability) is bfloat16
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(runtime.jax, "local_devices", lambda: [device])
+    assert trunk_dtype() == (jnp.bfloat16 if bfloat16 else jnp.float16)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to\ninitialize. (set JAX_PLATFORMS='')"),
+                                   AssertionError()])  # fmt: skip
+def test_no_device_is_one_line(error, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(runtime.jax, "local_devices", fail)
+    with pytest.raises(GlideError) as caught:
+        find_devices()
+    why = " (Unable to initialize)" if error.args else ""
+    platforms = jax.config.values["jax_platforms"]
+    wanted = f" for JAX_PLATFORMS={platforms}" if platforms else ""
+    assert str(caught.value) == (
+        f"jax finds no device{wanted}{why}: unset JAX_PLATFORMS, set it to cpu, or install jax for "
+        "the device"
+    )
+
+
+def test_libtpu_is_not_started_without_a_tpu(monkeypatch):
+    factories = {"cpu": object(), "cuda": object(), "tpu": object()}
+    monkeypatch.setattr(xla_bridge, "_backend_factories", factories)
+    monkeypatch.setattr(runtime.jax, "local_devices", list)
+    monkeypatch.setattr(runtime, "has_tpu", lambda: False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(xla_bridge, "_backends", {"cpu": object()})
+    find_devices()
+    assert "tpu" in factories  # jax has begun: nothing is changed
+    monkeypatch.setattr(xla_bridge, "_backends", {})
+    find_devices(dry_run=True)
+    assert "tpu" in factories
+    find_devices()
+    assert set(factories) == {"cpu", "cuda"}
+
+
+def test_a_tpu_that_the_environment_names_is_started(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    assert runtime.has_tpu()
+
+
+def test_functions_and_generators_compute_in_32_bits():
+    @in_32_bits
+    def plain():
+        return jax.random.normal(jax.random.key(0)).dtype
+
+    @in_32_bits
+    def generator():
+        yield plain()
+        yield jax.random.normal(jax.random.key(0)).dtype
+
+    with jax.enable_x64(True):
+        assert plain() == np.float32
+        for dtype in generator():
+            assert dtype == np.float32 and jnp.ones(1).dtype == np.float64
+
+
+def test_an_image_under_64_bits_is_the_same_and_a_missing_device_one_line(tmp_path, monkeypatch):
+    import glide_jax as glide
+
+    weights = make_weights(tmp_path / "tiny")
+    pipe = glide.load(weights)
+    wanted = pipe("red", steps=2, progress=False).images
+    with jax.enable_x64(True):
+        assert np.array_equal(glide.load(weights)("red", steps=2, progress=False).images, wanted)
+    result = run(
+        "-c", "import os; os.environ['JAX_PLATFORMS'] = 'gpux'; import sample; sample.main()",
+        "red", "--weights", weights, "--out", tmp_path,
+    )  # fmt: skip
+    assert one_line(result, 1).startswith("error: jax finds no device for JAX_PLATFORMS=gpux (")
+
 
 LOADED = """
 import jax, jax.numpy as jnp

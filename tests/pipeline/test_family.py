@@ -137,6 +137,11 @@ def test_a_pipeline_has_its_family(family):
     pipe = glide.load("emoji64")
     assert pipe.upsampler.model.name == "emoji_upsample256" and pipe.clip.name == "emoji_clip64"
     assert pipe("red", steps=2, upsampler={"steps": 1}, progress=False).images.shape[1] == 64
+    assert pipe("red", steps=2, upsampler="none", progress=False).images.shape[1] == 16
+    with pytest.raises(UsageError, match=r'^upsampler takes settings, .* or "none", not \'mine\':'):
+        next(pipe.stream("red", upsampler="mine"))
+    with pytest.raises(UsageError, match="^there is no setting 'stepz', did you mean 'steps'"):
+        next(pipe.stream("red", upsampler={"stepz": 1}))
     alone = glide.load("emoji64", upsampler="none", clip="none")
     assert alone.upsampler is None and alone.clip is None
     with pytest.raises(UsageError, match="names are emoji64, emoji_upsample256"):

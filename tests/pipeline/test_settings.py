@@ -253,3 +253,31 @@ def test_and_and_not_need_plain_classifier_free_guidance():
 def test_none_keeps_a_setting():
     settings = Settings(steps=7, eta=0.5)
     assert settings.changed(steps=None, eta=None, sampler="ddim") == Settings(7, "ddim", eta=0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(value):
+    for name, given in (
+        ("guidance_scale", value),
+        ("guidance_scale", [1.0, value]),
+        ("eta", value),
+        ("temperature", np.float32(value)),
+        ("restart", (0.3, value, 3)),
+        ("guidance_rescale", value),
+        ("autoguidance_scale", value),
+        ("clip_scale", value),
+        ("threshold", value),
+        ("strength", value),
+    ):
+        with pytest.raises(glide.UsageError, match=rf"^{name} must be finite, not "):
+            Settings().changed(**{name: given})
+    with pytest.raises(glide.UsageError, match="^scale of classifier_free must be finite, not "):
+        glide.classifier_free(scale=value)
+
+
+def test_an_interval_may_be_endless_but_not_nan():
+    assert Settings().changed(guidance_interval=(0.3, float("inf"))).guidance_interval[1] > 1e300
+    with pytest.raises(glide.UsageError, match="^guidance_interval must be a number, not "):
+        Settings().changed(guidance_interval=(0.3, float("nan")))
+    with pytest.raises(glide.UsageError, match="an interval needs 0 <= low < high"):
+        glide.classifier_free(scale=3.0).within(float("nan"), 5.0)

@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance.predictor import (
     Predict,
     Prediction,
 )
-from glide_jax.errors import UsageError
+from glide_jax.errors import UsageError, check_finite
 
 
 @partial(
@@ -149,6 +149,11 @@ def guidance(
                 raise UsageError(f"{made.name} got {twice[0]} twice: by position and by name")
             if missing := [name for name in names if name not in made.args]:
                 raise UsageError(f"{made.name} needs a value for {missing[0]}")
+            endless = [name for name, bounds in ranges.items() if float("inf") in bounds]
+            check_finite(
+                {f"{name} of {made.name}": value for name, value in made.args.items()},
+                unbounded=[f"{name} of {made.name}" for name in endless],
+            )
             for name, (low, high) in ranges.items():
                 value = np.asarray(made.args[name])
                 if not ((low <= value) & (value <= high)).all():

@@ -14,6 +14,7 @@ from glide_jax.evaluation.extractors.extractor import Extractor, resized
 from glide_jax.evaluation.extractors.inception import CLASSES, DIMENSIONS, Inception, from_torch
 from glide_jax.evaluation.extractors.vit import HEAD, ViT, ViTConfig
 from glide_jax.evaluation.extractors.vit_names import read_clip, read_dinov2, read_transformers
+from glide_jax.folders import expand_home
 from glide_jax.weights.store import flatten, map_arrays, unflatten
 from glide_jax.weights.torch_file import read_torch_file
 
@@ -51,7 +52,7 @@ def open_extractor(path: str | Path) -> Extractor:
     Raises:
         GlideError: the file does not exist, is broken, or holds no known network.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).is_file()]
         if not found:
