@@ -39,7 +39,7 @@ from glide_jax.training.initial import begin_state
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
-from glide_jax.training.state import abstract_state
+from glide_jax.training.state import abstract_state, fit_loss_scale
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
@@ -74,7 +74,7 @@ def train(config: RunConfig) -> None:
         else:
             like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
-            state = parallel.put_state(state)
+            state = parallel.put_state(fit_loss_scale(state, objective))
             batches.set_state(position)
         per_call = align(batches, first)
         clock = Clock(config, position)
