@@ -88,8 +88,7 @@ def train(config: RunConfig) -> None:
                 state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
                 clock.started(metrics)
                 step += per_call
-                rate = 1.0 if factor is None else float(factor)
-                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest, rate)
+                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
@@ -102,9 +101,11 @@ def train(config: RunConfig) -> None:
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    log.held_out(step, held_out(parallel.gather(state.ema)))
+                    with log.paused():
+                        log.held_out(step, held_out(parallel.gather(state.ema)))
                 if due(step, config.sample_every, config.steps):
-                    log.samples(step, parallel.gather(state.ema))
+                    with log.paused():
+                        log.samples(step, parallel.gather(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 

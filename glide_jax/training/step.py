@@ -12,7 +12,7 @@ import optax
 
 from glide_jax.training.config import RunConfig
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
-from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.state import TrainState
 
@@ -31,6 +31,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         of_run=objective.of_run,
         config=config.optimiser,
+        schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
         spike=config.spike,
     )
@@ -92,6 +93,7 @@ def train_step(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
+    schedule: optax.Schedule | None = None,
     of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
@@ -112,6 +114,7 @@ def train_step(
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.state.make_optimiser`.
         config: rates and widths of the EMAs.
+        schedule: the optimiser's learning rate, for the metrics; None: they have none.
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
@@ -120,7 +123,8 @@ def train_step(
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
-        The new state, and metrics averaged over the batch, with `grad_norm` and `bad`.
+        The new state, and metrics averaged over the batch, with `grad_norm`, `bad` and
+        `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
     record_key, dropout_key = jax.random.split(key)
@@ -152,9 +156,14 @@ def train_step(
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
+    metrics |= {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
+    if schedule is not None:
+        factor = 1.0 if rate is None else rate
+        # Steps without an update do not count.
+        metrics["learning_rate"] = factor * jnp.float32(schedule(updates_made(state.opt_state)))
     new = _update(state, grads, metrics["loss"], optimiser, config, rate)
     state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
-    return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
+    return state, metrics
 
 
 def _accumulate(
