@@ -62,7 +62,7 @@ def train(config: RunConfig) -> None:
     parallel = make_parallel(config.parallelism, config.batch_size // config.accumulate)
     train_steps = compile_steps(config, make_step(config, objective), batches, parallel)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    held_out = Validation(config, objective, source) if config.validate_every else None
+    held_out = Validation(config, objective, source, parallel) if config.validate_every else None
 
     # -- resume, or start ---------------------------------------------------------------------
     with (
@@ -102,10 +102,10 @@ def train(config: RunConfig) -> None:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
                     with log.paused():
-                        log.held_out(step, held_out(parallel.gather(state.ema)))
+                        log.held_out(step, held_out(state.ema))
                 if due(step, config.sample_every, config.steps):
                     with log.paused():
-                        log.samples(step, parallel.gather(state.ema))
+                        log.samples(step, parallel.for_sampling(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 
