@@ -25,6 +25,8 @@ from glide_jax.errors import GlideError
 from glide_jax.training.state import TrainState
 
 STATE, MANIFEST = "state", "manifest"
+# Whether the array of a path is read.
+Wanted = Callable[[str], bool]
 
 
 class Saved(NamedTuple):
@@ -108,7 +110,9 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
 
 
-def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], list[int]]:
+def newest(
+    folder: Path, like: TrainState, wanted: Wanted | None = None
+) -> tuple[TrainState, dict[str, Any], list[int]]:
     """Return the newest whole state, its manifest, and the steps of newer, broken checkpoints.
 
     Broken checkpoints are named on stderr. All processes of a run must call this.
@@ -116,6 +120,7 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     Args:
         folder: holds a folder for each step.
         like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
+        wanted: see `read`.
 
     Raises:
         GlideError: a checkpoint is of another recipe, or none is whole.
@@ -124,7 +129,7 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     broken: dict[int, str] = {}
     for step in steps_in(folder):
         try:
-            state, manifest = read(folder / str(step), like)
+            state, manifest = read(folder / str(step), like, wanted)
             return state, manifest, list(broken)
         except BrokenCheckpoint as error:
             broken[step] = str(error)
@@ -138,22 +143,29 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     raise GlideError(f"no checkpoint in {folder} is whole ({listed}): choose another --out")
 
 
-def read(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def read(
+    folder: Path, like: TrainState, wanted: Wanted | None = None
+) -> tuple[TrainState, dict[str, Any]]:
     """Return the state and the manifest of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        like: see `newest`; numpy arrays if some arrays are not wanted.
+        wanted: whether the array of a path is read; the others are `...` in the state. None: all.
 
     Raises:
         BrokenCheckpoint: it is incomplete or altered; raised in all processes if one finds it so.
         GlideError: it is whole, and of another recipe.
     """
     manifest = _together(lambda: _read_manifest(folder / MANIFEST))
-    saved, wanted = manifest["arrays"], _arrays(like)
-    if different := sorted(p for p in wanted | saved if wanted.get(p) != saved.get(p)):
+    saved, expected = manifest["arrays"], _arrays(like)
+    if different := sorted(p for p in expected | saved if expected.get(p) != saved.get(p)):
         raise GlideError(
             f"cannot resume from step {folder.name} in {folder.parent}: it was made by another "
             f"recipe ({len(different)} arrays differ: {', '.join(different[:3])}); choose another "
             "folder with --out"
         )
-    state = _together(lambda: _read_state(folder / STATE, like))
+    state = _together(lambda: _read_state(folder / STATE, like, wanted))
     _together(lambda: _check_values(state, manifest))
     return state, manifest
 
@@ -187,11 +199,19 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_state(folder: Path, like: TrainState) -> TrainState:
+def _read_state(folder: Path, like: TrainState, wanted: Wanted | None) -> TrainState:
     # Not the manager's `restore`: it waits for other processes, which may have failed.
     handler: Any = ocp.StandardCheckpointHandler()
+    arguments: Any = ocp.args.StandardRestore(like)
+    if wanted is not None:
+        handler = ocp.PyTreeCheckpointHandler()
+        some = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if wanted(_name(path)) else ocp.PLACEHOLDER, like
+        )
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
+        arguments = ocp.args.PyTreeRestore(item=some, restore_args=kinds)
     try:
-        return handler.restore(folder, args=ocp.args.StandardRestore(like))
+        return handler.restore(folder, args=arguments)
     except Exception as error:  # orbax and tensorstore raise many types
         raise BrokenCheckpoint(f"cannot be read: {_first_line(error)}") from None
     finally:
@@ -199,9 +219,15 @@ def _read_state(folder: Path, like: TrainState) -> TrainState:
 
 
 def _check_values(state: TrainState, manifest: dict[str, Any]) -> None:
-    now, then = checksums(state), manifest["checksums"]
+    now, then = checksums(_present(state)), manifest["checksums"]
     if wrong := sorted(path for path in now if now[path] != then[path]):
         raise BrokenCheckpoint(f"values of {', '.join(wrong[:3])} differ from those saved")
+
+
+def _present(state: TrainState) -> dict[str, Any]:
+    """Return the arrays that were read, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(path): leaf for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 
 
 def _first_line(error: Exception) -> str:

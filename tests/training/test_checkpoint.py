@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -17,6 +18,7 @@ from glide_jax.training import checkpoint
 from glide_jax.training.checkpoint import Checkpoints, checksums, newest, steps_in
 from glide_jax.training.config import OptimiserConfig
 from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.runs import is_average
 from glide_jax.training.state import init_state
 
 CONFIG = OptimiserConfig(moments="bfloat16", ema_power=(0.1,))
@@ -148,6 +150,51 @@ def test_other_data_give_a_warning(two, capsys):
         checkpoints.restore(zeros(make_state(0)), "data, 3 images more")
     warning = "warning: the run resumes with other data: data, 3 images more; they were data\n"
     assert capsys.readouterr().err == warning
+
+
+def read_bytes() -> int:
+    """Return the bytes that this process has read from files so far."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes by Linux's /proc")
+@pytest.mark.parametrize("extra", [None, "/nu/b"])
+def test_the_average_is_read_without_the_rest(tmp_path, extra):
+    big = make_state(1, width=50_000)
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(1, big, {}, "data")
+    before, like = read_bytes(), zeros(big)
+    newest(tmp_path, like)
+    whole, before = read_bytes() - before, read_bytes()
+
+    def wanted(path: str) -> bool:
+        return is_average(path) or (extra is not None and path.endswith(extra))
+
+    state, _, broken = newest(tmp_path, like, wanted)
+    part = read_bytes() - before
+    assert not broken and int(state.step) == 1
+    assert_same(state.ema, big.ema)
+    # Five arrays of this size, of which one is wanted (the first moment has half the size).
+    assert part < 0.4 * whole
+    skipped = [leaf for leaf in jax.tree.leaves(state) if leaf is ...]
+    expected = [p for p, _ in jax.tree.leaves_with_path(big) if not wanted(checkpoint._name(p))]
+    assert len(skipped) == len(expected) > 5
+    if extra:
+        found, saved = (jax.tree.leaves_with_path(s.opt_state) for s in (state, big))
+        ((moment, same),) = [
+            (x, y)
+            for (path, x), (_, y) in zip(found, saved, strict=True)
+            if checkpoint._name(path).endswith(extra)
+        ]
+        np.testing.assert_array_equal(moment, same)
+
+
+def test_an_average_that_was_altered_is_found_where_it_alone_is_read(copied, capfd):
+    shutil.rmtree(copied / "2" / "state")
+    shutil.copytree(copied / "1" / "state", copied / "2" / "state")
+    state, _, broken = newest(copied, zeros(make_state(1)), is_average)
+    assert broken == [2] and "(values of ema/a/kernel, ema/b, step differ" in capfd.readouterr().err
+    assert_same(state.ema, make_state(1).ema)
 
 
 # --- damage
