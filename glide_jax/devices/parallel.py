@@ -1,8 +1,7 @@
 """One training step over many devices: replicated (`pmap`) or fully sharded (`fsdp`).
 
-Both run the same step `(state, batch, key) -> (state, metrics)` and, without dropout, give the same
-result up to rounding; dropout masks depend on the device and the microbatch. The devices may belong
-to several processes, on one machine or on many.
+Both run the same step `(state, batch, key) -> (state, metrics)` and give the same result up to
+rounding. The devices may belong to several processes, on one machine or on many.
 """
 
 from collections.abc import Callable, Iterator

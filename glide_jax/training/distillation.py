@@ -34,7 +34,7 @@ from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
-from glide_jax.training.inputs import Inputs
+from glide_jax.training.inputs import Inputs, dropout_keys
 
 # The largest weight of an error of x_0 is 1 / LEAST_SIGMA.
 LEAST_SIGMA = 0.05
@@ -283,7 +283,7 @@ def consistency_terms(
     config: TrainConfig,
     teacher: Any,
     done: Any,
-    dropout_key: jax.Array | None,
+    train: bool = False,
 ) -> tuple[Terms, jax.Array]:
     """Return the consistency loss of a batch at a share of the run, and the number of segments.
 
@@ -295,7 +295,8 @@ def consistency_terms(
         return partial(model.apply, {"params": params})
 
     segments = segments_at(done, config.distillation.segments)
-    train = dropout_key is not None and config.model.dropout > 0
+    # The same dropout masks at both noise levels.
+    dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     terms = consistency(
         network(model, params),
         network(model, jax.lax.stop_gradient(params)),
@@ -304,8 +305,6 @@ def consistency_terms(
         tables=tables,
         config=config,
         segments=segments,
-        train=train,
-        # The same dropout masks at both noise levels.
-        rngs={"dropout": dropout_key} if train else None,
+        **dropout,
     )
     return terms, segments

@@ -127,25 +127,21 @@ def train_step(
         `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
-    record_key, dropout_key = jax.random.split(key)
-    if axis is not None:
-        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
+    record_key, _ = jax.random.split(key)
     scale = 2.0**state.loss_scale
 
-    def gradient(weights: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(weights: Params, rows: Batch) -> tuple[Params, Metrics]:
         params, teacher = weights
         more = of_run(teacher, state.step, done)
 
         def scaled(params: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(
-                params, rows, record_key, dropout_key=dropout_key, axis=axis, **more
-            )
+            value, metrics = loss(params, rows, record_key, train=True, axis=axis, **more)
             return value * scale, metrics
 
         return jax.grad(scaled, has_aux=True)(params)
 
     weights = (state.params, state.teacher)
-    grads, metrics = _accumulate(gradient, weights, batch, dropout_key, accumulate)
+    grads, metrics = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     grads = jax.tree.map(lambda g: g / scale, grads)
@@ -167,29 +163,27 @@ def train_step(
 
 
 def _accumulate(
-    gradient: Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]],
+    gradient: Callable[[Params, Batch], tuple[Params, Metrics]],
     weights: Params,
     batch: Batch,
-    dropout_key: jax.Array,
     count: int,
 ) -> tuple[Params, Metrics]:
     """Return the mean gradient and metrics over `count` microbatches, one after the other."""
     if count == 1:
-        return gradient(weights, batch, dropout_key)
+        return gradient(weights, batch)
     # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(dropout_key, count)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split), keys[0]),
+        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split)),
     )
 
-    def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         # Otherwise sharded parameters are gathered before the loop and stay whole during it.
         held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        return jax.tree.map(jnp.add, total, gradient(held, *microbatch)), None
+        return jax.tree.map(jnp.add, total, gradient(held, microbatch)), None
 
-    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    total, _ = jax.lax.scan(add, zeros, split)
     return jax.tree.map(lambda x: x / count, total)
 
 

@@ -66,7 +66,7 @@ class Validation:
         self._process = (0, 1) if parallel is None else (jax.process_index(), jax.process_count())
 
         def measure(params: Params, batch: Batch, key: jax.Array, *, axis: str | None) -> Metrics:
-            return objective.loss(params, batch, key, dropout_key=None, axis=axis)[1]
+            return objective.loss(params, batch, key, axis=axis)[1]
 
         self._measure = (
             jax.jit(partial(measure, axis=None))

@@ -31,7 +31,7 @@ def make_batch(rows: int = 8) -> Batch:
     )
 
 
-def bowl(params, batch, key, *, dropout_key=None, axis=None):
+def bowl(params, batch, key, *, train=False, axis=None):
     """`mean_i |w - c_i|^2`, with random c_i from the row of record i."""
     centres = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (3,)))(batch.row)
     value = ((params["w"] - centres) ** 2).sum(axis=-1).mean()
@@ -175,6 +175,27 @@ def test_microbatches_give_the_same_step(microbatches):
     np.testing.assert_allclose(split.params["w"], whole.params["w"], rtol=1e-6)
     for name in one:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["denoising", "consistency"])
+def test_microbatches_have_the_dropout_of_the_whole_batch(objective):
+    model = replace(TINY, dropout=0.3, guidance_input=False)
+    config = TrainConfig(name="x", model=model, dtype="float32", objective=objective)
+    made = make_objective(config)
+    params = jax.tree.map(
+        lambda x: 0.1 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape),
+        jax.eval_shape(made.init, KEY),
+    )
+    options = {"teacher": {}, "step": 0} if objective == "consistency" else {}
+    loss = jax.jit(partial(made.loss, **options), static_argnames="train")
+    batch, values = make_batch(), {}
+    for train in (False, True):
+        whole, _ = loss(params, batch, KEY, train=train)
+        parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
+        split = [float(loss(params, part, KEY, train=train)[0]) for part in parts]
+        values[train] = float(whole)
+        assert np.mean(split) == pytest.approx(float(whole), rel=1e-5)
+    assert values[True] != pytest.approx(values[False], rel=1e-4)
 
 
 # --- the network
