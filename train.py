@@ -30,6 +30,7 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
+from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_same_model, write_config
@@ -96,6 +97,7 @@ def train(config: RunConfig) -> None:
                         parallel.for_checkpoint(state),
                         batches.get_state() | clock.get_state(),
                         source.fingerprint,
+                        checksums(parallel.one_copy(state)),
                     )
                 snapshot(config, step, map(parallel.gather, state.power_emas))
                 if stop:

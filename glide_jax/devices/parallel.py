@@ -94,6 +94,13 @@ class Parallel(Protocol):
         """
         ...
 
+    def one_copy(self, state: Any) -> Any:
+        """Return the arrays of a state where they lie, without copies on other devices.
+
+        They have the values of `for_checkpoint`, maybe in other shapes.
+        """
+        ...
+
     def for_checkpoint(self, state: Any) -> Any:
         """Return the arrays of a state that a checkpoint keeps."""
         ...
@@ -196,6 +203,9 @@ class PMap:
     def gather(self, tree: Any) -> Any:
         return unreplicate(tree)
 
+    def one_copy(self, state: Any) -> Any:
+        return jax.tree.map(lambda x: x.addressable_data(0), state)
+
     def for_checkpoint(self, state: Any) -> Any:
         # Not through `unreplicate`: a second copy of a state may not fit on the device.
         return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), state)
@@ -293,6 +303,9 @@ class FSDP:
         if jax.process_count() == 1:
             return tree
         return jax.tree.map(_gathered, tree)
+
+    def one_copy(self, state: Any) -> Any:
+        return state
 
     def for_checkpoint(self, state: Any) -> Any:
         return state

@@ -32,7 +32,8 @@ import numpy as np
 from glide_jax.devices import parallel, processes
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.models.presets import CLIPConfig
-from glide_jax.training.checkpoint import checksums, steps_in
+from glide_jax.training.checkpoint import steps_in
+from glide_jax.training.checksums import checksums
 from glide_jax.training.command_line import take_peers
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
 from glide_jax.training.logger import Logger
