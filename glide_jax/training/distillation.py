@@ -29,7 +29,7 @@ from glide_jax.diffusion.guidance import (
     noise_predictor,
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
-from glide_jax.diffusion.schedule import to_eps
+from glide_jax.diffusion.schedule import to_x_0
 from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
@@ -147,7 +147,7 @@ def student_of(
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
-        x_0 = point.to_x_0(to_eps(prediction, output, x, point.alpha, point.sigma), x)
+        x_0 = to_x_0(prediction, output, x, point.alpha, point.sigma)
         return jnp.clip(x_0, -1, 1) if clip else x_0
 
     return denoise
