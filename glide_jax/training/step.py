@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from glide_jax.training.config import RunConfig
+from glide_jax.training.freezing import with_frozen, without_frozen
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
 from glide_jax.training.optimiser_config import OptimiserConfig
@@ -134,11 +135,13 @@ def train_step(
         params, teacher = weights
         more = of_run(teacher, state.step, done)
 
-        def scaled(params: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(params, rows, record_key, train=True, axis=axis, **more)
+        def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
+            whole = with_frozen(trained, params)
+            value, metrics = loss(whole, rows, record_key, train=True, axis=axis, **more)
             return value * scale, metrics
 
-        return jax.grad(scaled, has_aux=True)(params)
+        # Gradients of frozen parameters would be zeros that all devices sum.
+        return jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
 
     weights = (state.params, state.teacher)
     grads, metrics = _accumulate(gradient, weights, batch, accumulate)
@@ -195,21 +198,24 @@ def _update(
     config: OptimiserConfig,
     factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
-    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+    whole = with_frozen(grads, state.params, fill=jnp.zeros_like)
+    updates, opt_state = optimiser.update(whole, state.opt_state, state.params)
     if factor is not None:
         updates = jax.tree.map(lambda x: x * factor, updates)
     params = optax.apply_updates(state.params, updates)
+    trained = without_frozen(params, config.freeze)
+    params = with_frozen(trained, state.params)
     step = state.step + 1
     rate = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(
-        _decay(ema, params, power_rate(step, width))
+        _decay(ema, trained, power_rate(step, width))
         for ema, width in zip(state.power_emas, config.ema_power, strict=True)
     )
     memory = jnp.minimum(SPIKE_MEMORY, state.step / step)
     return TrainState(
         step=step,
         params=params,
-        ema=_decay(state.ema, params, rate),
+        ema=_decay(state.ema, trained, rate),
         power_emas=power_emas,
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
@@ -223,9 +229,14 @@ def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
     return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
 
 
-def _decay(ema: Params, params: Params, rate: jax.Array) -> Params:
-    """`ema <- rate ema + (1 - rate) params`."""
-    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)
+def _decay(ema: Params, trained: Params, rate: jax.Array) -> Params:
+    """`ema <- rate ema + (1 - rate) params`; frozen parameters are their own average."""
+    return jax.tree.map(
+        lambda p, e: e if p is None else e + (1 - rate) * (p - e),
+        trained,
+        ema,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def power_rate(step: jax.Array, width: float) -> jax.Array:

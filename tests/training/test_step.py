@@ -1,5 +1,6 @@
 """One training step: skipped updates, loss scaling, microbatches, activation checkpointing."""
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -196,6 +197,41 @@ def test_microbatches_have_the_dropout_of_the_whole_batch(objective):
         values[train] = float(whole)
         assert np.mean(split) == pytest.approx(float(whole), rel=1e-5)
     assert values[True] != pytest.approx(values[False], rel=1e-4)
+
+
+# --- frozen parameters
+
+
+def test_frozen_parameters_have_no_gradients_to_sum_nor_averages_to_compute():
+    settings = replace(OPTIMISER, freeze=("text",), grad_clip=0.5)
+    params = {"text": {"kernel": jnp.ones((500, 4))}, "w": jnp.ones(3)}
+
+    def loss(params, batch, key, **more):
+        value, metrics = bowl({"w": params["w"] * params["text"]["kernel"].mean()}, batch, key)
+        return value, metrics
+
+    optimiser = make_optimiser(settings, 100)
+    state = init_state(params, optimiser, settings)
+    step = partial(train_step, loss=loss, optimiser=optimiser, config=settings, accumulate=2)
+    mapped = jax.vmap(partial(step, axis="batch"), in_axes=(None, 0, None), axis_name="batch")
+    batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), make_batch())
+    program = str(jax.make_jaxpr(mapped)(state, batch, KEY))
+    # What is used (not "_") and has its size is passed through, chosen, or a constant.
+    made = set(re.findall(r"(?<!_):f32\[(?:2,)?500,4\] = (\w+)", program))
+    assert made <= {"broadcast_in_dim", "jit", "select_n", "optimization_barrier"}
+    after, metrics = jax.jit(step)(state, make_batch(), KEY)
+    assert_equal(after.params["text"], params["text"])
+    assert_equal((after.ema["text"], after.power_emas[0]["text"]), (params["text"],) * 2)
+    # The others are those of a network whose frozen part is a constant.
+    alone = replace(settings, freeze=())
+    optimiser = make_optimiser(alone, 100)
+    only = init_state({"w": jnp.ones(3)}, optimiser, alone)
+    expected, same = train_step(
+        only, make_batch(), KEY, loss=bowl, optimiser=optimiser, config=alone
+    )
+    np.testing.assert_allclose(after.params["w"], expected.params["w"], rtol=1e-6)
+    np.testing.assert_allclose(after.ema["w"], expected.ema["w"], rtol=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(same["grad_norm"]), rel=1e-6)
 
 
 # --- the network
