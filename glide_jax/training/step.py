@@ -147,8 +147,36 @@ def train_step(
     grads, metrics = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
-    grads = jax.tree.map(lambda g: g / scale, grads)
+    return apply_gradient(
+        state,
+        grads,
+        metrics,
+        optimiser=optimiser,
+        config=config,
+        schedule=schedule,
+        spike=spike,
+        rate=rate,
+    )
 
+
+def apply_gradient(
+    state: TrainState,
+    grads: Params,
+    metrics: Metrics,
+    *,
+    optimiser: optax.GradientTransformation,
+    config: OptimiserConfig,
+    schedule: optax.Schedule | None = None,
+    spike: float = 0.0,
+    rate: jax.Array | np.ndarray | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Return the end of `train_step`: what is done once, however many microbatches there are.
+
+    Args:
+        grads: of the scaled loss, averaged over the batch; without frozen parameters.
+        metrics: averaged over the batch.
+    """
+    grads = jax.tree.map(lambda g: g / 2.0**state.loss_scale, grads)
     norm = optax.tree.norm(grads)
     overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
