@@ -72,11 +72,8 @@ class Parallel(Protocol):
     def compile_measure(self, measure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the compiled `(params, batch, key) -> metrics` over all devices.
 
-        The result takes parameters of a state as they lie and this process's rows of a batch, and
-        returns metrics averaged over the devices, as `gather` does.
-
-        Args:
-            measure: `(params, batch, key, *, axis)`; for `axis` see `compile`.
+        It takes parameters of a state as they lie, and this process's rows of a batch; the metrics
+        are averaged and gathered. For the `axis` of `measure` see `compile`.
         """
         ...
 
@@ -95,10 +92,7 @@ class Parallel(Protocol):
         ...
 
     def one_copy(self, state: Any) -> Any:
-        """Return the arrays of a state where they lie, without copies on other devices.
-
-        They have the values of `for_checkpoint`, maybe in other shapes.
-        """
+        """Return the values of `for_checkpoint` where they lie, maybe in other shapes."""
         ...
 
     def for_checkpoint(self, state: Any) -> Any:

@@ -73,4 +73,6 @@ def cost_of_update(
     compiled = program.lower(state, grads, {"loss": state.loss_mean}).compile(
         compiler_options=options
     )
-    return compiled.cost_analysis()
+    cost = compiled.cost_analysis()
+    assert cost is not None
+    return cost
