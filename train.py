@@ -30,6 +30,7 @@ from glide_jax.devices.runtime import prepare
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
+from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_same_model, write_config
@@ -41,7 +42,7 @@ from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
 from glide_jax.training.resuming import say_changes
-from glide_jax.training.state import abstract_state
+from glide_jax.training.state import abstract_state, fit_loss_scale
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> None:
     parallel = make_parallel(config.parallelism, config.batch_size // config.accumulate)
     train_steps = compile_steps(config, make_step(config, objective), batches, parallel)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    held_out = Validation(config, objective, source) if config.validate_every else None
+    held_out = Validation(config, objective, source, parallel) if config.validate_every else None
 
     # -- resume, or start ---------------------------------------------------------------------
     with (
@@ -77,7 +78,7 @@ def train(config: RunConfig) -> None:
             like = parallel.restore_target(abstract_state(config, objective))
             first, state, position = checkpoints.restore(like, source.fingerprint)
             say_changes(config, first, position.get("seconds", 0.0))
-            state = parallel.put_state(state)
+            state = parallel.put_state(fit_loss_scale(state, objective))
             batches.set_state(position)
         per_call = align(batches, first)
         clock = Clock(config, position)
@@ -92,8 +93,7 @@ def train(config: RunConfig) -> None:
                 state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
                 clock.started(metrics)
                 step += per_call
-                rate = 1.0 if factor is None else float(factor)
-                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest, rate)
+                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
                     checkpoints.save(
@@ -101,14 +101,17 @@ def train(config: RunConfig) -> None:
                         parallel.for_checkpoint(state),
                         batches.get_state() | clock.get_state(),
                         source.fingerprint,
+                        checksums(parallel.one_copy(state)),
                     )
                 snapshot(config, step, map(parallel.gather, state.power_emas))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    log.held_out(step, held_out(parallel.gather(state.ema)))
+                    with log.paused():
+                        log.held_out(step, held_out(state.ema))
                 if due(step, config.sample_every, config.steps):
-                    log.samples(step, parallel.gather(state.ema))
+                    with log.paused():
+                        log.samples(step, parallel.for_sampling(state.ema))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -24,7 +24,13 @@ from absl import flags
 from glide_jax.data.articles import with_article
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, load_image, random_square, random_window, square
-from glide_jax.data.order import groups_of, shuffled, shuffled_groups
+from glide_jax.data.order import (
+    ROUNDS,
+    UNRECORDED_ROUNDS,
+    groups_of,
+    shuffled,
+    shuffled_groups,
+)
 from glide_jax.data.records import Source
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.workers import keep_working, shielded
@@ -58,6 +64,7 @@ class Prepare:
         tokenizer: captions -> ids and mask.
         size: height and width of the images.
         groups: from `groups_of`; empty for no groups.
+        rounds: see `shuffled`; a resumed run keeps those that it began with.
     """
 
     source: Source
@@ -66,6 +73,7 @@ class Prepare:
     size: int
     seed: int
     groups: bytes = b""
+    rounds: int = ROUNDS
 
     def __call__(self, position: int) -> tuple[dict[str, np.ndarray], list[str]]:
         """Return one prepared record, and one message per broken record that it replaces.
@@ -92,7 +100,15 @@ class Prepare:
         rng = np.random.default_rng((self.seed % 2**32, position, 1))
         if self.groups:
             return shuffled_groups(position, self.groups, self.seed), rng
-        return shuffled(position, len(self.source), self.seed), rng
+        return shuffled(position, len(self.source), self.seed, self.rounds), rng
+
+    def state(self, position: int) -> dict[str, int]:
+        """Return the state of an iterator at a position of this order."""
+        return {"position": position, "rounds": self.rounds}
+
+    def resumed(self, state: Mapping[str, int]) -> "Prepare":
+        """Return the order that an iterator of this state had."""
+        return replace(self, rounds=int(state.get("rounds", UNRECORDED_ROUNDS)))
 
     def _record(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         record = self.source.records[number]
@@ -212,7 +228,7 @@ class IndexedBatches:
 
 
 class Batches(grain.DatasetIterator):
-    """An endless iterator of batches. Its state is one number, the position in the run's order.
+    """An endless iterator of batches. Its state is the position in the run's order, and its rounds.
 
     The state does not depend on the batch size, nor on the number of processes, workers or
     threads: an iterator that differs in these resumes at the same record.
@@ -280,12 +296,13 @@ class Batches(grain.DatasetIterator):
         self._running[0].start_prefetch()
 
     def get_state(self) -> dict[str, int]:
-        """Return the position at which the next batch starts."""
-        return {"position": self._position}
+        """Return the position at which the next batch starts, and the rounds of the shuffle."""
+        return self._prepare.state(self._position)
 
     def set_state(self, state: dict[str, int]) -> None:
         """Resume from a state that `get_state` returned."""
         self._end(self._running)
+        self._prepare = self._prepare.resumed(state)
         self._position = int(state["position"])
 
     def close(self) -> None:

@@ -11,18 +11,29 @@ from glide_jax.errors import UsageError
 
 # grain's shuffle needs no memory, but takes milliseconds per record of a small source.
 _PERMUTED = 1 << 15
+# Rounds of grain's shuffle. With 4, neighbours in the order of a million records correlate at 0.4,
+# with 8 still at 0.04; with 16 no correlation is left.
+ROUNDS = 16
+# Of runs that were begun before the rounds were part of the state of the data iterator.
+UNRECORDED_ROUNDS = 4
 
 
-def shuffled(position: int, count: int, seed: int) -> int:
+def shuffled(position: int, count: int, seed: int, rounds: int = ROUNDS) -> int:
     """Return the index of the record at a position of the run's order.
 
     Each pass contains every record once, in an order of its own.
+
+    Args:
+        position: from 0 on, without end.
+        count: number of records.
+        seed: of the run.
+        rounds: of the shuffle of many records; even, at least 4.
     """
     number, i = divmod(position, count)
     if count < _PERMUTED:
         return int(_permutation(count, seed, number)[i])
     (pass_seed,) = np.random.SeedSequence((seed % 2**32, number)).generate_state(1)
-    return index_shuffle(i, max_index=count - 1, seed=int(pass_seed), rounds=4)
+    return index_shuffle(i, max_index=count - 1, seed=int(pass_seed), rounds=rounds)
 
 
 @lru_cache(maxsize=4)

@@ -144,11 +144,12 @@ class ResidentBatches:
         return number, caption, flip, top, left
 
     def get_state(self) -> dict[str, int]:
-        """Return the position at which the next batch starts."""
-        return {"position": self._position}
+        """Return the state of `Batches` at the same position."""
+        return self._prepare.state(self._position)
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Resume from a state of this class or of `Batches`."""
+        self._prepare = self._prepare.resumed(state)
         self._position = int(state["position"])
 
 

@@ -1,11 +1,11 @@
 """One training step over many devices: replicated (`pmap`) or fully sharded (`fsdp`).
 
-Both run the same step `(state, batch, key) -> (state, metrics)` and, without dropout, give the same
-result up to rounding; dropout masks depend on the device and the microbatch. The devices may belong
-to several processes, on one machine or on many.
+Both run the same step `(state, batch, key) -> (state, metrics)` and give the same result up to
+rounding. The devices may belong to several processes, on one machine or on many.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glide_jax.errors import UsageError
 
@@ -69,11 +69,30 @@ class Parallel(Protocol):
         """Put this process's rows of a batch on its devices."""
         ...
 
+    def compile_measure(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the compiled `(params, batch, key) -> metrics` over all devices.
+
+        It takes parameters of a state as they lie, and this process's rows of a batch; the metrics
+        are averaged and gathered. For the `axis` of `measure` see `compile`.
+        """
+        ...
+
+    def for_sampling(self, params: Any) -> Any:
+        """Return parameters of a state on all of this process's devices: as copies, or in parts.
+
+        All processes must call it.
+        """
+        ...
+
     def gather(self, tree: Any) -> Any:
         """Return parameters or metrics as arrays that a process can use without the others.
 
         All processes must call it.
         """
+        ...
+
+    def one_copy(self, state: Any) -> Any:
+        """Return the values of `for_checkpoint` where they lie, maybe in other shapes."""
         ...
 
     def for_checkpoint(self, state: Any) -> Any:
@@ -158,8 +177,28 @@ class PMap:
     def put_batch(self, batch: Any) -> Any:
         return split_batch(batch, len(self._local))
 
+    def compile_measure(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        def averaged(params: Any, rows: Any, key: Any) -> Any:
+            return jax.lax.pmean(measure(params, rows, key, axis=AXIS), AXIS)
+
+        program = jax.pmap(averaged, axis_name=AXIS, in_axes=(0, 0, None))
+        return lambda params, batch, key: self.gather(program(params, self.put_batch(batch), key))
+
+    def for_sampling(self, params: Any) -> Any:
+        where = NamedSharding(device_mesh(self._local), PartitionSpec())
+
+        def whole(x: jax.Array) -> jax.Array:
+            # Each device's own copy: nothing moves between devices.
+            copies = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape[1:], where, copies)
+
+        return jax.tree.map(whole, params)
+
     def gather(self, tree: Any) -> Any:
         return unreplicate(tree)
+
+    def one_copy(self, state: Any) -> Any:
+        return jax.tree.map(lambda x: x.addressable_data(0), state)
 
     def for_checkpoint(self, state: Any) -> Any:
         # Not through `unreplicate`: a second copy of a state may not fit on the device.
@@ -236,10 +275,31 @@ class FSDP:
         rows = NamedSharding(self._mesh, PartitionSpec(AXIS))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
+    def compile_measure(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        rows, everywhere = (NamedSharding(self._mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
+
+        def pinned(params: Any, batch: Any, key: Any) -> Any:
+            batch = jax.lax.with_sharding_constraint(batch, rows)
+            with pin_batch(self._mesh.abstract_mesh):
+                metrics = measure(params, batch, key, axis=None)
+            return jax.lax.with_sharding_constraint(metrics, everywhere)
+
+        program = jax.jit(pinned)
+        return lambda params, batch, key: self.gather(program(params, self.put_batch(batch), key))
+
+    def for_sampling(self, params: Any) -> Any:
+        if jax.process_count() == 1:
+            return params
+        # One process samples: it holds all parts, each on one of its devices.
+        return shard(self.gather(params), device_mesh(jax.local_devices()))
+
     def gather(self, tree: Any) -> Any:
         if jax.process_count() == 1:
             return tree
         return jax.tree.map(_gathered, tree)
+
+    def one_copy(self, state: Any) -> Any:
+        return state
 
     def for_checkpoint(self, state: Any) -> Any:
         return state
@@ -278,16 +338,13 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, shard_spec(np.shape(x), mesh.size)), state)
 
 
-def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
-    """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used.
+@contextmanager
+def pin_batch(mesh: AbstractMesh) -> Iterator[None]:
+    """Keep the batch of every activation split over a mesh, while modules are traced.
 
-    Args:
-        step: `(state, rows, key, *shared, axis)`.
-        mesh: all devices.
-        batch_axis: axis of the arrays in `rows` that is the batch.
+    Otherwise XLA leaves some parameters sharded and gathers the whole batch instead.
     """
-    batch, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((AXIS,), ()))
-    given = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, AXIS))
+    batch = NamedSharding(mesh, PartitionSpec(AXIS))
 
     # The first axis of every activation is the batch.
     def stays(x: Any) -> Any:
@@ -296,14 +353,27 @@ def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
         return x
 
     def pinned(method: Callable[..., Any], args: Any, kwargs: Any, _: Any) -> Any:
-        # Otherwise XLA leaves some parameters sharded and gathers the whole batch instead.
         return jax.tree.map(stays, method(*args, **kwargs))
+
+    # Kernels of our own read from the current mesh how batches are split.
+    with jax.sharding.use_abstract_mesh(mesh), nn.intercept_methods(pinned):
+        yield
+
+
+def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
+    """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used.
+
+    Args:
+        step: `(state, rows, key, *shared, axis)`.
+        mesh: all devices.
+        batch_axis: axis of the arrays in `rows` that is the batch.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    given = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, AXIS))
 
     def sharded(state: Any, rows: Any, key: Any, *shared: Any) -> tuple[Any, Any]:
         rows = jax.lax.with_sharding_constraint(rows, given)
-        # Kernels of our own read from the current mesh how batches are split.
-        known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-        with known, nn.intercept_methods(pinned):
+        with pin_batch(mesh.abstract_mesh):
             state, metrics = step(state, rows, key, *shared, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, everywhere)
         layout = state_sharding(state, mesh)

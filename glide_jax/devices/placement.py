@@ -67,6 +67,21 @@ class Placement:
             return jax.device_put(tree)
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
+    def put_weights(self, tree: Any) -> Any:
+        """Put weights on each device; those that lie on these devices already stay as they are."""
+        here = set(self.mesh.devices.flat)
+
+        def put(leaf: Any) -> Any:
+            stays = isinstance(leaf, jax.Array) and leaf.sharding.device_set == here
+            return leaf if stays else self.replicate(leaf)
+
+        return jax.tree.map(put, tree)
+
+    def in_parts(self, tree: Any) -> bool:
+        """Whether some array is split over these devices, so that none of them holds it whole."""
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+        return not all(leaf.is_fully_replicated for leaf in leaves)
+
     def arrange_kernels(self, tree: Any) -> Any:
         """Lay kernels of convolutions out in memory as a GPU's convolutions in 16 bits read them.
 

@@ -102,6 +102,17 @@ def to_eps(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     return output if prediction == "eps" else alpha * output + sigma * x
 
 
+def to_x_0(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
+    """Return x_0 from the prediction.
+
+    `(x_t - sigma eps) / alpha`, `alpha x_t - sigma v` (2202.00512), or `x_0` itself. Through eps,
+    the rounding errors of a prediction of v or x_0 would grow with sigma / alpha.
+    """
+    if prediction == "x":
+        return output
+    return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
+
+
 def target_of(prediction: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
     """Return what a network is to predict: `eps`, `alpha eps - sigma x_0` for v, or `x_0`."""
     if prediction == "x":

@@ -4,9 +4,14 @@ Features are `(N, D)` and are converted to float64. A Frechet distance is FID on
 features, the resizing and the number of images of its paper: always name the features.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from glide_jax.errors import UsageError
+
+# Values of an (N, M) matrix that are in memory at the same time: 128 MiB in float64.
+BLOCK = 2**24
 
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
@@ -29,14 +34,22 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Squared MMD with the kernel `(x . y / D + 1)^3`, unbiased  (KID, 1801.01401, sec. 4)."""
     real, generated = _features(real, generated)
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    def total(a: np.ndarray, b: np.ndarray) -> float:
+        return sum(((a[rows] @ b.T / a.shape[1] + 1) ** 3).sum() for rows in _blocks(a, b))
 
     def within(x: np.ndarray) -> float:
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+        own = (((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum()
+        return (total(x, x) - own) / (len(x) * (len(x) - 1))
 
-    return float(within(real) + within(generated) - 2 * kernel(real, generated).mean())
+    between = total(real, generated) / (len(real) * len(generated))
+    return float(within(real) + within(generated) - 2 * between)
+
+
+def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[slice]:
+    """Yield slices of the rows of `a`, whose distances to all of `b` fit into a block."""
+    size = max(BLOCK // len(b), 1)
+    for first in range(0, len(a), size):
+        yield slice(first, first + size)
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -57,8 +70,17 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tup
 
 def _share_among(points: np.ndarray, others: np.ndarray, k: int) -> float:
     # The nearest of all is the point itself.
-    radius = np.partition(_distances(others, others), k, axis=1)[:, k]
-    return float((_distances(points, others) <= radius).any(axis=1).mean())
+    radius = np.concatenate(
+        [
+            np.partition(_distances(others[rows], others), k, axis=1)[:, k].copy()
+            for rows in _blocks(others, others)
+        ]
+    )
+    found = sum(
+        np.count_nonzero((_distances(points[rows], others) <= radius).any(axis=1))
+        for rows in _blocks(points, others)
+    )
+    return found / len(points)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ def noise_loss(
         low_res_noise=config.low_res_noise if model.config.low_res_level else 0.0,
         caption_dropout=0.0,
         train_size=0,
-        batch_size=size * jax.device_count(),
+        batch_size=size,
         accumulate=1,
         validation_split=split,
     )

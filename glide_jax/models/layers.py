@@ -5,6 +5,7 @@ in `dtype`. Norms, softmax, the path of the time embedding, and all parameters a
 OpenAI's models.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +259,25 @@ def depth_to_space(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(batch, height * block, width * block, -1)
 
 
+def drop(x: jax.Array, keys: jax.Array, rate: float, place: str) -> jax.Array:
+    """Set values to zero at a rate, and enlarge the others so that means stay  (1207.0580).
+
+    A record's mask depends on its own key alone, not on the batch or the devices.
+
+    Args:
+        x: `(B, ...)`.
+        keys: `(B,)` keys.
+        rate: from 0 to 1.
+        place: where in the network; each place has masks of its own.
+    """
+    number = np.uint32(zlib.crc32(place.encode()))
+
+    def keep(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), jnp.zeros_like(x))
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over pixels, whose keys and values begin with those of the text  (GLIDE, 2.1).
 
@@ -303,8 +323,13 @@ class ResBlock(nn.Module):
     skip_3x3: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, train: bool) -> jax.Array:
-        """Map `x (B, H, W, C)` and `emb (B, E)` float32 to `(B, H', W', features)`."""
+    def __call__(
+        self, x: jax.Array, emb: jax.Array, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Map `x (B, H, W, C)` and `emb (B, E)` float32 to `(B, H', W', features)`.
+
+        With `(B,)` keys, one for each record, there is dropout.
+        """
         h = GroupNorm(swish=1.0, name="norm_1")(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -314,7 +339,8 @@ class ResBlock(nn.Module):
         emb = dense(width, jnp.float32, "emb")(nn.silu(emb))
         norm = GroupNorm(swish=1.0, name="norm_2")
         h = norm(h, emb) if self.film else norm(h + emb.astype(h.dtype)[:, None, None])
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        if dropout_keys is not None and self.dropout:
+            h = drop(h, dropout_keys, self.dropout, "/".join(self.path))
         h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)
 
         if x.shape[-1] != self.features:

@@ -44,7 +44,7 @@ class UNet(nn.Module):
         x: jax.Array,
         t: jax.Array,
         text: TextFeatures | None,
-        train: bool,
+        dropout_keys: jax.Array | None = None,
         low_res_level: jax.Array | None = None,
         guidance: jax.Array | None = None,
     ) -> jax.Array:
@@ -54,7 +54,7 @@ class UNet(nn.Module):
             x: `(B, H, W, C_in)` float32.
             t: `(B,)` timesteps, integer or fractional.
             text: features of the captions, or None.
-            train: whether dropout is on.
+            dropout_keys: see `GLIDE`.
             low_res_level: `(B,)` timesteps of the noise in the low-resolution image, for configs
                 with `low_res_level`.
             guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
@@ -87,7 +87,7 @@ class UNet(nn.Module):
         if text is not None:
             emb = emb + text.pooled
         # Activation checkpointing: the backward pass recomputes all but the input of each block.
-        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
 
@@ -104,7 +104,7 @@ class UNet(nn.Module):
                 film=c.use_scale_shift_norm,
                 resample=resample,
                 name=name,
-            )(h, emb, train)
+            )(h, emb, dropout_keys)
 
         def attention(h: jax.Array, name: str, heads: int = c.num_heads) -> jax.Array:
             if c.num_head_channels > 0:
@@ -116,14 +116,14 @@ class UNet(nn.Module):
             space_to_depth(x, c.patch).astype(self.dtype)
         )
         skips, ds, i = [h], 1, 1
-        for level, mult in enumerate(c.channel_mult):
+        for depth, mult in enumerate(c.channel_mult):
             for _ in range(c.num_res_blocks):
                 h = res(h, c.model_channels * mult, f"down_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"down_{i}_attn")
                 skips.append(h)
                 i += 1
-            if level < len(c.channel_mult) - 1:
+            if depth < len(c.channel_mult) - 1:
                 if c.resblock_updown:
                     h = res(h, h.shape[-1], f"down_{i}_res", downsample)
                 else:
@@ -209,7 +209,7 @@ class GLIDE(nn.Module):
         inpaint_mask: jax.Array | None = None,
         low_res_level: jax.Array | None = None,
         guidance: jax.Array | None = None,
-        train: bool = False,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Return the noise prediction and the variance output for noised images.
 
@@ -225,7 +225,8 @@ class GLIDE(nn.Module):
                 `low_res_level`. None: no noise, t = 0.
             guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
                 None: no guidance, scale 1.
-            train: whether dropout is on (needs a "dropout" rng).
+            dropout_keys: `(B,)` keys of the records, from which the masks of dropout are sampled.
+                None: no dropout, as in sampling.
 
         Returns:
             `(B, H, W, out_channels)` float32: the noise, then, with learned variance, the variance
@@ -262,7 +263,7 @@ class GLIDE(nn.Module):
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
         h = jnp.concatenate(inputs, axis=-1)
-        output = self.unet(h, t, text, train, low_res_level, guidance)
+        output = self.unet(h, t, text, dropout_keys, low_res_level, guidance)
         if c.residual:
             assert low_res is not None
             enlarged = jax.image.resize(low_res, shape, "bicubic", antialias=False)

@@ -77,6 +77,10 @@ def _kind(model: Model) -> tuple[Any, ...]:
 def sample_grid(
     model: Model, prompts: Sequence[str], *, seed: int = 0, dtype: str = "auto"
 ) -> Image.Image:
-    """Return a grid of samples of a model without CLIP guidance, one per prompt."""
+    """Return a grid of samples of a model without CLIP guidance, one per prompt.
+
+    All of this process's devices share the batch. Weights that lie on them in parts stay so.
+    """
     settings = Settings().changed(**model.defaults | {"clip_scale": 0.0})
-    return Pipeline(model, dtype, settings=settings)(prompts, seed=seed, progress=False).grid()
+    pipe = Pipeline(model, dtype, "all", settings=settings)
+    return pipe(prompts, seed=seed, progress=False).grid()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from glide_jax.devices.parallel import pin_batch
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network
@@ -29,13 +30,16 @@ class Denoiser:
     Attributes:
         model: the module.
         mesh: the devices over which batches are split.
+        in_parts: whether they hold the weights in parts; otherwise each holds them whole.
     """
 
     model: GLIDE
     mesh: AbstractMesh
+    in_parts: bool = False
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(self.mesh):
+        on_mesh = pin_batch if self.in_parts else jax.sharding.use_abstract_mesh
+        with on_mesh(self.mesh):
             output: Any = self.model.apply({"params": params}, x, t, **cond)
         return output
 
@@ -71,10 +75,12 @@ class Stage:
         """The network and its weights, on the devices; those of the trunk in its dtype."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
         placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
-        if placement.platform == "cpu" and module.dtype == jnp.float32:
+        in_parts = placement.in_parts(params)
+        if placement.platform == "cpu" and module.dtype == jnp.float32 and not in_parts:
             params = transform_kernels(params, self.model.config)
-        params = placement.arrange_kernels(placement.replicate(params))
-        denoiser = Denoiser(module, placement.mesh.abstract_mesh)
+        params = placement.put_weights(params)
+        params = params if in_parts else placement.arrange_kernels(params)
+        denoiser = Denoiser(module, placement.mesh.abstract_mesh, in_parts)
         return Network(denoiser, params, self.model.prediction)
 
     @cached_property

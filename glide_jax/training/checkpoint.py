@@ -7,10 +7,11 @@ each array, the data's fingerprint and position, and a digest of the manifest it
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,15 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from glide_jax.devices.processes import on_first, shared_text
 from glide_jax.errors import GlideError
+from glide_jax.training.checksums import checksums, name_of
 from glide_jax.training.state import TrainState
 
 STATE, MANIFEST = "state", "manifest"
+# Whether the array of a path is read.
+Wanted = Callable[[str], bool]
 
 
 class Saved(NamedTuple):
@@ -41,57 +44,10 @@ class Saved(NamedTuple):
     position: dict[str, Any]
 
 
-# --- checksums
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """Return `sum_k b_k (2 k + 1) mod 2^32` of each array by its path, b its values as integers.
-
-    The sum does not depend on sharding over devices and processes. One altered value always changes
-    it; several leave it unchanged with a probability of 2^-32.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    own = np.array([_own_sum(leaf) for _, leaf in leaves], np.uint32)
-    if not all(getattr(leaf, "is_fully_addressable", True) for _, leaf in leaves):
-        own = np.asarray(multihost_utils.process_allgather(own)).sum(axis=0, dtype=np.uint32)
-    return {_name(path): int(total) for (path, _), total in zip(leaves, own, strict=True)}
-
-
-def _own_sum(x: jax.Array | np.ndarray) -> int:
-    """Return the sum over this process's part of an array."""
-    if not isinstance(x, jax.Array):
-        return _box_sum(np.asarray(x), (0,) * np.ndim(x), np.shape(x))
-    total = 0
-    for shard in x.addressable_shards:
-        if shard.replica_id == 0:
-            begin = [part.start or 0 for part in shard.index]
-            total += _box_sum(np.asarray(shard.data), begin, x.shape)
-    return total % 2**32
-
-
-def _box_sum(x: np.ndarray, begin: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the sum over a box `x` of an array of a shape; the box begins at index `begin`."""
-    last = x.shape[-1] if x.ndim else 1
-    values = np.ascontiguousarray(x).view(f"u{x.itemsize}").astype(np.uint32, copy=False)
-    rows = values.reshape(-1, last)
-    # Flat index, in the whole array, of the first value of each row; all is modulo 2^32.
-    index = np.zeros(1, np.uint32)
-    for size, first, count in zip(shape, begin, x.shape, strict=True):
-        here = np.arange(first, first + count, dtype=np.uint32)
-        index = (index[:, None] * np.uint32(size) + here).reshape(-1)
-    index = index.reshape(-1, last)[:, 0]
-    weights = 2 * np.arange(last, dtype=np.uint32) + 1
-    return int((rows @ weights + 2 * index * rows.sum(axis=1, dtype=np.uint32)).sum()) % 2**32
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _arrays(tree: Any) -> dict[str, list[Any]]:
     """Return dtype and shape of each array by its path, as JSON values."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
+    return {name_of(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves}
 
 
 # --- reading
@@ -108,7 +64,9 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
 
 
-def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], list[int]]:
+def newest(
+    folder: Path, like: TrainState, wanted: Wanted | None = None
+) -> tuple[TrainState, dict[str, Any], list[int]]:
     """Return the newest whole state, its manifest, and the steps of newer, broken checkpoints.
 
     Broken checkpoints are named on stderr. All processes of a run must call this.
@@ -116,6 +74,7 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     Args:
         folder: holds a folder for each step.
         like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
+        wanted: see `read`.
 
     Raises:
         GlideError: a checkpoint is of another recipe, or none is whole.
@@ -124,7 +83,7 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     broken: dict[int, str] = {}
     for step in steps_in(folder):
         try:
-            state, manifest = read(folder / str(step), like)
+            state, manifest = read(folder / str(step), like, wanted)
             return state, manifest, list(broken)
         except BrokenCheckpoint as error:
             broken[step] = str(error)
@@ -138,22 +97,29 @@ def newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any], 
     raise GlideError(f"no checkpoint in {folder} is whole ({listed}): choose another --out")
 
 
-def read(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def read(
+    folder: Path, like: TrainState, wanted: Wanted | None = None
+) -> tuple[TrainState, dict[str, Any]]:
     """Return the state and the manifest of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        like: see `newest`; numpy arrays if some arrays are not wanted.
+        wanted: whether the array of a path is read; the others are `...` in the state. None: all.
 
     Raises:
         BrokenCheckpoint: it is incomplete or altered; raised in all processes if one finds it so.
         GlideError: it is whole, and of another recipe.
     """
     manifest = _together(lambda: _read_manifest(folder / MANIFEST))
-    saved, wanted = manifest["arrays"], _arrays(like)
-    if different := sorted(p for p in wanted | saved if wanted.get(p) != saved.get(p)):
+    saved, expected = manifest["arrays"], _arrays(like)
+    if different := sorted(p for p in expected | saved if expected.get(p) != saved.get(p)):
         raise GlideError(
             f"cannot resume from step {folder.name} in {folder.parent}: it was made by another "
             f"recipe ({len(different)} arrays differ: {', '.join(different[:3])}); choose another "
             "folder with --out"
         )
-    state = _together(lambda: _read_state(folder / STATE, like))
+    state = _together(lambda: _read_state(folder / STATE, like, wanted))
     _together(lambda: _check_values(state, manifest))
     return state, manifest
 
@@ -187,11 +153,19 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_state(folder: Path, like: TrainState) -> TrainState:
+def _read_state(folder: Path, like: TrainState, wanted: Wanted | None) -> TrainState:
     # Not the manager's `restore`: it waits for other processes, which may have failed.
     handler: Any = ocp.StandardCheckpointHandler()
+    arguments: Any = ocp.args.StandardRestore(like)
+    if wanted is not None:
+        handler = ocp.PyTreeCheckpointHandler()
+        some = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if wanted(name_of(path)) else ocp.PLACEHOLDER, like
+        )
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
+        arguments = ocp.args.PyTreeRestore(item=some, restore_args=kinds)
     try:
-        return handler.restore(folder, args=ocp.args.StandardRestore(like))
+        return handler.restore(folder, args=arguments)
     except Exception as error:  # orbax and tensorstore raise many types
         raise BrokenCheckpoint(f"cannot be read: {_first_line(error)}") from None
     finally:
@@ -199,9 +173,15 @@ def _read_state(folder: Path, like: TrainState) -> TrainState:
 
 
 def _check_values(state: TrainState, manifest: dict[str, Any]) -> None:
-    now, then = checksums(state), manifest["checksums"]
+    now, then = checksums(_present(state)), manifest["checksums"]
     if wrong := sorted(path for path in now if now[path] != then[path]):
         raise BrokenCheckpoint(f"values of {', '.join(wrong[:3])} differ from those saved")
+
+
+def _present(state: TrainState) -> dict[str, Any]:
+    """Return the arrays that were read, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {name_of(path): leaf for path, leaf in leaves if leaf is not ocp.PLACEHOLDER}
 
 
 def _first_line(error: Exception) -> str:
@@ -231,6 +211,15 @@ def _quieten() -> None:
 # --- writing
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed save left.
+
+    Not by orbax, which does it in the background: a save of the same step would lose its folder.
+    """
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background.
 
@@ -253,11 +242,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
-            cleanup_tmp_directories=True,
             # The metadata of the steps is not needed here, and may be broken.
             lightweight_initialize=True,
         )
         with self._writing():
+            on_first(partial(_remove_unfinished, folder))
             self._manager = ocp.CheckpointManager(folder, options=options)
 
     @contextmanager
@@ -295,7 +284,14 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any], source: str) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        source: str,
+        sums: dict[str, int] | None = None,
+    ) -> None:
         """Write the state after `step` updates, unless it is there already.
 
         Args:
@@ -303,13 +299,15 @@ class Checkpoints:
             state: the training state.
             position: the state of the data iterator after as many steps.
             source: the data's fingerprint.
+            sums: the checksums of the state, of its arrays on the devices; None: of `state`.
 
         Raises:
             GlideError: this checkpoint, or the one before, could not be written.
         """
         if step == self._manager.latest_step():
             return
-        manifest: dict[str, Any] = {"arrays": _arrays(state), "checksums": checksums(state)}
+        sums = checksums(state) if sums is None else sums
+        manifest: dict[str, Any] = {"arrays": _arrays(state), "checksums": sums}
         manifest |= {"data": position, "source": source}
         manifest |= {"digest": _digest(manifest)}
         items = {STATE: ocp.args.StandardSave(state), MANIFEST: ocp.args.JsonSave(manifest)}

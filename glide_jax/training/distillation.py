@@ -29,12 +29,12 @@ from glide_jax.diffusion.guidance import (
     noise_predictor,
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
-from glide_jax.diffusion.schedule import to_eps
+from glide_jax.diffusion.schedule import to_x_0
 from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
-from glide_jax.training.inputs import Inputs
+from glide_jax.training.inputs import Inputs, dropout_keys
 
 # The largest weight of an error of x_0 is 1 / LEAST_SIGMA.
 LEAST_SIGMA = 0.05
@@ -147,7 +147,7 @@ def student_of(
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
-        x_0 = point.to_x_0(to_eps(prediction, output, x, point.alpha, point.sigma), x)
+        x_0 = to_x_0(prediction, output, x, point.alpha, point.sigma)
         return jnp.clip(x_0, -1, 1) if clip else x_0
 
     return denoise
@@ -283,7 +283,7 @@ def consistency_terms(
     config: TrainConfig,
     teacher: Any,
     done: Any,
-    dropout_key: jax.Array | None,
+    train: bool = False,
 ) -> tuple[Terms, jax.Array]:
     """Return the consistency loss of a batch at a share of the run, and the number of segments.
 
@@ -295,7 +295,8 @@ def consistency_terms(
         return partial(model.apply, {"params": params})
 
     segments = segments_at(done, config.distillation.segments)
-    train = dropout_key is not None and config.model.dropout > 0
+    # The same dropout masks at both noise levels.
+    dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     terms = consistency(
         network(model, params),
         network(model, jax.lax.stop_gradient(params)),
@@ -304,8 +305,6 @@ def consistency_terms(
         tables=tables,
         config=config,
         segments=segments,
-        train=train,
-        # The same dropout masks at both noise levels.
-        rngs={"dropout": dropout_key} if train else None,
+        **dropout,
     )
     return terms, segments

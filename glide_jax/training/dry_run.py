@@ -26,7 +26,8 @@ from glide_jax.devices.parallel import AXIS, device_mesh, fsdp_step, state_shard
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.attention import compile_for
 from glide_jax.training.config import CLIPTrainConfig, RunConfig
-from glide_jax.training.flops import flops_per_image
+from glide_jax.training.flops import cost_of_update, flops_per_image
+from glide_jax.training.freezing import without_frozen
 from glide_jax.training.objectives import Batch, abstract_batch, make_objective
 from glide_jax.training.state import TrainState, abstract_state
 from glide_jax.training.step import make_step
@@ -140,7 +141,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     if config.dtype == "auto":
         # "auto" depends on the devices of this machine, not on those compiled for.
         config = replace(config, dtype="bfloat16" if chips else "float32")
-    count, microbatches = len(devices), config.accumulate
+    count, microbatches, options = len(devices), config.accumulate, QUICK if chips else None
     microbatch = images_per_device(config, count)
     begun = time.monotonic()
     clocked = clock(f"compiling {config.name} for {chips.name if chips else 'cpu'}")
@@ -149,33 +150,41 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         program, arguments = parallel_step(config, device_mesh(devices))
         flops, moved, code = math.nan, math.nan, 0
         try:
-            compiled = program.lower(*arguments).compile(compiler_options=QUICK if chips else None)
+            compiled = program.lower(*arguments).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             temporaries = reported_temporaries(str(error))
         else:
             memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
             temporaries, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
-            # The compiler counts one iteration of the loop over microbatches.
-            flops, moved = microbatches * cost["flops"], microbatches * cost["bytes accessed"]
+            flops, moved = cost["flops"], cost["bytes accessed"]
+            if microbatches > 1:
+                # The compiler counts one iteration of the loop; the update comes after it.
+                once = cost_of_update(config, arguments[0], options)
+                flops += (microbatches - 1) * (flops - once["flops"])
+                moved += (microbatches - 1) * (moved - once["bytes accessed"])
         seconds = time.monotonic() - begun
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    trained = without_frozen(state.params, config.optimiser.freeze)
+    summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. fsdp, in each microbatch, gathers all parameters for the forward
-    # and for the backward pass, and sums all gradients.
-    passes = 3 * microbatches if config.parallelism == "fsdp" else 2
+    # and for the backward pass, and sums all gradients. Frozen parameters have none.
+    passed = (
+        microbatches * (2 * parameters + summed) if config.parallelism == "fsdp" else 2 * summed
+    )
     return Needs(
         parameters=parameters,
         devices=count,
         microbatch=microbatch,
         state=bytes_of_one(state),
-        gradients=bytes_of_one(state.params),
+        gradients=bytes_of_one(trained),
         temporaries=temporaries,
         program=code,
         model_flops=model_flops,
         flops=flops,
         moved=moved,
-        network=passes * 4 * parameters * (count - 1) / count,
+        network=4 * passed * (count - 1) / count,
         seconds=seconds,
     )
 

@@ -11,11 +11,16 @@ import numpy as np
 
 from glide_jax.folders import expand_home
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
-from glide_jax.training.runs import is_run, restore_run, run_defaults
+from glide_jax.training.runs import is_average, is_run, restore_run, run_defaults
 from glide_jax.training.state import TrainState
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT
 from glide_jax.weights.store import flatten, load_weights, save_weights
 from glide_jax.weights.token_rows import ROWS, TABLE, compact
+
+
+def _exported(path: str) -> bool:
+    """Whether an array is the EMA, the step, or the moment that `seen_tokens` reads."""
+    return is_average(path) or path.endswith(f"nu/{TABLE}")
 
 
 def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
@@ -42,7 +47,7 @@ def _seen_before(weights: str, n_vocab: int) -> np.ndarray | None:
     embedded = weights in (*EMBEDDED, *EMBEDDED_CLIPS)
     folder = ASSETS / weights if embedded else expand_home(weights)
     if is_run(folder):
-        return seen_tokens(*restore_run(folder))
+        return seen_tokens(*restore_run(folder, _exported))
     if not folder.is_dir():
         return None
     _, flat, _ = load_weights(folder)
@@ -64,7 +69,7 @@ def export(run: Path, to: Path) -> int:
     Raises:
         GlideError: the run cannot be read, or the folder not written.
     """
-    config, state = restore_run(run)
+    config, state = restore_run(run, _exported)
     flat = flatten(state.ema)
     seen = seen_tokens(config, state) if TABLE in flat else None
     if seen is not None and seen.any():

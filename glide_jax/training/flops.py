@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 
 from glide_jax.training.config import RunConfig
+from glide_jax.training.freezing import without_frozen
 from glide_jax.training.objectives import abstract_batch, make_objective
+from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.state import TrainState
+from glide_jax.training.step import apply_gradient
 
 # Images in the counted batch: enough for a good mean per image, few enough to trace quickly.
 IMAGES = 2
@@ -46,3 +51,28 @@ def count_flops(function: Any, *arguments: Any) -> float:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.default_device(host):
         return function.lower(*shapes).cost_analysis()["flops"]
+
+
+def cost_of_update(
+    config: RunConfig, state: TrainState, options: dict[str, Any] | None
+) -> dict[str, float]:
+    """Return the compiler's costs of what a step does once: the update of the state.
+
+    Args:
+        config: the recipe.
+        state: abstract, on the devices compiled for.
+        options: of the compiler.
+    """
+    update = partial(
+        apply_gradient,
+        optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
+        config=config.optimiser,
+    )
+    grads = without_frozen(state.params, config.optimiser.freeze)
+    program = jax.jit(update, donate_argnums=0)
+    compiled = program.lower(state, grads, {"loss": state.loss_mean}).compile(
+        compiler_options=options
+    )
+    cost = compiled.cost_analysis()
+    assert cost is not None
+    return cost

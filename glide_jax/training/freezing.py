@@ -1,7 +1,9 @@
 """Parameters that training leaves as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from glide_jax.errors import UsageError
 from glide_jax.weights.store import flatten, unflatten
@@ -21,3 +23,18 @@ def frozen_labels(params: Any, frozen: Sequence[str]) -> Any:
                 f"nothing to freeze begins with {start!r}: parts are {', '.join(parts)}"
             )
     return unflatten({k: "frozen" if k.startswith(tuple(frozen)) else "trained" for k in flat})
+
+
+def without_frozen(params: Any, frozen: Sequence[str]) -> Any:
+    """Return the same tree with None in place of frozen parameters, so that they are no leaves."""
+    if not frozen:
+        return params
+    labels = frozen_labels(params, frozen)
+    return jax.tree.map(lambda x, label: x if label == "trained" else None, params, labels)
+
+
+def with_frozen(trained: Any, params: Any, fill: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Return the tree of `without_frozen` filled up: frozen parameters become `fill(parameter)`."""
+    return jax.tree.map(
+        lambda x, p: fill(p) if x is None else x, trained, params, is_leaf=lambda x: x is None
+    )

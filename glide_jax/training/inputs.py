@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+# Tells the keys of dropout from what else a record's key is used for.
+DROPOUT = 1
+
 
 class Inputs(NamedTuple):
     """Noised images of a batch and their conditioning.
@@ -26,3 +29,8 @@ class Inputs(NamedTuple):
     mask: jax.Array | np.ndarray
     conditioning: dict[str, jax.Array]
     key: jax.Array
+
+
+def dropout_keys(inputs: Inputs) -> jax.Array:
+    """Return `(B,)` keys for dropout, one for each record."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT))(inputs.key)

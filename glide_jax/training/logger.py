@@ -1,8 +1,10 @@
 """The progress of a run: a bar, curves, grids of samples, a trace for the profiler."""
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import jax
@@ -15,7 +17,6 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params, finish
-from glide_jax.training.optimiser import learning_rate
 from glide_jax.training.runs import model_of
 from glide_jax.training.writers import open_writer
 
@@ -44,12 +45,11 @@ class Logger:
         self._config, self._sample_grid = config, sample_grid
         self._main = jax.process_index() == 0
         self._writer = open_writer(config, first_process=self._main)
-        self._profile = profiled_steps(config.profile)
+        self._profile, self._tracing = profiled_steps(config.profile), False
         self._window: list[tuple[int, Metrics]] = []
         self._due: tuple[int, list[tuple[int, Metrics]]] | None = None
         self._since, self._from, self._first = time.monotonic(), first, first
-        self._rate = learning_rate(config.optimiser, config.steps, bool(config.minutes))
-        self._factor = 1.0
+        self._last: Metrics = {}
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         # FLOP/s of all devices; nan if unknown.
         self._peak = count * (peak_flops(kind) or math.nan)
@@ -71,6 +71,8 @@ class Logger:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
         self._bar.close()
         self._writer.close()
 
@@ -80,7 +82,6 @@ class Logger:
         count: int,
         metrics: Metrics,
         saved: int | None = None,
-        factor: float = 1.0,
     ) -> None:
         """Record the metrics of the last steps.
 
@@ -89,13 +90,12 @@ class Logger:
             count: how many of them these are.
             metrics: arrays on the device; with several steps, every array begins with the step.
             saved: the newest saved step.
-            factor: factor of the learning rate.
 
         Raises:
             GlideError: a step of the last window was bad, and `on_bad_step` is "stop".
         """
         self._bar.update(count)
-        self._factor = factor
+        self._last = metrics
         # A window is read once the next steps are running, so the device never waits.
         self._read(saved)
         self._window.append((count, metrics))
@@ -126,7 +126,7 @@ class Logger:
         self._since, self._from = now, step
         values |= {
             "images_per_second": rate,
-            "learning_rate": self._factor * float(np.asarray(self._rate(step - 1))),
+            "learning_rate": float(window[-1]["learning_rate"]),
             "model_flop_utilisation": rate * self._flops / self._peak,
         }
         values |= device_memory()
@@ -135,21 +135,34 @@ class Logger:
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
 
     def _trace(self, step: int, count: int, metrics: Metrics) -> None:
-        """Start and end the trace for TensorBoard's profiler."""
+        """Start and end the trace for TensorBoard's profiler.
+
+        It begins with a call that has steps of the range, but not with the first call, which
+        compiles; so a run that is resumed within the range traces the rest.
+        """
         if self._profile is None:
             return
         begin, end = self._profile
-        if step - count < begin - 1 <= step:
+        if step >= end:
+            jax.block_until_ready(metrics)
+            self._profile = None
+            if self._tracing:
+                jax.profiler.stop_trace()
+                self._tracing = False
+            elif self._main:
+                print(
+                    f"note: no trace of {self._config.profile}: the first steps of this process "
+                    "are not traced, and the range ends before or with them",
+                    file=sys.stderr,
+                )
+        elif not self._tracing and step + count >= begin:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(str(self._config.folder / "logs"))
-        elif step - count < end <= step:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
+            self._tracing = True
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
         """Record the held-out loss and its terms."""
         self._writer.scalars({f"held_out/{name}": value for name, value in values.items()}, step)
-        self._pause(step)
 
     def samples(self, step: int, ema: Params) -> None:
         """Sample the recipe's prompts with the EMA weights, into `samples/step_000500.png`.
@@ -165,11 +178,17 @@ class Logger:
         folder.mkdir(exist_ok=True)
         grid.save(folder / f"step_{step:06}.png")
         self._writer.image("samples", np.asarray(grid), step)
-        self._pause(step)
 
-    def _pause(self, step: int) -> None:
-        # Sampling and validation do not count as training time.
-        self._since, self._from = time.monotonic(), step
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time does not count as training time: sampling and validation."""
+        # The steps so far do count, and may still be running on the device.
+        jax.block_until_ready(self._last)
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since += time.monotonic() - begun
 
 
 def generates_from_text(config: RunConfig) -> TypeGuard[TrainConfig]:

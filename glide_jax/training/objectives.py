@@ -1,8 +1,7 @@
 """The losses that training minimises: `(params, batch, key) -> (loss, metrics)`.
 
-The random numbers of a record come from the key and from its row in the whole batch. So without
-dropout, the number of devices, processes and microbatches changes the loss by at most rounding.
-Dropout masks depend on the device and the microbatch.
+The random numbers of a record, dropout included, come from the key and from its row in the whole
+batch. So the number of devices, processes and microbatches changes the loss by at most rounding.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
-from glide_jax.training.inputs import Inputs
+from glide_jax.training.inputs import Inputs, dropout_keys
 from glide_jax.training.levels import Levels, make_levels
 from glide_jax.training.masks import random_mask
 
@@ -76,8 +75,9 @@ class Objective:
     Attributes:
         model: the linen module.
         init: `key -> params`, random.
-        loss: `(params, batch, key, *, dropout_key, axis) -> (loss, metrics)`, the mean over the
-            batch; `axis` is the name of the mapped axis over which the batch is split, if any.
+        loss: `(params, batch, key, *, train, axis) -> (loss, metrics)`, the mean over the batch;
+            `train` is whether there is dropout, and `axis` is the name of the mapped axis over
+            which the batch is split, if any.
         distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
         init_teacher: `key -> params`, random, of the teacher; {} without one.
     """
@@ -206,7 +206,7 @@ def denoising_loss(
     tables: LossTables,
     config: TrainConfig,
     levels: Levels | None = None,
-    dropout_key: jax.Array | None = None,
+    train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return the mean hybrid loss of a batch and its terms  (GLIDE, sec. 2.1 and 4.1 to 4.3).
@@ -217,9 +217,8 @@ def denoising_loss(
     inputs = prepare(batch, key, levels or len(tables.alpha), tables, config)
     network = network_of(model, params)
     text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
-    train = dropout_key is not None and config.model.dropout > 0
-    rngs = {"dropout": dropout_key} if train else None
-    output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, train=train, rngs=rngs)
+    dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
+    output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, **dropout)
     terms = hybrid_loss(
         tables,
         inputs.x_0,
@@ -247,7 +246,7 @@ def distillation_loss(
     teacher: Params,
     step: jax.Array | int,
     done: jax.Array | np.ndarray | None = None,
-    dropout_key: jax.Array | None = None,
+    train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return the mean consistency loss of a batch (`glide_jax.training.distillation`).
@@ -268,7 +267,7 @@ def distillation_loss(
         teacher=teacher,
         # Whichever limit comes first.
         done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
-        dropout_key=dropout_key,
+        train=train,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}
     return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
@@ -349,7 +348,7 @@ def contrastive_loss(
     model: NoisedCLIP,
     tables: LossTables,
     levels: int | None = None,
-    dropout_key: jax.Array | None = None,
+    train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return the symmetric cross entropy of noised images and captions  (CLIP, fig. 3).

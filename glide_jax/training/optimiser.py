@@ -16,7 +16,9 @@ _ENDS = ("unet/down_0", "unet/head")
 
 
 def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then constant or falling to 0.
+    """Return the learning rate by number of updates before: warm-up, then constant or falling to 0.
+
+    The first of W updates of the warm-up has the W-th part of the peak, the last one the peak.
 
     Args:
         config: the settings.
@@ -24,15 +26,24 @@ def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> o
         clock: whether the decay follows the clock: the schedule here is then constant, and
             `clock_rate` multiplies the updates.
     """
-    peak = config.learning_rate
+    # A cosine's warm-up ends before the run does.
+    warmup = config.warmup if config.decay != "cosine" else min(config.warmup, steps - 1)
+
+    def rise(step: Any) -> Any:
+        return config.learning_rate * jnp.clip((step + 1) / max(warmup, 1), 0, 1)
+
     if config.decay == "cosine":
-        # optax requires the warm-up to end before the run does.
-        warmup = min(config.warmup, max(steps - 1, 0))
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
-    rise = optax.linear_schedule(0.0 if config.warmup else peak, peak, max(config.warmup, 1))
+        fall = optax.cosine_decay_schedule(1.0, steps - warmup)
+        return lambda step: rise(step) * fall(jnp.maximum(step - warmup, 0))
     if config.decay == "constant" or clock:
         return rise
     return lambda step: rise(step) * decay_factor(step / steps, config.decay_share)
+
+
+def updates_made(opt_state: optax.OptState) -> Any:
+    """Return the number of updates that an optimiser of `make_optimiser` has made, int32."""
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return next(leaf for path, leaf in leaves if _path(path).endswith("count"))
 
 
 def decay_factor(done: Any, share: float) -> Any:

@@ -33,7 +33,7 @@ class OptimiserConfig:
             step; or "linear", constant and then falling to 0 over the last `decay_share` of the
             run (warm-up-stable-decay, 2405.18392).
         decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
-        warmup: Steps of linear warm-up from 0; more is stabler at a high learning rate.
+        warmup: Steps of linear warm-up; more is stabler at a high learning rate.
         beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
         beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
         epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.

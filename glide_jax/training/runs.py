@@ -1,5 +1,6 @@
 """Weights of training runs, and of everything else that a weights argument can name."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def load_run(folder: Path) -> Model:
     Raises:
         GlideError: the run has saved nothing yet, or cannot be read.
     """
-    config, state = restore_run(folder)
+    config, state = restore_run(folder, is_average)
     if not isinstance(config, TrainConfig):
         raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
     return model_of(config, state.ema, str(folder))
@@ -61,7 +62,7 @@ def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
     Raises:
         GlideError: the run has saved nothing yet, cannot be read, or is of another kind.
     """
-    config, state = restore_run(folder)
+    config, state = restore_run(folder, is_average)
     if isinstance(config, TrainConfig):
         raise GlideError(
             f"{folder} is a run of a {config.model.variant} model, not of a noised CLIP"
@@ -70,8 +71,20 @@ def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
     return config.model, state.ema
 
 
-def restore_run(folder: Path) -> tuple[RunConfig, "TrainState"]:
+def is_average(path: str) -> bool:
+    """Whether an array of a training state belongs to the EMA weights, or is the step."""
+    return path == "step" or path.startswith("ema/")
+
+
+def restore_run(
+    folder: Path, wanted: Callable[[str], bool] | None = None
+) -> tuple[RunConfig, "TrainState"]:
     """Return the recipe of a run and its newest state, as numpy arrays.
+
+    Args:
+        folder: of the run.
+        wanted: whether the array of a path is read, such as `is_average`; the others, mostly of
+            the optimiser, are `...` in the state. None: all.
 
     Raises:
         GlideError: the run has saved nothing yet, or cannot be read.
@@ -89,7 +102,7 @@ def restore_run(folder: Path) -> tuple[RunConfig, "TrainState"]:
     checkpoints = folder.absolute() / "checkpoints"
     if not steps_in(checkpoints):
         raise GlideError(f"{folder} has no checkpoint yet: let train.py save one first")
-    state, _, _ = newest(checkpoints, like)
+    state, _, _ = newest(checkpoints, like, wanted)
     return config, state
 
 

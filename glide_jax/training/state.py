@@ -1,10 +1,11 @@
 """The state that a training run carries from step to step."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from glide_jax.training.config import RunConfig
@@ -82,8 +83,25 @@ def new_state(
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
-    float16 = objective.model.dtype == jnp.float16
-    return init_state(params, optimiser, config.optimiser, float16=float16, teacher=teacher)
+    return init_state(
+        params, optimiser, config.optimiser, float16=_in_float16(objective), teacher=teacher
+    )
+
+
+def _in_float16(objective: Objective) -> bool:
+    return objective.model.dtype == jnp.float16
+
+
+def fit_loss_scale(state: TrainState, objective: Objective) -> TrainState:
+    """Return a restored state with the loss scale of an objective's dtype.
+
+    "auto" is another dtype on another device: float16 needs a scale, which a run that began in
+    bfloat16 or float32 does not have; the others need none.
+    """
+    scaled = float(state.loss_scale) > 0
+    if scaled == _in_float16(objective):
+        return state
+    return replace(state, loss_scale=np.float32(0.0 if scaled else FIRST_LOSS_SCALE))
 
 
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 from glide_jax.training.config import RunConfig
+from glide_jax.training.freezing import with_frozen, without_frozen
 from glide_jax.training.objectives import Batch, Metrics, Objective, Params
-from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.state import TrainState
 
@@ -31,6 +32,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         of_run=objective.of_run,
         config=config.optimiser,
+        schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
         spike=config.spike,
     )
@@ -92,6 +94,7 @@ def train_step(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
+    schedule: optax.Schedule | None = None,
     of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
@@ -112,6 +115,7 @@ def train_step(
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.state.make_optimiser`.
         config: rates and widths of the EMAs.
+        schedule: the optimiser's learning rate, for the metrics; None: they have none.
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
@@ -120,67 +124,97 @@ def train_step(
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
-        The new state, and metrics averaged over the batch, with `grad_norm` and `bad`.
+        The new state, and metrics averaged over the batch, with `grad_norm`, `bad` and
+        `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
-    record_key, dropout_key = jax.random.split(key)
-    if axis is not None:
-        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
+    record_key, _ = jax.random.split(key)
     scale = 2.0**state.loss_scale
 
-    def gradient(weights: Params, rows: Batch, dropout_key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(weights: Params, rows: Batch) -> tuple[Params, Metrics]:
         params, teacher = weights
         more = of_run(teacher, state.step, done)
 
-        def scaled(params: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(
-                params, rows, record_key, dropout_key=dropout_key, axis=axis, **more
-            )
+        def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
+            whole = with_frozen(trained, params)
+            value, metrics = loss(whole, rows, record_key, train=True, axis=axis, **more)
             return value * scale, metrics
 
-        return jax.grad(scaled, has_aux=True)(params)
+        # Gradients of frozen parameters would be zeros that all devices sum.
+        return jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
 
     weights = (state.params, state.teacher)
-    grads, metrics = _accumulate(gradient, weights, batch, dropout_key, accumulate)
+    grads, metrics = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
-    grads = jax.tree.map(lambda g: g / scale, grads)
+    return apply_gradient(
+        state,
+        grads,
+        metrics,
+        optimiser=optimiser,
+        config=config,
+        schedule=schedule,
+        spike=spike,
+        rate=rate,
+    )
 
+
+def apply_gradient(
+    state: TrainState,
+    grads: Params,
+    metrics: Metrics,
+    *,
+    optimiser: optax.GradientTransformation,
+    config: OptimiserConfig,
+    schedule: optax.Schedule | None = None,
+    spike: float = 0.0,
+    rate: jax.Array | np.ndarray | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Return the end of `train_step`: what is done once, however many microbatches there are.
+
+    Args:
+        grads: of the scaled loss, averaged over the batch; without frozen parameters.
+        metrics: averaged over the batch.
+    """
+    grads = jax.tree.map(lambda g: g / 2.0**state.loss_scale, grads)
     norm = optax.tree.norm(grads)
     overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
+    metrics |= {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
+    if schedule is not None:
+        factor = 1.0 if rate is None else rate
+        # Steps without an update do not count.
+        metrics["learning_rate"] = factor * jnp.float32(schedule(updates_made(state.opt_state)))
     new = _update(state, grads, metrics["loss"], optimiser, config, rate)
     state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
-    return state, metrics | {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
+    return state, metrics
 
 
 def _accumulate(
-    gradient: Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]],
+    gradient: Callable[[Params, Batch], tuple[Params, Metrics]],
     weights: Params,
     batch: Batch,
-    dropout_key: jax.Array,
     count: int,
 ) -> tuple[Params, Metrics]:
     """Return the mean gradient and metrics over `count` microbatches, one after the other."""
     if count == 1:
-        return gradient(weights, batch, dropout_key)
+        return gradient(weights, batch)
     # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(dropout_key, count)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split), keys[0]),
+        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split)),
     )
 
-    def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
         # Otherwise sharded parameters are gathered before the loop and stay whole during it.
         held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        return jax.tree.map(jnp.add, total, gradient(held, *microbatch)), None
+        return jax.tree.map(jnp.add, total, gradient(held, microbatch)), None
 
-    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    total, _ = jax.lax.scan(add, zeros, split)
     return jax.tree.map(lambda x: x / count, total)
 
 
@@ -192,21 +226,24 @@ def _update(
     config: OptimiserConfig,
     factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
-    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+    whole = with_frozen(grads, state.params, fill=jnp.zeros_like)
+    updates, opt_state = optimiser.update(whole, state.opt_state, state.params)
     if factor is not None:
         updates = jax.tree.map(lambda x: x * factor, updates)
     params = optax.apply_updates(state.params, updates)
+    trained = without_frozen(params, config.freeze)
+    params = with_frozen(trained, state.params)
     step = state.step + 1
     rate = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(
-        _decay(ema, params, power_rate(step, width))
+        _decay(ema, trained, power_rate(step, width))
         for ema, width in zip(state.power_emas, config.ema_power, strict=True)
     )
     memory = jnp.minimum(SPIKE_MEMORY, state.step / step)
     return TrainState(
         step=step,
         params=params,
-        ema=_decay(state.ema, params, rate),
+        ema=_decay(state.ema, trained, rate),
         power_emas=power_emas,
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
@@ -220,9 +257,14 @@ def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
     return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
 
 
-def _decay(ema: Params, params: Params, rate: jax.Array) -> Params:
-    """`ema <- rate ema + (1 - rate) params`."""
-    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)
+def _decay(ema: Params, trained: Params, rate: jax.Array) -> Params:
+    """`ema <- rate ema + (1 - rate) params`; frozen parameters are their own average."""
+    return jax.tree.map(
+        lambda p, e: e if p is None else e + (1 - rate) * (p - e),
+        trained,
+        ema,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def power_rate(step: jax.Array, width: float) -> jax.Array:

@@ -10,9 +10,18 @@ import numpy as np
 from glide_jax.data.batches import make_batches
 from glide_jax.data.records import Source
 from glide_jax.data.sources import open_source
+from glide_jax.devices.parallel import Parallel
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig
-from glide_jax.training.objectives import Objective, Params, finish, make_tokenizer, to_batch
+from glide_jax.training.objectives import (
+    Batch,
+    Metrics,
+    Objective,
+    Params,
+    finish,
+    make_tokenizer,
+    to_batch,
+)
 
 
 class Validation:
@@ -21,16 +30,24 @@ class Validation:
     An image's timestep and noise depend on its position in the order, not on the batch size.
 
     Attributes:
-        batch_size: images processed at a time.
+        batch_size: images processed at a time, on all devices: a microbatch of training, if there
+            are as many, and a multiple of the devices.
     """
 
-    def __init__(self, config: RunConfig, objective: Objective, trained_on: Source | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: Objective,
+        trained_on: Source | None = None,
+        parallel: Parallel | None = None,
+    ):
         """Open the held-out split.
 
         Args:
             config: the recipe.
             objective: its loss.
             trained_on: the training data, which must differ; None: any split may be measured.
+            parallel: the devices of the run; None: one device.
 
         Raises:
             UsageError: the source has no such split, or it is the training data.
@@ -42,18 +59,28 @@ class Validation:
                 "validate_every needs images that are not trained on: "
                 f"{config.data.source} has no split {config.validation_split!r} of its own"
             )
-        # One device computes it, so the batch is a device's microbatch.
-        share = config.batch_size // config.accumulate // jax.device_count()
-        size = min(max(share, 1), len(source))
-        self._data, self._source, self.batch_size = data, source, size
-        self._config = config
-        self._loss = jax.jit(partial(objective.loss, dropout_key=None, axis=None))
+        devices = 1 if parallel is None else len(parallel.devices)
+        size = min(config.batch_size // config.accumulate, len(source))
+        self.batch_size = max(size // devices, 1) * devices
+        self._data, self._source, self._config = data, source, config
+        self._process = (0, 1) if parallel is None else (jax.process_index(), jax.process_count())
+
+        def measure(params: Params, batch: Batch, key: jax.Array, *, axis: str | None) -> Metrics:
+            return objective.loss(params, batch, key, axis=axis)[1]
+
+        self._measure = (
+            jax.jit(partial(measure, axis=None))
+            if parallel is None
+            else parallel.compile_measure(measure)
+        )
 
     def __call__(self, params: Params, count: int | None = None) -> dict[str, float]:
         """Return the mean loss and its terms over `count` batches.
 
+        With several processes, all must call it.
+
         Args:
-            params: the weights.
+            params: the weights: those of a state, as they lie on the devices.
             count: number of batches; None: the recipe's `validation_batches`.
         """
         config = self._config
@@ -64,12 +91,12 @@ class Validation:
             tokenizer=make_tokenizer(config),
             size=config.side,
             seed=0,
-            process=(0, 1),
+            process=self._process,
         )
         found: list[dict[str, Any]] = []
         for i in range(count or config.validation_batches):
             batch = to_batch(next(batches))
             batch = batch._replace(row=batch.row + np.int32(i * self.batch_size))
-            _, metrics = self._loss(params, batch, jax.random.key(0))
-            found.append(jax.device_get(metrics))
+            found.append(jax.device_get(self._measure(params, batch, jax.random.key(0))))
+        batches.close()
         return finish({name: np.mean([m[name] for m in found], axis=0) for name in found[0]})

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.guidance import CONDITIONAL, Network, Point, noise_predictor
 from glide_jax.diffusion.schedule import (
     PREDICTIONS,
     Schedule,
@@ -11,6 +12,7 @@ from glide_jax.diffusion.schedule import (
     posterior,
     target_of,
     to_eps,
+    to_x_0,
 )
 from glide_jax.diffusion.solvers.table import levels, one_row_per_step, step_betas
 from glide_jax.diffusion.spacings import respaced, respaced_steps
@@ -212,3 +214,26 @@ def test_a_perfect_prediction_gives_back_the_noise(prediction):
     np.testing.assert_allclose(
         to_eps(prediction, target, alpha * x_0 + sigma * eps, alpha, sigma), eps
     )
+    np.testing.assert_allclose(
+        to_x_0(prediction, target, alpha * x_0 + sigma * eps, alpha, sigma), x_0
+    )
+
+
+@pytest.mark.parametrize(("prediction", "most"), [("v", 3e-7), ("x", 0.0)])
+def test_the_clean_image_of_noise_is_exact_without_a_way_through_eps(prediction, most):
+    """At sigma / alpha = 164, where a rounding error of eps is 164 times as large in x_0."""
+    rng = np.random.default_rng(0)
+    alpha = np.float32(1 / np.hypot(1, 164))
+    sigma = np.float32(np.sqrt(1 - np.float64(alpha) ** 2))
+    x_0, eps = rng.uniform(-1, 1, (2, 9999))
+    x = np.float32(alpha * x_0 + sigma * eps)
+    output = np.float32(target_of(prediction, x_0, eps, np.float64(alpha), np.float64(sigma)))
+    found = to_x_0(prediction, output, x, alpha, sigma)
+    through = (x - sigma * to_eps(prediction, output, x, alpha, sigma)) / alpha
+    assert found.dtype == np.float32
+    assert np.abs(found - np.float32(x_0)).max() <= most
+    assert np.abs(through - x_0).max() > 4e-6
+    network = Network(lambda _, x, t, cond: output[None], {}, prediction)
+    point = Point(np.float32(1), alpha, sigma, alpha, sigma, {})
+    predict = noise_predictor({"main": network}, {"cond": {}}, (CONDITIONAL,))
+    np.testing.assert_array_equal(np.asarray(predict(x[None], point).x_0)[0], found)

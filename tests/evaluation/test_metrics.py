@@ -1,9 +1,12 @@
 """Metrics between sets of features, on cases with a known answer."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from glide_jax.errors import UsageError
+from glide_jax.evaluation import metrics
 from glide_jax.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
@@ -78,3 +81,55 @@ def test_features_that_cannot_be_compared_are_refused(metric):
         metric(np.zeros((5, 2)), np.zeros((1, 2)))
     with pytest.raises(UsageError, match="finite"):
         metric(np.zeros((5, 2)), np.full((5, 2), np.nan))
+
+
+def plain_kernel_distance(real, generated):
+    """KID with whole matrices."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return within(real) + within(generated) - 2 * kernel(real, generated).mean()
+
+
+def plain_precision_recall(real, generated, k):
+    """Precision and recall with whole matrices."""
+
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))
+
+    def share(points, others):
+        radius = np.sort(distances(others, others), axis=1)[:, k]
+        return (distances(points, others) <= radius).any(axis=1).mean()
+
+    return share(generated, real), share(real, generated)
+
+
+@pytest.mark.parametrize("block", [1, 40, 100, 1 << 24])
+def test_matrices_in_blocks_give_exactly_the_plain_values(block, monkeypatch):
+    """Whole numbers and a power of two as D: every sum is exact, in any order."""
+    rng = np.random.default_rng(0)
+    real = rng.integers(-9, 10, (37, 8)).astype(float)
+    generated = rng.integers(-6, 13, (23, 8)).astype(float)
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert kernel_distance(real, generated) == plain_kernel_distance(real, generated)
+    for k in (1, 3):
+        found = precision_recall(real, generated, k)
+        assert found == plain_precision_recall(real, generated, k)
+        assert 0 < found[0] < 1 and 0 < found[1] < 1
+
+
+def test_no_matrix_of_all_pairs_is_made(monkeypatch):
+    rng = np.random.default_rng(0)
+    real, generated = rng.standard_normal((2, 1500, 4))
+    monkeypatch.setattr(metrics, "BLOCK", 1500 * 10)
+    for measure in (kernel_distance, precision_recall):
+        tracemalloc.start()
+        measure(real, generated)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1500**2 * 8 / 5

@@ -62,7 +62,7 @@ def test_the_output_of_a_network_becomes_the_noise(prediction):
         assert variables == {"params": "weights"}
         if method is not None:
             return inputs[1]
-        assert inputs[2] == "text" and options == {"train": False}
+        assert inputs[2] == "text" and options == {"dropout_keys": None}
         return jnp.concatenate([exact, other], axis=-1)
 
     predictor = NoisePredictor(SimpleNamespace(apply=apply), TABLES, prediction)
@@ -70,7 +70,7 @@ def test_the_output_of_a_network_becomes_the_noise(prediction):
         variables = {"params": {"model": "weights", "captions": captions}}
         seen = predictor.apply(variables, 0, np.array([True, False]), method="encode_text")
         assert seen.tolist() == [captions, False]
-    found = predictor.apply(variables, x_t, t, "text", train=False)
+    found = predictor.apply(variables, x_t, t, "text", dropout_keys=None)
     assert found.shape == eps.shape and np.abs(found - eps).max() < 1e-5
 
 

@@ -15,6 +15,7 @@ from glide_jax.models.layers import (
     conv3x3,
     depth_to_space,
     downsample,
+    drop,
     space_to_depth,
     split_heads,
     timestep_embedding,
@@ -178,9 +179,9 @@ def test_residual_block(kind, film):
         resample={"up": upsample, "down": downsample}.get(kind),
         skip_3x3=kind == "widen3",
     )
-    shapes = jax.eval_shape(lambda key: block.init(key, x, emb, train=False), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: block.init(key, x, emb), jax.random.key(0))
     variables = block_variables(shapes, released._RES, weights_of("rb.sd."))
-    found = block.apply(variables, x, emb, train=False)
+    found = block.apply(variables, x, emb)
     assert_close(found, nhwc(units[f"rb.{kind}_{'film' if film else 'add'}.out"]), 1e-5)
 
 
@@ -207,3 +208,16 @@ def test_depth_to_space_undoes_space_to_depth_block_by_block():
     assert deep.shape == (2, 2, 3, 12)
     np.testing.assert_array_equal(deep[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
     np.testing.assert_array_equal(depth_to_space(deep, 2), x)
+
+
+def test_dropout_of_a_record_depends_on_its_key_and_its_place_alone():
+    keys = jax.random.split(jax.random.key(3), 6)
+    x = jnp.ones((6, 16, 16, 8))
+    found = np.asarray(drop(x, keys, 0.25, "unet/a"))
+    assert set(np.unique(found)) == {0, np.float32(1 / 0.75)}
+    # Six standard deviations of the share of 12,288 values.
+    assert (found == 0).mean() == pytest.approx(0.25, abs=0.024)
+    np.testing.assert_array_equal(drop(x[4:], keys[4:], 0.25, "unet/a"), found[4:])
+    for other in (found[1], np.asarray(drop(x, keys, 0.25, "unet/b"))[0]):
+        # Independent masks agree in 0.25^2 + 0.75^2 of the values.
+        assert (other == found[0]).mean() == pytest.approx(0.625, abs=0.065)

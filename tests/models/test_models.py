@@ -204,8 +204,7 @@ def test_dropout_acts_only_in_training():
             nhwc(reference["x"]),
             reference["t"],
             text,
-            train=True,
-            rngs={"dropout": key},
+            dropout_keys=jax.random.split(key, len(reference["x"])),
         )
 
     one, two = run(quick_key(0)), run(quick_key(1))

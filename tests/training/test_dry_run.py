@@ -13,10 +13,12 @@ import pytest
 from benchmarks.dry_run_table import HEAD, SLICES, row, table
 from glide_jax.devices import parallel
 from glide_jax.devices.hardware import DEVICES, FAMILIES, GIB, parse_slice, peak_flops
+from glide_jax.devices.parallel import device_mesh
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import clip64
 from glide_jax.training import dry_run as dry
 from glide_jax.training.config import CLIPTrainConfig
+from glide_jax.training.flops import cost_of_update
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.state import abstract_state
@@ -271,3 +273,29 @@ def test_a_step_that_does_not_fit_is_marked_in_the_table():
     line = row("text64", parse_slice("v5e:4x4"), found)
     assert len(line) == len(HEAD) and any("23.00: does not fit" in part for part in line)
     assert "nan" not in " ".join(line)
+
+
+def test_the_update_counts_once_however_many_microbatches():
+    """Twice the microbatches of half the size move the weights twice, the optimiser once."""
+    config = recipe(batch_size=8)
+    whole, parts = (dry.measure(replace(config, accumulate=n), None) for n in (1, 8))
+    state = dry.parallel_step(config, device_mesh(jax.devices("cpu")[:1]))[1][0]
+    once = cost_of_update(config, state, None)
+    # The update reads and writes parameters, EMA and two moments, and reads the gradient.
+    assert once["bytes accessed"] > 1.5 * whole.state
+    assert parts.flops == pytest.approx(whole.flops, rel=0.1)
+    repeated = 8 * once["bytes accessed"]
+    assert parts.moved - whole.moved < 0.9 * repeated
+
+
+def test_frozen_parameters_have_no_gradients():
+    config = recipe(batch_size=8)
+    frozen = replace(config, optimiser=replace(config.optimiser, freeze=("text",)))
+    held = dry.measure(frozen, None)
+    assert held.parameters == sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    unet = abstract_params(config)["unet"]
+    assert held.gradients == 4 * sum(x.size for x in jax.tree.leaves(unet))
+
+
+def abstract_params(config):
+    return abstract_state(config, make_objective(config)).params

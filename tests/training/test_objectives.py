@@ -132,7 +132,7 @@ def test_log_normal_levels_have_their_mean_and_spread():
 class Recorder:
     """A network that predicts zero and records its inputs."""
 
-    def apply(self, variables, *inputs, method=None, train=False, rngs=None, **conditioning):
+    def apply(self, variables, *inputs, method=None, **conditioning):
         if method is not None:
             self.seen = {"mask": inputs[1]}
             return None

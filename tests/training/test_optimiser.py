@@ -1,5 +1,7 @@
 """The optimiser: schedules, weight decay on kernels alone, Muon's orthogonal updates."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,21 +9,43 @@ import optax
 import pytest
 
 from glide_jax.errors import UsageError
+from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.clip import init_params as init_clip
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.optimiser import kernels, learning_rate, make_optimiser, matrices
 from glide_jax.training.optimiser_config import OptimiserConfig
+from glide_jax.weights.store import flatten
 from tests.support.commands import TINY
+from tests.support.parallel_layouts import CLIP
 
 
 def test_linear_decay_is_constant_and_then_falls_to_zero():
     config = OptimiserConfig(learning_rate=2.0, warmup=10, decay="linear", decay_share=0.4)
     rate = learning_rate(config, 100)
-    assert [float(rate(step)) for step in (0, 5, 10, 60, 80, 100)] == pytest.approx(
-        [0, 1, 2, 2, 1, 0]
+    assert [float(rate(step)) for step in (0, 4, 9, 60, 80, 100)] == pytest.approx(
+        [0.2, 1, 2, 2, 1, 0]
     )
     # With a clock the host multiplies by the decay.
     assert float(learning_rate(config, 100, clock=True)(99)) == 2
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 50])
+def test_every_update_of_the_warm_up_has_a_rate(decay, warmup):
+    config = OptimiserConfig(learning_rate=2.0, warmup=warmup, decay=decay, decay_share=0.1)
+    rate = learning_rate(config, 40)
+    found = np.array([float(rate(step)) for step in range(40)])
+    assert (found > 0).all()
+    # A cosine reaches its peak before the last step, whatever the warm-up.
+    rises = min(warmup, 39) if decay == "cosine" else warmup
+    first = np.arange(1, min(rises, 36) + 1)
+    np.testing.assert_allclose(found[: len(first)], 2 * first / max(rises, 1), rtol=1e-6)
+    if rises <= 4:
+        assert found[max(rises - 1, 0)] == found[rises] == 2.0
+    expected = {"constant": 2.0, "linear": 0.5, "cosine": 1 - np.cos(np.pi / (40 - rises))}
+    if rises < 36:
+        assert found[-1] == pytest.approx(expected[decay], rel=1e-3)
 
 
 def params_of(config: ModelConfig = TINY) -> dict:
@@ -33,6 +57,11 @@ def test_weight_decay_acts_on_kernels_alone():
     assert chosen["unet"]["down_0"] == {"bias": False, "kernel": True}
     assert chosen["unet"]["head_norm"]["norm"] == {"bias": False, "scale": False}
     assert chosen["text"]["token_embedding"] is False
+    sizes = replace(CLIP, learn_logit_scale=True)
+    clip = jax.eval_shape(lambda: init_clip(NoisedCLIP(sizes), jax.random.key(0)))
+    of_clip = {path for path, decays in flatten(kernels(clip)).items() if decays}
+    assert of_clip == {path for path in flatten(clip) if path.endswith("kernel")}
+    assert {"log_scale", "text/token_embedding"} <= set(flatten(clip)) - of_clip
     config = OptimiserConfig(learning_rate=0.1, weight_decay=0.5)
     params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     optimiser = make_optimiser(config, 10)

@@ -1,5 +1,6 @@
 """One training step: skipped updates, loss scaling, microbatches, activation checkpointing."""
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -31,7 +32,7 @@ def make_batch(rows: int = 8) -> Batch:
     )
 
 
-def bowl(params, batch, key, *, dropout_key=None, axis=None):
+def bowl(params, batch, key, *, train=False, axis=None):
     """`mean_i |w - c_i|^2`, with random c_i from the row of record i."""
     centres = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (3,)))(batch.row)
     value = ((params["w"] - centres) ** 2).sum(axis=-1).mean()
@@ -175,6 +176,57 @@ def test_microbatches_give_the_same_step(microbatches):
     np.testing.assert_allclose(split.params["w"], whole.params["w"], rtol=1e-6)
     for name in one:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-6)
+
+
+def test_microbatches_have_the_dropout_of_the_whole_batch():
+    config = TrainConfig(name="x", model=replace(TINY, dropout=0.3), dtype="float32")
+    objective = make_objective(config)
+    params = jax.tree.map(
+        lambda x: 0.1 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape),
+        jax.eval_shape(objective.init, KEY),
+    )
+    loss = jax.jit(objective.loss, static_argnames="train")
+    batch = make_batch()
+    whole, plain = (float(loss(params, batch, KEY, train=train)[0]) for train in (True, False))
+    parts = [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
+    split = [float(loss(params, part, KEY, train=True)[0]) for part in parts]
+    assert np.mean(split) == pytest.approx(whole, rel=1e-5)
+    assert whole != pytest.approx(plain, rel=1e-4)
+
+
+# --- frozen parameters
+
+
+def test_frozen_parameters_have_no_gradients_to_sum_nor_averages_to_compute():
+    settings = replace(OPTIMISER, freeze=("text",), grad_clip=0.5)
+    params = {"text": {"kernel": jnp.ones((500, 4))}, "w": jnp.ones(3)}
+
+    def loss(params, batch, key, **more):
+        value, metrics = bowl({"w": params["w"] * params["text"]["kernel"].mean()}, batch, key)
+        return value, metrics
+
+    optimiser = make_optimiser(settings, 100)
+    state = init_state(params, optimiser, settings)
+    step = partial(train_step, loss=loss, optimiser=optimiser, config=settings, accumulate=2)
+    mapped = jax.vmap(partial(step, axis="batch"), in_axes=(None, 0, None), axis_name="batch")
+    batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), make_batch())
+    program = str(jax.make_jaxpr(mapped)(state, batch, KEY))
+    # What is used (not "_") and has its size is passed through, chosen, or a constant.
+    made = set(re.findall(r"(?<!_):f32\[(?:2,)?500,4\] = (\w+)", program))
+    assert made <= {"broadcast_in_dim", "jit", "select_n", "optimization_barrier"}
+    after, metrics = jax.jit(step)(state, make_batch(), KEY)
+    assert_equal(after.params["text"], params["text"])
+    assert_equal((after.ema["text"], after.power_emas[0]["text"]), (params["text"],) * 2)
+    # The others are those of a network whose frozen part is a constant.
+    alone = replace(settings, freeze=())
+    optimiser = make_optimiser(alone, 100)
+    only = init_state({"w": jnp.ones(3)}, optimiser, alone)
+    expected, same = train_step(
+        only, make_batch(), KEY, loss=bowl, optimiser=optimiser, config=alone
+    )
+    np.testing.assert_allclose(after.params["w"], expected.params["w"], rtol=1e-6)
+    np.testing.assert_allclose(after.ema["w"], expected.ema["w"], rtol=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(same["grad_norm"]), rel=1e-6)
 
 
 # --- the network

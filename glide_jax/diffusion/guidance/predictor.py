@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.schedule import to_eps
+from glide_jax.diffusion.schedule import to_eps, to_x_0
 from glide_jax.errors import UsageError
 
 
@@ -173,7 +173,14 @@ def noise_predictor(
         # The network's variance output lies in [-1, 1]  (Improved DDPM, eq. 15).
         variance = outputs[CONDITIONAL.name][..., channels:]
         fraction = (variance + 1) / 2 if variance.shape[-1] else jnp.zeros_like(x)
-        p = Prediction(x, x, fraction, jnp.zeros_like(x), eps, point.memory)
-        return p.with_eps(eps[CONDITIONAL.name], x, point)
+        x_0 = to_x_0(
+            networks[CONDITIONAL.network].prediction,
+            outputs[CONDITIONAL.name][..., :channels],
+            x,
+            point.alpha,
+            point.sigma,
+        )
+        own = eps[CONDITIONAL.name]
+        return Prediction(own, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
 
     return predict
