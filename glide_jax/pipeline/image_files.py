@@ -1,7 +1,6 @@
 """Reading images to edit, and masks, from files, PIL images and arrays."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,13 +14,18 @@ ImageLike = str | Path | Image.Image | np.ndarray | Images
 MaskLike = str | Path | Image.Image | np.ndarray
 
 
-def _open(source: Any, what: str) -> Image.Image:
+def open_image(source: str | Path | Image.Image, what: str = "image") -> Image.Image:
+    """Open an image and read its pixels.
+
+    Raises:
+        GlideError: the file is missing, is not an image, or is broken or far too large.
+    """
     if isinstance(source, Image.Image):
         return source
     try:
         image = Image.open(Path(source).expanduser())
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise GlideError(f"cannot read the {what} {source}: {error}") from None
     return image
 
@@ -41,7 +45,7 @@ def read_images(source: ImageLike, size: int | None, batch: int | None) -> np.nd
     if isinstance(source, Images):
         source = source.images
     if not isinstance(source, np.ndarray):
-        source = np.asarray(_open(source, "image").convert("RGB"))
+        source = np.asarray(open_image(source, "image").convert("RGB"))
     images = source[None] if source.ndim == 3 else source
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise UsageError(f"an image is (H, W, 3) uint8, not {source.shape} {source.dtype}")

@@ -260,6 +260,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
+        every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Generate variations of an image: its noise (`invert`), rotated towards fresh noise.
@@ -270,7 +271,7 @@ class Pipeline(Stage):
             amount: variation strength: 0 = DDIM reconstruction, 1 = unrelated.
             caption: caption of the input image, for inversion, if it differs from the prompt.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
-                here. For the other arguments see `stream`.
+                here. For the other arguments see `__call__` and `stream`.
 
         Raises:
             UsageError, GlideError: see `stream`.
@@ -298,6 +299,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
+            every=every,
             **{"sampler": "dpm++2m", **unguided(chosen)},
         )
         made = {"variation": amount, "image": source_name(image), "caption": caption}
@@ -317,6 +319,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
+        every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Interpolate: `num` images from one prompt and seed to another, both ends included.
@@ -328,7 +331,7 @@ class Pipeline(Stage):
             end: the other prompt; None: `start`.
             to_seed: the other seed; None: `seed`.
             first_index: index of the image at both ends.
-            **settings: fields of `Settings`. For the other arguments see `stream`.
+            **settings: fields of `Settings`. For the other arguments see `__call__` and `stream`.
 
         Raises:
             UsageError, GlideError: see `stream`.
@@ -349,6 +352,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
+            every=every,
             **settings,
         )
         path = {"prompts": [first.text, last.text], "seeds": [seed, to_seed]}
