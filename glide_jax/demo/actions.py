@@ -84,13 +84,14 @@ class Call:
     def run(self, pipe: Pipeline, preview: Preview | None = None) -> Images:
         """Make the images; `preview` is called after each network evaluation.
 
-        With the progress bar, which `python()` and `command()` show too, the inversion of a
-        variation runs the same compiled program as they do.
+        The images are those of `python()` and `command()` to the byte.
         """
         function = getattr(pipe, self.method or "__call__")
-        return function(
-            **self._named_prompts(), **self.arguments, progress=True, preview=preview, every=1
-        )
+        # The bar makes the inversion of a variation, too, run row by row: with another program, the
+        # noise would differ by rounding.
+        progress = self.method == "variations"
+        named = self._named_prompts() | dict(self.arguments)
+        return function(**named, progress=progress, preview=preview, every=1)
 
     def python(self, loading: Mapping[str, Any], out: Path) -> str:
         """Return the Python code that makes the same images.
@@ -130,7 +131,7 @@ class Call:
         # Prompts after two dashes: they may begin with one themselves.
         return shlex.join([*words, "--", *self.prompts])
 
-    def _named_prompts(self) -> dict[str, str]:
+    def _named_prompts(self) -> dict[str, Any]:
         names = {"between": ("start", "end"), "variations": ("prompt",)}
         return dict(zip(names.get(self.method, ("prompts",)), self.prompts, strict=True))
 

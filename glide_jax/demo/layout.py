@@ -19,7 +19,8 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 THEME = gr.themes.Base(
     primary_hue="indigo", neutral_hue="slate", radius_size="md", font=SANS, font_mono=MONO
 )
-BRUSH = "#e5484d"
+# Magenta: rare in images.
+BRUSH = "#d946ef"
 LARGEST_NUM = 16
 JOINING = (
     "AND and NOT join captions, each with an optional weight: "
@@ -55,6 +56,11 @@ def _left(found: SimpleNamespace, studio: Studio) -> None:
         max_lines=4,
         elem_id="prompt",
     )
+    if prompts:
+        gr.Examples(
+            [[prompt] for prompt in prompts], found.prompt, label="", api_visibility="private",
+            elem_id="examples",
+        )  # fmt: skip
     with gr.Tabs(elem_id="tabs") as found.tabs:
         with gr.Tab("Create", id="create"):
             found.generate = _main_button("Generate", "generate")
@@ -69,8 +75,9 @@ def _left(found: SimpleNamespace, studio: Studio) -> None:
             )
             found.path_num = gr.Slider(2, LARGEST_NUM, 6, step=1, label="Images on the path")
             found.walk = _main_button("Walk the path", "walk")
-    _sampling(found, studio.pipe.settings)
+    _run(found)
     _guidance(found, studio)
+    _sampling(found, studio.pipe.settings)
 
 
 def _main_button(text: str, name: str) -> gr.Button:
@@ -87,12 +94,12 @@ def _editor(found: SimpleNamespace, side: int) -> None:
         transforms=(),
         layers=False,
         buttons=[],
-        brush=gr.Brush(default_size=side // 8, colors=[BRUSH], color_mode="fixed"),
-        eraser=gr.Eraser(default_size=side // 8),
+        brush=gr.Brush(default_size=side // 14, colors=[BRUSH], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=side // 14),
         canvas_size=(side, side),
         fixed_canvas=True,
         show_label=False,
-        height=440,
+        height=380,
         elem_id="editor",
     )
     found.mode = gr.Radio(
@@ -108,28 +115,34 @@ def _editor(found: SimpleNamespace, side: int) -> None:
     found.apply = _main_button(FILL, "apply")
 
 
+def _run(found: SimpleNamespace) -> None:
+    with gr.Row(elem_id="run"):
+        found.num = gr.Slider(
+            1, LARGEST_NUM, 1, step=1, label="Images", min_width=150, elem_id="num"
+        )
+        found.seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed"
+        )
+        found.dice = gr.Button(
+            "Random", size="sm", variant="secondary", scale=0, min_width=80, elem_id="dice"
+        )
+
+
 def _sampling(found: SimpleNamespace, defaults: Settings) -> None:
-    with gr.Accordion("Sampling", open=True, elem_id="sampling"):
-        with gr.Row():
-            found.seed = gr.Number(
-                0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed"
+    with gr.Accordion("Sampler", open=False, elem_id="sampling"), gr.Row():
+        found.sampler = gr.Dropdown(
+            list(SOLVERS), value=defaults.sampler, label="Sampler", min_width=120
+        )
+        if isinstance(defaults.steps, int):
+            most = max(100, defaults.steps)
+            found.steps = gr.Slider(
+                1, most, defaults.steps, step=1, label="Steps", min_width=150, elem_id="steps"
             )
-            found.dice = gr.Button("Random seed", size="sm", min_width=100, elem_id="dice")
-        found.num = gr.Slider(1, LARGEST_NUM, 1, step=1, label="Images", elem_id="num")
-        with gr.Row():
-            found.sampler = gr.Dropdown(
-                list(SOLVERS), value=defaults.sampler, label="Sampler", min_width=120
+        else:
+            # A respacing of OpenAI's code, such as fast27.
+            found.steps = gr.Textbox(
+                defaults.steps, label="Steps", min_width=120, elem_id="steps"
             )
-            if isinstance(defaults.steps, int):
-                most = max(100, defaults.steps)
-                found.steps = gr.Slider(
-                    1, most, defaults.steps, step=1, label="Steps", min_width=120, elem_id="steps"
-                )
-            else:
-                # A respacing of OpenAI's code, such as fast27.
-                found.steps = gr.Textbox(
-                    defaults.steps, label="Steps", min_width=120, elem_id="steps"
-                )
 
 
 def _guidance(found: SimpleNamespace, studio: Studio) -> None:

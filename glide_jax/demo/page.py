@@ -15,7 +15,7 @@ from PIL import Image
 
 from glide_jax.demo import actions
 from glide_jax.demo.inputs import keep, painted_mask, read_upload
-from glide_jax.demo.layout import IDLE, STYLE, THEME, lay_out, status
+from glide_jax.demo.layout import STYLE, THEME, lay_out, status
 from glide_jax.demo.studio import Studio, Update
 from glide_jax.errors import GlideError
 from glide_jax.pipeline.images import Images
@@ -91,6 +91,7 @@ class Page:
         p.mode.input(self.show_mode, p.mode, [p.mode, p.amount, p.apply], **quick)
         shown = [self.source, p.editor, p.status]
         p.upload.upload(self.load, p.upload, shown, **quick)
+        p.editor.clear(lambda: None, None, self.source, **quick)
         chosen = [self.result, self.chosen]
         p.use.click(self.use, chosen, [*shown, p.tabs], **quick)
         p.gallery.select(self.choose, self.result, [self.chosen, p.metadata, p.download], **quick)
@@ -173,7 +174,8 @@ class Page:
     def use(self, result: dict[str, Any], chosen: int) -> tuple[Any, ...]:
         """Load the chosen result into the editor."""
         file = result["files"][chosen]
-        return file, _on_canvas(file), status(IDLE), gr.Tabs(selected="edit")
+        note = status("The result is in the editor.")
+        return file, _on_canvas(file), note, gr.Tabs(selected="edit")
 
     def choose(self, result: dict[str, Any] | None, event: gr.SelectData) -> tuple[Any, ...]:
         """Take note of the chosen image, and show its metadata."""

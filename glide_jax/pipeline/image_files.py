@@ -70,7 +70,7 @@ def read_known(mask: MaskLike, size: int, batch: int) -> np.ndarray:
         UsageError: an array of another shape.
     """
     if not isinstance(mask, np.ndarray):
-        mask = np.asarray(_open(mask, "mask").convert("L")) > 127
+        mask = np.asarray(open_image(mask, "mask").convert("L")) > 127
     masks = (mask[None] if mask.ndim == 2 else mask) != 0
     if masks.ndim != 3 or len(masks) not in (1, batch):
         raise UsageError(f"a mask is (H, W), or one for each of {batch} prompts, not {mask.shape}")
