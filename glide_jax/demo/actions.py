@@ -120,12 +120,14 @@ class Call:
     def command(self, loading: Mapping[str, Any], out: Path) -> str:
         """Return the command line that makes the same images; arguments as for `python`."""
         words = ["glide-jax", "sample"]
-        for name, value in {**loading, **self.arguments, "out": str(out)}.items():
-            if name == "upsampler" and isinstance(value, dict):
-                for setting, text in value.items():
-                    words += _option(f"upsampler_{setting}", text)
-            elif (name, value) != ("out", "samples"):
-                words += _option(name, value)
+        arguments = dict(self.arguments)
+        # The weights of an upsampler and its settings have the same name.
+        settings = arguments.pop("upsampler", {})
+        arguments |= {f"upsampler_{setting}": value for setting, value in settings.items()}
+        if str(out) != "samples":
+            arguments["out"] = str(out)
+        for name, value in [*loading.items(), *arguments.items()]:
+            words += _option(name, value)
         if self.method == "between":
             words.append("--between")
         # Prompts after two dashes: they may begin with one themselves.

@@ -117,7 +117,8 @@ def serve(options: DemoOptions) -> None:
                 **LAUNCH,
             )
         except OSError as error:
-            raise GlideError(f"cannot serve the page on {options.host}: {error}") from None
+            where = options.host + (f", port {options.port}" if options.port else "")
+            raise GlideError(f"cannot serve the page on {where}: {error}") from None
         if options.share and not page.share_url:
             page.close()
             raise GlideError("there is no public link: it needs a network connection")

@@ -99,6 +99,7 @@ def _editor(found: SimpleNamespace, side: int) -> None:
         canvas_size=(side, side),
         fixed_canvas=True,
         show_label=False,
+        placeholder="Load an image, or use a result as input",
         height=380,
         elem_id="editor",
     )
@@ -140,9 +141,7 @@ def _sampling(found: SimpleNamespace, defaults: Settings) -> None:
             )
         else:
             # A respacing of OpenAI's code, such as fast27.
-            found.steps = gr.Textbox(
-                defaults.steps, label="Steps", min_width=120, elem_id="steps"
-            )
+            found.steps = gr.Textbox(defaults.steps, label="Steps", min_width=120, elem_id="steps")
 
 
 def _guidance(found: SimpleNamespace, studio: Studio) -> None:
