@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from glide_jax.demo.actions import FILL, REDRAW, VARY
 from glide_jax.demo.studio import Studio
@@ -121,9 +121,7 @@ def _run(found: SimpleNamespace) -> None:
         found.num = gr.Slider(
             1, LARGEST_NUM, 1, step=1, label="Images", min_width=150, elem_id="num"
         )
-        found.seed = gr.Number(
-            0, label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed"
-        )
+        found.seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed")
         found.dice = gr.Button(
             "Random", size="sm", variant="secondary", scale=0, min_width=80, elem_id="dice"
         )

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
-from gradio.processing_utils import save_file_to_cache
+from gradio.processing_utils import (  # pyright: ignore[reportMissingImports]
+    save_file_to_cache,
+)
 from PIL import Image
 
 from glide_jax.demo import actions
@@ -19,6 +21,7 @@ from glide_jax.demo.layout import STYLE, THEME, lay_out, status
 from glide_jax.demo.studio import Studio, Update
 from glide_jax.errors import GlideError
 from glide_jax.pipeline.images import Images
+from glide_jax.pipeline.prompts import read_prompt
 
 # How the page is served: nothing comes from, or goes to, another machine.
 LAUNCH: dict[str, Any] = {
@@ -50,7 +53,7 @@ class Page:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         with gr.Blocks(
-            title="glide-jax", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+            title="glide-jax", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
         ) as self.blocks:
             self.parts = lay_out(studio)
             # The image in the editor, and the last result, of each visitor.
@@ -213,6 +216,12 @@ class Page:
         """Outputs that change the status alone."""
         return (status(text, kind), gr.update(interactive=False), *[gr.skip()] * 9)
 
+    def _unread(self, call: actions.Call) -> str:
+        """A note on words that the model does not read, if there are any."""
+        parts = (part.text for prompt in call.prompts for part in read_prompt(prompt).parts)
+        cut = max(map(self.studio.pipe.tokenizer.overflow, parts))
+        return f" · the model does not read the last {cut} tokens of the prompt" if cut else ""
+
     def _show(self, update: Update, call: actions.Call) -> tuple[Any, ...]:
         """The outputs of a report."""
         images, seconds = update.images, f"{update.seconds:.1f} s"
@@ -222,7 +231,7 @@ class Page:
             "stopped": f"Stopped after {seconds}.",
         }.get(update.stage)
         if update.stage == "done" and images is not None:
-            line = f"{images.summary()} · {seconds}"
+            line = f"{images.summary()} · {seconds}{self._unread(call)}"
         elif images is not None and line is None:
             line = _progress(images, update.step)
         first = (status(line or "Waiting…", update.stage), gr.update(interactive=running))

@@ -1,7 +1,8 @@
 """The page in a real browser: `pytest -m browser`.
 
 It needs gradio (the extra `demo`), playwright (`pip install playwright`) and a Chromium: that of
-the system (`apt-get install chromium`), or playwright's own (`playwright install chromium`). With SCREENSHOTS=docs/guide/images it also makes the screenshots of the documents.
+the system (`apt-get install chromium`), or playwright's own (`playwright install chromium`).
+With SCREENSHOTS=docs/guide/images it also makes the screenshots of the documents.
 """
 
 import io
@@ -206,6 +207,27 @@ def test_a_run_is_stopped(page):
     page.press("#steps input[type=number]", "Enter")
     page.click("#sampling > button")
     assert finish(page, "#generate") < 60
+
+
+def test_a_visitor_who_leaves_mid_run_leaves_the_machine_free(page, browser, address):
+    other = browser.new_page()
+    other.goto(address)
+    other.wait_for_selector("#generate")
+    other.click("#sampling > button")
+    other.fill("#steps input[type=number]", "100")
+    other.press("#steps input[type=number]", "Enter")
+    other.click("#generate")
+    other.wait_for_selector("#status p.running", timeout=LONG)
+    other.close()
+    finish(page, "#generate")
+
+
+def test_a_wrong_seed_gets_the_message_of_the_library(page):
+    page.fill("#seed input", "-1")
+    page.click("#generate")
+    page.wait_for_selector("#status p.wrong")
+    assert page.inner_text("#status") == "seed must be between 0 and 2^32 - 1, not -1"
+    page.fill("#seed input", "3")
 
 
 def test_a_broken_file_gets_the_message_of_the_library(page, tmp_path):
