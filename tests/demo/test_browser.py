@@ -57,6 +57,7 @@ def address(out):
     with (out / "log").open("w") as log:
         variables = environment() | {"GLIDE_JAX_CACHE": str(out / "cache"), "XLA_FLAGS": ""}
         server = subprocess.Popen(command, cwd=out, env=variables, stdout=log, stderr=log)
+    begun = time.monotonic()
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(240):
@@ -66,6 +67,7 @@ def address(out):
             except (urllib.error.URLError, OSError):
                 assert server.poll() is None, (out / "log").read_text()
                 time.sleep(0.25)
+        print(f"served after {time.monotonic() - begun:.1f} s")
         yield url
     finally:
         server.terminate()
@@ -95,8 +97,10 @@ def page(browser, address):
     page, elsewhere = browser.new_page(), []
     local = (address, "data:", "blob:")
     page.on("request", lambda r: r.url.startswith(local) or elsewhere.append(r.url))
+    begun = time.monotonic()
     page.goto(address)
     page.wait_for_selector("#generate")
+    print(f"opened in {time.monotonic() - begun:.1f} s")
     yield page
     assert not elsewhere
 

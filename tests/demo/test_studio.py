@@ -83,13 +83,13 @@ def test_no_slider_compiles(studio, compiled):
     run(studio, call(studio, num=2))
     run(studio, edit(CONTROLS, settings, "Redraw", image, None, 0.5))
     run(studio, edit(CONTROLS, settings, "Redraw", image, mask, 0.5))
-    run(studio, call(studio, low=0.5, high=3))
+    run(studio, call(studio, steps=12, low=0.5, high=3))
     compiled.clear()
     for changed in (
         {"seed": 7}, {"seed": 2**32 - 1}, {"guidance_scale": 1.1}, {"guidance_scale": 9.5},
         {"guidance_scale": 1}, {"sampler": "ddpm"}, {"sampler": "sa"},
         {"negative_prompt": "blue"}, {"prompt": "a green one"},
-        {"low": 0.3, "high": 8},
+        {"steps": 12, "low": 0.3, "high": 8},
     ):  # fmt: skip
         run(studio, call(studio, **changed))
         assert not compiled, changed
