@@ -14,6 +14,7 @@ USAGE = """usage: glide-jax COMMAND [OPTIONS]
   evaluate   measure images: glide-jax evaluate ranking --data emoji64.npz
   weights    convert, export and average weights: glide-jax weights convert base.pt base
   data       make the emoji data set: glide-jax data fetch --to sources
+  demo       open a page with a brush in a browser: pip install '.[demo]'
   env        versions, devices and folders, for bug reports
 
 glide-jax COMMAND --help describes the options of a command."""
@@ -50,6 +51,13 @@ def data(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def demo(arguments: Sequence[str]) -> None:
+    """Run `glide-jax demo`."""
+    from glide_jax.demo.launch import main
+
+    main(arguments)
+
+
 def environment(arguments: Sequence[str]) -> None:
     """Run `glide-jax env`."""
     from glide_jax.commands.environment import main
@@ -63,6 +71,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "weights": weights,
     "data": data,
+    "demo": demo,
     "env": environment,
 }
 

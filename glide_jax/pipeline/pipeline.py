@@ -314,6 +314,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
+        every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Generate variations of an image: its noise (`invert`), rotated towards fresh noise.
@@ -324,7 +325,7 @@ class Pipeline(Stage):
             amount: variation strength: 0 = DDIM reconstruction, 1 = unrelated.
             caption: caption of the input image, for inversion, if it differs from the prompt.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
-                here. For the other arguments see `stream`.
+                here. For the other arguments see `__call__` and `stream`.
 
         Raises:
             UsageError, GlideError: see `stream`.
@@ -354,6 +355,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
+            every=every,
             **{"sampler": "dpm++2m", **unguided(chosen)},
         )
         made = {"variation": amount, "caption": caption, **sources.names()}
@@ -374,6 +376,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
+        every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Interpolate: `num` images from one prompt and seed to another, both ends included.
@@ -385,7 +388,7 @@ class Pipeline(Stage):
             end: the other prompt; None: `start`.
             to_seed: the other seed; None: `seed`.
             first_index: index of the image at both ends.
-            **settings: fields of `Settings`. For the other arguments see `stream`.
+            **settings: fields of `Settings`. For the other arguments see `__call__` and `stream`.
 
         Raises:
             UsageError, GlideError: see `stream`.
@@ -406,6 +409,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
+            every=every,
             **settings,
         )
         path = {"prompts": [first.text, last.text], "seeds": [seed, to_seed]}

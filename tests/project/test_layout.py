@@ -25,7 +25,8 @@ ALLOWED = {
     "pipeline": FREE | BASE | {"weights", "training"},
     "evaluation": FREE | BASE | {"weights", "training", "pipeline"},
     "commands": FREE | BASE | {"weights", "training", "pipeline", "evaluation", ""},
-    "__main__": FREE | {"commands"},
+    "demo": FREE | BASE - {"data"} | {"weights", "pipeline"},
+    "__main__": FREE | {"commands", "demo"},
     # The public names.
     "": FREE | BASE | {"weights", "pipeline"},
 }
