@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from glide_jax.errors import GlideError
-from glide_jax.pipeline.image_files import open_image, read_images
+from glide_jax.pipeline.image_files import read_images
 
 # Paint counts where it covers this much of 255: a brush has soft edges.
 PAINTED = 64
@@ -25,13 +25,9 @@ def read_upload(path: str | Path, side: int) -> np.ndarray:
     """
     path = Path(path)
     try:
-        image = ImageOps.exif_transpose(open_image(path))
+        return read_images(path, side, 1)[0]
     except GlideError as error:
         raise GlideError(str(error).replace(str(path), path.name)) from None
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    cropped = image.crop((left, top, left + square, top + square))
-    return read_images(cropped, side, 1)[0]
 
 
 def painted_mask(layers: Sequence[np.ndarray | None], side: int) -> np.ndarray | None:

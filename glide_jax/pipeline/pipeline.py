@@ -8,6 +8,7 @@ import numpy as np
 
 from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
+from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, read_sources
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
@@ -18,7 +19,6 @@ from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
 from glide_jax.pipeline.stage import Stage
-from glide_jax.weights.registry import NONE
 
 Preview = Callable[[Images], None]
 
@@ -161,7 +161,7 @@ class Pipeline(Stage):
             indices = np.asarray(first_index)
         if indices.shape != (len(parsed),):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
-        larger = self._checked_upsampler(upsampler)
+        larger = chosen_upsampler(self.upsampler, upsampler)
         config = self.model.config
         conditioning, sources = read_conditioning(
             self.model,
@@ -230,28 +230,6 @@ class Pipeline(Stage):
             yield replace(
                 images, images=enlarged.images, settings=images.settings | {"upsampler": stage}
             )
-
-    def _checked_upsampler(
-        self, chosen: SettingsArguments | Literal["none"] | None
-    ) -> "Pipeline | None":
-        """Return the upsampler that these settings are for, or None for a run without one.
-
-        Raises:
-            UsageError: there is no upsampler for the settings, or they are none.
-        """
-        if isinstance(chosen, str) and chosen == NONE:
-            return None
-        if chosen is not None and not isinstance(chosen, Mapping):
-            raise UsageError(
-                f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {chosen!r}: '
-                "glide_jax.load(upsampler=...) chooses its weights"
-            )
-        if self.upsampler is None:
-            if chosen:
-                raise UsageError("settings of an upsampler, but there is none: load one")
-            return None
-        self.upsampler.settings.changed(**(chosen or {}))  # called for its errors
-        return self.upsampler
 
     @lists_settings
     @in_32_bits

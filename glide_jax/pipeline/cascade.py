@@ -1,0 +1,43 @@
+"""The upsampler that a call of a pipeline uses."""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeVar
+
+from glide_jax.errors import UsageError
+from glide_jax.pipeline.settings import Settings, SettingsArguments
+from glide_jax.weights.registry import NONE
+
+
+class _HasSettings(Protocol):
+    @property
+    def settings(self) -> Settings: ...
+
+
+P = TypeVar("P", bound=_HasSettings)
+
+
+def chosen_upsampler(
+    upsampler: P | None, chosen: SettingsArguments | Literal["none"] | None
+) -> P | None:
+    """Return the upsampler that these settings are for, or None for a run without one.
+
+    Args:
+        upsampler: that of the pipeline, if it has one.
+        chosen: settings of a call, "none", or None for the upsampler's own settings.
+
+    Raises:
+        UsageError: there is no upsampler for the settings, or they are no settings.
+    """
+    if isinstance(chosen, str) and chosen == NONE:
+        return None
+    if chosen is not None and not isinstance(chosen, Mapping):
+        raise UsageError(
+            f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {chosen!r}: '
+            "glide_jax.load(upsampler=...) chooses its weights"
+        )
+    if upsampler is None:
+        if chosen:
+            raise UsageError("settings of an upsampler, but there is none: load one")
+        return None
+    upsampler.settings.changed(**(chosen or {}))  # called for its errors
+    return upsampler
