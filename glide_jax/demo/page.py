@@ -125,10 +125,10 @@ class Page:
 
     def edit(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Fill, redraw or vary the image of the editor."""
-        *values, source, editor, mode, amount = values
+        *rest, source, editor, mode, amount = values
 
         def call() -> actions.Call:
-            controls, defaults, more = self._read(values)
+            controls, defaults, more = self._read(rest)
             mask = painted_mask((editor or {}).get("layers", ()), self.studio.side)
             file = None if mask is None else keep(mask, self.studio.inputs, "mask")
             return actions.edit(controls, defaults, mode, source, file, amount, **more)
@@ -137,22 +137,22 @@ class Page:
 
     def walk(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Images on the path between two prompts."""
-        *values, num, end = values
+        *rest, num, end = values
 
         def call() -> actions.Call:
-            controls, defaults, more = self._read(values, num=num)
+            controls, defaults, more = self._read(rest, num=num)
             return actions.path(controls, defaults, end, **more)
 
         yield from self._run(request, call)
 
     def more_like_this(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Variations of the chosen result, by its own caption."""
-        *values, result, chosen = values
+        *rest, result, chosen = values
         prompt = actions.caption_of(result["metadata"][chosen])
         amount, file = MODES[actions.VARY][2], result["files"][chosen]
 
         def call() -> actions.Call:
-            controls, defaults, more = self._read(values, prompt=prompt, num=VARIATIONS)
+            controls, defaults, more = self._read(rest, prompt=prompt, num=VARIATIONS)
             return actions.edit(controls, defaults, actions.VARY, file, None, amount, **more)
 
         yield from self._run(request, call)
