@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glide_jax.demo.inputs import keep, painted_mask, read_upload
+from glide_jax.demo.uploads import keep, painted_mask, read_upload
 from glide_jax.errors import GlideError
 
 
