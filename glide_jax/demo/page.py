@@ -16,9 +16,9 @@ from gradio.processing_utils import (  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from glide_jax.demo import actions
-from glide_jax.demo.uploads import keep, painted_mask, read_upload
 from glide_jax.demo.layout import STYLE, THEME, lay_out, status
 from glide_jax.demo.studio import Studio, Update
+from glide_jax.demo.uploads import keep, painted_mask, read_upload
 from glide_jax.errors import GlideError
 from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.prompts import read_prompt

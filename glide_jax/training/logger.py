@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -53,7 +54,7 @@ class Logger:
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         # FLOP/s of all devices; nan if unknown.
         self._peak = count * (peak_flops(kind) or math.nan)
-        self._flops = math.nan if math.isnan(self._peak) else flops_per_image(config)
+        self._flops: Future[float] | None = None
         if self._main:
             print(
                 f"{config.name}: {records:,} images, {config.batch_size} a step on {count} "
@@ -96,6 +97,11 @@ class Logger:
         """
         self._bar.update(count)
         self._last = metrics
+        if self._flops is None and math.isfinite(self._peak):
+            # To count them takes seconds: while the device trains, not before its first step.
+            thread = ThreadPoolExecutor(1)
+            self._flops = thread.submit(flops_per_image, self._config)
+            thread.shutdown(wait=False)
         # A window is read once the next steps are running, so the device never waits.
         self._read(saved)
         self._window.append((count, metrics))
@@ -127,12 +133,17 @@ class Logger:
         values |= {
             "images_per_second": rate,
             "learning_rate": float(window[-1]["learning_rate"]),
-            "model_flop_utilisation": rate * self._flops / self._peak,
+            "model_flop_utilisation": rate * self._flops_per_image() / self._peak,
         }
         values |= device_memory()
         curves = {f"train/{k}": v for k, v in values.items() if math.isfinite(v)}
         self._writer.scalars(curves, step)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s")
+
+    def _flops_per_image(self) -> float:
+        """FLOPs of the network for an image; nan while they are counted, or if that failed."""
+        done = self._flops is not None and self._flops.done() and not self._flops.exception()
+        return self._flops.result() if self._flops is not None and done else math.nan
 
     def _trace(self, step: int, count: int, metrics: Metrics) -> None:
         """Start and end the trace for TensorBoard's profiler.

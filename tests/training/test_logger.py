@@ -1,5 +1,6 @@
 """What a run logs: throughput and learning rate, whatever else happens; the profiler's trace."""
 
+import threading
 from functools import partial
 
 import jax
@@ -150,3 +151,31 @@ def test_a_run_that_ends_within_the_range_ends_its_trace(tmp_path, kept, traces)
         for step in range(1, 11):
             log.steps(step, 1, metrics())
     assert traces == ["start", "stop"]
+
+
+def test_the_count_of_operations_does_not_hold_up_training(tmp_path, kept, clock, monkeypatch):
+    ready, counted = threading.Event(), threading.Event()
+
+    def count(_):
+        ready.wait(60)
+        counted.set()
+        return 5.0
+
+    monkeypatch.setattr(logger, "flops_per_image", count)
+    monkeypatch.setattr(logger, "peak_flops", lambda _: 100.0)
+    with Logger(config(tmp_path), 0, 1) as log:
+        for step in range(1, 5):
+            clock[0] = float(step)
+            log.steps(step, 1, metrics())
+        ready.set()
+        assert counted.wait(60)
+        log._flops.result(60)
+        for step in range(5, 9):
+            clock[0] = float(step)
+            log.steps(step, 1, metrics())
+    used = {
+        step: curves.get("train/model_flop_utilisation") for step, curves in kept.curves.items()
+    }
+    assert used[2] is None
+    # 8 images a second of 5 operations each, of 100 for each device.
+    assert used[6] == pytest.approx(8 * 5.0 / (100 * jax.device_count()))
