@@ -23,18 +23,24 @@ LOCK = "lock"
 def only_run(folder: Path) -> Iterator[None]:
     """Hold the folder of a run; the kernel ends the lock with this process, however that ends.
 
-    Of several processes of a run the first holds the lock for all. On a file system without locks a
-    note says so.
+    Of several processes of a run the first holds the lock for all. A run that ends before it has
+    written anything leaves no folder. On a file system without locks a note says so.
 
     Raises:
         GlideError: another run holds it, or the folder cannot be written.
     """
     held: list[int] = []
+    is_new = not folder.exists()
     try:
         on_first(lambda: held.append(_lock(folder / LOCK)))
         yield
     finally:
         for descriptor in held:
+            # While it is still held: a run that opened the file meanwhile notices (`_lock`).
+            with suppress(OSError):
+                if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
             os.close(descriptor)
 
 
@@ -58,6 +64,9 @@ def _lock(path: Path) -> int:
                 "until it ends, or choose another --out"
             ) from None
         print(f"note: {path.parent} has no file locks: start no second run there", file=sys.stderr)
+    if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+        os.close(descriptor)
+        return _lock(path)  # the run before removed the file since it was opened
     # For the message to a second run; the lock holds without it.
     with suppress(OSError):
         os.ftruncate(descriptor, 0)

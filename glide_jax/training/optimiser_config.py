@@ -27,7 +27,7 @@ class OptimiserConfig:
     Attributes:
         kind: "adamw", or "muon" (2502.16982), which makes the updates of convolutions and linear
             layers orthogonal and leaves the rest to AdamW.
-        learning_rate: Peak learning rate, above 0; larger learns faster and less stably.
+        learning_rate: Peak learning rate, 0 or more; larger learns faster and less stably.
         muon_rate: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
         decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the last
             step; or "linear", constant and then falling to 0 over the last `decay_share` of the
@@ -75,9 +75,8 @@ class OptimiserConfig:
 
     def __post_init__(self):
         check_finite(vars(self))
-        for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.learning_rate < 0:
+            raise UsageError("learning_rate cannot be negative")
         for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")

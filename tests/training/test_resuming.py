@@ -112,6 +112,10 @@ def test_a_second_run_says_so_and_the_lock_ends_with_its_process(tmp_path):
     for _ in range(2):
         with only_run(tmp_path / "run"):
             pass
+    with only_run(tmp_path / "new"):
+        assert (tmp_path / "new" / "lock").is_file()
+    # It was there before, or nothing was written.
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
