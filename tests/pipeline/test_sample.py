@@ -117,8 +117,8 @@ def test_scale_seed_prompt_and_sampler_do_not_recompile(pipe):
     generate(sampler="dpm++2m", spacing="uniform")
     generate(steps=5)
     assert run_rows._cache_size() == before
-    # The count does count: four images at a time are another program.
-    generate(num=4)
+    # The count does count: seven images at a time are another program.
+    generate(num=7, batch_size=7)
     assert run_rows._cache_size() == before + 1
 
 
