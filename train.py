@@ -13,9 +13,9 @@ recipe of your own by path (my/recipe.py). Every field of it can be set:
 The same command resumes a stopped run from its newest checkpoint. SIGTERM and Ctrl-C save a
 checkpoint, and end with exit code 0.
 
-Several machines: start the same command on each of them, with an --out that they share, and with
---coordinator auto on TPU slices and under Slurm, Open MPI and Kubernetes, otherwise with
---coordinator HOST:PORT --processes N --process I.
+Several machines: start the same command on each of them, with an --out that they share. On TPU
+slices and under Slurm, Open MPI and Kubernetes the processes find each other. Elsewhere add
+--coordinator HOST:PORT --processes N --process I; with --coordinator none a process is alone.
 """
 
 import sys
@@ -126,7 +126,7 @@ def main() -> None:
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, peers = take_peers(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
-        if peers:
+        if hardware is None:
             processes.join(peers)
         prepare(dry_run=hardware is not None)
         if hardware is None:

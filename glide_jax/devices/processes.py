@@ -1,23 +1,39 @@
 """Several processes as one machine: finding each other, and agreeing."""
 
+import os
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.devices.cluster import (
+    REMEDY,
+    Cluster,
+    alone_though_several,
+    detect,
+    local_devices,
+)
+from glide_jax.devices.roll_call import roll_call
+from glide_jax.devices.tpu_metadata import tpu_metadata
+from glide_jax.errors import GlideError, UsageError, one_line
 
 # Size of a message from one process to the others.
 TEXT_BYTES = 1024
+# How long processes wait for each other.
+JOIN_SECONDS = 300
 
 
 class Peers(NamedTuple):
     """How a process finds the others.
 
     Attributes:
-        coordinator: `host:port` of process 0, or "auto" to ask the cluster.
+        coordinator: `host:port` of process 0; "auto" to ask the cluster; "none" for a process
+            alone.
         processes: number of processes; None to ask the cluster.
         process: index of this process; None to ask the cluster.
     """
@@ -27,28 +43,76 @@ class Peers(NamedTuple):
     process: int | None = None
 
 
-def join(peers: Peers) -> None:
+def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> None:
     """Connect this process to the others; call it before anything else of jax.
 
-    "auto" works on TPU slices and under Slurm, Open MPI and Kubernetes.
+    Args:
+        peers: the others; None: those that the environment names, or none.
+        seconds: how long to wait for them.
 
     Raises:
         GlideError: the others cannot be reached.
     """
-    by_hand = peers.coordinator != "auto"
+    if peers is not None and peers.coordinator == "none":
+        return
+    if peers is not None and peers.coordinator != "auto":
+        by_hand = Cluster("--coordinator", "", *peers)
+        _connect(by_hand, seconds, cluster_detection_method="deactivate")
+        return
+    asks = find_spec("kubernetes") is not None
+    found = detect(os.environ, metadata=tpu_metadata(), kubernetes=asks)
+    if found is None and peers is None:
+        if note := alone_though_several(os.environ):
+            print(f"note: {note}", file=sys.stderr)
+    elif found is None or found.coordinator is None:
+        _connect(found or Cluster("--coordinator auto", ""), seconds)
+    else:
+        ids = None
+        if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            ids = local_devices(found.local, visible_gpus())
+        _connect(found, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
+        if found.process == 0:
+            print(
+                f"{found.processes} processes found each other by {found.name} ({found.why}), the "
+                f"first at {found.coordinator}"
+            )
+
+
+def _connect(cluster: Cluster, seconds: float, **options: Any) -> None:
+    """Wait for all processes, and start jax over them."""
+    coordinator, processes, process = cluster[2:5]
     try:
+        if coordinator is not None and processes is not None and process is not None:
+            if _started():
+                raise RuntimeError("jax has started in this process")
+            roll_call(coordinator, processes, process, seconds)
         jax.distributed.initialize(
-            peers.coordinator if by_hand else None,
-            peers.processes,
-            peers.process,
-            cluster_detection_method="deactivate" if by_hand else None,
+            coordinator, processes, process, initialization_timeout=int(seconds), **options
         )
-    except (RuntimeError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
+    # The package kubernetes has errors of its own.
+    except Exception as error:
+        why = one_line(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+        detected = f"; {cluster.name}: {cluster.why}" if cluster.why else ""
         raise GlideError(
-            f"cannot join the other processes ({why}): name them with "
-            "--coordinator HOST:PORT --processes N --process I"
+            f"cannot join the other processes ({why.rstrip('.')}{detected}): {REMEDY}"
         ) from None
+
+
+def visible_gpus() -> int:
+    """Return how many NVIDIA or AMD GPUs this process may use, without starting them."""
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if name in os.environ:
+            return len([part for part in os.environ[name].split(",") if part.strip()])
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+    amd = sum(node.read_text().strip() != "0" for node in nodes)
+    return len([*Path("/dev").glob("nvidia[0-9]*")]) or amd
+
+
+def _started() -> bool:
+    """Whether jax has opened its devices, after which no process can join others."""
+    from jax._src import xla_bridge
+
+    return bool(getattr(xla_bridge, "_backends", None))
 
 
 def shared_text(text: str) -> str:

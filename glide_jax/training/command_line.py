@@ -55,7 +55,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
     """Split off the options by which processes find each other.
 
     Returns:
-        The other arguments; and the peers, None if there are none.
+        The other arguments; and the peers, None if no option names them.
 
     Raises:
         UsageError: the options are incomplete, or not numbers where numbers belong.
@@ -65,7 +65,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
     numbers = [_take(arguments, option) for option in ("--processes", "--process")]
     if coordinator is None and numbers == [None, None]:
         return arguments, None
-    if coordinator == "auto" and numbers == [None, None]:
+    if coordinator in ("auto", "none") and numbers == [None, None]:
         return arguments, Peers(coordinator)
     coordinator = coordinator or ""
     host, _, port = coordinator.rpartition(":")
@@ -76,7 +76,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
     if not (host and port.isdigit() and 0 <= index < count):
         raise UsageError(
             "processes find each other by --coordinator HOST:PORT --processes N --process I with "
-            "I from 0 to N - 1, or by --coordinator auto"
+            "I from 0 to N - 1, or by --coordinator auto; --coordinator none is a process alone"
         )
     return arguments, Peers(coordinator, count, index)
 

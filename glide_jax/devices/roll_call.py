@@ -1,0 +1,120 @@
+"""All processes in one place before jax connects them, which would abort where one is missing."""
+
+import errno
+import socket
+import time
+from contextlib import ExitStack
+
+from glide_jax.errors import GlideError, one_line
+
+GREETING = "glide-jax process"
+GO = "go"
+RETRY_SECONDS = 0.5
+GRACE_SECONDS = 10
+
+
+def roll_call(coordinator: str, processes: int, process: int, seconds: float) -> None:
+    """Wait until all processes have come to the address of the first.
+
+    Raises:
+        GlideError: one did not come in time, or the address cannot be used.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if processes == 1:
+        return
+    if process == 0:
+        _gather(int(port), processes, seconds)
+    else:
+        _report(host.strip("[]"), int(port), f"{GREETING} {process} of {processes}", seconds)
+
+
+def _gather(port: int, processes: int, seconds: float) -> None:
+    """Wait for the others, and tell them to go on, or who is missing."""
+    deadline = time.monotonic() + seconds
+    with ExitStack() as stack:
+        server = stack.enter_context(_listen(port))
+        there: dict[int, socket.socket] = {}
+        while len(there) < processes - 1:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                peer = stack.enter_context(server.accept()[0])
+                peer.settimeout(5)
+                words = _line(peer).removeprefix(GREETING).split()
+            except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
+                why = _missing(there, processes, seconds)
+                _tell(there, why)
+                raise GlideError(why) from None
+            except OSError:
+                continue
+            if len(words) != 3 or not words[0].isdigit():
+                continue  # a stranger
+            if words[2] != str(processes):
+                why = f"process {words[0]} expects {words[2]} processes, process 0 {processes}"
+                _tell({**there, -1: peer}, why)
+                raise GlideError(why)
+            there[int(words[0])] = peer
+        _tell(there, GO)
+
+
+def _report(host: str, port: int, greeting: str, seconds: float) -> None:
+    """Come to the first process, and wait for its word."""
+    deadline, why = time.monotonic() + seconds, "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=min(left, 10)) as peer:
+                peer.sendall(f"{greeting}\n".encode())
+                # The first process ends the wait; it knows who is missing.
+                peer.settimeout(seconds + GRACE_SECONDS)
+                answer = _line(peer)
+        except OSError as error:
+            why = error.strerror or one_line(error) or "no answer"
+        else:
+            if answer == GO:
+                return
+            if answer.startswith("process"):
+                raise GlideError(answer)
+            why = "what answers there is no training"
+        time.sleep(RETRY_SECONDS)
+    raise GlideError(f"process 0 was not reached in {seconds:g} s: {why}")
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise
+            return socket.create_server(("", port), backlog=1024)  # a machine without IPv6
+    except OSError as error:
+        raise GlideError(
+            f"process 0 cannot use its port {port}, {error.strerror}; JAX_COORDINATOR_PORT, the "
+            "same for all processes, names another"
+        ) from None
+
+
+def _line(peer: socket.socket) -> str:
+    """Return one line of at most 1000 bytes."""
+    data = b""
+    while not data.endswith(b"\n") and len(data) < 1000 and (more := peer.recv(1000)):
+        data += more
+    return data.decode(errors="replace").strip()
+
+
+def _tell(peers: dict[int, socket.socket], text: str) -> None:
+    for peer in peers.values():
+        try:
+            peer.sendall(f"{text}\n".encode())
+        except OSError:
+            continue  # it ended; jax will miss it
+
+
+def _missing(there: dict[int, socket.socket], processes: int, seconds: float) -> str:
+    names = [str(i) for i in range(1, processes) if i not in there]
+    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    noun = "process" if len(names) == 1 else "processes"
+    return f"{noun} {some} of {processes} did not come in {seconds:g} s"
