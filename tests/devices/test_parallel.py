@@ -268,6 +268,7 @@ def test_errors_of_the_first_process_keep_their_kind():
 def test_peers_are_taken_out_of_the_arguments():
     assert take_peers(["--steps", "3"]) == (["--steps", "3"], None)
     assert take_peers(["--coordinator", "auto", "--steps", "3"])[1] == Peers("auto")
+    assert take_peers(["--coordinator=none", "--steps", "3"]) == (["--steps", "3"], Peers("none"))
     mixed = ["--process=1", "--steps", "3", "--coordinator", "host:99", "--processes", "4"]
     assert take_peers(mixed) == (["--steps", "3"], Peers("host:99", 4, 1))
 
@@ -280,6 +281,7 @@ def test_peers_are_taken_out_of_the_arguments():
         "--coordinator host:99 --processes 2 --process 2",
         "--coordinator host:99 --processes two --process 0",
         "--coordinator auto --processes 2",
+        "--coordinator none --processes 2",
         "--processes 2 --process 0",
     ],
 )

@@ -12,11 +12,11 @@ from glide_jax.devices import tpu_metadata
 def server(monkeypatch):
     """A server of metadata that knows one attribute, and notes what was asked."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        asked = []
+    asked = []
 
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.asked.append((self.path, self.headers["Metadata-Flavor"]))
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
             known = self.path.endswith("/attributes/agent-worker-number")
             self.send_response(200 if known else 404)
             self.end_headers()
@@ -30,7 +30,7 @@ def server(monkeypatch):
         monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{found.server_port}")
         # It is not asked through a proxy.
         monkeypatch.setenv("http_proxy", "http://localhost:1")
-        yield Handler
+        yield asked
         found.shutdown()
 
 
@@ -38,7 +38,7 @@ def test_an_attribute_is_asked(server, capsys):
     assert tpu_metadata.ask("agent-worker-number") == "3"
     assert tpu_metadata.ask("tpu-env") is None
     path = "/computeMetadata/v1/instance/attributes/agent-worker-number"
-    assert server.asked[0] == (path, "Google")
+    assert server[0] == (path, "Google")
     assert capsys.readouterr().err == ""
 
 
