@@ -1,4 +1,4 @@
-"""`glide-jax evaluate`: measures the images that a model generates, one command per question.
+"""`glide-jax evaluate`: measures images that a model generates, one command per question.
 
 glide-jax evaluate ranking --data emoji64.npz
 glide-jax evaluate sweep --data emoji64.npz --sweep guidance-scale
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from glide_jax.commands.score_folders import Fid
 from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.evaluation import (
@@ -295,16 +296,12 @@ class Loss:
 
     def run(self) -> None:
         """Measure, and print the losses."""
-        if min(self.images, self.batch_size) < 1:
+        images, size = self.images, self.batch_size
+        if min(images, size) < 1:
             raise UsageError("--images and --batch-size must be at least 1")
         config, model = self.dataset.config(), open_model(self.weights)
         found = noise_loss.report(
-            model,
-            config,
-            self.splits,
-            images=self.images,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
+            model, config, self.splits, images=images, batch_size=size, dtype=self.dtype
         )
         for split, measured in found.items():
             print(f"{split}: {measured['images']} images")
@@ -356,7 +353,7 @@ class Scenes:
         print(f"scenes.json and scenes.png in {self.out}")
 
 
-Command = Nearest | Ranking | Sweep | Loss | Scenes
+Command = Nearest | Ranking | Sweep | Loss | Scenes | Fid
 
 COMMANDS: dict[str, type[Command]] = {
     "nearest": Nearest,
@@ -364,6 +361,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sweep": Sweep,
     "loss": Loss,
     "scenes": Scenes,
+    "fid": Fid,
 }
 
 
@@ -376,7 +374,7 @@ def read(arguments: Sequence[str]) -> Command:
     return tyro.cli(
         reduce(or_, kinds),
         prog="glide-jax evaluate",
-        description="Measure the images that a model generates.",
+        description="Measure images that a model generates.",
         args=words,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
     )
@@ -389,7 +387,7 @@ def _weights(words: Sequence[str]) -> str:
             return following
         if word.startswith("--weights="):
             return word.removeprefix("--weights=")
-    return "" if "scenes" in words[:1] else WEIGHTS
+    return "" if words[:1] in (["scenes"], ["fid"]) else WEIGHTS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
