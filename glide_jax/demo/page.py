@@ -56,9 +56,10 @@ class Page:
             title="glide-jax", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
         ) as self.blocks:
             self.parts = lay_out(studio)
-            # The image in the editor, and the last result, of each visitor.
+            # Of each visitor: the image in the editor, the last result, the image chosen of it, and
+            # the mask of the edit that begins.
             self.source, self.result = gr.State(), gr.State()
-            self.chosen = gr.State(0)
+            self.chosen, self.mask = gr.State(0), gr.State()
             self._connect(self.parts)
         self.blocks.queue(default_concurrency_limit=8, api_open=False)
 
@@ -67,26 +68,31 @@ class Page:
     def _connect(self, p: SimpleNamespace) -> None:
         controls = [p.prompt, p.num, p.seed, p.steps, p.sampler, p.scale, p.negative]
         controls += [p.clip_scale, p.auto, p.low, p.high]
-        editing = [self.source, p.editor, p.mode, p.amount]
+        editing = [self.source, self.mask, p.mode, p.amount]
         outputs = [p.status, p.stop, p.gallery, p.next, p.made, p.command, p.python]
         outputs += [p.metadata, p.download, self.result, self.chosen]
-        quick: dict[str, Any] = {
-            "queue": False, "show_progress": "hidden", "api_visibility": "private",
+        # At each report of a run, Gradio reads again each component that has shown progress. The
+        # editor, and the tabs around it, would send its image every time: only the status does.
+        hidden: dict[str, Any] = {
+            "show_progress": "hidden", "show_progress_on": p.status, "api_visibility": "private",
         }  # fmt: skip
+        quick = hidden | {"queue": False}
 
-        def run(trigger: Any, function: Any, inputs: list[Any]) -> None:
-            gr.on(trigger, self.begin, None, [p.status, p.stop], **quick).then(
+        def run(trigger: Any, function: Any, inputs: list[Any], begun: Any = None) -> None:
+            first = begun or gr.on(trigger, self.begin, None, [p.status, p.stop], **quick)
+            first.then(
                 function,
                 inputs,
                 outputs,
                 concurrency_id="run",
                 concurrency_limit=1,
-                show_progress="hidden",
-                api_visibility="private",
+                **hidden,
             )
 
         run([p.generate.click, p.prompt.submit], self.generate, controls)
-        run(p.apply.click, self.edit, controls + editing)
+        # The mask is read before the run, since inputs of a run are also read again.
+        painted = p.apply.click(self.begin_edit, p.editor, [p.status, p.stop, self.mask], **quick)
+        run(None, self.edit, controls + editing, painted)
         run(p.walk.click, self.walk, [*controls, p.path_num, p.end])
         run(p.like.click, self.more_like_this, [*controls, self.result, self.chosen])
         p.stop.click(self.stop, None, [p.status, p.stop], **quick)
@@ -104,6 +110,11 @@ class Page:
         """Note that a visitor has asked for a run."""
         self.studio.allow(request.session_hash or "")
         return status("Waiting…"), gr.update(interactive=True)
+
+    def begin_edit(self, editor: dict[str, Any] | None, request: gr.Request) -> tuple[Any, ...]:
+        """Note that a visitor has asked for an edit, and read what is painted."""
+        mask = painted_mask((editor or {}).get("layers", ()), self.studio.side)
+        return *self.begin(request), mask
 
     def stop(self, request: gr.Request) -> tuple[Any, ...]:
         """Stop a visitor's run."""
@@ -125,11 +136,10 @@ class Page:
 
     def edit(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Fill, redraw or vary the image of the editor."""
-        *rest, source, editor, mode, amount = values
+        *rest, source, mask, mode, amount = values
 
         def call() -> actions.Call:
             controls, defaults, more = self._read(rest)
-            mask = painted_mask((editor or {}).get("layers", ()), self.studio.side)
             file = None if mask is None else keep(mask, self.studio.inputs, "mask")
             return actions.edit(controls, defaults, mode, source, file, amount, **more)
 

@@ -20,6 +20,8 @@ from glide_jax.pipeline.pipeline import Pipeline, Preview
 
 # Seconds without a step after which a run is probably compiling.
 SLOW = 2.0
+# Seconds between two previews, at least: each costs the browser some work.
+PAUSE = 0.25
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,13 @@ class Studio:
             while not (self.ready.wait(0.1) or stop.is_set()):
                 pass
         with self._one:
-            found, files = Update("stopped"), ()
+            found, files, shown = Update("stopped"), (), 0.0
             if not stop.is_set():
                 for found in _in_thread(lambda preview: call.run(self.pipe, preview), stop):
-                    if found.stage in ("running", "compiling"):
-                        yield replace(found, seconds=time.monotonic() - begun)
+                    now = time.monotonic()
+                    if found.stage in ("running", "compiling") and now - shown > PAUSE:
+                        shown = now
+                        yield replace(found, seconds=now - begun)
             if found.stage == "done" and found.images is not None:
                 files = tuple(map(str, found.images.save(self.out)[: len(found.images)]))
             yield replace(found, files=files, seconds=time.monotonic() - begun)
