@@ -1,6 +1,7 @@
 """One model of the cascade, ready to run: network on its devices, tokenizer, schedule."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -29,17 +30,17 @@ class Denoiser:
 
     Attributes:
         model: the module.
-        mesh: the devices over which batches are split.
+        mesh: the devices over which batches are split; None: unknown.
         in_parts: whether they hold the weights in parts; otherwise each holds them whole.
     """
 
     model: GLIDE
-    mesh: AbstractMesh
+    mesh: AbstractMesh | None = None
     in_parts: bool = False
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
         on_mesh = pin_batch if self.in_parts else jax.sharding.use_abstract_mesh
-        with on_mesh(self.mesh):
+        with nullcontext() if self.mesh is None else on_mesh(self.mesh):
             output: Any = self.model.apply({"params": params}, x, t, **cond)
         return output
 
