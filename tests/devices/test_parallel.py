@@ -294,5 +294,6 @@ def test_peers_that_cannot_be_found_are_one_error(tmp_path):
     arguments = ("train.py", "--config", "emoji64", "--coordinator", "auto")
     assert "cannot join the other processes" in one_line(run(*arguments), 1)
     # jax has started in this process, so it cannot join others.
+    jax.devices()
     with pytest.raises(GlideError, match="cannot join the other processes"):
-        join(Peers("localhost:1", 2, 1))
+        join(Peers("localhost:1", 2, 1), seconds=1)
