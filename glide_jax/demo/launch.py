@@ -100,31 +100,40 @@ def serve(options: DemoOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="glide_jax_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         studio = open_studio(options)
-        threading.Thread(target=studio.warm, daemon=True).start()
-        # Here, since nothing else needs gradio, and after the compiler has begun to work.
-        from glide_jax.demo.page import LAUNCH, build
-
-        page = build(studio)
+        warm = threading.Thread(target=studio.warm, daemon=True)
+        warm.start()
         try:
-            page.launch(
-                server_name=options.host,
-                server_port=options.port,
-                # None: Gradio makes a link in Colab, where nothing else can be opened.
-                share=options.share or None,
-                inbrowser=options.open,
-                max_file_size=LARGEST_UPLOAD,
-                prevent_thread_lock=True,
-                **LAUNCH,
-            )
-        except OSError as error:
-            where = options.host + (f", port {options.port}" if options.port else "")
-            raise GlideError(f"cannot serve the page on {where}: {error}") from None
-        if options.share and not page.share_url:
-            page.close()
-            raise GlideError("there is no public link: it needs a network connection")
-        print(f"open {page.share_url or page.local_url} in a browser; Ctrl+C stops the page")
-        sys.stdout.flush()
-        page.block_thread()
+            _serve(studio, options)
+        finally:
+            studio.close()
+            warm.join()
+
+
+def _serve(studio: Studio, options: DemoOptions) -> None:
+    # Here, since nothing else needs gradio, and after the compiler has begun to work.
+    from glide_jax.demo.page import LAUNCH, build
+
+    page = build(studio)
+    try:
+        page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            # None: Gradio makes a link in Colab, where nothing else can be opened.
+            share=options.share or None,
+            inbrowser=options.open,
+            max_file_size=LARGEST_UPLOAD,
+            prevent_thread_lock=True,
+            **LAUNCH,
+        )
+    except OSError as error:
+        where = options.host + (f", port {options.port}" if options.port else "")
+        raise GlideError(f"cannot serve the page on {where}: {error}") from None
+    if options.share and not page.share_url:
+        page.close()
+        raise GlideError("there is no public link: it needs a network connection")
+    print(f"open {page.share_url or page.local_url} in a browser; Ctrl+C stops the page")
+    sys.stdout.flush()
+    page.block_thread()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -55,12 +55,15 @@ class Studio:
         pipe: the pipeline.
         model: the options that it was loaded with.
         out: the folder of the results; the images and masks to edit are in its `inputs`.
+        ready: set when the usual program is compiled.
+        closed: set when nothing more is to be run.
     """
 
     pipe: Pipeline
     model: WeightsOptions
     out: Path
     ready: threading.Event = field(default_factory=threading.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
     _one: threading.Lock = field(default_factory=threading.Lock)
     _stops: dict[str, threading.Event] = field(default_factory=dict)
 
@@ -109,11 +112,13 @@ class Studio:
         try:
             with self._one:
                 for _ in self.pipe.stream(prompt, **few):
-                    pass
+                    if self.closed.is_set():
+                        return
             self.ready.set()
             for more in ({"image": image, "mask": mask}, {"guidance_scale": 1.0, "clip_scale": 0}):
                 for _ in self.pipe.stream(prompt, **few, **more):
-                    pass
+                    if self.closed.is_set():
+                        return
         except GlideError as error:
             print(f"note: cannot prepare the usual programs: {error}", file=sys.stderr)
         finally:
@@ -132,6 +137,17 @@ class Studio:
         """Stop what a visitor who left has begun."""
         self.stop(visitor)
         self._stops.pop(visitor, None)
+
+    def close(self) -> None:
+        """Stop what runs, and wait a little for its end.
+
+        A process that exits while it computes ends with a message of the C++ library.
+        """
+        self.closed.set()
+        for visitor in list(self._stops):
+            self.stop(visitor)
+        if self._one.acquire(timeout=10):
+            self._one.release()
 
     def run(self, call: Call, visitor: str = "") -> Iterator[Update]:
         """Run a call, and report its progress; the last report holds the result.

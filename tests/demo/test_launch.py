@@ -1,13 +1,16 @@
 """`glide-jax demo`: options, and one line where it cannot serve."""
 
 import importlib.util
+import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from glide_jax.demo.launch import open_studio, read_demo_options, serve
 from glide_jax.errors import GlideError, UsageError
-from tests.support.commands import one_line, run
+from tests.support.commands import environment, one_line, run
 
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 
@@ -55,3 +58,18 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 def test_the_command_ends_with_one_line_without_gradio(tmp_path):
     result = run("-m", "glide_jax.demo", cwd=tmp_path)
     assert one_line(result, 2) == "error: the page needs gradio: pip install '.[demo]'"
+
+
+@pytest.mark.skipif(not HAS_GRADIO, reason="the page needs gradio")
+def test_an_interrupt_ends_it_quietly_while_it_compiles(tmp_path):
+    command = [sys.executable, "-m", "glide_jax.demo"]
+    variables = environment() | {"GLIDE_JAX_CACHE": str(tmp_path / "cache")}
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=variables, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout is not None
+    assert server.stdout.readline().startswith("open http://127.0.0.1:")
+    server.send_signal(signal.SIGINT)
+    _, errors = server.communicate(timeout=120)
+    assert (server.returncode, errors) == (0, "")

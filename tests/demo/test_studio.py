@@ -177,3 +177,17 @@ def test_one_image_at_a_time_on_a_cpu(studio):
     model = WeightsOptions(batch_size=8, upsampler_steps="4")
     other = replace(studio, model=model)
     assert other.more(1) == {"batch_size": 8, "upsampler": {"steps": "4"}}
+
+
+def test_a_closed_studio_stops_what_runs(weights, tmp_path):
+    studio = Studio(glide.load(weights), WeightsOptions(), tmp_path)
+    studio.ready.set()
+    reports = studio.run(call(studio, steps=1000), "visitor")
+    assert next(reports).stage in ("running", "compiling")
+    closing = threading.Thread(target=studio.close)
+    closing.start()
+    assert list(reports)[-1].stage == "stopped"
+    closing.join(20)
+    assert not closing.is_alive()
+    # Nothing is prepared any more.
+    studio.warm()
