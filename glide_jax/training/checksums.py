@@ -20,12 +20,21 @@ def checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     with ThreadPoolExecutor() as pool:
         sums = [
-            _device_sum(leaf) if isinstance(leaf, jax.Array) else pool.submit(_host_sum, leaf)
+            _summed_in_turn(leaf) if isinstance(leaf, jax.Array) else pool.submit(_host_sum, leaf)
             for _, leaf in leaves
         ]
         found = [s.result() if isinstance(s, Future) else s.addressable_data(0) for s in sums]
     totals = jax.device_get(found)
     return {name_of(path): int(total) for (path, _), total in zip(leaves, totals, strict=True)}
+
+
+def _summed_in_turn(x: jax.Array) -> jax.Array:
+    total = _device_sum(x)
+    # A CPU runs several programs at once, so the processes would disagree on whose sum over the
+    # network is next, and wait for each other forever. Other devices run them in order.
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        total.block_until_ready()
+    return total
 
 
 @jax.jit
