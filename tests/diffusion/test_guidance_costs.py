@@ -203,7 +203,8 @@ def test_networks_of_guidance_keep_their_weights():
     ("make", "message"),
     [
         (lambda: dynamic_threshold(99.5), "needs 0 <= quantile <= 1, not 99.5"),
-        (lambda: dynamic_threshold(quantile=[0.5, np.nan]), "needs 0 <= quantile <= 1"),
+        (lambda: dynamic_threshold(quantile=[0.5, 1.5]), "needs 0 <= quantile <= 1"),
+        (lambda: dynamic_threshold(quantile=[0.5, np.nan]), "quantile .* must be finite"),
         (lambda: rescale(amount=-0.1), "rescale needs 0 <= amount <= 1"),
         (lambda: apg(3.0, radius=-1.0), "apg needs 0 <= radius"),
         (lambda: apg(3.0, momentum=2.0), "apg needs -1 <= momentum <= 1"),

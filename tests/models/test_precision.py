@@ -11,6 +11,7 @@ import pytest
 
 from glide_jax.models import clip
 from glide_jax.models.clip import NoisedCLIP
+from glide_jax.models.layers import Conv3x3, Projections
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.presets import CLIP_PRESETS, PRESETS
 from glide_jax.models.unet import GLIDE, init_params
@@ -25,8 +26,9 @@ def weights_in(initialise, dtype) -> tuple[set[str], set[str]]:
 
     def note(call, arguments, options, context):
         layer = context.module
-        if isinstance(layer, (nn.Dense, nn.Conv)) and layer.dtype == dtype:
-            names = ("kernel", "bias") if layer.use_bias else ("kernel",)
+        layers = nn.Dense, nn.Conv, Conv3x3, Projections
+        if isinstance(layer, layers) and layer.dtype == dtype:
+            names = ("kernel", "bias") if getattr(layer, "use_bias", True) else ("kernel",)
             found.update("/".join((*layer.path, name)) for name in names)
         return call(*arguments, **options)
 
