@@ -66,13 +66,13 @@ class Kill:
 
 def log_steps(path: str, arguments: list[str]) -> None:
     """Run `train.py`, and append the number of each finished step to a file."""
-    file, step = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), Logger.step
+    file, steps = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), Logger.steps
 
-    def logged(self: Logger, number: int, *more: Any) -> None:
+    def logged(self: Logger, number: int, *more: Any, **named: Any) -> None:
         os.write(file, f"{number}\n".encode())
-        step(self, number, *more)
+        steps(self, number, *more, **named)
 
-    Logger.step = logged
+    Logger.steps = logged
     sys.argv = ["train.py", *arguments]
     train_main()
 
