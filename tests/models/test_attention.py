@@ -106,7 +106,8 @@ def plain_kernel(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1.6e-2), (jnp.float16, 2e-3)])
+# Three units in the last place of bfloat16.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2.4e-2), (jnp.float16, 2e-3)])
 def test_the_fused_form_equals_the_plain_one(plain_kernel, dtype, tolerance):
     arrays = inputs(dtype)
     weights = jax.random.normal(jax.random.key(1), (2, 64, 96))
