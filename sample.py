@@ -40,14 +40,7 @@ def generate(options: Options) -> None:
     check_writable(options.out)
     check_options(options)
     model, editing = options.model, options.editing
-    pipe = glide.load(
-        model.weights,
-        upsampler=model.upsampler,
-        clip=model.clip,
-        weak_model=model.weak_model,
-        dtype=model.dtype,
-        devices=model.devices,
-    )
+    pipe = glide.load(**model.loaded())
     shown = pipe.model.prompts if editing.init_image is None else ()
     prompts = prompts_of(options) or shown or ("",)
     for caption in (part.text for prompt in prompts for part in read_prompt(prompt).parts):

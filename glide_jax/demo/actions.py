@@ -20,7 +20,7 @@ OPTIONS = {
     "amount": "--variation",
     "caption": "--init-caption",
 }
-FILL, REDRAW, VARY = "Fill", "Redraw", "Vary"
+FILL, IMG2IMG, VARY = "Fill", "Img2img", "Vary"
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def edit(
     """Return the call that edits an image.
 
     Args:
-        mode: "Fill" fills the mask; "Redraw" is img2img with `amount` as the strength, under the
+        mode: "Fill" fills the mask; "Img2img" is img2img with `amount` as the strength, under the
             mask if there is one; "Vary" makes variations, without guidance.
         image, mask: files, or None.
 
@@ -185,7 +185,7 @@ def edit(
         where["mask"] = mask
     elif mode == FILL:
         raise UsageError("no region is painted: paint over what is to be filled")
-    changed = {"strength": number(amount)} if mode == REDRAW else {}
+    changed = {"strength": number(amount)} if mode == IMG2IMG else {}
     return Call("", prompts, where | changed | _usual(controls, defaults, more))
 
 

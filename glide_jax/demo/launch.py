@@ -72,14 +72,7 @@ def open_studio(options: DemoOptions) -> Studio:
     """
     model = options.model
     check_writable(options.out)
-    pipe = load(
-        model.weights,
-        upsampler=model.upsampler,
-        clip=model.clip,
-        weak_model=model.weak_model,
-        dtype=model.dtype,
-        devices=model.devices,
-    )
+    pipe = load(**model.loaded())
     if pipe.model.config.upsamples:
         raise UsageError(f"{model.weights} is an upsampler: give the weights of a base model")
     return Studio(pipe, model, options.out.expanduser())

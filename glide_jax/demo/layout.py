@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
-from glide_jax.demo.actions import FILL, REDRAW, VARY
+from glide_jax.demo.actions import FILL, IMG2IMG, VARY
 from glide_jax.demo.studio import Studio
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.pipeline.settings import Settings
@@ -104,7 +104,7 @@ def _editor(found: SimpleNamespace, side: int) -> None:
         elem_id="editor",
     )
     found.mode = gr.Radio(
-        [FILL, REDRAW, VARY],
+        [FILL, IMG2IMG, VARY],
         value=FILL,
         label="What to do",
         info="Paint over what is to be filled. Everything else is kept to the byte.",

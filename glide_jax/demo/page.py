@@ -39,8 +39,8 @@ MODES: dict[str, tuple[str, str | None, float]] = {
     actions.FILL: (
         "Paint over what is to be filled. Everything else is kept to the byte.", None, 0.6,
     ),
-    actions.REDRAW: (
-        "Redraw the image by the prompt; if something is painted, only that.", "Strength", 0.6,
+    actions.IMG2IMG: (
+        "Change the image by the prompt, or only what is painted.", "Strength", 0.6,
     ),
     actions.VARY: ("Variations of the whole image, without guidance.", "Variation", 0.3),
 }  # fmt: skip
@@ -135,7 +135,7 @@ class Page:
         yield from self._run(request, call)
 
     def edit(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Fill, redraw or vary the image of the editor."""
+        """Fill, change or vary the image of the editor."""
         *rest, source, mask, mode, amount = values
 
         def call() -> actions.Call:

@@ -47,13 +47,13 @@ class SourceMasks:
     """Masks of any size, read, and upright like their images.
 
     Attributes:
-        holes: `(H, W)` bool, True where the image is regenerated.
+        regions: `(H, W)` bool, True where the image is regenerated.
         name: the file; empty if there is none.
         fit: how they become squares; see `SourceImages`.
         reading: which part is regenerated if it is not the white one: "its transparent part".
     """
 
-    holes: tuple[np.ndarray, ...]
+    regions: tuple[np.ndarray, ...]
     name: str = ""
     fit: Fit = "crop"
     reading: str = ""
@@ -65,7 +65,7 @@ class SourceMasks:
 
     def squares(self, size: int) -> np.ndarray:
         """Return the masks as squares, `(N, size, size)` bool."""
-        return np.stack([_square(hole, size, self.fit) for hole in self.holes])
+        return np.stack([_square(region, size, self.fit) for region in self.regions])
 
     def known(self, size: int, count: int) -> np.ndarray:
         """Return `(count, size, size, 1)` float32, 1 where the pixel is kept.
@@ -73,9 +73,9 @@ class SourceMasks:
         Raises:
             UsageError: there is neither one mask nor one for each.
         """
-        if len(self.holes) not in (1, count):
+        if len(self.regions) not in (1, count):
             raise UsageError(
-                f"a mask is (H, W), or one for each of {count} prompts, not {len(self.holes)}"
+                f"a mask is (H, W), or one for each of {count} prompts, not {len(self.regions)}"
             )
         known = 1 - self.squares(size).astype(np.float32)[..., None]
         return np.broadcast_to(known, (count, *known.shape[1:]))
@@ -86,13 +86,17 @@ class SourceMasks:
         Raises:
             UsageError: it does not.
         """
-        for number, (hole, square) in enumerate(zip(self.holes, self.squares(size), strict=True)):
+        for number, (region, square) in enumerate(
+            zip(self.regions, self.squares(size), strict=True)
+        ):
             if square.any() and not square.all():
                 continue
-            label = self.label + (f" number {number}" if len(self.holes) > 1 else "")
-            what = "is all hole: nothing is kept" if square.all() else "has no hole"
+            label = self.label + (f" number {number}" if len(self.regions) > 1 else "")
+            what = (
+                "masks the whole image: nothing is kept" if square.all() else "has no masked region"
+            )
             how = _HOW
-            if hole.any() and not hole.all():
+            if region.any() and not region.all():
                 what, how = f"{what} at {size}x{size} pixels", "draw larger"
             raise UsageError(f"{label} {what} ({how}); change it, {_ALLOW}")
 
@@ -129,7 +133,7 @@ def open_masks(
     fit: Fit = "crop" if images is None else images.fit
     if isinstance(source, list | tuple) and not _is_number_list(source):
         each = [open_masks(one, images, invert=invert) for one in source]
-        return SourceMasks(tuple(hole for one in each for hole in one.holes), "", fit)
+        return SourceMasks(tuple(region for one in each for region in one.regions), "", fit)
     name, reading = "", ""
     if isinstance(source, str | Path):
         name, loaded = str(source), [load_upright(read_file(source, "mask"))]
@@ -138,20 +142,20 @@ def open_masks(
     else:
         loaded = _from_array(to_array(source, "a mask"))
     label = f"the mask {name}" if name else "the mask"
-    holes = []
+    regions = []
     for i, mask in enumerate(loaded):
         image = None if images is None else images.images[i % len(images.images)]
         if isinstance(mask, Upright):
             mask = mask if image is None else _turned_like(mask, image)
-            hole, reading = _hole(mask.image, label, image)
+            region, reading = _region(mask.image, label, image)
         else:
-            hole = _by_level(mask, label, lossy=False)
+            region = _by_level(mask, label, lossy=False)
         if image is not None:
-            _check_proportions(hole, image, label)
-        holes.append(hole ^ invert)
+            _check_proportions(region, image, label)
+        regions.append(region ^ invert)
     if invert:
         reading = f"inverted; else {reading}" if reading else "inverted"
-    return SourceMasks(tuple(holes), name, fit, reading)
+    return SourceMasks(tuple(regions), name, fit, reading)
 
 
 def read_known(mask: MaskLike, size: int, batch: int) -> np.ndarray:
@@ -195,8 +199,8 @@ def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return off <= max(a[0] * b[1], a[1] * b[0]) * max(0.02, 1 / min(a), 1 / min(b))
 
 
-def _check_proportions(hole: np.ndarray, image: Upright, label: str) -> None:
-    size = (hole.shape[1], hole.shape[0])
+def _check_proportions(region: np.ndarray, image: Upright, label: str) -> None:
+    size = (region.shape[1], region.shape[0])
     if size[0] != size[1] and not _alike(size, image.size):
         raise UsageError(
             f"{label} is {size[0]}x{size[1]} and the image {image.size[0]}x{image.size[1]}: make "
@@ -204,22 +208,24 @@ def _check_proportions(hole: np.ndarray, image: Upright, label: str) -> None:
         )
 
 
-def _square(hole: np.ndarray, size: int, fit: Fit) -> np.ndarray:
+def _square(region: np.ndarray, size: int, fit: Fit) -> np.ndarray:
     """Return a mask as `(size, size)` bool; nothing is regenerated in what was padded."""
-    height, width = hole.shape
+    height, width = region.shape
     if height != width and fit == "pad":
         left, top, w, h = padded_box((width, height), size)
         result = np.zeros((size, size), bool)
-        result[top : top + h, left : left + w] = _scaled(hole, (0, 0, width, height), (w, h))
+        result[top : top + h, left : left + w] = _scaled(region, (0, 0, width, height), (w, h))
         return result
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
-    return _scaled(hole, (left, top, left + side, top + side), (size, size))
+    return _scaled(region, (left, top, left + side, top + side), (size, size))
 
 
-def _scaled(hole: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """Return a part of a mask at another size: where half of a pixel is hole, all of it is."""
-    image = Image.fromarray(hole.astype(np.uint8) * 255)
+def _scaled(
+    region: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Return a part of a mask at another size: where half of a pixel is masked, all of it is."""
+    image = Image.fromarray(region.astype(np.uint8) * 255)
     shrinks = box[2] - box[0] > size[0] or box[3] - box[1] > size[1]
     # A mask has no grey: it is enlarged without, as in OpenAI's code.
     kind = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
@@ -229,7 +235,7 @@ def _scaled(hole: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, i
 # --- what a mask means
 
 
-def _hole(image: Image.Image, label: str, edited: Upright | None) -> tuple[np.ndarray, str]:
+def _region(image: Image.Image, label: str, edited: Upright | None) -> tuple[np.ndarray, str]:
     """Return where an image is regenerated by a mask, and which part of the mask that is."""
     lossy = image.format in _LOSSY
     colours, alpha = opaque(image)
@@ -285,7 +291,7 @@ def _by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndar
 def _by_alpha(
     colours: Image.Image, visible: np.ndarray, edited: Upright | None
 ) -> tuple[np.ndarray, str]:
-    """Tell a brush on a transparent layer from a hole erased from a photo.
+    """Tell a brush on a transparent layer from a region erased from a photo.
 
     A photo has many colours, or is the image itself; a brush has few, and leaves the border free.
     """
@@ -298,9 +304,9 @@ def _by_alpha(
     grey = np.ptp(seen, axis=1).max() < _NOISE
     if flat and grey and brightness.max() >= 192 and brightness.min() < 64:
         # White and black on a transparent layer.
-        hole = np.zeros_like(visible)
-        hole[visible] = brightness > 127
-        return hole, "its white part"
+        region = np.zeros_like(visible)
+        region[visible] = brightness > 127
+        return region, "its white part"
     border = np.concatenate([visible[0], visible[-1], visible[:, 0], visible[:, -1]])
     if not flat:
         return erased

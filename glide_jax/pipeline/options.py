@@ -70,6 +70,11 @@ class WeightsOptions:
     devices: str = "1"
     batch_size: Annotated[int | None, HIDDEN] = None
 
+    def loaded(self) -> dict[str, Any]:
+        """Return the arguments of `glide_jax.load`."""
+        names = ("weights", "upsampler", "clip", "weak_model", "dtype", "devices")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class EditingOptions:

@@ -55,7 +55,7 @@ CALLS = {
         replace(CONTROLS, prompt='-5 "apples"', negative_prompt="-blue, it's", high=2), DEFAULTS
     ),
     "fill": lambda: edit(CONTROLS, DEFAULTS, "Fill", "image.png", "mask.png", 0.6),
-    "redraw": lambda: edit(CONTROLS, DEFAULTS, "Redraw", "image.png", None, 0.6),
+    "img2img": lambda: edit(CONTROLS, DEFAULTS, "Img2img", "image.png", None, 0.6),
     "vary": lambda: edit(
         replace(CONTROLS, num=2), DEFAULTS, "Vary", "image.png", "mask.png", 0.3, batch_size=1
     ),

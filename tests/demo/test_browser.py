@@ -245,13 +245,13 @@ def test_a_broken_file_gets_the_message_of_the_library(page, tmp_path):
     assert str(tmp_path) not in text and "gradio" not in text
 
 
-def test_a_photo_is_loaded_and_redrawn(page, tmp_path):
+def test_a_photo_is_loaded_and_changed(page, tmp_path):
     photo = np.zeros((200, 300, 3), np.uint8)
     photo[:, 50:250] = (240, 200, 60)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     upload(page, tmp_path / "photo.png")
     page.wait_for_selector("#status p:has-text('photo.png: the middle square')")
-    page.click("#mode label:has-text('Redraw')")
+    page.click("#mode label:has-text('Img2img')")
     page.wait_for_selector("#amount input")
     page.fill("#prompt textarea", "a lemon")
     finish(page, "#apply")

@@ -81,8 +81,8 @@ def test_no_slider_compiles(studio, compiled):
     half[:8] = 255
     Image.fromarray(half).save(mask)
     run(studio, call(studio, num=2))
-    run(studio, edit(CONTROLS, settings, "Redraw", image, None, 0.5))
-    run(studio, edit(CONTROLS, settings, "Redraw", image, mask, 0.5))
+    run(studio, edit(CONTROLS, settings, "Img2img", image, None, 0.5))
+    run(studio, edit(CONTROLS, settings, "Img2img", image, mask, 0.5))
     run(studio, call(studio, steps=12, low=0.5, high=3))
     compiled.clear()
     for changed in (
@@ -101,8 +101,8 @@ def test_no_slider_compiles(studio, compiled):
     for changed in ({"num": 3}, {"num": 5}, {"steps": 9}, {"steps": 30}, {"sampler": "heun"}):
         run(studio, call(studio, **changed))
     for amount in (0.25, 0.9):
-        run(studio, edit(CONTROLS, settings, "Redraw", image, None, amount))
-        run(studio, edit(CONTROLS, settings, "Redraw", image, mask, amount))
+        run(studio, edit(CONTROLS, settings, "Img2img", image, None, amount))
+        run(studio, edit(CONTROLS, settings, "Img2img", image, mask, amount))
     assert run_rows._cache_size() == programs
 
 

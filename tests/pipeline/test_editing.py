@@ -152,9 +152,9 @@ def test_both_stages_read_the_same_image_and_mask_and_one_line_says_how(photo, m
     )
 
 
-def test_a_mask_without_a_hole_is_an_error_unless_it_is_allowed(photo, mask):
+def test_a_mask_without_a_region_is_an_error_unless_it_is_allowed(photo, mask):
     pipe, nothing = exact_pipeline("inpaint"), np.zeros_like(mask)
-    with pytest.raises(glide.UsageError, match="the mask has no hole"):
+    with pytest.raises(glide.UsageError, match="the mask has no masked region"):
         pipe("green", image=photo, mask=nothing)
     found = pipe("green", image=photo, mask=nothing, allow_uniform_mask=True)
     assert np.array_equal(found.images[0], photo)

@@ -10,9 +10,9 @@ from glide_jax.pipeline.image_files import open_images
 from glide_jax.pipeline.mask_files import open_masks
 
 RNG = np.random.default_rng(0)
-HOLE = np.zeros((64, 64), bool)
-HOLE[16:48, 16:48] = True
-H = HOLE.astype(np.uint8)
+REGION = np.zeros((64, 64), bool)
+REGION[16:48, 16:48] = True
+H = REGION.astype(np.uint8)
 NOISE = RNG.integers(0, 256, (64, 64, 3), np.uint8)
 VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
 
@@ -31,13 +31,13 @@ def labels(values, palette=None):
 
 
 def soft():
-    """A mask with soft edges: half of the range lies on the border of `HOLE`."""
+    """A mask with soft edges: half of the range lies on the border of `REGION`."""
     distance = np.maximum(*np.abs(np.mgrid[:64, :64] - 31.5))
     return np.clip(255 * (0.5 + (16 - distance) / 8), 0, 255).astype(np.uint8)
 
 
 def with_spots():
-    """Labels 0, 1 and 2; both of the latter in the hole."""
+    """Labels 0, 1 and 2; both of the latter in the region."""
     values = H.copy()
     values[20:30, 20:30] = 2
     return values
@@ -49,7 +49,7 @@ def colours(*values):
 
 def black_and_white():
     """White and black strokes on a transparent layer."""
-    white = np.where(HOLE[..., None], 255, 0) * np.ones(3, np.uint8)
+    white = np.where(REGION[..., None], 255, 0) * np.ones(3, np.uint8)
     alpha = np.zeros((64, 64), np.uint8)
     alpha[8:56, 8:56] = 255
     return layer(white, alpha)
@@ -71,8 +71,10 @@ LEVELS = {
     "labels 0, 1, 2": Image.fromarray(with_spots()),
     "palette of greys, white first": labels(1 - H, [255, 255, 255, 0, 0, 0]),
     "palette without colours": labels(H),
-    "opaque alpha": layer(np.where(HOLE[..., None], 255, 0), 255),
-    "alpha that hardly varies": layer(np.where(HOLE[..., None], 255, 0), RNG.integers(250, 256, 1)),
+    "opaque alpha": layer(np.where(REGION[..., None], 255, 0), 255),
+    "alpha that hardly varies": layer(
+        np.where(REGION[..., None], 255, 0), RNG.integers(250, 256, 1)
+    ),
 }
 READ = {
     "brush": (layer(255, 255 * H), "its opaque part"),
@@ -95,54 +97,54 @@ READ = {
 
 @pytest.mark.parametrize("kind", [*LEVELS, *READ])
 @pytest.mark.parametrize("stored", ["memory", "file"])
-def test_each_kind_of_mask_has_its_exact_hole(kind, stored, tmp_path):
+def test_each_kind_of_mask_has_its_exact_region(kind, stored, tmp_path):
     image, reading = READ[kind] if kind in READ else (LEVELS[kind], "")
     if stored == "file":
         path = tmp_path / ("m.tif" if image.mode == "CMYK" else "m.png")
         image.save(path)
         image = path
     found = open_masks(image)
-    assert np.array_equal(found.holes[0], HOLE) and found.reading == reading
+    assert np.array_equal(found.regions[0], REGION) and found.reading == reading
     inverted = open_masks(image, invert=True)
-    assert np.array_equal(inverted.holes[0], ~HOLE) and inverted.reading.startswith("inverted")
+    assert np.array_equal(inverted.regions[0], ~REGION) and inverted.reading.startswith("inverted")
 
 
-def test_a_jpeg_mask_has_no_hole_in_the_noise_of_its_black(tmp_path):
+def test_a_jpeg_mask_has_no_region_in_the_noise_of_its_black(tmp_path):
     path = tmp_path / "m.jpg"
     BINARY.save(path, quality=60)
-    assert np.array_equal(open_masks(path).holes[0], HOLE)
+    assert np.array_equal(open_masks(path).regions[0], REGION)
     Image.fromarray(RNG.integers(0, 9, (64, 64), np.uint8)).save(path)
-    assert not open_masks(path).holes[0].any()
+    assert not open_masks(path).regions[0].any()
 
 
 @pytest.mark.parametrize(
     "array",
     [
-        HOLE,
+        REGION,
         H,
         H * 255,
         H.astype(np.float32),
         H * 0.2,
         H.astype(np.int64),
         H.astype(np.uint16) * 65535,
-        HOLE[..., None],
-        HOLE[None],
-        HOLE[None, ..., None],
+        REGION[..., None],
+        REGION[None],
+        REGION[None, ..., None],
         H.tolist(),
         np.asarray(layer(255, 255 * H)),
         soft(),
     ],
 )
 def test_arrays_are_masks(array):
-    assert np.array_equal(open_masks(array).holes[0], HOLE)
+    assert np.array_equal(open_masks(array).regions[0], REGION)
 
 
 def test_an_erased_object_on_white_is_told_from_a_white_layer_by_its_image():
     photo = np.full((64, 64, 3), 255, np.uint8)
-    photo[HOLE] = (0, 160, 0)
+    photo[REGION] = (0, 160, 0)
     erased = layer(255, 255 * (1 - H))
-    assert np.array_equal(open_masks(erased, open_images(photo)).holes[0], HOLE)
-    assert np.array_equal(open_masks(erased, open_images(NOISE)).holes[0], ~HOLE)
+    assert np.array_equal(open_masks(erased, open_images(photo)).regions[0], REGION)
+    assert np.array_equal(open_masks(erased, open_images(NOISE)).regions[0], ~REGION)
 
 
 WIDE = np.zeros((32, 96, 3), np.uint8)
@@ -159,8 +161,8 @@ def test_a_mask_follows_the_crop_of_its_image():
     assert np.array_equal(padded[32:64], mask) and padded.sum() == mask.sum()
     # A square one lies on the square.
     for fit in ("crop", "pad"):
-        found = open_masks(HOLE, open_images(WIDE, fit=fit)).squares(64)[0]
-        assert np.array_equal(found, HOLE)
+        found = open_masks(REGION, open_images(WIDE, fit=fit)).squares(64)[0]
+        assert np.array_equal(found, REGION)
 
 
 def test_a_mask_of_other_proportions_is_refused():
@@ -186,7 +188,7 @@ def test_a_mask_is_turned_like_its_image(tmp_path, orientation, own):
     options = {"exif": exif} if own else {}
     Image.fromarray(stored[..., 0]).save(tmp_path / "mask.png", **options)
     photo = open_images(tmp_path / "photo.png")
-    found = open_masks(tmp_path / "mask.png", photo).holes[0]
+    found = open_masks(tmp_path / "mask.png", photo).regions[0]
     upright = np.asarray(photo.images[0].image)[..., 0] > 0
     if own or orientation > 4 or orientation == 1:
         assert np.array_equal(found, upright)
@@ -210,17 +212,20 @@ ORDER = "(white is regenerated, black is kept)"
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((8, 8), bool), f"the mask has no hole {ORDER}{ALLOW}"),
-        (np.ones((8, 8), bool), f"the mask is all hole: nothing is kept {ORDER}{ALLOW}"),
-        (Image.new("L", (8, 8), 0), f"the mask has no hole {ORDER}{ALLOW}"),
-        (Image.new("L", (8, 8), 255), f"the mask is all hole: nothing is kept {ORDER}{ALLOW}"),
+        (np.zeros((8, 8), bool), f"the mask has no masked region {ORDER}{ALLOW}"),
+        (np.ones((8, 8), bool), f"the mask masks the whole image: nothing is kept {ORDER}{ALLOW}"),
+        (Image.new("L", (8, 8), 0), f"the mask has no masked region {ORDER}{ALLOW}"),
         (
-            np.stack([HOLE, np.zeros((64, 64), bool)]),
-            f"the mask number 1 has no hole {ORDER}{ALLOW}",
+            Image.new("L", (8, 8), 255),
+            f"the mask masks the whole image: nothing is kept {ORDER}{ALLOW}",
+        ),
+        (
+            np.stack([REGION, np.zeros((64, 64), bool)]),
+            f"the mask number 1 has no masked region {ORDER}{ALLOW}",
         ),
         (
             np.eye(64, dtype=bool) & (np.arange(64) < 1),
-            f"the mask has no hole at 16x16 pixels (draw larger){ALLOW}",
+            f"the mask has no masked region at 16x16 pixels (draw larger){ALLOW}",
         ),
         (
             Image.new("RGBA", (8, 8), (255, 255, 255, 0)),
@@ -256,10 +261,10 @@ def test_the_share_is_said_with_the_changes_of_the_image(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"note: the mask {path} regenerates 25% of the image (its opaque part)\n"
     )
-    read_sources(WIDE, HOLE, None, 32, invert_mask=True)
+    read_sources(WIDE, REGION, None, 32, invert_mask=True)
     assert capsys.readouterr().err == (
         "note: the image was cropped to its central 32x32 of 96x32; the mask regenerates 75% of "
         "the image (inverted)\n"
     )
-    read_sources(WIDE, ~HOLE | HOLE, None, 32, allow_uniform_mask=True)
+    read_sources(WIDE, ~REGION | REGION, None, 32, allow_uniform_mask=True)
     assert "the mask regenerates 100% of the image\n" in capsys.readouterr().err
