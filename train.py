@@ -62,7 +62,9 @@ def train(config: RunConfig) -> None:
 
     # -- model, and one step over all devices -------------------------------------------------
     objective = make_objective(config)
-    parallel = make_parallel(config.parallelism, config.batch_size // config.accumulate)
+    parallel = make_parallel(
+        config.parallelism, config.batch_size // config.accumulate, config.devices_per_copy
+    )
     train_steps = compile_steps(config, make_step(config, objective), batches, parallel)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     held_out = Validation(config, objective, source, parallel) if config.validate_every else None

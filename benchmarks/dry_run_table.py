@@ -20,12 +20,12 @@ import tyro
 
 from glide_jax.devices.hardware import Slice, parse_slice
 from glide_jax.errors import GlideError, UsageError, one_line_errors
-from glide_jax.training.dry_run import (
+from glide_jax.training.dry_run import measure
+from glide_jax.training.dry_run_report import (
     Needs,
     estimated_seconds,
     gib,
     largest_microbatch,
-    measure,
     minutes,
     step_seconds,
 )

@@ -103,16 +103,29 @@ EXAMPLES = "cpu, v5e:4x4, v5e:16x16, v5p:2x2x4, v4:2x2x4, v3:4x4, v6e:4x4, tpu7x
 
 @dataclass(frozen=True)
 class Slice:
-    """A grid of TPU chips, such as `v5e:16x16`."""
+    """One or several grids of TPU chips, such as `v5e:16x16` and `2xv5e:16x16`.
+
+    Attributes:
+        name: as written by the user.
+        family: generation of the chips.
+        sides: chips along each side of a grid.
+        slices: number of grids.
+    """
 
     name: str
     family: Family
     sides: tuple[int, ...]
+    slices: int = 1
 
     @property
     def count(self) -> int:
         """Number of chips."""
-        return math.prod(self.sides)
+        return self.slices * math.prod(self.sides)
+
+    @property
+    def topology(self) -> str:
+        """Name of one of the grids."""
+        return self.name.partition("x")[2] if self.name[0].isdigit() else self.name
 
     @property
     def device(self) -> Device:
@@ -121,12 +134,14 @@ class Slice:
 
 
 def parse_slice(name: str) -> Slice:
-    """Return the slice of a name `family:sides`.
+    """Return the slice of a name `family:sides`, or several slices, `Nxfamily:sides`.
 
     Raises:
         UsageError: there is no such family, or it has no such slice.
     """
-    family, _, shape = name.partition(":")
+    several = re.fullmatch(r"([1-9]\d*)x(.+)", name)
+    slices, single = (int(several[1]), several[2]) if several else (1, name)
+    family, _, shape = single.partition(":")
     if family not in FAMILIES:
         raise UsageError(
             f"unknown hardware {name!r}{nearest(family, FAMILIES)}: choose for example {EXAMPLES}"
@@ -139,4 +154,4 @@ def parse_slice(name: str) -> Slice:
         raise UsageError(
             f"{family} has no slice {shape!r}: choose one of {', '.join(kind.shapes)}{more}"
         )
-    return Slice(name, kind, sides)
+    return Slice(name, kind, sides, slices)

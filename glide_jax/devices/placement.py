@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from glide_jax.devices.parallel import AXIS, device_mesh
+from glide_jax.devices.mesh import device_mesh, rows, whole
 from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError
 
@@ -65,7 +65,7 @@ class Placement:
         """Put whole arrays on each device."""
         if self.mesh.size == 1:
             return jax.device_put(tree)
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(tree, whole(self.mesh))
 
     def put_weights(self, tree: Any) -> Any:
         """Put weights on each device; those that lie on these devices already stay as they are."""
@@ -101,18 +101,17 @@ class Placement:
             leaves[i] = kernel
         return jax.tree.unflatten(structure, leaves)
 
-    def split(self, tree: Any, whole: Callable[[Any], bool] = lambda node: False) -> Any:
+    def split(self, tree: Any, unsplit: Callable[[Any], bool] = lambda node: False) -> Any:
         """Split arrays, batch first, over the devices; scalars go to each device.
 
         Args:
-            whole: whether a node of the tree, such as a network, is not batched: it goes to each
+            unsplit: whether a node of the tree, such as a network, is not batched: it goes to each
                 device.
         """
-        rows = NamedSharding(self.mesh, PartitionSpec(AXIS))
 
         def put(leaf: Any) -> Any:
-            if whole(leaf) or np.ndim(leaf) == 0:
+            if unsplit(leaf) or np.ndim(leaf) == 0:
                 return self.replicate(leaf)
-            return jax.device_put(leaf, rows if self.mesh.size > 1 else None)
+            return jax.device_put(leaf, rows(self.mesh) if self.mesh.size > 1 else None)
 
-        return jax.tree.map(put, tree, is_leaf=whole)
+        return jax.tree.map(put, tree, is_leaf=unsplit)

@@ -172,3 +172,11 @@ def computes_bfloat16(capability: str) -> bool:
         return generation >= 11 or (generation == 9 and (model in ("08", "0a") or model >= "40"))
     number = re.match(r"\d+", capability)
     return number is None or int(number[0]) >= 8
+
+
+def fast_compile_options() -> dict[str, Any] | None:
+    """Return `compiler_options` for a program that runs once.
+
+    A CPU takes far longer to compile the sampling of some hundred arrays well than to sample them.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -217,7 +217,7 @@ class _Batch(NamedTuple):
                     conds[branch.name] |= {"guidance": scales}
 
         placement = Placement(stage.devices)
-        plan = replace(plan, guidance=placement.split(plan.guidance, whole=is_network))
+        plan = replace(plan, guidance=placement.split(plan.guidance, unsplit=is_network))
         return networks, placement.split(conds), plan, *placement.split((x, self.keys.steps))
 
     def guidances(self, settings: Settings) -> tuple[Guidance, ...]:

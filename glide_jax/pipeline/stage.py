@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from glide_jax.devices.parallel import pin_batch
+from glide_jax.devices.mesh import pin_batch
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network

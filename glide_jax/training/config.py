@@ -17,7 +17,7 @@ from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.optimiser_config import OptimiserConfig
 
-PARALLELISMS = ("pmap", "fsdp")
+PARALLELISMS = ("pmap", "fsdp", "hybrid")
 LEVELS = ("uniform", "log-normal")
 OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
@@ -42,7 +42,10 @@ class RunConfig:
         accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs
             less memory. It divides `batch_size`.
         parallelism: "pmap": the state (parameters, optimiser, EMA) on every device; "fsdp": the
-            state sharded over all devices, for models that one device cannot hold.
+            state sharded over all devices, for models that one device cannot hold; "hybrid": a
+            copy sharded over each TPU slice, or over the GPUs of each machine.
+        devices_per_copy: Devices that share a copy of the state under "hybrid"; larger needs less
+            memory and more traffic; 0: those of a slice or machine.
         seed: Seed of the first weights, the noise and the order of the data.
         dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these.
@@ -80,6 +83,7 @@ class RunConfig:
     batch_size: int = 64
     accumulate: int = 1
     parallelism: str = "pmap"
+    devices_per_copy: int = 0
     seed: int = 0
     dtype: str = "auto"
     remat: bool = False
@@ -104,13 +108,22 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        for name in ("keep_every", "sample_every", "validate_every", "spike", "minutes"):
+        for name in (
+            "keep_every",
+            "sample_every",
+            "validate_every",
+            "spike",
+            "minutes",
+            "devices_per_copy",
+        ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:
             raise UsageError(
                 f"a batch of {self.batch_size} does not divide into {self.accumulate} microbatches"
             )
+        if self.devices_per_copy and self.parallelism != "hybrid":
+            raise UsageError("devices_per_copy is for --parallelism hybrid")
         for name, known in (("parallelism", PARALLELISMS), ("on_bad_step", ON_BAD_STEP)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,21 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glide_jax.devices.hardware import GIB, Device, Slice, parse_slice
-from glide_jax.devices.parallel import AXIS, device_mesh, fsdp_step, state_sharding
+from glide_jax.devices.fsdp import fsdp_step
+from glide_jax.devices.hardware import Slice, parse_slice
+from glide_jax.devices.mesh import (
+    AXIS,
+    COPIES,
+    device_mesh,
+    hybrid_mesh,
+    rows,
+    state_sharding,
+    whole,
+)
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.attention import compile_for
-from glide_jax.training.config import CLIPTrainConfig, RunConfig
+from glide_jax.training.config import RunConfig
+from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
 from glide_jax.training.flops import cost_of_update, flops_per_image
 from glide_jax.training.freezing import without_frozen
 from glide_jax.training.objectives import Batch, abstract_batch, make_objective
@@ -41,9 +51,6 @@ ENVIRONMENT = {
 }
 # The default effort took 3.6 times as long for 250M parameters, and allocated 15% more memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Model FLOP utilisation reported for a network of this shape: NVIDIA's Imagen base of 500M
-# (JAX-Toolbox, 107 images a second on an A100 in bfloat16, batches of 64).
-UTILISATION = 0.4
 # Messages of the TPU compiler about a program that does not fit.
 TOO_LARGE = (
     re.compile(r"HLO temporaries \((?P<number>[\d.]+)(?P<unit>[KMGT]?)\) exceeds available HBM"),
@@ -52,44 +59,6 @@ TOO_LARGE = (
 # Seconds between two lines of the clock, by whether stderr is a terminal.
 PERIODS = {False: 30.0, True: 1.0}
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a training step needs, as compiled; memory and traffic are bytes of one device.
-
-    Attributes:
-        parameters: number of parameters of the model.
-        devices: number of devices that share the step.
-        microbatch: images that one device processes at a time.
-        state: parameters, optimiser and EMA.
-        gradients: the part of `temporaries` that does not grow with the microbatch.
-        temporaries: everything else that the step allocates.
-        program: the code.
-        model_flops: of the whole step, without recomputed activations.
-        flops: of one device, as compiled.
-        moved: between memory and compute units, if no intermediate value stays on the chip.
-        network: into a device from the others.
-        seconds: compile time.
-    """
-
-    parameters: int
-    devices: int
-    microbatch: int
-    state: float
-    gradients: float
-    temporaries: float
-    program: float
-    model_flops: float
-    flops: float
-    moved: float
-    network: float
-    seconds: float
-
-    @property
-    def memory(self) -> float:
-        """Total memory of a device."""
-        return self.state + self.temporaries + self.program
 
 
 def dry_run(config: RunConfig, hardware: str) -> str:
@@ -123,8 +92,12 @@ def slice_devices(chips: Slice) -> list[jax.Device]:
         raise GlideError("the TPU compiler is not installed: pip install '.[tpu]'")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"platform": "tpu", "topology_name": chips.name}
-    if chips.count == 1:
+    options: dict[str, Any] = {
+        "platform": "tpu",
+        "topology_name": chips.topology,
+        "num_slices": chips.slices,
+    }
+    if math.prod(chips.sides) == 1:
         # A host has four chips, and this slice is a part of it.
         options["chips_per_host_bounds"] = (1, 1, 1)
     return list(topologies.get_topology_desc(**options, **chips.family.options).devices)
@@ -147,7 +120,8 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     clocked = clock(f"compiling {config.name} for {chips.name if chips else 'cpu'}")
     # The machine's own GPU, if it has one, takes no part.
     with clocked, compile_for("tpu" if chips else "cpu"):
-        program, arguments = parallel_step(config, device_mesh(devices))
+        mesh = training_mesh(config, devices)
+        program, arguments = parallel_step(config, mesh)
         flops, moved, code = math.nan, math.nan, 0
         try:
             compiled = program.lower(*arguments).compile(compiler_options=options)
@@ -168,11 +142,11 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     trained = without_frozen(state.params, config.optimiser.freeze)
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    # pmap sums all gradients once. fsdp, in each microbatch, gathers all parameters for the forward
-    # and for the backward pass, and sums all gradients. Frozen parameters have none.
-    passed = (
-        microbatches * (2 * parameters + summed) if config.parallelism == "fsdp" else 2 * summed
-    )
+    # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the
+    # forward and for the backward pass, and sum all gradients. Frozen parameters have none.
+    replicated = config.parallelism == "pmap"
+    passed = 2 * summed if replicated else microbatches * (2 * parameters + summed)
+    sharing, copies = mesh.shape[AXIS], mesh.shape.get(COPIES, 1)
     return Needs(
         parameters=parameters,
         devices=count,
@@ -184,7 +158,8 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops=model_flops,
         flops=flops,
         moved=moved,
-        network=4 * passed * (count - 1) / count,
+        network=4 * passed * (sharing - 1) / sharing,
+        between=8 * microbatches * summed / sharing * (copies - 1) / copies,
         seconds=seconds,
     )
 
@@ -198,14 +173,21 @@ def images_per_device(config: RunConfig, devices: int) -> int:
     pieces = devices * config.accumulate
     if config.batch_size % pieces:
         raise UsageError(
-            f"a batch of {config.batch_size}{_microbatches(config)} does not divide over {devices} "
-            f"devices: try --batch-size {pieces * math.ceil(config.batch_size / pieces)}"
+            f"a batch of {config.batch_size}{microbatches_of(config)} does not divide over "
+            f"{devices} devices: try --batch-size {pieces * math.ceil(config.batch_size / pieces)}"
         )
     return config.batch_size // pieces
 
 
-def _microbatches(config: RunConfig) -> str:
-    return f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
+def training_mesh(config: RunConfig, devices: list[jax.Device]) -> Mesh:
+    """Return the mesh over which a recipe trains on these devices.
+
+    Raises:
+        UsageError: the devices do not divide into copies.
+    """
+    if config.parallelism == "hybrid":
+        return hybrid_mesh(devices, config.devices_per_copy)
+    return device_mesh(devices)
 
 
 def parallel_step(
@@ -215,8 +197,7 @@ def parallel_step(
     objective = make_objective(config)
     step, state = make_step(config, objective), abstract_state(config, objective)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
-    if config.parallelism == "fsdp":
+    if config.parallelism != "pmap":
         program, where = fsdp_step(step, mesh), state_sharding(state, mesh)
     else:
         # The same program as from `jax.pmap`, which takes this machine's devices only.
@@ -228,10 +209,15 @@ def parallel_step(
             out_specs=copies,
             check_vma=False,
         )
-        program, where = jax.jit(mapped, donate_argnums=0), jax.tree.map(lambda _: whole, state)
+        program, where = (
+            jax.jit(mapped, donate_argnums=0),
+            jax.tree.map(lambda _: whole(mesh), state),
+        )
     state = jax.tree.map(_placed, state, where)
-    batch = jax.tree.map(partial(_placed, where=rows), abstract_batch(config, config.batch_size))
-    return program, (state, batch, _placed(key, whole))
+    batch = jax.tree.map(
+        partial(_placed, where=rows(mesh)), abstract_batch(config, config.batch_size)
+    )
+    return program, (state, batch, _placed(key, whole(mesh)))
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -282,104 +268,3 @@ def clock(what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-# --- reporting
-
-
-def largest_microbatch(needs: Needs, memory: float) -> int:
-    """Estimate how many images a device with `memory` bytes can process at a time.
-
-    Assumes that all temporaries except the gradients grow with the microbatch.
-    """
-    room = memory - needs.state - needs.program - needs.gradients
-    return max(math.floor(needs.microbatch * room / (needs.temporaries - needs.gradients)), 0)
-
-
-def step_seconds(needs: Needs, device: Device) -> dict[str, float]:
-    """Return lower bounds of the time of a step: from compute, memory and network alone."""
-    return {
-        "compute": needs.flops / device.flops,
-        "memory": needs.moved / device.bandwidth,
-        "network": needs.network / device.network,
-    }
-
-
-def estimated_seconds(needs: Needs, device: Device) -> float:
-    """Estimate the time of a step: at `UTILISATION` of the peak, but not below the bounds."""
-    usual = needs.model_flops / (needs.devices * device.flops * UTILISATION)
-    return max(usual, *step_seconds(needs, device).values())
-
-
-def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
-    """Return "needs X of Y GiB", and the options that help."""
-    memory = chips.device.memory
-    ways = [] if config.remat else ["--remat"]
-    if config.parallelism == "pmap" and needs.devices > 1:
-        ways.append("--parallelism fsdp")
-    if largest := largest_microbatch(needs, memory):
-        least = math.ceil(needs.microbatch / largest) * config.accumulate
-        rows = config.batch_size // needs.devices
-        microbatches = next(n for n in range(least, rows + 1) if rows % n == 0)
-        ways.append(
-            f"--batch-size {needs.devices * largest}"
-            if isinstance(config, CLIPTrainConfig)
-            else f"--accumulate {microbatches}"
-        )
-    if needs.state > memory / 2 and config.optimiser.moments == "float32":
-        ways.append("--optimiser.moments bfloat16")
-    ways.append("a larger slice" if config.parallelism == "fsdp" else "chips with more memory")
-    return (
-        f"needs {gib(needs.memory)} of {gib(memory)} GiB a device (state {gib(needs.state)}, "
-        f"temporaries {gib(needs.temporaries)}): try {', '.join(ways[:-1])} or {ways[-1]}"
-    )
-
-
-def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
-    """Return the report of a step on a slice, or on this machine's CPU (None), as lines."""
-    remat = ", activation checkpointing" if config.remat else ""
-    limit = f" of {gib(chips.device.memory)}" if chips else ""
-    lines = {
-        "model": f"{config.name}, {needs.parameters:,} parameters",
-        "hardware": "this machine's CPU",
-        "parallelism": f"{config.parallelism} over {needs.devices} devices{remat}",
-        "batch": f"{config.batch_size:,}{_microbatches(config)}: {needs.microbatch} images a "
-        "device at a time",
-        "memory a device": f"state {gib(needs.state)} + temporaries {gib(needs.temporaries)} + "
-        f"program {gib(needs.program)} = {gib(needs.memory)}{limit} GiB",
-        "FLOPs a step": f"{needs.model_flops:.3g}; as compiled {needs.flops:.3g} a device",
-    }
-    if chips:
-        lines |= _on_slice(config, needs, chips)
-    lines["compiled in"] = minutes(needs.seconds)
-    return "\n".join(f"{name:16} {text}" for name, text in lines.items())
-
-
-def _on_slice(config: RunConfig, needs: Needs, chips: Slice) -> dict[str, str]:
-    device = chips.device
-    largest = largest_microbatch(needs, device.memory)
-    batch = largest * needs.devices * config.accumulate
-    bounds = step_seconds(needs, device)
-    least, usual = max(bounds.values()), estimated_seconds(needs, device)
-    each = ", ".join(f"{name} {value:.2g}" for name, value in bounds.items())
-    days = usual * config.steps / 86_400
-    return {
-        "hardware": f"{chips.name}, {chips.count} chips; a device ({chips.family.kind}): "
-        f"{gib(device.memory)} GiB, {device.flops / 1e12:g} TFLOP/s, memory "
-        f"{device.bandwidth / 1e9:g} GB/s, network {device.network / 1e9:g} GB/s",
-        "batch that fits": f"about {largest} a device at a time: --batch-size {batch} (estimate)",
-        "step time": f"at least {least:.2g} s ({each}): "
-        f"{config.batch_size / least:,.0f} images a second",
-        "": f"estimate, at {UTILISATION:.0%} of the peak or at the bound: {usual:.2g} s, "
-        f"{config.batch_size / usual:,.0f} images a second, {days:,.1f} days in all",
-    }
-
-
-def gib(size: float) -> str:
-    """Format bytes as GiB."""
-    return f"{size / GIB:.2f}" if size >= GIB or not size else f"{size / GIB:.2g}"
-
-
-def minutes(seconds: float) -> str:
-    """Format seconds as `m:ss`."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

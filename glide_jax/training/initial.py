@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.devices.parallel import Parallel, fast_compile_options
+from glide_jax.devices.parallel import Parallel
+from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig

@@ -4,12 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import pytest
 
-from glide_jax.devices.parallel import make_parallel, shard_spec
+from glide_jax.devices.mesh import hybrid_mesh, shard_spec
+from glide_jax.devices.parallel import make_parallel
 from glide_jax.devices.processes import Peers, join, on_first, shared_text
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import base64_paper
@@ -68,6 +70,7 @@ def folder(tmp_path_factory):
 def eight(folder):
     """The report of one process with eight devices."""
     jobs = ["pmap:pmap:10", "fsdp:fsdp:10", "cut:fsdp:5", "copy:cut:moved", "cut:fsdp:10", "facts"]
+    jobs += ["hybrid:hybrid4:5", "hybrid:hybrid2:10"]
     report = folder / "eight.json"
     finish(start(folder / "images", folder / "runs", report, jobs, devices=8))
     return json.loads(report.read_text())
@@ -87,7 +90,7 @@ def pair(folder):
     """The report of two processes of two devices each, and the stderr of each."""
     jobs = [
         "pair-pmap:pmap:10", "pair-fsdp:fsdp:10", "damage:pair-fsdp", "pair-fsdp:pmap:12",
-        "pair-stopped:fsdp:1000:stop",
+        "pair-hybrid:hybrid:10", "pair-stopped:fsdp:1000:stop",
     ]  # fmt: skip
     report, port = folder / "pair.json", free_port()
     peers = ["--coordinator", f"localhost:{port}", "--processes", 2, "--process"]
@@ -107,7 +110,7 @@ def test_eight_devices_make_the_first_ten_losses_of_one(one, eight, job):
     np.testing.assert_allclose(losses(eight, job), losses(one, "one:pmap:12")[:10], rtol=AGREE)
 
 
-@pytest.mark.parametrize("job", ["pair-pmap:pmap:10", "pair-fsdp:fsdp:10"])
+@pytest.mark.parametrize("job", ["pair-pmap:pmap:10", "pair-fsdp:fsdp:10", "pair-hybrid:hybrid:10"])
 def test_two_processes_make_the_first_ten_losses_of_one(one, pair, job):
     np.testing.assert_allclose(losses(pair[0], job), losses(one, "one:pmap:12")[:10], rtol=AGREE)
 
@@ -123,6 +126,12 @@ def test_the_contrastive_loss_is_the_same_over_devices(folder):
         found |= json.loads(report.read_text())
     for job in jobs[1]:
         np.testing.assert_allclose(losses(found, job), losses(found, jobs[0][0]), rtol=AGREE)
+
+
+def test_copies_of_four_and_of_two_devices_make_the_losses_of_one(one, eight):
+    """The run is resumed with smaller copies."""
+    made = [*losses(eight, "hybrid:hybrid4:5"), *losses(eight, "hybrid:hybrid2:10")]
+    np.testing.assert_allclose(made, losses(one, "one:pmap:12")[:10], rtol=AGREE)
 
 
 # --- resuming
@@ -203,13 +212,44 @@ def test_accumulated_gradients_are_sharded(eight):
     assert five["temporary"] < once["temporary"] + 0.5 * once["whole"] / 4
 
 
-@pytest.mark.parametrize("job", ["pmap:1", "fsdp:1", "fsdp:5"])
+def test_under_hybrid_a_copy_is_shared_by_its_devices_alone(eight):
+    """Weights move within a copy; only sums cross from copy to copy."""
+    facts = eight["facts"]["hybrid4:1"]
+    assert facts["whole"] / 4 < facts["device"] < 1.1 * facts["whole"] / 4
+    assert facts["kernel"] == [512, 1024 // 4]
+    gathers = [groups for kind, groups in facts["groups"] if kind == "all-gather"]
+    others = [groups for kind, groups in facts["groups"] if kind != "all-gather"]
+    assert gathers and all(groups == [[0, 1, 2, 3], [4, 5, 6, 7]] for groups in gathers)
+    assert [[0, 4], [1, 5], [2, 6], [3, 7]] in others
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device as `hybrid_mesh` sees it."""
+
+    slice_index: int
+    process_index: int
+    id: int
+
+
+def test_a_copy_lies_on_a_slice_whatever_the_order_of_the_processes():
+    chips = [Chip(p % 2, p, 10 * p + i) for p in range(4) for i in (1, 0)]
+    found = hybrid_mesh(chips).devices
+    assert [[chip.id for chip in row] for row in found] == [[0, 1, 20, 21], [10, 11, 30, 31]]
+    assert hybrid_mesh(chips, 2).devices.shape == (4, 2)
+    with pytest.raises(UsageError, match="8 devices do not divide into copies on 3 devices"):
+        hybrid_mesh(chips, 3)
+    with pytest.raises(UsageError, match="slices of 3 and 4 devices .* --devices-per-copy N"):
+        hybrid_mesh(chips[:-1])
+
+
+@pytest.mark.parametrize("job", ["pmap:1", "fsdp:1", "fsdp:5", "hybrid4:1"])
 def test_a_step_reuses_the_memory_of_the_old_state(eight, job):
     # A value that the step returns unchanged (the loss scale) may keep its memory.
     assert eight["facts"][job]["reused"] > 0.999
 
 
-@pytest.mark.parametrize("job", ["pmap:1", "fsdp:1", "fsdp:5"])
+@pytest.mark.parametrize("job", ["pmap:1", "fsdp:1", "fsdp:5", "hybrid4:1"])
 def test_checksums_do_not_depend_on_sharding(eight, job):
     facts = eight["facts"][job]
     assert facts["checksums"] == facts["host"] == eight["facts"]["pmap:1"]["host"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from glide_jax.devices.parallel import AXIS, device_mesh
+from glide_jax.devices.mesh import AXIS, device_mesh
 from glide_jax.models import tpu_attention
 from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel
 from glide_jax.models.layers import AttentionBlock, split_heads

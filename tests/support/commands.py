@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from glide_jax.devices.parallel import fast_compile_options
+from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.weights.registry import FORMAT

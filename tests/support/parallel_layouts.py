@@ -4,7 +4,8 @@
 
 Jobs, one after the other:
     RUN:PARALLELISM:STEPS        train `RUNS/RUN` to this step, from its newest checkpoint if it has
-                                 one; a CLIP if the name begins with "clip"
+                                 one; a CLIP if the name begins with "clip"; "hybrid4": copies on
+                                 four devices each
     RUN:PARALLELISM:STEPS:stop   the same, with SIGTERM to the last process after three steps
     copy:RUN:NEW                 copy a run
     damage:RUN                   truncate the largest file of a run's newest checkpoint
@@ -14,6 +15,7 @@ The report has the losses of each training job by step, and the facts.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.devices import parallel, processes
+from glide_jax.devices import fsdp, mesh, parallel, processes
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training.checkpoint import steps_in
@@ -117,11 +119,11 @@ def sharding_facts() -> dict[str, Any]:
         return init_state(params, optimiser, config)
 
     facts, key = {}, jax.random.key(0)
-    for kind, accumulate in (("pmap", 1), ("fsdp", 1), ("fsdp", 5)):
+    for kind, accumulate in (("pmap", 1), ("fsdp", 1), ("fsdp", 5), ("hybrid4", 1)):
         step = partial(
             train_step, loss=toy_loss, optimiser=optimiser, config=config, accumulate=accumulate
         )
-        layout = parallel.make_parallel(kind, len(image) // accumulate)
+        layout = parallel.make_parallel(*split_kind(kind, len(image) // accumulate))
         compiled_step: Any = layout.compile(step)
         state, rows = layout.initialise(make, key), layout.put_batch(batch)
         fact: dict[str, Any] = {
@@ -130,15 +132,17 @@ def sharding_facts() -> dict[str, Any]:
             "checksums": checksums(layout.for_checkpoint(state)),
             "host": checksums(jax.device_get(layout.gather(state))),
         }
-        if kind == "fsdp":
+        if kind != "pmap":
             compiled = compiled_step.lower(state, rows, key).compile()
             moved = re.findall(
-                r"= \(?(\w+\[[\d,]*\]).* (all-\w+|collective-\w+)\(", compiled.as_text()
+                r"= \(?(\w+\[[\d,]*\]).* (all-\w+|collective-\w+)\(.*replica_groups=(.*)",
+                compiled.as_text(),
             )
-            made = parallel.fsdp_make(make, (key,), parallel.device_mesh(jax.devices()))
+            made = fsdp.fsdp_make(make, (key,), mesh.device_mesh(jax.devices()))
             memory = made.lower(key).compile().memory_analysis()
             fact |= {
-                "moved": [(kind, shape) for shape, kind in moved],
+                "moved": [(kind, shape) for shape, kind, _ in moved],
+                "groups": [(kind, replica_groups(groups)) for _, kind, groups in moved],
                 "made": memory.output_size_in_bytes + memory.temp_size_in_bytes,
                 "temporary": compiled.memory_analysis().temp_size_in_bytes,
                 "kernel": list(state.params["Dense_1"]["kernel"].addressable_data(0).shape),
@@ -154,6 +158,39 @@ def sharding_facts() -> dict[str, Any]:
         )
         facts[f"{kind}:{accumulate}"] = fact
     return facts
+
+
+def replica_groups(text: str) -> list[list[int]]:
+    """Return the groups of devices of a collective, from any of the three notations of HLO.
+
+    They are `{{0,1},{2,3}}`, `[2,2]<=[4]`, and `mesh['a'=2,'b'=2] {'b'}`; the devices of the last
+    two are in ascending order, or in that of `[2,2]T(1,0)`: reshaped and transposed.
+    """
+
+    def ordered(shape: str, axes: str | None) -> np.ndarray:
+        grid = np.arange(jax.device_count()).reshape(*map(int, shape.split(",")))
+        return grid.transpose(*map(int, axes.split(","))) if axes else grid
+
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.match(rf"mesh\[(.*?)\](?:, device_ids=\({order}\))? {{(.*?)}}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        inner = re.findall(r"'(\w+)'", found[4])
+        axes = [[*sizes].index(name) for name in (*(set(sizes) - set(inner)), *inner)]
+        devices = ordered(found[2] or str(jax.device_count()), found[3])
+        devices = devices.reshape(*sizes.values()).transpose(*axes)
+        groups = devices.reshape(-1, math.prod(sizes[name] for name in inner)).tolist()
+    elif found := re.match(rf"\[\d+,(\d+)\]<={order}", text):
+        groups = ordered(found[2], found[3]).reshape(-1, int(found[1])).tolist()
+    else:
+        written = re.findall(r"{([\d,]+)}", text.partition("}}")[0] + "}")
+        groups = [list(map(int, group.split(","))) for group in written]
+    return sorted(map(sorted, groups))
+
+
+def split_kind(kind: str, batch_size: int) -> tuple[str, int, int]:
+    """Return the arguments of `make_parallel` for a kind such as "fsdp" or "hybrid4"."""
+    name = kind.rstrip("0123456789")
+    return name, batch_size, int(kind[len(name) :] or 0)
 
 
 def damage(run: Path) -> None:
@@ -181,7 +218,8 @@ def main() -> None:
         else:
             kind, steps, *stop = words
             config = replace(recipe(name, Path(images)), out=str(Path(runs) / name))
-            config = replace(config, parallelism=kind, steps=int(steps))
+            kind, _, per_copy = split_kind(kind, 0)
+            config = replace(config, parallelism=kind, devices_per_copy=per_copy, steps=int(steps))
             found[job] = losses(config, stop=bool(stop))
     if jax.process_index() == 0:
         Path(report).write_text(json.dumps(found))

@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from benchmarks.dry_run_table import HEAD, SLICES, row, table
-from glide_jax.devices import parallel
+from glide_jax.devices import mesh
 from glide_jax.devices.hardware import DEVICES, FAMILIES, GIB, parse_slice, peak_flops
-from glide_jax.devices.parallel import device_mesh
+from glide_jax.devices.mesh import device_mesh
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import clip64
 from glide_jax.training import dry_run as dry
+from glide_jax.training import dry_run_report as report
 from glide_jax.training.config import CLIPTrainConfig
 from glide_jax.training.flops import cost_of_update
 from glide_jax.training.objectives import make_objective
@@ -29,7 +30,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def needs(**changes: float) -> dry.Needs:
+def needs(**changes: float) -> report.Needs:
     """Return needs of 8 images a device: 2 GiB state, 1 gradients, 0.5 an image, no program."""
     values = {
         "parameters": 1000,
@@ -43,9 +44,10 @@ def needs(**changes: float) -> dry.Needs:
         "flops": 197e12 * 2.0,
         "moved": 819e9 * 1.5,
         "network": 200e9 * 0.5,
+        "between": 0.0,
         "seconds": 61.0,
     }
-    return dry.Needs(**values | changes)
+    return report.Needs(**values | changes)
 
 
 def recipe(**changes):
@@ -86,6 +88,8 @@ def test_larger_slices_are_made_of_cubes(name, chips):
         ("v5p:0x4x4", "v5p has no slice"),
         ("v5p:2x4x8", "v5p has no slice"),
         ("v5p:16x20x20", "v5p has no slice"),
+        ("0xv5e:4x4", "unknown hardware '0xv5e:4x4'"),
+        ("2xv5e:3x3", "v5e has no slice '3x3'"),
     ],
 )
 def test_an_unknown_slice_is_one_line_with_the_known_ones(name, message):
@@ -136,60 +140,72 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 def test_the_largest_microbatch_is_exact_where_memory_grows_linearly():
     # 2 + 1 + 0.5 n GiB
-    assert dry.largest_microbatch(needs(), 15.75 * GIB) == 25
-    assert dry.largest_microbatch(needs(microbatch=40, temporaries=21 * GIB), 15.75 * GIB) == 25
-    assert dry.largest_microbatch(needs(state=20 * GIB), 15.75 * GIB) == 0
+    assert report.largest_microbatch(needs(), 15.75 * GIB) == 25
+    assert report.largest_microbatch(needs(microbatch=40, temporaries=21 * GIB), 15.75 * GIB) == 25
+    assert report.largest_microbatch(needs(state=20 * GIB), 15.75 * GIB) == 0
 
 
 def test_compute_memory_and_network_each_bound_the_time_of_a_step():
-    seconds = dry.step_seconds(needs(), parse_slice("v5e:4x4").device)
+    seconds = report.step_seconds(needs(), parse_slice("v5e:4x4").device)
     assert seconds == pytest.approx({"compute": 2.0, "memory": 1.5, "network": 0.5})
 
 
 def test_the_estimated_time_is_never_below_the_bound():
     device = parse_slice("v5e:4x4").device
-    assert dry.estimated_seconds(needs(), device) == pytest.approx(3.0)
-    assert dry.estimated_seconds(needs(moved=819e9 * 9), device) == pytest.approx(9.0)
+    assert report.estimated_seconds(needs(), device) == pytest.approx(3.0)
+    assert report.estimated_seconds(needs(moved=819e9 * 9), device) == pytest.approx(9.0)
 
 
 def test_a_step_that_does_not_fit_names_its_needs_and_what_helps():
     chips = parse_slice("v5e:4x4")
-    text = dry.shortage(recipe(), needs(temporaries=21 * GIB), chips)
+    text = report.shortage(recipe(), needs(temporaries=21 * GIB), chips)
     assert "needs 23.00 of 15.75 GiB a device (state 2.00, temporaries 21.00)" in text
     assert "--remat" in text and "--parallelism fsdp" in text
     # 2.5 GiB an image: 5 of 8 fit, and so do 4.
     assert "--accumulate 2" in text
-    text = dry.shortage(recipe(remat=True, parallelism="fsdp"), needs(temporaries=21 * GIB), chips)
+    sharded = recipe(remat=True, parallelism="fsdp")
+    text = report.shortage(sharded, needs(temporaries=21 * GIB), chips)
     assert "--remat" not in text and "--parallelism" not in text and "a larger slice" in text
 
 
 def test_the_advised_number_of_microbatches_divides_the_batch():
     config = replace(recipe(), batch_size=16 * 12)
     large = needs(microbatch=12, temporaries=25 * GIB)  # 2 GiB an image: 6 fit
-    assert dry.largest_microbatch(large, 15.75 * GIB) == 6
-    assert "--accumulate 2" in dry.shortage(config, large, parse_slice("v5e:4x4"))
+    assert report.largest_microbatch(large, 15.75 * GIB) == 6
+    assert "--accumulate 2" in report.shortage(config, large, parse_slice("v5e:4x4"))
     large = needs(microbatch=12, temporaries=37 * GIB)  # 3 GiB an image: 4 fit
-    assert "--accumulate 3" in dry.shortage(config, large, parse_slice("v5e:4x4"))
+    assert "--accumulate 3" in report.shortage(config, large, parse_slice("v5e:4x4"))
 
 
 def test_the_advice_for_a_clip_is_a_smaller_batch_since_it_compares_the_whole_one():
     config = CLIPTrainConfig(name="clip", model=clip64(), batch_size=128)
-    text = dry.shortage(config, needs(temporaries=21 * GIB), parse_slice("v5e:4x4"))
+    text = report.shortage(config, needs(temporaries=21 * GIB), parse_slice("v5e:4x4"))
     assert "--batch-size 80" in text and "--accumulate" not in text
 
 
 def test_the_advice_for_a_large_state_is_smaller_moments():
-    text = dry.shortage(recipe(), needs(state=30 * GIB), parse_slice("v5e:4x4"))
+    text = report.shortage(recipe(), needs(state=30 * GIB), parse_slice("v5e:4x4"))
     assert "--optimiser.moments bfloat16" in text and "--accumulate" not in text
 
 
 def test_a_report_of_a_slice_has_the_figures():
-    text = dry.report(recipe(steps=86_400), needs(), parse_slice("v5e:4x4"))
+    text = report.report(recipe(steps=86_400), needs(), parse_slice("v5e:4x4"))
     assert "2.00 + temporaries 5.00 + program 0.00 = 7.00 of 15.75 GiB" in text
     assert "about 25 a device" in text and "--batch-size 400" in text
     assert "at least 2 s" in text and "64 images a second" in text
     assert "3 s" in text and "3.0 days" in text
     assert "1:01" in text
+    assert "between copies" not in text
+
+
+def test_a_report_of_copies_on_several_slices_has_what_passes_between_them():
+    chips = parse_slice("2xv5e:4x4")
+    assert (chips.count, chips.slices, chips.topology) == (32, 2, "v5e:4x4")
+    text = report.report(recipe(parallelism="hybrid"), needs(between=3e6), chips)
+    assert "2xv5e:4x4, 32 chips" in text
+    assert "between copies   3 MB into a device in a step" in text
+    text = report.shortage(recipe(parallelism="hybrid"), needs(temporaries=21 * GIB), chips)
+    assert "--parallelism fsdp" in text and "a larger slice" in text
 
 
 # --- compiling
@@ -206,7 +222,7 @@ def test_compiling_for_the_cpu_gives_memory_and_flops(capfd):
     # XLA's count of the compiled step is near the model FLOPs.
     assert found.flops == pytest.approx(found.model_flops, rel=0.3)
     assert 0 < found.temporaries < GIB
-    text = dry.report(config, found, None)
+    text = report.report(config, found, None)
     assert "589,638 parameters" in text and "this machine's CPU" in text
 
 
@@ -229,7 +245,7 @@ def test_sharding_over_devices_divides_the_state():
     assert "fsdp over 4 devices" in result.stdout
     config = recipe()
     leaves = jax.tree.leaves(abstract_state(config, make_objective(config)))
-    share = sum(size(leaf) / (4 if parallel.shard_spec(leaf.shape, 4) else 1) for leaf in leaves)
+    share = sum(size(leaf) / (4 if mesh.shard_spec(leaf.shape, 4) else 1) for leaf in leaves)
     reported = float(result.stdout.split("state ")[1].split(" +")[0])
     assert reported == pytest.approx(share / GIB, rel=0.02)
 
@@ -253,6 +269,19 @@ def test_compiling_for_a_tpu_slice_reports_needs(parallelism):
     text = dry.dry_run(replace(load_recipe(RECIPE), parallelism=parallelism), "v5e:2x2")
     assert "v5e:2x2, 4 chips" in text and "of 15.75 GiB" in text
     assert f"{parallelism} over 4 devices" in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_copy_of_the_state_stays_within_a_tpu_slice():
+    config = replace(load_recipe(RECIPE), parallelism="hybrid")
+    text = dry.dry_run(config, "2xv5e:2x2")
+    assert "2xv5e:2x2, 8 chips" in text and "hybrid over 8 devices" in text
+    assert "between copies" in text
+    devices = dry.slice_devices(parse_slice("2xv5e:2x2"))
+    found = dry.training_mesh(config, devices)
+    assert dict(found.shape) == {"copies": 2, "batch": 4}
+    assert [{d.slice_index for d in row} for row in found.devices] == [{0}, {1}]
 
 
 # --- the table of the documentation
