@@ -16,6 +16,7 @@ from tqdm import tqdm
 from glide_jax.data import storage
 from glide_jax.data.records import digest
 from glide_jax.data.storage import BrokenRecord
+from glide_jax.errors import one_line
 from glide_jax.folders import cache_folder
 
 # A larger record is not an image with its caption, and would be read into memory as a whole.
@@ -126,7 +127,8 @@ def index_shards(paths: Sequence[str], scan: Scanner) -> Shards:
         found = list(tqdm(scanned, "finding records", len(paths), unit="file", delay=2))
     for path, one in zip(paths, found, strict=True):
         if one.damage:
-            print(f"{path} is damaged after {len(one)} records: {one.damage}", file=sys.stderr)
+            about = f"{path} is damaged after {len(one)} records: {one.damage}"
+            print(one_line(about), file=sys.stderr)
     return Shards(tuple(paths), tuple(found), np.cumsum([len(one) for one in found]))
 
 

@@ -9,13 +9,19 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.errors import GlideError, UsageError, one_line
 
 T = TypeVar("T")
 
 
 class BrokenRecord(GlideError):
-    """A record that cannot be used. Training counts it and takes another one."""
+    """A record that cannot be used. Training counts it and takes another one.
+
+    Its message is one line, also where a name in it has line breaks.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(one_line(message))
 
 
 def is_remote(path: str) -> bool:

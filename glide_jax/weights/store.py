@@ -2,6 +2,10 @@
 
 The name of an array is its path in the parameter tree, "a/b/kernel". Any program that reads
 safetensors can read `model.safetensors`; `config.json` describes the network.
+
+The metadata of `model.safetensors` have `glide_jax.crc32`: the checksum of the arrays with their
+names, and that of the network in `config.json`. `load_weights` verifies both. Files of other
+programs have no checksum, so nothing is verified.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +30,11 @@ from glide_jax.folders import expand_home
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 
+# Where the checksums are in the metadata. Embedded weights have them in `config.json`.
+_CRC = "glide_jax.crc32"
+_NO_CRC = "0" * 8 + " " + "0" * 8
+# Entries of `config.json` that have a checksum. The others, such as `defaults`, may be edited.
+_NETWORK = ("format", "model", "clip", "schedule", "diffusion_steps", "prediction")
 _HEADER_METADATA = "__metadata__"  # The format reserves this name.
 _MAX_HEADER = 100_000_000  # In bytes; the limit of the format.
 _DTYPES = {
@@ -163,7 +173,11 @@ def save_weights(
     with whole_files(folder / MODEL, folder / CONFIG) as (model, config_file):
         config_file.write_text(text, encoding="utf-8")
         with model.open("wb") as file:
-            _write_arrays(file, header, params)
+            start = _write_header(file, header)
+            arrays = _write_arrays(file, header, params)
+            header[_HEADER_METADATA][_CRC] = f"{arrays} {_network_crc(json.loads(text))}"
+            file.seek(0)
+            assert _write_header(file, header) == start
 
 
 def _to_json(config: Mapping[str, Any]) -> str:
@@ -178,7 +192,9 @@ def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str,
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata must be text, not {key!r}: {value!r}")
-    header: dict[str, Any] = {_HEADER_METADATA: dict(metadata)} if metadata else {}
+    if _CRC in metadata:
+        raise UsageError(f"{_CRC!r} cannot be a key of the metadata: it is the checksum's")
+    header: dict[str, Any] = {_HEADER_METADATA: {**metadata, _CRC: _NO_CRC}}
     end = 0
     # The widest dtypes first: this aligns each array without gaps, which the format forbids.
     for name in sorted(params, key=lambda name: -params[name].dtype.itemsize):
@@ -195,18 +211,38 @@ def _header(params: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str,
     return header
 
 
-def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, Any]) -> None:
-    """Write the header and the arrays, one array in memory at a time.
+def _write_header(file: BinaryIO, header: dict[str, Any]) -> int:
+    """Write the header, and return its size in bytes."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, Any]) -> str:
+    """Write the arrays, one in memory at a time, and return their checksum.
 
     The safetensors package needs all arrays contiguous in memory at once.
     """
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    crc = _header_crc(header)
     for name, entry in header.items():
         if name != _HEADER_METADATA:
             array = np.asarray(params[name], _DTYPES[entry["dtype"]], order="C")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            data = array.reshape(-1).view(np.uint8).data
+            crc = zlib.crc32(data, crc)
+            file.write(data)
+    return f"{crc:08x}"
+
+
+def _header_crc(header: Mapping[str, Any]) -> int:
+    """Return the checksum of the names, dtypes and shapes of arrays, and of the metadata."""
+    metadata = {k: v for k, v in header.get(_HEADER_METADATA, {}).items() if k != _CRC}
+    plain = {**header, _HEADER_METADATA: metadata}
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+
+
+def _network_crc(config: Mapping[str, Any]) -> str:
+    network = {key: config[key] for key in _NETWORK if key in config}
+    return f"{zlib.crc32(json.dumps(network, sort_keys=True).encode()):08x}"
 
 
 # ---------------------------------------------------------------- reading
@@ -233,7 +269,13 @@ def load_weights(
         if not (folder / name).is_file():
             raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
     config = read_config_json(folder / CONFIG)
-    params, metadata = map_arrays(folder / MODEL)
+    own = str(config.pop(_CRC, ""))
+    params, metadata, stated = _mapped(folder / MODEL, own)
+    if stated and stated.split(" ")[1:] != [_network_crc(config)]:
+        raise GlideError(
+            f"{folder / CONFIG} describes another network than when {MODEL} was saved: copy both "
+            "again, or save the model again"
+        )
     return config, params, metadata
 
 
@@ -267,6 +309,17 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         GlideError: the file cannot be read, is damaged, or has an array of an unknown dtype.
     """
+    arrays, metadata, _ = _mapped(path)
+    return arrays, metadata
+
+
+def _mapped(path: Path, stated: str = "") -> tuple[dict[str, np.ndarray], dict[str, str], str]:
+    """Return the arrays and the metadata of a file, and its checksums, which are verified.
+
+    Args:
+        path: the file.
+        stated: its checksums; empty: those in its metadata, if there are any.
+    """
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -274,14 +327,19 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise ValueError("a header of more than 100 MB")
             header = json.loads(file.read(size))
             data = np.memmap(file, np.uint8, "r")[8 + size :]
+        crc = _header_crc(header)
         metadata = header.pop(_HEADER_METADATA, {})
+        stated = stated or metadata.pop(_CRC, "")
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata that is not text")
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 kind = str(entry["dtype"])[:20]
                 raise GlideError(f"{path} has {name[:80]!a} as {kind!a}: convert it to float32")
-        return {name: _view(data, **entry) for name, entry in header.items()}, metadata
+        arrays = {name: _view(data, **entry) for name, entry in header.items()}
+        if stated and stated.split(" ")[0] != f"{zlib.crc32(data, crc):08x}":
+            raise ValueError("other bytes than those that were written")
+        return arrays, metadata, stated
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

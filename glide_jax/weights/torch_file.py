@@ -13,7 +13,8 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,9 +55,9 @@ def read_torch_file(path: str | Path, *, unwrap: bool = True) -> dict[str, np.nd
     Returns:
         Name -> array, in the order of the file. Shapes and dtypes are those of the tensors
         (bfloat16 and float8 as in `ml_dtypes`). The arrays are read-only views of the
-        memory-mapped file and use no memory until they are read; the file must not change while
-        they are in use. Tied tensors share their memory. In legacy files the views may be
-        unaligned.
+        memory-mapped file and are copied nowhere; the file must not change while they are in use.
+        The checksums of a zip file are verified; a legacy file has none. Tied tensors share their
+        memory. In legacy files the views may be unaligned.
 
         If `unwrap`, and the top level has a dictionary under "state_dict", "model_state_dict" or
         "model", the first of these is read and the rest, such as an optimizer, is left out. Nested
@@ -85,19 +86,23 @@ def read_torch_file(path: str | Path, *, unwrap: bool = True) -> dict[str, np.nd
 def _read(path: Path, file: BinaryIO, unwrap: bool) -> dict[str, np.ndarray]:
     head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
-        tree, locate = _read_zip(path, file)
+        tree, locate, verify = _read_zip(path, file)
     elif head.startswith(b"\x80"):
         tree, locate = _read_legacy(path, file)
+        verify = None
     elif head[257:262] == b"ustar":
         raise GlideError(f"{path} was written by PyTorch 0.1: load and save it with a newer one")
     else:
         raise _not_torch(path, head)
     tensors = _name_tensors(path, tree, unwrap)
     data = np.memmap(file, dtype=np.uint8, mode="r")
-    return {
+    arrays = {
         name: _as_array(path, name, tensor, data[locate(tensor.storage)])
         for name, tensor in tensors.items()
     }
+    if verify:
+        verify({tensor.storage.key for tensor in tensors.values()})
+    return arrays
 
 
 def _not_torch(path: Path, head: bytes) -> GlideError:
@@ -112,6 +117,8 @@ def _not_torch(path: Path, head: bytes) -> GlideError:
 # ---------------------------------------------------------------- the two layouts
 
 _Locate = Callable[[Storage], slice]  # From a storage to the range of its bytes in the file.
+_Verify = Callable[[Iterable[str]], None]  # From keys of storages; it raises DamagedError.
+_CHUNK = 1 << 20  # In bytes, at a time for a checksum.
 
 
 def _read_at(file: BinaryIO, start: int, size: int) -> bytes:
@@ -123,7 +130,7 @@ def _read_at(file: BinaryIO, start: int, size: int) -> bytes:
     return data
 
 
-def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
+def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate, _Verify]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -151,7 +158,16 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
     def content(name: str) -> bytes:
         where = locate(name)
         require(where.stop - where.start <= _MAX_PICKLE, "a pickle of more than 16 MiB")
+        check(name, where)
         return _read_at(file, where.start, where.stop - where.start)
+
+    def check(name: str, where: slice) -> None:
+        crc = 0
+        for start in range(where.start, where.stop, _CHUNK):
+            crc = zlib.crc32(_read_at(file, start, min(_CHUNK, where.stop - start)), crc)
+        # PyTorch can be set to write no checksums.
+        known = records[name].CRC in (0, crc)
+        require(known, f"the checksum of its record {printable(name)} differs")
 
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
@@ -162,7 +178,12 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, _Locate]:
     if f"{folder}/byteorder" in records and content(f"{folder}/byteorder") != b"little":
         raise _big_endian(path)
     tree = unpickle(path, io.BytesIO(content(pickles[0])))
-    return tree, lambda storage: locate(f"{folder}/data/{storage.key}")
+
+    def verify(keys: Iterable[str]) -> None:
+        for name in (f"{folder}/data/{key}" for key in keys):
+            check(name, locate(name))
+
+    return tree, lambda storage: locate(f"{folder}/data/{storage.key}"), verify
 
 
 def _big_endian(path: Path) -> GlideError:

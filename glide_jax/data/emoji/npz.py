@@ -26,7 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.errors import GlideError, UsageError, one_line
 
 SPLITS = ("train", "test_style", "test_tone", "test_concept", "test_iid")
 # One value per image, in the order in which they are written; `image` comes before them all.
@@ -150,6 +150,9 @@ def read_fields(
             _check_known(keys_of, [name], have, path)
             with file.open(name + ".npy") as member:
                 out[name] = np.lib.format.read_array(member, allow_pickle=False)
+    for name, array in out.items():
+        if array.ndim != 1:
+            raise GlideError(f"{path}: {name} has shape {array.shape}, not (N,); {_HOW}")
     if len({len(a) for a in out.values()}) != 1:
         raise GlideError(f"{path}: its fields differ in length; {_HOW}")
     return out
@@ -172,7 +175,7 @@ def iter_images(path: str | os.PathLike) -> Iterator[np.ndarray]:
         if read_header is None:
             raise GlideError(f"{path}: array format version {version} is not known; {_HOW}")
         shape, fortran, dtype = read_header(member)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise GlideError(f"{path}: image is {dtype} {shape}, not uint8 (N, H, W, 3); {_HOW}")
         size = int(np.prod(shape[1:]))
         rows = max(1, _CHUNK // size)
@@ -214,7 +217,7 @@ class _Opened:
             raise GlideError(f"{self.path}: is a folder, not an emoji64 .npz file")
         try:
             self.file = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # of any kind, see below
             raise self.broken(error) from error
         return self.file
 
@@ -225,12 +228,13 @@ class _Opened:
         trace: TracebackType | None,
     ) -> None:
         self.file.close()
-        broken = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError)
-        if isinstance(error, broken):
+        # zipfile, zlib and numpy raise errors of any kind on malformed bytes.
+        if isinstance(error, Exception) and not isinstance(error, GlideError):
             raise self.broken(error) from error
 
     def broken(self, error: BaseException) -> GlideError:
-        return GlideError(f"{self.path}: truncated, or not an .npz file ({error}); {_HOW}")
+        why = one_line(error) or type(error).__name__
+        return GlideError(f"{self.path}: truncated, or not an .npz file ({why:.160}); {_HOW}")
 
 
 def _check_known(
