@@ -112,6 +112,11 @@ def _beside(path: Path, data: bytes) -> Iterator[Path]:
             # Otherwise the name may reach the disk before the data.
             os.fsync(file.fileno())
         yield part
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # A write that fails names no file, a rename the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from glide_jax.folders import write_whole
+
 _NAMED = 3  # names of each reason in the line; the log of a run has all of them
 HIDDEN = "hidden"
 
@@ -66,7 +68,8 @@ class Faults(NamedTuple):
             for fault in faults
         ]
         if lines:
-            path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+            content = "".join(f"{line}\n" for line in lines)
+            write_whole(path, content.encode("utf-8", "backslashreplace"))
         else:
             path.unlink(missing_ok=True)
 

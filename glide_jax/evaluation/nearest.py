@@ -15,7 +15,7 @@ from glide_jax.evaluation.captions import (
     training_pairs,
 )
 from glide_jax.evaluation.features import fit
-from glide_jax.evaluation.reports import write_json
+from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import TrainConfig
@@ -114,7 +114,7 @@ def report(
     found: dict[str, Any] = {"seed": seed, "weights": pipe.model.name}
     for name, records in (("training_captions", trained_on), ("held_out_pairs", held_out)):
         matches = generate_and_match(pipe, records, train, seed, batch_size)
-        sheet(matches).save(out / f"{name}.png")
+        write_png(out / f"{name}.png", sheet(matches))
         found[name] = {
             "right": sum(match.right for match in matches),
             "of": len(matches),

@@ -21,7 +21,7 @@ def write_json(path: Path, content: Any) -> None:
     try:
         write_whole(path, text.encode())
     except OSError as error:
-        raise GlideError(f"cannot write {path}: {error}") from None
+        raise GlideError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -35,4 +35,4 @@ def write_png(path: Path, image: Image.Image) -> None:
     try:
         write_whole(path, data.getvalue())
     except OSError as error:
-        raise GlideError(f"cannot write {path}: {error}") from None
+        raise GlideError(f"cannot write {path}: {error.strerror}") from None

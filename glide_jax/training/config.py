@@ -325,7 +325,7 @@ def write_config(config: RunConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
     except OSError as error:
-        raise GlideError(f"cannot write {path}: {error}") from None
+        raise GlideError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_config(path: Path) -> RunConfig:

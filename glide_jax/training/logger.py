@@ -1,5 +1,6 @@
 """The progress of a run: a bar, curves, grids of samples, a trace for the profiler."""
 
+import io
 import math
 import sys
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.folders import write_whole
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params, finish
@@ -185,9 +187,13 @@ class Logger:
             return
         model = model_of(config, ema)
         grid = self._sample_grid(model, config.sample_prompts, seed=config.seed, dtype=config.dtype)
-        folder = config.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step_{step:06}.png")
+        path, data = config.folder / "samples" / f"step_{step:06}.png", io.BytesIO()
+        grid.save(data, "PNG")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, data.getvalue())
+        except OSError as error:
+            raise GlideError(f"cannot write {path}: {error.strerror}") from None
         self._writer.image("samples", np.asarray(grid), step)
 
     @contextmanager

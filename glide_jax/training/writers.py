@@ -2,14 +2,18 @@
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
-from glide_jax.errors import UsageError
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import RunConfig
 
 
@@ -29,21 +33,59 @@ class Writer(Protocol):
         ...
 
 
+_FLUSH = 30.0  # seconds
+
+
 class TensorBoard:
-    """Curves and images in the run's folder `logs/`."""
+    """Curves and images in the run's folder `logs/`.
+
+    Not `SummaryWriter`: it writes in a thread, which a full disk ends with a traceback, and then
+    waits for that thread forever.
+    """
 
     def __init__(self, folder: Path):
-        self._writer = SummaryWriter(str(folder), flush_secs=30)
+        """Open a new file.
+
+        Raises:
+            GlideError: it cannot be written.
+        """
+        self._folder, self._broken = folder, False
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+            self._file.flush()
+        self._flushed = time.monotonic()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(summary.scalar(name, value), step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        self._add(summary.image(name, image, dataformats="HWC"), step)
 
     def close(self) -> None:
-        self._writer.close()
+        # After an error, the file cannot be closed without another one.
+        if not self._broken:
+            with self._writing():
+                self._file.close()
+
+    def _add(self, values: object, step: int) -> None:
+        with self._writing():
+            self._file.write_event(Event(summary=values, step=step, wall_time=time.time()))
+            if time.monotonic() - self._flushed > _FLUSH:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._broken = True
+            raise GlideError(
+                f"cannot write the log {self._folder}: {error.strerror}; the same command resumes "
+                "from the newest checkpoint"
+            ) from None
 
 
 class Wandb:

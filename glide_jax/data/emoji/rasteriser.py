@@ -238,6 +238,8 @@ def write_npz(
                 with _member(file, name) as member:
                     np.lib.format.write_array(member, values, allow_pickle=False)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
