@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from glide_jax.errors import GlideError
 from glide_jax.folders import write_whole
 
 _NAMED = 3  # names of each reason in the line; the log of a run has all of them
@@ -61,17 +62,24 @@ class Faults(NamedTuple):
             print(line, file=sys.stderr)
 
     def save(self, path: Path) -> None:
-        """Write a file with one line for every file that is not used, or remove an old one."""
+        """Write a file with one line for every file that is not used, or remove an old one.
+
+        Raises:
+            GlideError: the file cannot be written.
+        """
         lines = [
             f"{kind}: {_shown(fault.name)}: {fault.reason}"
             for kind, faults in zip(("left out", "broken", "not used", "used"), self, strict=True)
             for fault in faults
         ]
-        if lines:
-            content = "".join(f"{line}\n" for line in lines)
-            write_whole(path, content.encode("utf-8", "backslashreplace"))
-        else:
-            path.unlink(missing_ok=True)
+        content = "".join(f"{line}\n" for line in lines)
+        try:
+            if lines:
+                write_whole(path, content.encode("utf-8", "backslashreplace"))
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise GlideError(f"cannot write {path}: {error.strerror}") from None
 
 
 NO_FAULTS = Faults()

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.training.config import RunConfig
@@ -34,6 +34,8 @@ class Writer(Protocol):
 
 
 _FLUSH = 30.0  # seconds
+# Its classes are made when it is imported.
+_protos: Any = event_pb2
 
 
 class TensorBoard:
@@ -71,7 +73,8 @@ class TensorBoard:
 
     def _add(self, values: object, step: int) -> None:
         with self._writing():
-            self._file.write_event(Event(summary=values, step=step, wall_time=time.time()))
+            event = _protos.Event(summary=values, step=step, wall_time=time.time())
+            self._file.write_event(event)
             if time.monotonic() - self._flushed > _FLUSH:
                 self._file.flush()
                 self._flushed = time.monotonic()

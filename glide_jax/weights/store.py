@@ -337,7 +337,7 @@ def _mapped(path: Path, stated: str = "") -> tuple[dict[str, np.ndarray], dict[s
                 kind = str(entry["dtype"])[:20]
                 raise GlideError(f"{path} has {name[:80]!a} as {kind!a}: convert it to float32")
         arrays = {name: _view(data, **entry) for name, entry in header.items()}
-        if stated and stated.split(" ")[0] != f"{zlib.crc32(data, crc):08x}":
+        if stated and stated.split(" ")[0] != f"{zlib.crc32(data.data, crc):08x}":
             raise ValueError("other bytes than those that were written")
         return arrays, metadata, stated
     except OSError as error:

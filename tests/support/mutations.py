@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -325,7 +325,7 @@ def _pixels(item: Item) -> np.ndarray:
 def npz_file(items: list[Item], rng: random.Random) -> tuple[bytes, Case]:
     """Return a malformed .npz file, as that of emoji64."""
     count = len(items)
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "image": np.stack([_pixels(item) for item in items]),
         "caption": np.array([item.caption for item in items]),
         "split": np.array(["train"] * count),

@@ -112,7 +112,11 @@ def make_npz(path: Path) -> Path:
     """Write a small file of the fields of emoji64, and return it."""
     rng, count = np.random.default_rng(0), 12
     names = np.array([f"concept {i % 3}" for i in range(count)])
-    fields = {"caption": names, "concept": names, "style": np.array(["Plain style"] * count)}
+    fields: dict[str, Any] = {
+        "caption": names,
+        "concept": names,
+        "style": np.array(["Plain style"] * count),
+    }
     split = np.array(["train"] * count)
     image = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
     np.savez_compressed(path, image=image, split=split, **fields)

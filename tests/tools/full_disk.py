@@ -237,7 +237,7 @@ def main(runs: bool = True) -> None:
         runs: Fill the disk of runs of `train.py` too (half a minute each; needs root).
     """
     lines = fill_all()
-    of_runs = fill_run((0, 20_000, 3_000_000, 9_000_000, 15_000_000)) if runs else []
+    of_runs = fill_run((0, 20_000, 3_000_000, 9_000_000)) if runs else []
     print(json.dumps({"writes": lines, "runs": of_runs}, indent=2))
     print(
         f"{len(lines)} kinds of write, {len(SHARES) * len(lines)} full disks: each ended with exit "

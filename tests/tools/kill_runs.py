@@ -2,8 +2,13 @@
 
 A tiny run that saves every few steps is killed and started again with the same command, many
 times; then it runs to its end. Each start must resume from the newest finished checkpoint, and the
-end must equal that of an undisturbed run bit for bit. Prints the sentence for
-docs/guide/training.md.
+end must equal that of an undisturbed run bit for bit. Of two processes, either one or both are
+killed; one that is left has half a minute to end by itself, then it is killed too. Prints JSON, and
+the sentence for docs/results/faults.md.
+
+    python -m tests.tools.kill_runs --out FOLDER --kills 100 --steps 2000 --workers 1
+    python -m tests.tools.kill_runs --out FOLDER --kills 100 --steps 2000 --workers 1 \\
+        --parallelism fsdp --processes 2
 """
 
 import json
@@ -14,9 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,6 +31,7 @@ import tyro
 from glide_jax.training.checkpoint import MANIFEST, steps_in
 from glide_jax.training.logger import Logger
 from glide_jax.training.runs import restore_run
+from tests.devices.test_parallel import free_port
 from tests.support.commands import RECIPE, ROOT, environment, make_images
 from train import main as train_main
 
@@ -35,6 +42,23 @@ REACH = 6 * SAVE_EVERY
 AT_START, IN_SAVE = 0.25, 0.4
 # Timeout in seconds, for a busy machine.
 PATIENCE = 900.0
+# Seconds that a process has to end by itself after the other was killed.
+LEFT = 30.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the runs are spread.
+
+    Attributes:
+        parallelism: "pmap" or "fsdp".
+        processes: one or two, on this machine, each with one device.
+        workers: data workers of each process.
+    """
+
+    parallelism: Literal["pmap", "fsdp"] = "pmap"
+    processes: int = 1
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,9 @@ class Kill:
         writing: whether a checkpoint was being written.
         start: seconds until its first step; 0: it was killed before.
         warnings: number of warnings about a broken checkpoint.
+        victims: the processes that were killed.
+        left: what became of another process: "" if there was none, "ended" by itself, or "killed"
+            after half a minute.
     """
 
     began: int | None
@@ -57,6 +84,8 @@ class Kill:
     writing: bool
     start: float
     warnings: int
+    victims: str = "0"
+    left: str = ""
 
     @property
     def lost(self) -> int:
@@ -78,43 +107,83 @@ def log_steps(path: str, arguments: list[str]) -> None:
 
 
 class Run:
-    """One process of a run, and its output."""
+    """The processes of a run, and their output."""
 
-    def __init__(self, images: Path, out: Path, steps: int):
+    def __init__(self, images: Path, out: Path, steps: int, layout: Layout = Layout()):
         self._steps, self._errors = out.with_suffix(".steps"), out.with_suffix(".errors")
-        self._steps.unlink(missing_ok=True)
-        command = [
-            sys.executable, "-m", "tests.tools.kill_runs", "train", self._steps, "--config", RECIPE,
-            "--data.source", images, "--out", out, "--steps", steps,
-            "--save-every", SAVE_EVERY, "--sample-every", 0,
-        ]  # fmt: skip
+        port = free_port()
         self.begun = time.monotonic()
-        self.process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors.open("w"),
-        )
+        self.processes = []
+        for index in range(layout.processes):
+            log, errors = self._of(self._steps, index), self._of(self._errors, index)
+            log.unlink(missing_ok=True)
+            command = [
+                sys.executable, "-m", "tests.tools.kill_runs", "train", log, "--config", RECIPE,
+                "--data.source", images, "--out", out, "--steps", steps,
+                "--save-every", SAVE_EVERY, "--sample-every", 0,
+                "--parallelism", layout.parallelism, "--data.workers", layout.workers,
+            ]  # fmt: skip
+            if layout.processes > 1:
+                command += ["--coordinator", f"localhost:{port}", "--processes", layout.processes]
+                command += ["--process", index]
+            with errors.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        list(map(str, command)),
+                        cwd=ROOT,
+                        env=environment(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=file,
+                        start_new_session=True,
+                    )
+                )
+
+    def _of(self, path: Path, index: int) -> Path:
+        return path.with_name(f"{path.name}{index}")
 
     def steps(self) -> list[int]:
-        """Return the finished steps."""
-        return list(map(int, self._steps.read_text().split())) if self._steps.exists() else []
+        """Return the steps that the first process has finished."""
+        path = self._of(self._steps, 0)
+        return list(map(int, path.read_text().split())) if path.exists() else []
 
     def errors(self) -> str:
-        """Return its stderr."""
-        return self._errors.read_text()
+        """Return the stderr of all processes."""
+        indices = range(len(self.processes))
+        return "".join(self._of(self._errors, index).read_text() for index in indices)
+
+    def ended(self) -> bool:
+        """Whether a process has ended."""
+        return any(process.poll() is not None for process in self.processes)
 
     def until(self, happened: Callable[[], bool]) -> None:
         """Wait for something to happen; fail if the run ends before, or at the timeout."""
         while not happened():
-            assert self.process.poll() is None, f"the run ended by itself: {self.errors()}"
+            assert not self.ended(), f"the run ended by itself: {self.errors()}"
             assert time.monotonic() - self.begun < PATIENCE, self.errors()
             time.sleep(0.02)
 
+    def kill(self, victims: list[int]) -> str:
+        """Kill processes, wait for the others, and return what became of these: see `Kill.left`."""
+        for index in victims:
+            self.processes[index].send_signal(signal.SIGKILL)
+        left, became = set(range(len(self.processes))) - set(victims), ""
+        for index in left:
+            became = "ended"
+            try:
+                self.processes[index].wait(LEFT)
+            except subprocess.TimeoutExpired:
+                became = "killed"
+        for process in self.processes:
+            # Data workers that outlive their process, too.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return became
+
     def end(self) -> None:
-        """Wait for its end, and check its exit code."""
-        assert self.process.wait(PATIENCE) == 0, self.errors()
+        """Wait for its end, and check the exit codes."""
+        for process in self.processes:
+            assert process.wait(PATIENCE) == 0, self.errors()
 
 
 def unfinished(out: Path) -> bool:
@@ -123,7 +192,14 @@ def unfinished(out: Path) -> bool:
     return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
 
 
-def start_and_kill(images: Path, out: Path, steps: int, rng: random.Random, start: float) -> Kill:
+def start_and_kill(
+    images: Path,
+    out: Path,
+    steps: int,
+    rng: random.Random,
+    start: float,
+    layout: Layout = Layout(),
+) -> Kill:
     """Start a run and kill it at a random moment.
 
     Args:
@@ -132,8 +208,9 @@ def start_and_kill(images: Path, out: Path, steps: int, rng: random.Random, star
         steps: its last step.
         rng: chooses the moment.
         start: seconds until its first step, about; 0: not known.
+        layout: how the run is spread.
     """
-    run, moment, took = Run(images, out, steps), rng.random(), 0.0
+    run, moment, took = Run(images, out, steps, layout), rng.random(), 0.0
     if start and moment < AT_START:
         time.sleep(rng.uniform(0, start))
     else:
@@ -144,9 +221,9 @@ def start_and_kill(images: Path, out: Path, steps: int, rng: random.Random, star
         if moment < AT_START + IN_SAVE:
             run.until(lambda: unfinished(out))
         time.sleep(rng.uniform(0, 0.05))
-    assert run.process.poll() is None, f"the run ended by itself: {run.errors()}"
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
+    assert not run.ended(), f"the run ended by itself: {run.errors()}"
+    victims = rng.choice([[0], [1], [0, 1]]) if layout.processes > 1 else [0]
+    left = run.kill(victims)
     done, saved = run.steps(), max(steps_in(out / "checkpoints"), default=0)
     return Kill(
         began=done[0] - 1 if done else None,
@@ -156,6 +233,8 @@ def start_and_kill(images: Path, out: Path, steps: int, rng: random.Random, star
         writing=bool(done) and unfinished(out),
         start=took,
         warnings=run.errors().count("is broken"),
+        victims=" and ".join(map(str, victims)),
+        left=left,
     )
 
 
@@ -177,18 +256,20 @@ def check(kills: list[Kill]) -> None:
         saved = kill.saved
 
 
-def kill_again_and_again(out: Path, kills: int, steps: int, seed: int) -> list[Kill]:
+def kill_again_and_again(
+    out: Path, kills: int, steps: int, seed: int, layout: Layout = Layout()
+) -> list[Kill]:
     """Kill a run so many times, let it run to its end, and check the result."""
     rng, images = random.Random(seed), make_images(out / "images")
-    Run(images, out / "whole", steps).end()
+    Run(images, out / "whole", steps, layout).end()
 
     found: list[Kill] = []
     for number in range(kills):
         start = next((kill.start for kill in reversed(found) if kill.start), 0.0)
-        found.append(start_and_kill(images, out / "killed", steps, rng, start))
+        found.append(start_and_kill(images, out / "killed", steps, rng, start, layout))
         print(number + 1, found[-1], file=sys.stderr, flush=True)
         check(found)
-    last = Run(images, out / "killed", steps)
+    last = Run(images, out / "killed", steps, layout)
     last.end()
     assert last.steps() == list(range(found[-1].saved + 1, steps + 1))
 
@@ -201,11 +282,19 @@ def kill_again_and_again(out: Path, kills: int, steps: int, seed: int) -> list[K
     return found
 
 
-def summary(kills: list[Kill], steps: int) -> str:
-    """Return the sentence of docs/guide/training.md."""
-    lost = [kill.lost for kill in kills]
+def summary(kills: list[Kill], steps: int, layout: Layout = Layout()) -> str:
+    """Return the sentence of docs/results/faults.md."""
+    lost, left = [kill.lost for kill in kills], [kill.left for kill in kills]
+    alone = ""
+    if layout.processes > 1:
+        alone = (
+            f"{left.count('')} of both processes, {len(left) - left.count('')} of one, after which "
+            f"the other ended by itself {left.count('ended')} times and was killed after "
+            f"{LEFT:.0f} s {left.count('killed')} times; "
+        )
     return (
-        f"{len(kills)} kills in a run of {steps} steps that saved every {SAVE_EVERY}: "
+        f"{layout.parallelism}, {layout.processes} processes, {layout.workers} data workers each: "
+        f"{len(kills)} kills in a run of {steps} steps that saved every {SAVE_EVERY}: {alone}"
         f"{sum(kill.began is None for kill in kills)} before the first step of a start, "
         f"{sum(kill.writing for kill in kills)} while a checkpoint was being written; "
         f"{sum(lost) / len(lost):.1f} steps lost on average, {max(lost)} at most; every restart "
@@ -214,7 +303,15 @@ def summary(kills: list[Kill], steps: int) -> str:
     )
 
 
-def main(out: Path, kills: int = 20, steps: int = 400, seed: int = 0) -> None:
+def main(
+    out: Path,
+    kills: int = 20,
+    steps: int = 400,
+    seed: int = 0,
+    parallelism: Literal["pmap", "fsdp"] = "pmap",
+    processes: Literal[1, 2] = 1,
+    workers: int = 0,
+) -> None:
     """Kill a tiny run many times.
 
     Args:
@@ -222,8 +319,14 @@ def main(out: Path, kills: int = 20, steps: int = 400, seed: int = 0) -> None:
         kills: Number of kills.
         steps: Last step of the run; more than it can do in all the starts that are killed.
         seed: Seed of the random moments.
+        parallelism: How the run is spread.
+        processes: Number of processes, on this machine.
+        workers: Data workers of each process.
     """
-    print(summary(kill_again_and_again(out, kills, steps, seed), steps))
+    layout = Layout(parallelism, processes, workers)
+    found = kill_again_and_again(out, kills, steps, seed, layout)
+    print(json.dumps([asdict(kill) for kill in found]))
+    print(summary(found, steps, layout))
 
 
 if __name__ == "__main__":
