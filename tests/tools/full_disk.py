@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def fill(kind: str, folder: Path, share: float, own_disk: bool) -> str:
             Image.open(io.BytesIO(data)).load()
     if kind == "checkpoint":
         assert steps_in(folder / "checkpoints") == [1], "an unfinished checkpoint has its name"
+        # A run resumes in a new process. In this one, parts of the failed save may still be ending.
+        time.sleep(1)
     write(folder, 2)
     if kind == "checkpoint":
         state, _, broken = newest(folder / "checkpoints", zeros(make_state(0)))
