@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.diffusion.guidance import Guidance, Network
+from glide_jax.diffusion.guidance import Branch, Guidance, Network
 from glide_jax.errors import UsageError
 
 # Images of 64x64 per device.
@@ -54,28 +54,44 @@ def usual_batch(side: int) -> int:
 def select_images(
     guidances: Sequence[Guidance], index: np.ndarray, count: int
 ) -> tuple[Guidance, ...]:
-    """Return the guidances for some of `count` images: parameters with one value each are indexed.
+    """Return the guidances for some of `count` images.
+
+    Parameters with one value for each image are indexed, and so are captions of branches.
 
     Raises:
-        UsageError: a parameter has neither one value nor one per image.
+        UsageError: a parameter or a branch has neither one value nor one per image.
     """
 
     def numbers(value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
 
+    def chosen(name: str, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        if len(values) not in (1, count):
+            raise UsageError(f"{name} has {len(values)} values for {count} images: give one each")
+        return index if len(values) == count else np.zeros(len(index), int)
+
     def select(name: str, value: Any) -> Any:
         if isinstance(value, Network) or np.ndim(value) == 0:
             return value
         value = np.asarray(value) if numbers(value) else value
-        if len(value) not in (1, count):
-            raise UsageError(f"{name} has {len(value)} values for {count} images: give one each")
-        return value[index if len(value) == count else np.zeros(len(index), int)]
+        return value[chosen(name, value)]
+
+    def captions(branch: Branch) -> Branch:
+        prompt = branch.prompt
+        if prompt is None or isinstance(prompt, str):
+            return branch
+        name = f"branch {branch.name!r}"
+        return branch._replace(prompt=tuple(prompt[i] for i in chosen(name, prompt)))
 
     def leaf(value: Any) -> bool:
         return isinstance(value, Network) or numbers(value)
 
     return tuple(
-        replace(g, args=jax.tree.map(partial(select, g.name), g.args, is_leaf=leaf))
+        replace(
+            g,
+            args=jax.tree.map(partial(select, g.name), g.args, is_leaf=leaf),
+            needs=tuple(map(captions, g.needs)),
+        )
         for whole in guidances
         for g in whole.parts()
     )

@@ -261,4 +261,4 @@ def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
         return [prompt.parts[0] for prompt in prompts]
     if isinstance(branch.prompt, str):
         return [Part(clean(branch.prompt))] * len(prompts)
-    return branch.prompt
+    return [part if isinstance(part, Part) else Part(clean(part)) for part in branch.prompt]

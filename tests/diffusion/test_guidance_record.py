@@ -107,3 +107,12 @@ def test_guidance_without_the_empty_prompt_takes_no_negative_one(guided, message
     with pytest.raises(UsageError, match=message) as caught:
         guided.against("ugly")
     assert str(caught.value).isprintable()
+
+
+def test_two_intervals_hold_together():
+    free = classifier_free(3.0)
+    assert free.within(0.1, 5.0).within(0.3, 9.0).interval == (0.3, 5.0)
+    composed = compose(free.within(0.1, 5.0)).within(0.3, 9.0)
+    assert [part.interval for part in composed.parts()] == [(0.3, 5.0)]
+    never = free.within(0.1, 1.0).within(2.0, 3.0)
+    assert not any(never.acts_at(level) for level in (0.5, 1.5, 2.5))

@@ -10,6 +10,7 @@ from PIL import Image
 import glide_jax as glide
 from glide_jax.devices.placement import local_devices
 from glide_jax.diffusion.sampling import run_rows
+from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, select_images, usual_batch
 from tests.support.commands import make_weights, run
 from tests.support.exact_model import EVALUATED, Oracle, exact_pipeline
@@ -46,6 +47,21 @@ def test_batches_have_few_lengths_and_hold_each_image(count, size, devices, leng
 
 def test_the_usual_batch_is_smaller_for_larger_images():
     assert [usual_batch(side) for side in (16, 64, 128, 256, 4096)] == [16, 16, 8, 4, 1]
+
+
+def test_a_list_of_captions_in_a_guidance_is_split_into_batches(pipe):
+    away = glide.all_of([None, ["blue", "red", "blue"]], [1.5, -0.5])
+    settings = {"num": 3, "seed": 4, "guidance": [away, glide.clip_x0()], "progress": False}
+    whole = pipe("red", batch_size=4, **settings).images
+    each = pipe("red", batch_size=1, **settings).images
+    assert np.abs(each.astype(int) - whole).max() <= 1
+    same = glide.all_of([None, "blue"], [1.5, -0.5])
+    same = pipe("red", batch_size=4, **settings | {"guidance": [same, glide.clip_x0()]}).images
+    moved = np.abs(whole.astype(int) - same).max((1, 2, 3))
+    assert moved[0] <= 1 and moved[1] > 1 and moved[2] <= 1
+    short = glide.all_of([None, ["blue", "red"]], [1.5, -0.5])
+    with pytest.raises(UsageError, match="branch 'prompt 0' has 2 values for 3 images"):
+        pipe("red", **settings | {"guidance": [short]})
 
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "ddpm"])
@@ -88,7 +104,7 @@ def test_seeds_and_indices_are_not_cut_to_32_bits(pipe):
     ]
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(found, 2))
     for wrong in ({"seed": -1}, {"seed": 2**32}, {"first_index": -1}, {"first_index": 2**32}):
-        with pytest.raises(glide.UsageError, match=r"between 0 and 2\^32"):
+        with pytest.raises(UsageError, match=r"between 0 and 2\^32"):
             pipe("red", **wrong)
 
 

@@ -52,8 +52,7 @@ def all_of(
     Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
 
     Args:
-        prompts: one caption each (or one per image, as the pipeline parses them); None is the
-            image's own caption.
+        prompts: one caption each, or a list of one per image; None is the image's own caption.
         weights: one for each prompt.
         name: prefix of the branches; two of these with different prompts need two names.
 
@@ -66,6 +65,7 @@ def all_of(
     names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
     total: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):
+        prompt = tuple(prompt) if isinstance(prompt, list) else prompt
         branch = names.setdefault(prompt, f"{name} {len(names) - 2}")
         total[branch] = total.get(branch, 0) + np.asarray(weight, np.float32)
     needs = (Branch(branch, prompt=prompt) for prompt, branch in names.items() if prompt)

@@ -60,12 +60,15 @@ class Guidance:
     def within(self, low: float, high: float) -> "Guidance":
         """Restrict it to noise levels `low < sigma / alpha <= high`  (2404.07724).
 
+        It then acts where the interval that it had before holds too.
+
         Raises:
             UsageError: not `0 <= low < high`.
         """
         if not 0 <= low < high:
             raise UsageError(f"an interval needs 0 <= low < high, not ({low}, {high})")
-        return replace(self, interval=(float(low), float(high)))
+        interval = max(float(low), self.interval[0]), min(float(high), self.interval[1])
+        return replace(self, interval=interval)
 
     def against(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.
