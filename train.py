@@ -19,6 +19,7 @@ slices and under Slurm, Open MPI and Kubernetes the processes find each other. E
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -36,13 +37,13 @@ from glide_jax.training.command_line import parse_recipe, take_peers
 from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import align, compile_steps, open_batches
-from glide_jax.training.initial import begin_state
+from glide_jax.training.initial import begin_state, frozen_base
 from glide_jax.training.locking import only_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import snapshot
 from glide_jax.training.resuming import say_changes
-from glide_jax.training.state import abstract_state, fit_loss_scale
+from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
 from glide_jax.training.validation import Validation
@@ -77,10 +78,14 @@ def train(config: RunConfig) -> None:
         if checkpoints.latest is None:
             first, state, position = 0, begin_state(config, objective, parallel), {}
         else:
-            like = parallel.restore_target(abstract_state(config, objective))
+            saved = saved_part(abstract_state(config, objective), objective)
+            like = parallel.restore_target(saved)
             first, state, position = checkpoints.restore(like, source.fingerprint)
             say_changes(config, first, position.get("seconds", 0.0))
-            state = parallel.put_state(fit_loss_scale(state, objective))
+            state = fit_loss_scale(state, objective)
+            if base := frozen_base(config, objective):
+                state = replace(state, teacher=base)
+            state = parallel.put_state(state)
             batches.set_state(position)
         per_call = align(batches, first)
         clock = Clock(config, position)
@@ -98,22 +103,24 @@ def train(config: RunConfig) -> None:
                 log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
+                    saved = saved_part(state, objective)
                     checkpoints.save(
                         step,
-                        parallel.for_checkpoint(state),
+                        parallel.for_checkpoint(saved),
                         batches.get_state() | clock.get_state(),
                         source.fingerprint,
-                        checksums(parallel.one_copy(state)),
+                        checksums(parallel.one_copy(saved)),
                     )
                 snapshot(config, step, map(parallel.gather, state.power_emas))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
                     with log.paused():
-                        log.held_out(step, held_out(state.ema))
+                        log.held_out(step, held_out(objective.whole(state.ema, state.teacher)))
                 if due(step, config.sample_every, config.steps):
                     with log.paused():
-                        log.samples(step, parallel.for_sampling(state.ema))
+                        whole = objective.whole(state.ema, state.teacher)
+                        log.samples(step, parallel.for_sampling(whole))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 

@@ -60,8 +60,26 @@ class Conv(_Stored, nn.Conv):
     """`flax.linen.Conv`."""
 
 
+# Names of a low-rank pair beside a kernel  (LoRA, 2106.09685): `(in, r)` and `(r, out)`.
+PAIR = ("lora_a", "lora_b")
+
+
+def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
+    """Return the low-rank pair that is stored beside a layer's kernel, or an empty list."""
+    if not layer.has_variable("params", PAIR[0]):
+        return []
+    return [layer.get_variable("params", name).astype(dtype) for name in PAIR]
+
+
 class Dense(_Stored, nn.Dense):
-    """`flax.linen.Dense`."""
+    """`flax.linen.Dense`; with a stored low-rank pair `x (W + A B) + b`, as `x W + (x A) B + b`."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Map `inputs (..., in)` to `(..., features)`."""
+        y = super().__call__(inputs)
+        if pair := stored_pair(self, y.dtype):
+            y = y + inputs.astype(y.dtype) @ pair[0] @ pair[1]
+        return y
 
 
 class _GroupNorm(_Stored, nn.GroupNorm):
@@ -213,21 +231,32 @@ class Projections(_Stored, nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Map `x (B, L, C)` to `parts` arrays `(B, L, heads, d)`."""
+        """Map `x (B, L, C)` to `parts` arrays `(B, L, heads, d)`.
+
+        With a stored low-rank pair the kernel is `W + A B`, as in `Dense`.
+        """
         shape = x.shape[-1], self.width * self.parts
         kernel = self.param("kernel", CONV_INIT, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:])
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        pair = stored_pair(self, self.dtype)
         if accelerator() != "tpu":
-            return split_heads(x @ kernel + bias, self.heads, self.parts)
+            y = x @ kernel + bias
+            if pair:
+                y = y + x @ pair[0] @ pair[1]
+            return split_heads(y, self.heads, self.parts)
         # On a TPU, to take the packed result apart would copy it: heads are narrower than a
         # register. The kernel is small.
         kernels = split_heads(kernel[None], self.heads, self.parts)
         biases = split_heads(bias[None, None], self.heads, self.parts)
-        found = (
+        found = [
             x @ k.reshape(shape[0], -1) + b.reshape(-1)
             for k, b in zip(kernels, biases, strict=True)
-        )
+        ]
+        if pair:
+            narrow = split_heads(pair[1][None], self.heads, self.parts)
+            low = x @ pair[0]
+            found = [y + low @ k[0].reshape(low.shape[-1], -1) for y, k in zip(found, narrow, strict=True)]
         return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
 
 

@@ -15,6 +15,7 @@ from glide_jax.errors import GlideError, UsageError, check_finite, nearest
 from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
+from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp", "hybrid")
@@ -167,6 +168,8 @@ class TrainConfig(RunConfig):
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student of few steps; see `distillation`.
         distillation: Teacher and noise levels of the objective "consistency".
+        lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
+            are.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
         low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
@@ -203,6 +206,7 @@ class TrainConfig(RunConfig):
     level_uniform: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     caption_dropout: float = 0.0
     low_res_noise: float = 0.0
     mask_all: float = 0.1
@@ -245,12 +249,26 @@ class TrainConfig(RunConfig):
                 raise UsageError("distillation.guidance is a range: set model.guidance_input")
             if self.validate_every:
                 raise UsageError("a held-out loss is not measured with objective consistency")
+        if self.lora.rank:
+            self._check_lora()
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
         # Each level but the last halves the image; the small image has a quarter of the side.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
+
+    def _check_lora(self) -> None:
+        """Check the fields that LoRA does not go with."""
+        optimiser = self.optimiser
+        for wrong, message in (
+            (self.objective != "denoising", "lora.rank is for objective denoising"),
+            (optimiser.kind != "adamw", "lora.rank is for optimiser.kind adamw"),
+            (optimiser.freeze, "lora.rank freezes all weights: leave optimiser.freeze empty"),
+            (optimiser.ema_power, "lora.rank keeps one EMA: leave optimiser.ema_power empty"),
+        ):
+            if wrong:
+                raise UsageError(message)
 
     @property
     def side(self) -> int:
@@ -306,12 +324,20 @@ def check_same_model(config: RunConfig) -> None:
     path = config.folder / "config.json"
     if not path.exists():
         return
-    before = read_config(path).model
+    recipe = read_config(path)
+    before = recipe.model
     same = type(before) is type(config.model)
     if isinstance(before, ModelConfig):
         before = replace(before, image_size=config.model.image_size)
     if not same or before != config.model:
         raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
+    if isinstance(recipe, TrainConfig) and isinstance(config, TrainConfig):
+        # Off is off, whatever the other fields say.
+        lora, now = (c.lora if c.lora.rank else LoRAConfig() for c in (recipe, config))
+        if lora != now:
+            raise UsageError(
+                f"{config.folder} holds a run with other lora fields: choose another --out"
+            )
 
 
 def write_config(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from glide_jax.folders import expand_home
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
-from glide_jax.training.runs import is_average, is_run, restore_run, run_defaults
+from glide_jax.training.runs import is_average, is_run, network_params, restore_run, run_defaults
 from glide_jax.training.state import TrainState
 from glide_jax.weights.registry import ASSETS, EMBEDDED, EMBEDDED_CLIPS, FORMAT
 from glide_jax.weights.store import flatten, load_weights, save_weights
@@ -70,7 +70,7 @@ def export(run: Path, to: Path) -> int:
         GlideError: the run cannot be read, or the folder not written.
     """
     config, state = restore_run(run, _exported)
-    flat = flatten(state.ema)
+    flat = flatten(network_params(config, state, expand_home(run)))
     seen = seen_tokens(config, state) if TABLE in flat else None
     if seen is not None and seen.any():
         flat = compact(flat, seen)

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 
 from glide_jax.devices.parallel import Parallel
+from glide_jax.devices.processes import on_first
 from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.models.precision import cast_trunk
 from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.objectives import Objective
-from glide_jax.training.runs import open_clip, open_model
+from glide_jax.training.runs import base_of, check_base, open_clip, open_model, write_base
 from glide_jax.training.state import TrainState, new_state
 from glide_jax.weights.released import differences
 from glide_jax.weights.store import flatten, unflatten
@@ -31,6 +33,11 @@ def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> 
         GlideError: the weights cannot be read, or are of another model.
     """
     key = jax.random.key(config.seed)
+    if objective.lora_scale:
+        base = frozen_base(config, objective, begins=True)
+        return parallel.initialise(
+            lambda key, base: new_state(config, objective, objective.init(key), base), key, base
+        )
     teacher = teacher_params(config, objective)
     if not config.starts_from:
         return parallel.initialise(
@@ -38,6 +45,30 @@ def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> 
         )
     params = params_from(config, objective, key)
     return parallel.initialise(partial(new_state, config, objective), params, teacher)
+
+
+def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -> dict[str, Any]:
+    """Return the base of LoRA in the dtypes of training; {} for a run without.
+
+    Args:
+        config: the recipe.
+        objective: its loss.
+        begins: whether the run has no checkpoint yet: its folder then gets the base's checksum,
+            otherwise that is compared.
+
+    Raises:
+        UsageError: there are no such weights.
+        GlideError: the weights cannot be read, are of another model, or have changed.
+    """
+    if not objective.lora_scale:
+        return {}
+    assert isinstance(config, TrainConfig)
+    params = base_of(config)
+    if begins:
+        on_first(partial(write_base, config, params))
+    else:
+        check_base(config, config.folder, params)
+    return cast_trunk(params, objective.model.dtype)
 
 
 def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:

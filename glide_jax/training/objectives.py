@@ -21,6 +21,7 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
+from glide_jax.training.adapting import adapted_loss, frozen, init_pairs, with_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
@@ -79,7 +80,10 @@ class Objective:
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
             which the batch is split, if any.
         distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
-        init_teacher: `key -> params`, random, of the teacher; {} without one.
+        init_teacher: `key -> params`, random, of the teacher, or of the base in its dtypes; {}
+            without one.
+        lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen weights
+            that the loss also takes; 0: the parameters are the network's own.
     """
 
     model: GLIDE | NoisedCLIP
@@ -87,9 +91,16 @@ class Objective:
     loss: Callable[..., tuple[jax.Array, Metrics]]
     distils: bool = False
     init_teacher: Callable[[jax.Array], Params] = lambda key: {}
+    lora_scale: float = 0.0
+
+    def whole(self, params: Params, teacher: Params) -> Params:
+        """Return the parameters of the network: those trained, or these beside their base."""
+        return with_pairs(params, teacher, self.lora_scale) if self.lora_scale else params
 
     def of_run(self, teacher: Params, step: jax.Array | int, done: Any = None) -> dict[str, Any]:
-        """Return the arguments of the loss that say where a run stands, and its teacher."""
+        """Return the arguments of the loss that say where a run stands, and its teacher or base."""
+        if self.lora_scale:
+            return {"base": teacher}
         return {"teacher": teacher, "step": step, "done": done} if self.distils else {}
 
 
@@ -98,7 +109,7 @@ def make_objective(config: RunConfig) -> Objective:
     dtype = trunk_dtype(config.dtype)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
-    distils, init_teacher = False, Objective.init_teacher
+    distils, init_teacher, scale = False, Objective.init_teacher, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         highest = max(round(config.noise * config.diffusion_steps), 1)
@@ -116,9 +127,12 @@ def make_objective(config: RunConfig) -> Objective:
         else:
             loss = partial(denoising_loss, levels=make_levels(config), **options)
         init = partial(unet.init_params, model)
-    if frozen := config.optimiser.freeze:
-        loss = partial(_without_gradient, loss, frozen)
-    return Objective(model, init, loss, distils, init_teacher)
+    if config.optimiser.freeze:
+        loss = partial(_without_gradient, loss, config.optimiser.freeze)
+    if isinstance(config, TrainConfig) and (scale := config.lora.scale):
+        loss, init_teacher = partial(adapted_loss, loss, scale), partial(frozen, init, dtype)
+        init = partial(init_pairs, base=init, config=config.lora)
+    return Objective(model, init, loss, distils, init_teacher, scale)
 
 
 def _without_gradient(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from glide_jax.models.layers import PAIR
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.optimiser_config import OptimiserConfig
 
@@ -102,8 +103,13 @@ def _path(path: tuple[Any, ...]) -> str:
 
 
 def kernels(params: Any) -> Any:
-    """Return whether each parameter is the kernel of a layer: what weight decay acts on."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _path(path).endswith("kernel"), params)
+    """Return whether each parameter is the kernel of a layer, or of its low-rank pair.
+
+    Weight decay acts on these; that of a pair pulls the kernel towards its base.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _path(path).endswith(("kernel", *PAIR)), params
+    )
 
 
 def matrices(params: Any) -> Any:

@@ -1,20 +1,29 @@
 """Weights of training runs, and of everything else that a weights argument can name."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glide_jax.errors import GlideError
-from glide_jax.folders import expand_home
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig
+from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, read_config
 from glide_jax.weights.clip_registry import CLIPModel, load_clip_model
+from glide_jax.weights.lora import LoRA, checksum, merge, read_lora, to_pairs
 from glide_jax.weights.registry import Model, defaults_of, load_model
+from glide_jax.weights.released import misfits
+from glide_jax.weights.store import CONFIG, flatten, read_config_json
 
 if TYPE_CHECKING:
     from glide_jax.training.state import TrainState
+
+# Name and checksum of the weights that a run with LoRA adapts.
+BASE = "base.json"
 
 
 def is_run(folder: str | Path) -> bool:
@@ -53,7 +62,110 @@ def load_run(folder: Path) -> Model:
     config, state = restore_run(folder, is_average)
     if not isinstance(config, TrainConfig):
         raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
-    return model_of(config, state.ema, str(folder))
+    return model_of(config, network_params(config, state, folder), str(folder))
+
+
+def network_params(config: RunConfig, state: "TrainState", folder: Path) -> Any:
+    """Return the EMA parameters of a run's network; pairs of LoRA are merged into their base.
+
+    Raises:
+        GlideError: the base is missing, or has changed.
+    """
+    if not isinstance(config, TrainConfig) or not config.lora.rank:
+        return state.ema
+    try:
+        base = base_of(config)
+    except GlideError as error:
+        raise GlideError(f"{folder} is a LoRA, and its base cannot be read: {error}") from None
+    check_base(config, folder, base)
+    return merge(base, [(_lora_of(config, state, folder), 1.0)])
+
+
+def open_lora(source: str | Path) -> LoRA:
+    """Return the pairs of a run with LoRA, or of a file that `glide-jax weights lora` wrote.
+
+    Raises:
+        UsageError: there is no such run or file, or it is no run with LoRA.
+        GlideError: it cannot be read.
+    """
+    path = expand_home(source)
+    if is_run(path):
+        config = read_config(path / CONFIG)
+        if not isinstance(config, TrainConfig) or not config.lora.rank:
+            raise UsageError(f"{source} is a run without LoRA: use it as the weights themselves")
+        return _lora_of(config, restore_run(path, is_average)[1], path)
+    if not path.is_file():
+        raise UsageError(f"there is no LoRA {str(source)!r}: name a run or a .safetensors file")
+    return read_lora(path)
+
+
+def _lora_of(config: TrainConfig, state: "TrainState", folder: Path) -> LoRA:
+    base = _read_base(folder)
+    pairs, lora = to_pairs(state.ema), config.lora
+    return LoRA(str(folder), pairs, lora.rank, lora.alpha, base["base"], base["checksum"])
+
+
+def base_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the weights that a run with LoRA adapts, float32: those of `init_from`.
+
+    Without, they are the random ones of the recipe's seed.
+
+    Raises:
+        UsageError: there are no such weights.
+        GlideError: the weights cannot be read, or are of another model.
+    """
+    import jax
+
+    from glide_jax.devices.runtime import fast_compile_options
+
+    if not config.init_from:
+        # Compiled like this everywhere: other options could round differently.
+        options = fast_compile_options()
+        make = jax.jit(partial(init_params, GLIDE(config.model)), compiler_options=options)
+        return jax.tree.map(np.asarray, make(jax.random.key(config.seed)))
+    params = open_model(config.init_from).params
+    if wrong := misfits(flatten(params), config.model):
+        raise GlideError(
+            f"{config.init_from} cannot be the base of this model: {len(wrong)} parameters are "
+            f"missing, unexpected or of another shape ({', '.join(wrong[:3])})"
+        )
+    return params
+
+
+def write_base(config: TrainConfig, params: dict[str, Any]) -> None:
+    """Write the name and the checksum of a base into the folder of a run.
+
+    Raises:
+        GlideError: the file cannot be written.
+    """
+    text = json.dumps({"base": config.init_from, "checksum": checksum(params)})
+    path = config.folder / BASE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise GlideError(f"cannot write {path}: {error}") from None
+
+
+def _read_base(folder: Path) -> dict[str, str]:
+    found = read_config_json(folder / BASE)
+    if not all(isinstance(found.get(name), str) for name in ("base", "checksum")):
+        raise GlideError(f"{folder / BASE} names no base and checksum: copy it again")
+    return found
+
+
+def check_base(config: TrainConfig, folder: Path, params: dict[str, Any]) -> None:
+    """Check that a base is the one that a run began with.
+
+    Raises:
+        GlideError: it is another one.
+    """
+    if checksum(params) != _read_base(folder)["checksum"]:
+        base = config.init_from or f"the random weights of seed {config.seed}"
+        raise GlideError(
+            f"{folder} was trained on other weights than those of {base}: bring its base back, or "
+            "choose another --out"
+        )
 
 
 def load_clip_run(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
@@ -94,10 +206,11 @@ def restore_run(
 
     from glide_jax.training.checkpoint import newest, steps_in
     from glide_jax.training.objectives import make_objective
-    from glide_jax.training.state import abstract_state
+    from glide_jax.training.state import abstract_state, saved_part
 
     config = read_config(folder / "config.json")
-    shapes = abstract_state(config, make_objective(config))
+    objective = make_objective(config)
+    shapes = saved_part(abstract_state(config, objective), objective)
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     checkpoints = folder.absolute() / "checkpoints"
     if not steps_in(checkpoints):

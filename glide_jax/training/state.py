@@ -40,7 +40,8 @@ class TrainState:
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
         loss_scale: power of two by which a float16 loss is multiplied; 0 for other dtypes.
-        teacher: frozen parameters that are distilled; {} for other objectives.
+        teacher: frozen parameters that the loss takes too: of the teacher that is distilled, or of
+            the base of LoRA, in the dtype of the trunk; {} for other objectives.
     """
 
     step: jax.Array
@@ -102,6 +103,11 @@ def fit_loss_scale(state: TrainState, objective: Objective) -> TrainState:
     if scaled == _in_float16(objective):
         return state
     return replace(state, loss_scale=np.float32(0.0 if scaled else FIRST_LOSS_SCALE))
+
+
+def saved_part(state: TrainState, objective: Objective) -> TrainState:
+    """Return what a checkpoint holds of a state: all but the base of LoRA, which never changes."""
+    return replace(state, teacher={}) if objective.lora_scale else state
 
 
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:

@@ -180,6 +180,20 @@ def save_weights(
             assert _write_header(file, header) == start
 
 
+def save_arrays(
+    path: Path, params: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a single safetensors file, which `map_arrays` reads; see `save_weights`.
+
+    Raises:
+        UsageError: params or metadata cannot be stored.
+        GlideError: the disk is full or the file cannot be written.
+    """
+    header = _header(params, metadata or {})
+    with whole_files(path) as (temporary,), temporary.open("wb") as file:
+        _write_arrays(file, header, params)
+
+
 def _to_json(config: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(config), indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,87 @@
+"""LoRA in training: low-rank pairs beside a frozen network  (2106.09685).
+
+The trained parameters are the pairs alone, with their optimiser state and EMA. The network's own
+weights, the base, take no gradient and no moments, and are held in the dtype of the trunk.
+
+The first step. `A (in, r)` begins with orthonormal columns (rows if r > in), `B (r, out)` at zero,
+so the network begins as its base. A layer computes `x W + s (x A) B`; let `G = dL/dW`. Then
+`dL/dB = s A^T G` and `dL/dA = s G B^T = 0`: whether A is trained or not, a first step of gradient
+descent changes the kernel by
+
+    s A dB = -lr s^2 A A^T G.
+
+With s = 1 (alpha = rank) this is fine-tuning's step `-lr G`, projected on the columns of A. At full
+rank, r = in, `A A^T = I` and both are equal. (Later steps differ, and so does the first of Adam,
+which rescales each entry.)
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glide_jax.models.layers import PAIR
+from glide_jax.models.precision import cast_trunk
+from glide_jax.training.lora_config import LoRAConfig
+from glide_jax.weights.lora import KERNEL, adapted_layers
+from glide_jax.weights.store import flatten, unflatten
+
+
+def init_pairs(
+    key: jax.Array, *, base: Callable[[jax.Array], Any], config: LoRAConfig
+) -> dict[str, Any]:
+    """Return the first pairs: `A` semi-orthogonal, `B` zero, float32.
+
+    Args:
+        key: of the run; each layer's is folded in by its path.
+        base: `key -> params` of the network, for its shapes.
+        config: rank and layers.
+
+    Raises:
+        UsageError: the network has no such layers.
+    """
+    shapes = jax.eval_shape(base, key)
+    flat, found = flatten(shapes), {}
+    for layer in adapted_layers(shapes, config.layers):
+        inputs, outputs = flat[layer + KERNEL].shape
+        own = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
+        first = nn.initializers.orthogonal()(own, (inputs, config.rank))
+        found[f"{layer}/{PAIR[0]}"] = first
+        found[f"{layer}/{PAIR[1]}"] = jnp.zeros((config.rank, outputs))
+    return unflatten(found)
+
+
+def with_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Return the parameters of the network with the pairs beside its kernels.
+
+    Args:
+        pairs: of `init_pairs`.
+        base: parameters of the network.
+        scale: `alpha / rank`, which `B` is multiplied by.
+    """
+    scaled = {
+        path: array * scale if path.endswith(PAIR[1]) else array
+        for path, array in flatten(pairs).items()
+    }
+    return unflatten(flatten(base) | scaled)
+
+
+def frozen(init: Callable[[jax.Array], Any], dtype: Any, key: jax.Array) -> Any:
+    """Return the random base of a network in the dtypes of training."""
+    return cast_trunk(init(key), dtype)
+
+
+def adapted_loss(
+    loss: Callable[..., Any],
+    scale: float,
+    params: Any,
+    *batch: Any,
+    base: Any = None,
+    **options: Any,
+) -> Any:
+    """Return the loss of a base with pairs; without `base`, `params` are those of the network."""
+    return loss(params if base is None else with_pairs(params, base, scale), *batch, **options)
