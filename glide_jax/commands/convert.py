@@ -1,4 +1,4 @@
-"""`glide-jax weights`: convert weights, make an EMA after training, export a run."""
+"""`glide-jax weights`: convert weights, make an EMA after training, export a run or its LoRA."""
 
 import sys
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from glide_jax.training.config import CLIPTrainConfig, read_config
 from glide_jax.training.runs import is_run, open_clip, open_model
 from glide_jax.weights.choosing import SAFETENSORS, read_released, split_choice
 from glide_jax.weights.clip_registry import RELEASED, CLIPModel, clip_from_files, save_clip
+from glide_jax.weights.lora import save_lora
 from glide_jax.weights.registry import EMBEDDED_CLIPS, Model, save_model, save_torch
 from glide_jax.weights.released_clip import clip_to_released
 from glide_jax.weights.released_files import clip_side
@@ -52,6 +53,27 @@ def export_run(run: Run, to: To) -> None:
     _refuse_to_replace(to)
     count = export(run, to)
     print(f"{count:,} parameters, {_megabytes(to / MODEL)}: {to}")
+
+
+def lora(run: Run, to: To) -> None:
+    """Write the pairs of a training run with LoRA as one small safetensors file.
+
+    Sampling takes it beside the weights: glide-jax sample --lora FILE.
+
+    Args:
+        run: Folder of a run of train.py with --lora.rank.
+        to: The file; its name ends in .safetensors.
+    """
+    from glide_jax.training.runs import open_lora
+
+    if to.suffix != SAFETENSORS:
+        raise UsageError(f"{to} must end in {SAFETENSORS}")
+    if to.exists():
+        raise UsageError(f"{to} exists: remove it, or write elsewhere")
+    found = open_lora(run)
+    save_lora(to, found)
+    count = sum(a.size + b.size for a, b in found.pairs.values())
+    print(f"{count:,} parameters in {len(found.pairs)} pairs, {_megabytes(to)}: {to}")
 
 
 def ema(run: Run, *, width: float, out: Path, step: int | None = None) -> None:
@@ -163,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         find_devices()
         tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "ema": ema, "export": export_run},
+            {"convert": convert, "ema": ema, "export": export_run, "lora": lora},
             prog="glide-jax weights",
             description=__doc__,
             args=expand_words(sys.argv[1:] if arguments is None else arguments),

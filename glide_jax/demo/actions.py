@@ -140,6 +140,8 @@ class Call:
 
 def _option(name: str, value: Any) -> list[str]:
     option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    if name == "lora":
+        return [word for one in value for word in (option, one)]
     if isinstance(value, tuple):
         return [option, *map(str, value)]
     return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
@@ -197,7 +199,7 @@ def path(controls: Controls, defaults: Settings, end: str, **more: Any) -> Call:
 
 def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
     """Return the arguments of `glide_jax.load` that differ from their defaults."""
-    names = ("weights", "upsampler", "clip", "weak_model", "dtype", "devices")
+    names = ("weights", "upsampler", "clip", "weak_model", "lora", "dtype", "devices")
     usual = WeightsOptions()
     return {n: getattr(options, n) for n in names if getattr(options, n) != getattr(usual, n)}
 

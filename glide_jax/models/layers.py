@@ -256,7 +256,10 @@ class Projections(_Stored, nn.Module):
         if pair:
             narrow = split_heads(pair[1][None], self.heads, self.parts)
             low = x @ pair[0]
-            found = [y + low @ k[0].reshape(low.shape[-1], -1) for y, k in zip(found, narrow, strict=True)]
+            found = [
+                y + low @ k[0].reshape(low.shape[-1], -1)
+                for y, k in zip(found, narrow, strict=True)
+            ]
         return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
 
 

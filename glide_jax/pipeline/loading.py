@@ -1,19 +1,27 @@
 """From a name, a folder, a file or a run to a pipeline."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from glide_jax.devices.placement import local_devices
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import UsageError
+from glide_jax.folders import expand_home
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
-from glide_jax.training.runs import open_model
+from glide_jax.training.runs import open_lora, open_model
+from glide_jax.weights.lora import merge, say_other_base
 from glide_jax.weights.registry import Model, companion
+
+# What `load` takes as its `lora`.
+LoRAName = str | Path | tuple[str | Path, float]
+LoRAs = LoRAName | Sequence[LoRAName]
 
 
 def load(
@@ -22,6 +30,7 @@ def load(
     upsampler: str | Path | None = None,
     clip: str | Path | None = None,
     weak_model: str | Path | None = None,
+    lora: LoRAs = (),
     dtype: str = "auto",
     devices: int | str = 1,
 ) -> Pipeline:
@@ -37,19 +46,23 @@ def load(
         clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and "none"
             as above. Without a CLIP, a `clip_scale` among the weights' own settings has no effect.
         weak_model: weights of a weaker model of the same kind, for `autoguidance_scale`.
+        lora: low-rank pairs that are added to the weights: a run with LoRA or a file of its pairs,
+            or several of them. Each may have a weight, which may be negative:
+            `("runs/mine", 0.5)` or `"runs/mine:0.5"`. The weights become `W + sum_i w_i scale_i A_i
+            B_i`.
         dtype: see `Pipeline`.
         devices: number of this process's devices that share a batch, or "all".
 
     Raises:
         UsageError: there are no such weights, or fewer devices.
-        GlideError: the weights are broken, or cannot be downloaded.
+        GlideError: the weights are broken, or cannot be downloaded, or a LoRA does not fit them.
     """
     enable_compilation_cache()
     # Called for its error, before anything expensive.
     local_devices(devices)
     upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)
     where: dict[str, Any] = {"dtype": dtype, "devices": devices}
-    model = open_model(weights)
+    model = with_loras(open_model(weights), lora)
     larger = None if upsampler is None else load(upsampler, **where)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is not an upsampler")
@@ -67,6 +80,50 @@ def load(
         weak_model=weak,
         **where,
     )
+
+
+def with_loras(model: Model, lora: LoRAs) -> Model:
+    """Return a model with low-rank pairs merged into its weights; see `load`.
+
+    Raises:
+        UsageError: there is no such LoRA, or a weight is not a finite number.
+        GlideError: a LoRA cannot be read, or does not fit the model.
+    """
+    single = isinstance(lora, (str, Path)) or _is_weighted(lora)
+    named = [_weighted(one) for one in ([lora] if single else lora)]  # pyright: ignore
+    if not named:
+        return model
+    loras = [(open_lora(source), weight) for source, weight in named]
+    merged = merge(model.params, loras)
+    say_other_base([one for one, weight in loras if weight], model.params, model.name)
+    return replace(model, params=merged)
+
+
+def _is_weighted(lora: Any) -> bool:
+    """Whether this is one LoRA with its weight, rather than several."""
+    return isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float))
+
+
+def _weighted(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, float]:
+    """Return the source and the weight of `"NAME"`, `"NAME:WEIGHT"` or `(NAME, WEIGHT)`.
+
+    Raises:
+        UsageError: the weight is not a finite number.
+    """
+    if _is_weighted(lora):
+        source, weight = cast(tuple[str | Path, float], lora)
+    else:
+        source, weight = cast(str | Path, lora), 1.0
+        name, colon, text = str(source).rpartition(":")
+        if colon and not expand_home(source).exists():
+            source = name
+            try:
+                weight = float(text)
+            except ValueError:
+                raise UsageError(f"the weight of {name} must be a number, not {text!r}") from None
+    if not math.isfinite(weight):
+        raise UsageError(f"the weight of {source} must be finite, not {weight}")
+    return source, float(weight)
 
 
 def _kind(model: Model) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
@@ -51,6 +51,9 @@ class WeightsOptions:
         clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
             Default: the one that belongs to the weights (emoji_clip64).
         weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
+        lora: Low-rank pairs to add to the weights: a run with LoRA, or a file of its pairs; then,
+            optionally, a colon and a weight (runs/mine:0.5). Larger changes the images more, a
+            negative weight away from what was learned. May be given several times.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
         devices: Number of devices that share each batch, or all. Changes an image by at most
@@ -66,13 +69,14 @@ class WeightsOptions:
     upsampler_sampler: Annotated[str | None, HIDDEN] = None
     clip: Annotated[str | None, HIDDEN] = None
     weak_model: Annotated[str | None, HIDDEN] = None
+    lora: Annotated[UseAppendAction[tuple[str, ...]], HIDDEN] = ()
     dtype: str = "auto"
     devices: str = "1"
     batch_size: Annotated[int | None, HIDDEN] = None
 
     def loaded(self) -> dict[str, Any]:
         """Return the arguments of `glide_jax.load`."""
-        names = ("weights", "upsampler", "clip", "weak_model", "dtype", "devices")
+        names = ("weights", "upsampler", "clip", "weak_model", "lora", "dtype", "devices")
         return {name: getattr(self, name) for name in names}
 
 
@@ -244,8 +248,11 @@ def _lengths(kind: Any) -> dict[str, int]:
             continue
         tuples = [get_args(kind) for kind in (plain, *get_args(plain)) if get_origin(kind) is tuple]
         if any(Ellipsis in kinds for kinds in tuples):
-            continue  # the prompts themselves
-        count = 0 if plain is bool else len(tuples[0]) if tuples else 1
+            if name == "prompts":
+                continue
+            count = 1  # an option that may be given several times
+        else:
+            count = 0 if plain is bool else len(tuples[0]) if tuples else 1
         names = [f"--{name.replace('_', '-')}", *(a for mark in marks for a in mark.aliases or ())]
         found |= dict.fromkeys(names, count)
     return found

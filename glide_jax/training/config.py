@@ -303,6 +303,11 @@ class CLIPTrainConfig(RunConfig):
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
 
 
+def adapts(config: RunConfig) -> bool:
+    """Whether a recipe trains low-rank pairs alone."""
+    return isinstance(config, TrainConfig) and config.lora.rank > 0
+
+
 KINDS: dict[str, type[RunConfig]] = {"glide": TrainConfig, "clip": CLIPTrainConfig}
 
 

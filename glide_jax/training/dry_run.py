@@ -34,7 +34,7 @@ from glide_jax.devices.mesh import (
 )
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.attention import compile_for
-from glide_jax.training.config import RunConfig
+from glide_jax.training.config import RunConfig, adapts
 from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
 from glide_jax.training.flops import cost_of_update, flops_per_image
 from glide_jax.training.freezing import without_frozen
@@ -139,13 +139,16 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         seconds = time.monotonic() - begun
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # With LoRA the network is the base and its pairs.
+    held = (state.params, state.teacher if adapts(config) else {})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(held))
+    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
     trained = without_frozen(state.params, config.optimiser.freeze)
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the
     # forward and for the backward pass, and sum all gradients. Frozen parameters have none.
     replicated = config.parallelism == "pmap"
-    passed = 2 * summed if replicated else microbatches * (2 * parameters + summed)
+    passed = 8 * summed if replicated else microbatches * (2 * gathered + 4 * summed)
     sharing, copies = mesh.shape[AXIS], mesh.shape.get(COPIES, 1)
     return Needs(
         parameters=parameters,
@@ -158,9 +161,10 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops=model_flops,
         flops=flops,
         moved=moved,
-        network=4 * passed * (sharing - 1) / sharing,
+        network=passed * (sharing - 1) / sharing,
         between=8 * microbatches * summed / sharing * (copies - 1) / copies,
         seconds=seconds,
+        trained=summed,
     )
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from glide_jax.devices.hardware import GIB, Device, Slice
-from glide_jax.training.config import CLIPTrainConfig, RunConfig
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, adapts
 
 # Model FLOP utilisation reported for a network of this shape: NVIDIA's Imagen base of 500M
 # (JAX-Toolbox, 107 images a second on an A100 in bfloat16, batches of 64).
@@ -29,6 +29,7 @@ class Needs:
         network: into a device from the others, under hybrid sharding from those of its copy.
         between: into a device from other copies, under hybrid sharding.
         seconds: compile time.
+        trained: number of parameters that are trained.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Needs:
     network: float
     between: float
     seconds: float
+    trained: int = 0
 
     @property
     def memory(self) -> float:
@@ -105,8 +107,9 @@ def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
     """Return the report of a step on a slice, or on this machine's CPU (None), as lines."""
     remat = ", activation checkpointing" if config.remat else ""
     limit = f" of {gib(chips.device.memory)}" if chips else ""
+    trained = f", {needs.trained:,} of them trained" if adapts(config) else ""
     lines = {
-        "model": f"{config.name}, {needs.parameters:,} parameters",
+        "model": f"{config.name}, {needs.parameters:,} parameters{trained}",
         "hardware": "this machine's CPU",
         "parallelism": f"{config.parallelism} over {needs.devices} devices{remat}",
         "batch": f"{config.batch_size:,}{microbatches_of(config)}: {needs.microbatch} images a "

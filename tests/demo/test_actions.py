@@ -106,6 +106,14 @@ def test_only_what_differs_is_written_down():
     }  # fmt: skip
 
 
+def test_pairs_are_named_one_by_one_on_the_command_line():
+    loading = loading_arguments(WeightsOptions(lora=("runs/a", "b.safetensors:0.5")))
+    assert loading == {"lora": ("runs/a", "b.safetensors:0.5")}
+    words = generate(CONTROLS, DEFAULTS).command(loading, Path("samples")).split()
+    assert words[2:6] == ["--lora", "runs/a", "--lora", "b.safetensors:0.5"]
+    assert read_options("", words[2:]).model.lora == loading["lora"]
+
+
 def test_what_is_missing_is_named():
     for values, message in (
         (("Fill", None, None, 0.6), "there is no image to edit: load one, or use a result"),

@@ -71,6 +71,7 @@ def eight(folder):
     """The report of one process with eight devices."""
     jobs = ["pmap:pmap:10", "fsdp:fsdp:10", "cut:fsdp:5", "copy:cut:moved", "cut:fsdp:10", "facts"]
     jobs += ["hybrid:hybrid4:5", "hybrid:hybrid2:10"]
+    jobs += ["lora-pmap:pmap:10", "lora-fsdp:fsdp:5", "lora-fsdp:fsdp:10"]
     report = folder / "eight.json"
     finish(start(folder / "images", folder / "runs", report, jobs, devices=8))
     return json.loads(report.read_text())
@@ -80,6 +81,7 @@ def eight(folder):
 def one(folder, eight):
     """The report of one device; `moved` was started on eight."""
     jobs = ["one:pmap:12", "copy:moved:sharded", "moved:pmap:10", "sharded:fsdp:10"]
+    jobs += ["lora-one:pmap:10"]
     report = folder / "one.json"
     finish(start(folder / "images", folder / "runs", report, jobs))
     return json.loads(report.read_text())
@@ -108,6 +110,15 @@ def pair(folder):
 @pytest.mark.parametrize("job", ["pmap:pmap:10", "fsdp:fsdp:10"])
 def test_eight_devices_make_the_first_ten_losses_of_one(one, eight, job):
     np.testing.assert_allclose(losses(eight, job), losses(one, "one:pmap:12")[:10], rtol=AGREE)
+
+
+def test_eight_devices_train_the_same_pairs_as_one(one, eight):
+    wanted = losses(one, "lora-one:pmap:10")
+    resumed = ["lora-fsdp:fsdp:5", "lora-fsdp:fsdp:10"]
+    found = np.concatenate([losses(eight, job) for job in resumed])
+    for got in (losses(eight, "lora-pmap:pmap:10"), found):
+        np.testing.assert_allclose(got, wanted, rtol=AGREE)
+    assert wanted[-1] != losses(one, "one:pmap:12")[9]
 
 
 @pytest.mark.parametrize("job", ["pair-pmap:pmap:10", "pair-fsdp:fsdp:10", "pair-hybrid:hybrid:10"])

@@ -4,8 +4,8 @@
 
 Jobs, one after the other:
     RUN:PARALLELISM:STEPS        train `RUNS/RUN` to this step, from its newest checkpoint if it has
-                                 one; a CLIP if the name begins with "clip"; "hybrid4": copies on
-                                 four devices each
+                                 one; a CLIP if the name begins with "clip", pairs of LoRA if
+                                 with "lora"; "hybrid4": copies on four devices each
     RUN:PARALLELISM:STEPS:stop   the same, with SIGTERM to the last process after three steps
     copy:RUN:NEW                 copy a run
     damage:RUN                   truncate the largest file of a run's newest checkpoint
@@ -38,6 +38,7 @@ from glide_jax.training.checkpoint import steps_in
 from glide_jax.training.checksums import checksums
 from glide_jax.training.command_line import take_peers
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
+from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import Batch
 from glide_jax.training.optimiser import make_optimiser
@@ -60,13 +61,15 @@ CLIP = CLIPConfig(
 
 
 def recipe(name: str, images: Path) -> RunConfig:
-    """Return a tiny recipe: GLIDE with dropout, or a CLIP."""
+    """Return a tiny recipe: GLIDE with dropout, trained whole or by LoRA, or a CLIP."""
     if name.startswith("clip"):
         config = CLIPTrainConfig(
             name="clip", model=CLIP, batch_size=8, optimiser=OptimiserConfig(learning_rate=1e-3)
         )
     else:
         config = load_recipe(RECIPE)
+    if name.startswith("lora"):
+        config = replace(config, lora=LoRAConfig(rank=2))
     data = replace(config.data, source=str(images))
     return replace(config, data=data, save_every=5, sample_every=0)
 
