@@ -257,8 +257,7 @@ class Projections(_Stored, nn.Module):
             narrow = split_heads(pair[1][None], self.heads, self.parts)
             low = x @ pair[0]
             found = [
-                y + low @ k[0].reshape(low.shape[-1], -1)
-                for y, k in zip(found, narrow, strict=True)
+                y + low @ k.reshape(low.shape[-1], -1) for y, k in zip(found, narrow, strict=True)
             ]
         return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.models.attention import attend
+from glide_jax.models.attention import attend, compile_for
 from glide_jax.models.layers import (
     AttentionBlock,
     GroupNorm,
+    Projections,
     ResBlock,
     conv3x3,
+    dense,
     depth_to_space,
     downsample,
     drop,
@@ -221,3 +223,17 @@ def test_dropout_of_a_record_depends_on_its_key_and_its_place_alone():
     for other in (found[1], np.asarray(drop(x, keys, 0.25, "unet/b"))[0]):
         # Independent masks agree in 0.25^2 + 0.75^2 of the values.
         assert (other == found[0]).mean() == pytest.approx(0.625, abs=0.065)
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+def test_a_stored_pair_adds_its_product_to_the_kernel(where):
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 24), "bias": (24,), "lora_a": (6, 2), "lora_b": (2, 24)}
+    held = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    merged = {"kernel": held["kernel"] + held["lora_a"] @ held["lora_b"], "bias": held["bias"]}
+    x = rng.standard_normal((2, 5, 6), np.float32)
+    with compile_for(where):
+        for layer in (Projections(8, 2, 3, FLOAT), dense(24, FLOAT, "fc_1")):
+            beside, wanted = (layer.apply({"params": some}, x) for some in (held, merged))
+            for a, b in zip(jax.tree.leaves(beside), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)

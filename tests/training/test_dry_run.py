@@ -20,6 +20,7 @@ from glide_jax.training import dry_run as dry
 from glide_jax.training import dry_run_report as report
 from glide_jax.training.config import CLIPTrainConfig
 from glide_jax.training.flops import cost_of_update
+from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.state import abstract_state
@@ -324,6 +325,23 @@ def test_frozen_parameters_have_no_gradients():
     assert held.parameters == sum(x.size for x in jax.tree.leaves(abstract_params(config)))
     unet = abstract_params(config)["unet"]
     assert held.gradients == 4 * sum(x.size for x in jax.tree.leaves(unet))
+
+
+def test_lora_counts_its_base_in_the_dtype_of_the_trunk(capsys):
+    config = recipe(batch_size=8)
+    whole = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    lora = replace(config, lora=LoRAConfig(rank=2), dtype="bfloat16")
+    pairs = sum(x.size for x in jax.tree.leaves(abstract_params(lora)))
+    held = dry.measure(lora, None)
+    assert (held.parameters, held.trained) == (whole + pairs, pairs)
+    assert held.gradients == 4 * pairs
+    # The embedding of tokens, two thirds of this network, stays in float32.
+    base = held.state - 4 * 4 * pairs
+    assert 2 * whole < base < 4 * whole
+    assert f"{whole + pairs:,} parameters, {pairs:,} of them trained" in dry.report(
+        lora, held, None
+    )
+    assert "of them trained" not in dry.report(config, held, None)
 
 
 def abstract_params(config):

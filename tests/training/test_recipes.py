@@ -43,6 +43,7 @@ FACTS = {
     "inpaint64": (500_000, 2048, "inpaint64"),
     "inpaint256": (100_000, 512, "inpaint256"),
     "finetune64": (10_000, 32, "base64"),
+    "lora64": (5_000, 32, "base64"),
 }
 
 
@@ -148,6 +149,9 @@ def test_recipes_differ_as_the_paper_says():
         assert (config.prediction, config.weighting) == ("v", "min-snr")
         assert config.optimiser.ema_power == (0.05, 0.10)
     assert load_recipe("finetune64").optimiser.freeze == ("text",)
+    lora = load_recipe("lora64")
+    assert (lora.lora.rank, lora.lora.scale, lora.optimiser.learning_rate) == (16, 1.0, 1e-4)
+    assert load_recipe("lora64:paper").init_from == "runs/cfg64-paper"
 
 
 @each_recipe
