@@ -38,8 +38,8 @@ from glide_jax.training.checkpoint import steps_in
 from glide_jax.training.checksums import checksums
 from glide_jax.training.command_line import take_peers
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
-from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.logger import Logger
+from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.objectives import Batch
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.recipes import load_recipe

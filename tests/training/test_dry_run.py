@@ -338,10 +338,10 @@ def test_lora_counts_its_base_in_the_dtype_of_the_trunk(capsys):
     # The embedding of tokens, two thirds of this network, stays in float32.
     base = held.state - 4 * 4 * pairs
     assert 2 * whole < base < 4 * whole
-    assert f"{whole + pairs:,} parameters, {pairs:,} of them trained" in dry.report(
+    assert f"{whole + pairs:,} parameters, {pairs:,} of them trained" in report.report(
         lora, held, None
     )
-    assert "of them trained" not in dry.report(config, held, None)
+    assert "of them trained" not in report.report(config, held, None)
 
 
 def abstract_params(config):
