@@ -172,12 +172,7 @@ def save_weights(
     # file has changed.
     with whole_files(folder / MODEL, folder / CONFIG) as (model, config_file):
         config_file.write_text(text, encoding="utf-8")
-        with model.open("wb") as file:
-            start = _write_header(file, header)
-            arrays = _write_arrays(file, header, params)
-            header[_HEADER_METADATA][_CRC] = f"{arrays} {_network_crc(json.loads(text))}"
-            file.seek(0)
-            assert _write_header(file, header) == start
+        _write_file(model, header, params, _network_crc(json.loads(text)))
 
 
 def save_arrays(
@@ -190,8 +185,20 @@ def save_arrays(
         GlideError: the disk is full or the file cannot be written.
     """
     header = _header(params, metadata or {})
-    with whole_files(path) as (temporary,), temporary.open("wb") as file:
-        _write_arrays(file, header, params)
+    with whole_files(path) as (temporary,):
+        _write_file(temporary, header, params)
+
+
+def _write_file(
+    path: Path, header: dict[str, Any], params: Mapping[str, Any], network: str = "0" * 8
+) -> None:
+    """Write header and arrays, and their checksum into the header, beside that of the network."""
+    with path.open("wb") as file:
+        start = _write_header(file, header)
+        arrays = _write_arrays(file, header, params)
+        header[_HEADER_METADATA][_CRC] = f"{arrays} {network}"
+        file.seek(0)
+        assert _write_header(file, header) == start
 
 
 def _to_json(config: Mapping[str, Any]) -> str:

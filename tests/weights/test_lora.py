@@ -157,6 +157,17 @@ def test_another_file_is_one_line_with_its_name(tmp_path, arrays, metadata, mess
     assert "\n" not in str(error.value)
 
 
+def test_an_altered_file_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_lora(file, lora())
+    whole = file.read_bytes()
+    for changed in (whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b'"4.0"', b'"9.0"')):
+        assert changed != whole
+        file.write_bytes(changed)
+        with pytest.raises(GlideError, match=r"a\.safetensors is incomplete or damaged"):
+            read_lora(file)
+
+
 def test_the_checksum_is_that_of_the_values():
     assert checksum(PARAMS) == checksum(dict(reversed(PARAMS.items())))
     changed = merge(PARAMS, [(lora(), 1e-3)])
