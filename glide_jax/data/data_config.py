@@ -16,11 +16,13 @@ class DataConfig:
     Attributes:
         source: an .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
             metadata file); a metadata file; tar shards (`shards/{000..099}.tar`, `shards/*.tar`,
-            or their folder); a prepared tensorflow-datasets folder, or the name of one in
-            `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders and shards may be
-            `gs://` addresses.
+            or their folder); parquet files with images and captions, their pattern or folder;
+            a folder of `save_to_disk`; a prepared tensorflow-datasets folder, or the name of one
+            in `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders, shards and
+            parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
         split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
-            tensorflow-datasets, or the subfolder of that name in a folder.
+            tensorflow-datasets, the split in the names of parquet files, or the subfolder of that
+            name in a folder.
         data_dir: folder of the named data sets.
         captions: templates of captions. One is chosen at random each time a record is seen.
             `{caption}` and every other text field of the record can be used; `{a_caption}` is the
@@ -34,8 +36,8 @@ class DataConfig:
             usual names are tried.
         caption_lines: `choose`: each line of a text file is a caption, and one is chosen at random
             each time. `join`: the lines of a file are one caption.
-        metadata: .jsonl, .json, .csv or .tsv file in a folder that lists images and captions.
-            Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
+        metadata: .jsonl, .json, .csv, .tsv or .parquet file in a folder that lists images and
+            captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
         crop: `centre`, the central square; `random`, a square of random scale and position;
             or `window`, one of the training size at a random position, not scaled.
         min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the

@@ -148,7 +148,11 @@ def _captioned(
 
 def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
     images = sum(is_image(fault.name) for fault in pairs.bare)
-    tables = [f.name for f in pairs.unused if extension(f.name) in ("csv", "tsv", "jsonl", "json")]
+    tables = [
+        f.name
+        for f in pairs.unused
+        if extension(f.name) in ("csv", "tsv", "jsonl", "json", "parquet")
+    ]
     if tables and images:
         return (
             f"{folder} has {images} images and none with a caption: if {tables[0]} lists them, "

@@ -1,8 +1,10 @@
 """A look at the files of a folder before training: images that cannot be read, empty captions."""
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 from PIL import Image
 from tqdm import tqdm
@@ -72,20 +74,33 @@ def _unreadable(path: str) -> str:
     try:
         if not os.path.getsize(path):
             return "empty file"
-        if _seems_whole(path):
-            return ""
+        with open(path, "rb") as file:
+            if _seems_whole(file):
+                return ""
         load_image(Encoded(storage.read(path), path))
     except (OSError, BrokenRecord):
         return "unreadable"
     return ""
 
 
-def _seems_whole(path: str) -> bool:
+def unreadable(image: Encoded) -> str:
+    """Return "unreadable" or "no bytes", or "" for an image that seems whole."""
+    if not image.data:
+        return "no bytes"
+    if _seems_whole(io.BytesIO(image.data)):
+        return ""
     try:
-        with open(path, "rb") as file:
-            with Image.open(file) as image:
-                kind = image.format or ""
-            file.seek(max(0, os.path.getsize(path) - _TAIL))
-            return kind in _ENDS and _ENDS[kind] in file.read()
+        load_image(image)
+    except BrokenRecord:
+        return "unreadable"
+    return ""
+
+
+def _seems_whole(file: IO[bytes]) -> bool:
+    try:
+        with Image.open(file) as image:
+            kind = image.format or ""
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        return kind in _ENDS and _ENDS[kind] in file.read()
     except Exception:  # decoders raise errors of any kind on malformed bytes
         return False

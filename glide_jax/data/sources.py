@@ -11,8 +11,11 @@ from glide_jax.data.data_config import DataConfig
 from glide_jax.data.emoji.npz import load_npz
 from glide_jax.data.faults import Fault
 from glide_jax.data.folder import open_folder
+from glide_jax.data.hub_files import choose_split, saved_files, split_of
 from glide_jax.data.pairing import extension, pair
+from glide_jax.data.parquet import is_listing, open_tables
 from glide_jax.data.records import Source, digest
+from glide_jax.data.row_groups import is_table_name
 from glide_jax.data.scenes import SPLITS, ScenesSource
 from glide_jax.data.sidecars import is_image
 from glide_jax.data.tables import is_metadata
@@ -48,6 +51,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source in SCENES:
         return _scenes(SCENES[config.source], config)
     name = storage.expand(config.source)
+    if re.match(r"hf://(?!datasets/)", name):
+        raise UsageError(f"{name} is no data set: write hf://datasets/USER/NAME")
     if storage.is_folder(name):
         return _folder(name, config)
     if name.endswith(".npz") and not storage.is_pattern(name):
@@ -65,7 +70,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _files(pattern: str, config: DataConfig) -> Source:
-    """Open the tar shards that a pattern or a name stands for."""
+    """Open the tar, parquet or arrow files that a pattern or a name stands for."""
     paths = storage.matching(pattern)
     folders = {path for path in paths if os.path.isdir(path)}
     shards = [path for path in paths if is_tar_name(path) and path not in folders]
@@ -74,18 +79,33 @@ def _files(pattern: str, config: DataConfig) -> Source:
         raise UsageError(f"{pattern} is a command, which is not run: name tar files")
     if not paths:
         raise UsageError(f"no file matches {pattern}")
+    if len(others) == len(paths) and (tables := [p for p in others if is_table_name(p)]):
+        unused = [Fault(path, "beside parquet files") for path in others if path not in tables]
+        return _tables(pattern, tables, config, unused)
     if len(others) == len(paths):
         raise UsageError(
-            f"{pattern} matches {paths[0]}, and no tar shards: patterns are for shards; name the "
-            "folder of images, or one .npz file"
+            f"{pattern} matches {paths[0]}, and no tar shards or parquet files: patterns are for "
+            "shards; name the folder of images, or one .npz file"
         )
     return open_webdataset(shards, config, _not_of_shards(shards, others))
+
+
+def _tables(
+    pattern: str, paths: Sequence[str], config: DataConfig, unused: Sequence[Fault]
+) -> Source:
+    """Open the parquet files of a pattern; of several splits, those of the wanted one."""
+    if len({split_of(path) for path in paths}) > 1:
+        paths, others = choose_split(pattern, paths, config.split, DataConfig.split)
+        unused = [*unused, *others]
+    return open_tables(pattern, paths, config, unused)
 
 
 def _file(path: str, config: DataConfig) -> Source:
     """Open a file that is neither .npz nor called a tar: a metadata file, or a tar in fact."""
     folder, _, name = path.rpartition("/")
-    if extension(name) in ("jsonl", "ndjson", "json", "csv", "tsv"):
+    if is_table_name(name) and not is_listing(path):
+        return open_tables(path, [path], config)
+    if is_table_name(name) or extension(name) in ("jsonl", "ndjson", "json", "csv", "tsv"):
         folder = folder or "."
         tree = find(folder)
         return open_folder(folder, tree.names, replace(config, metadata=name), tree.unused)
@@ -93,7 +113,9 @@ def _file(path: str, config: DataConfig) -> Source:
         raise UsageError(f"{path} is an archive that is not read: unpack it, and name its folder")
     if storage.with_opened(path, tarfile.is_tarfile):
         return open_webdataset([path], config)
-    raise UsageError(f"{path} is not read: name a folder, tar shards or an .npz file")
+    raise UsageError(
+        f"{path} is not read: name a folder, tar shards, parquet files or an .npz file"
+    )
 
 
 def _not_of_shards(shards: Sequence[str], others: Sequence[str]) -> list[Fault]:
@@ -107,6 +129,16 @@ def _folder(folder: str, config: DataConfig) -> Source:
     split = _split(folder, config)
     chosen = storage.join(folder, split) if split else folder
     names, unused = find(chosen)
+    if (saved := saved_files(chosen, names, config.split)) is not None:
+        paths = [storage.join(chosen, name) for name in saved]
+        return open_tables(chosen, paths, config, unused)
+    if tables := _table_files(chosen, names, config):
+        # A folder that is a split already has no further ones.
+        within = [split_of(name) for name in tables]
+        wanted = config.split if not split or any(within) else DataConfig.split
+        files, others = choose_split(chosen, tables, wanted, DataConfig.split)
+        paths = [storage.join(chosen, name) for name in files]
+        return open_tables(chosen, paths, config, [*others, *unused])
     if version := newest_version(folder, names):
         return open_tfds(version, config)
     # Every recipe asks for "train"; a folder without subfolders for splits is that.
@@ -122,6 +154,19 @@ def _folder(folder: str, config: DataConfig) -> Source:
     else:
         source = _open(chosen, names, config, unused)
     return replace(source, label=f"{source.label}, {config.split}") if split else source
+
+
+def _table_files(folder: str, names: Sequence[str], config: DataConfig) -> list[str]:
+    """Return the parquet and arrow files of a folder, if its images are in them."""
+    if config.metadata or any(map(is_tar_name, names)):
+        return []
+    tables = [name for name in names if is_table_name(name)]
+    found = [name for name in tables if not is_metadata(name)] or tables
+    if not found or is_listing(storage.join(folder, found[0])):
+        return []
+    others = [name for name in names if name not in found]
+    captioned = any(map(is_image, others)) and bool(pair(others).images)
+    return [] if captioned or any(map(is_metadata, others)) else found
 
 
 def _table_above(folder: str, names: Sequence[str], config: DataConfig) -> str:
@@ -217,6 +262,8 @@ def _scenes(size: int, config: DataConfig) -> Source:
 def _missing(name: str, last: str) -> str:
     if name == "emoji64":
         how = "`glide-jax data --help` says how to make it"
+    elif name.startswith("hf://"):
+        how = "check its name; for a private or gated one, log in first: hf auth login"
     else:
         how = (
             "prepare it with tensorflow-datasets (file_format='array_record'), or name other data "

@@ -1,4 +1,4 @@
-"""Files on this machine and at gs:// and other addresses, through the same functions."""
+"""Files on this machine and at gs://, hf:// and other addresses, through the same functions."""
 
 import glob
 import os
@@ -39,7 +39,8 @@ def _system(protocol: str) -> fsspec.AbstractFileSystem:
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(protocol, "its package")
+        packages = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
+        package = packages.get(protocol, "its package")
         raise GlideError(
             f"{protocol}:// needs {package}: pip install {package} ({error})"
         ) from None
@@ -92,6 +93,11 @@ def with_opened(path: str, use: Callable[[IO[bytes]], T]) -> T:
     return _ask(path, opened)
 
 
+def open_file(path: str) -> IO[bytes]:
+    """Return a file opened at its beginning, in which any part can be read."""
+    return cast(IO[bytes], _system_of(path).open(path, "rb"))
+
+
 def exists(path: str) -> bool:
     """Whether there is such a file or folder."""
     return _ask(path, lambda system: system.exists(path))
@@ -119,7 +125,11 @@ def join(folder: str, name: str) -> str:
 def find(folder: str) -> list[str]:
     """Return the files below an address, relative to it."""
     paths = _ask(folder, lambda system: system.find(folder))
-    root = str(fsspec.core.strip_protocol(folder)).rstrip("/")
+    system: Any = _system_of(folder)
+    if hasattr(system, "resolve_path"):  # hf:// may write a revision in another way
+        root = _ask(folder, lambda _: str(system.resolve_path(folder).unresolve()))
+    else:
+        root = str(fsspec.core.strip_protocol(folder)).rstrip("/")
     return [str(path).removeprefix(root).lstrip("/") for path in paths]
 
 

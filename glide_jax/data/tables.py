@@ -10,6 +10,7 @@ from typing import Any
 
 from glide_jax.data import storage
 from glide_jax.data.records import CAPTION_FIELDS, decode, fields_of
+from glide_jax.data.row_groups import is_table_name, text_rows
 from glide_jax.data.sidecars import is_image
 from glide_jax.errors import UsageError
 
@@ -18,7 +19,10 @@ IMAGE_FIELDS = (
     *("image_file", "img", "img_path", "image/path", "image_id", "name", "id", "key"),
 )
 # Names of metadata files that are found by themselves.
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.ndjson")
+_METADATA = (
+    *("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.ndjson"),
+    "metadata.parquet",
+)
 
 
 def is_metadata(name: str) -> bool:
@@ -43,8 +47,13 @@ def rows_of(path: str, fields: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
         UsageError: the file is no metadata file, or is in an encoding that is not Unicode.
     """
     suffix = PurePosixPath(path).suffix.lower()
+    if is_table_name(path):
+        yield from ((f"row {i}", row) for i, row in enumerate(text_rows(path)))
+        return
     if suffix not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"):
-        raise UsageError(f"{path} must be .jsonl, .csv or .tsv (or .json, or .txt with a table)")
+        raise UsageError(
+            f"{path} must be .jsonl, .csv, .tsv or .parquet (or .json, or .txt with a table)"
+        )
     try:
         # A byte that is not UTF-8 spoils its own line only: it is found when the text is checked.
         content = decode(storage.read(path), "surrogateescape")

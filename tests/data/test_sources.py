@@ -245,7 +245,7 @@ def test_malformed_rows_of_a_table_are_left_out(tmp_path, capsys):
         ("metadata.csv", "", {}, "lists no image"),
         ("metadata.csv", "file,words\n0.png,a\n", {}, "--data.caption-field"),
         ("metadata.csv", "file,text\n0.png,a\n", {"image_field": "url"}, "--data.image-field"),
-        ("list.xlsx", "", {"metadata": "list.xlsx"}, "must be .jsonl, .csv or .tsv"),
+        ("list.xlsx", "", {"metadata": "list.xlsx"}, "must be .jsonl, .csv, .tsv or .parquet"),
         ("x.csv", "", {"metadata": "y.csv"}, "cannot read .*y.csv"),
     ],
 )
