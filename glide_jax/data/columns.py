@@ -27,6 +27,7 @@ class Columns(NamedTuple):
         classes: the class names of columns of class numbers.
         image_column: the column of the file that has the image.
         text_columns: the columns of the file that have the rest.
+        score: path of the field of the score; empty for none.
     """
 
     image: str
@@ -36,6 +37,7 @@ class Columns(NamedTuple):
     classes: dict[str, tuple[str, ...]]
     image_column: str
     text_columns: tuple[str, ...]
+    score: str = ""
 
     @property
     def every(self) -> tuple[str, ...]:
@@ -101,8 +103,13 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     others = tuple(dict.fromkeys([*others, *classes]))
     # The name of a column may have `/` itself.
     own = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
-    columns = tuple(dict.fromkeys(own[path] for path in (*usual, *others)))
-    return Columns(image, usual[0], tuple(usual), others, classes, own[image], columns)
+    score = config.score_field
+    if score and score not in kinds:
+        hint = nearest(score, list(kinds))
+        raise UsageError(f"{where} has no column {score!r}{hint}: choose with --data.score-field")
+    paths = (*usual, *others, *((score,) if score else ()))
+    columns = tuple(dict.fromkeys(own[path] for path in paths))
+    return Columns(image, usual[0], tuple(usual), others, classes, own[image], columns, score)
 
 
 def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:

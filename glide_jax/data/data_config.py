@@ -38,6 +38,12 @@ class DataConfig:
             each time. `join`: the lines of a file are one caption.
         metadata: .jsonl, .json, .csv, .tsv or .parquet file in a folder that lists images and
             captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
+        min_side: leave out images whose shorter side has fewer pixels. 0: none.
+        max_aspect: leave out images whose longer side is more than this many times the shorter one.
+            0: none.
+        min_score: leave out records with a lower score, or without one. None: none.
+        score_field: field of the score, with `/` between levels: of metadata files, parquet files,
+            tensorflow-datasets, or the JSON beside an image.
         crop: `centre`, the central square; `random`, a square of random scale and position;
             or `window`, one of the training size at a random position, not scaled.
         min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
@@ -65,6 +71,10 @@ class DataConfig:
     caption_field: str = ""
     caption_lines: str = "choose"
     metadata: str = ""
+    min_side: int = 0
+    max_aspect: float = 0.0
+    min_score: float | None = None
+    score_field: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
     flip: bool = False
@@ -84,6 +94,12 @@ class DataConfig:
             raise UsageError(f"caption_lines is choose or join, not {self.caption_lines!r}{hint}")
         if self.on_device not in ON_DEVICE:
             raise UsageError(f"on_device is {' or '.join(ON_DEVICE)}, not {self.on_device!r}")
+        if self.min_side < 0:
+            raise UsageError(f"min_side is a number of pixels, at least 0, not {self.min_side}")
+        if self.max_aspect != 0 and self.max_aspect < 1:
+            raise UsageError(f"max_aspect is at least 1 (or 0 for none), not {self.max_aspect:g}")
+        if (self.min_score is None) != (not self.score_field):
+            raise UsageError("min_score and score_field belong together: give both, or neither")
         if not 0 < self.min_crop <= 1:
             raise UsageError(f"min_crop is a share, 0 < min_crop <= 1, not {self.min_crop}")
         if not self.captions:

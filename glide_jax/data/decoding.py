@@ -8,11 +8,12 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from glide_jax.data import storage
 from glide_jax.data.modes import settle_transparent_colour, to_rgb
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
@@ -131,13 +132,31 @@ def exif_orientation(image: Image.Image) -> int:
     return found if found in _TURNS else 1
 
 
-def _open(data: bytes) -> Image.Image:
+def size_of(encoded: Encoded) -> tuple[int, int]:
+    """Return width and height of an image as it is stored; it is not decoded.
+
+    Raises:
+        BrokenRecord: the bytes are no image.
+    """
+    with _named(encoded):
+        return _open(encoded.data).size
+
+
+def size_of_file(path: str) -> tuple[int, int]:
+    """Return the same of a file, of which only the beginning is read."""
+    try:
+        return storage.with_opened(path, lambda file: _open(file).size)
+    except GlideError as error:
+        raise BrokenRecord(str(error)) from None
+
+
+def _open(data: bytes | IO[bytes]) -> Image.Image:
     """Open an image without Pillow's limit of pixels: see `_check_pixels`."""
     # The lock is held while a header is read, no longer.
     with _pillow:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

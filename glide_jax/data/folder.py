@@ -8,7 +8,7 @@ from typing import Any
 
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.decoding import Encoded
+from glide_jax.data.decoding import Encoded, size_of_file
 from glide_jax.data.faults import Fault, Faults, by_reason
 from glide_jax.data.inspection import inspect
 from glide_jax.data.listing import Listing, read_listing
@@ -34,6 +34,7 @@ class BesideRecords:
         sidecars: text files of each image.
         caption: extension or JSON field of the captions; empty for the usual ones.
         join: the lines of a text file are one caption.
+        score: JSON field of the score; empty for none.
     """
 
     folder: str
@@ -41,6 +42,7 @@ class BesideRecords:
     sidecars: tuple[tuple[str, ...], ...]
     caption: str = ""
     join: bool = False
+    score: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,6 +50,14 @@ class BesideRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = storage.join(self.folder, self.names[index])
         return {"image": Encoded(storage.read(path), path), **self.texts(index)}
+
+    def name(self, index: int) -> str:
+        """Return the name of the image."""
+        return self.names[index]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image; only its header is read."""
+        return size_of_file(storage.join(self.folder, self.names[index]))
 
     def texts(self, index: int) -> dict[str, Any]:
         """Return the caption and the other texts of a record.
@@ -58,7 +68,7 @@ class BesideRecords:
         paths = [storage.join(self.folder, name) for name in self.sidecars[index]]
         members = {extension(path): storage.read(path) for path in paths}
         chosen = self.caption if "json" in members or self.caption in members else ""
-        return texts_of(members, paths[0], chosen, self.join)
+        return texts_of(members, paths[0], chosen, self.join, self.score)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +89,18 @@ class ListedRecords:
         name, fields = self.entries[index]
         path = storage.join(self.folder, name)
         return {"image": Encoded(storage.read(path), path), **fields}
+
+    def name(self, index: int) -> str:
+        """Return the name of the image."""
+        return self.entries[index][0]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image; only its header is read."""
+        return size_of_file(storage.join(self.folder, self.name(index)))
+
+    def texts(self, index: int) -> dict[str, Any]:
+        """Return the caption and the other texts of a record."""
+        return self.entries[index][1]
 
 
 def open_folder(
@@ -135,6 +157,7 @@ def _captioned(
         tuple(pairs.sidecars),
         config.caption_field,
         config.caption_lines == "join",
+        config.score_field,
     )
     broken, empty = inspect(folder, records.names, lambda i: records.texts(i)["caption"])
     faults = Faults(tuple(pairs.bare), broken, (*pairs.unused, *unused), empty)

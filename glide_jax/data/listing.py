@@ -134,7 +134,7 @@ def _entry(
         raise BrokenRecord(f"there is no file {name}" if name else f"its {image_field} is empty")
     caption_field = _caption_field(row, config.caption_field, where)
     caption = captions_of(lookup(row, caption_field), f"its {caption_field}")
-    return image, {"caption": caption, **other_texts(row)}
+    return image, {"caption": caption, **other_texts(row, config.score_field)}
 
 
 def _image(row: Mapping[str, Any], wanted: str, find: _Names, where: str) -> tuple[str, str | None]:

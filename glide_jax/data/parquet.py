@@ -46,6 +46,10 @@ class TableRecords:
         row = self.rows.read(index, self.columns.every)
         return {"image": self._image(row, index, name), **self._texts(row, name)}
 
+    def name(self, index: int) -> str:
+        """Return the name of a row in messages."""
+        return self.rows.name(index)
+
     def texts(self, index: int) -> dict[str, Any]:
         """Return the caption and the other texts of a record.
 
@@ -87,7 +91,7 @@ class TableRecords:
         if isinstance(caption, list):
             caption = [one for one in caption if one is not None]
         captions = captions_of(caption, f"{field} in {name}")
-        return {"caption": captions, **other_texts(row)}
+        return {"caption": captions, **other_texts(row, self.columns.score)}
 
 
 def _found(row: dict[str, Any], path: str) -> Any:

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -208,6 +209,15 @@ def field_of(record: Mapping[str, Any], wanted: str, usual: Sequence[str], optio
     )
 
 
-def other_texts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the other text fields of a record, for caption templates."""
-    return {k: v for k, v in record.items() if isinstance(v, str) and k not in ("image", "caption")}
+def other_texts(record: Mapping[str, Any], score: str = "") -> dict[str, Any]:
+    """Return the other text fields of a record, for caption templates.
+
+    Args:
+        record: the record.
+        score: path of a field that is returned too, whatever its type; empty for none.
+    """
+    found = {k: v for k, v in record.items() if isinstance(v, str)}
+    if score:
+        with suppress(KeyError):  # such a record is left out
+            found[score] = lookup(record, score)
+    return {k: v for k, v in found.items() if k not in ("image", "caption")}

@@ -226,6 +226,10 @@ class ScenesSource:
         scene = self.scene(int(index) % self.length)
         return {"image": render(scene, self.size), "caption": scene.caption}
 
+    def image_size(self, _: int) -> tuple[int, int]:
+        """Return width and height of a scene."""
+        return self.size, self.size
+
     @property
     def fingerprint(self) -> str:
         """Text that is equal for sources with the same scenes."""

@@ -86,7 +86,7 @@ def captions_in(data: bytes, name: str, join: bool) -> str | tuple[str, ...]:
 
 
 def texts_of(
-    members: Mapping[str, bytes], name: str, caption: str, join: bool = False
+    members: Mapping[str, bytes], name: str, caption: str, join: bool = False, score: str = ""
 ) -> dict[str, Any]:
     """Return the caption of a record, and the other texts of its JSON.
 
@@ -95,6 +95,7 @@ def texts_of(
         name: name of the record in messages.
         caption: extension or JSON field of the caption; empty for the usual ones.
         join: the lines of a text file are one caption.
+        score: JSON field of the score; empty for none.
 
     Raises:
         BrokenRecord: there is no caption, or it is not text.
@@ -106,7 +107,10 @@ def texts_of(
         raise BrokenRecord(f"{name} has {error}") from None
     fields = {} if described is None else _json(members[described], name)
     if extension is not None and extension != described:
-        return {"caption": captions_in(members[extension], name, join), **other_texts(fields)}
+        return {
+            "caption": captions_in(members[extension], name, join),
+            **other_texts(fields, score),
+        }
     if described is None:
         raise BrokenRecord(
             f"{name} has no text file or JSON{f' or {caption}' if caption else ''}, only "
@@ -116,7 +120,7 @@ def texts_of(
         field = field_of(fields, caption, CAPTION_FIELDS, "caption-field")
     except BrokenRecord as error:
         raise BrokenRecord(f"{name} has no text file, and its JSON {error}") from None
-    return {"caption": captions_of(lookup(fields, field), name), **other_texts(fields)}
+    return {"caption": captions_of(lookup(fields, field), name), **other_texts(fields, score)}
 
 
 def _json(data: bytes, name: str) -> dict[str, Any]:

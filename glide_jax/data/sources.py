@@ -10,6 +10,7 @@ from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.emoji.npz import load_npz
 from glide_jax.data.faults import Fault
+from glide_jax.data.filters import filtered
 from glide_jax.data.folder import open_folder
 from glide_jax.data.hub_files import choose_split, saved_files, split_of
 from glide_jax.data.pairing import extension, pair
@@ -39,9 +40,15 @@ def open_source(config: DataConfig) -> Source:
     """Open what `config.source` names: .npz file, folder, tar shards, prepared data set, scenes.
 
     Raises:
-        UsageError: no source is named, or it does not exist; the message says how to get one.
+        UsageError: no source is named, or it does not exist; the message says how to get one. Or
+            the filters leave nothing.
         GlideError: the source is broken.
     """
+    return filtered(_whole(config), config)
+
+
+def _whole(config: DataConfig) -> Source:
+    """Open a source without filters."""
     if not config.source:
         raise UsageError(
             "this recipe names no data: add --data.source FOLDER (images, each with its caption "
@@ -251,6 +258,8 @@ def _scenes(size: int, config: DataConfig) -> Source:
             f"scenes have the splits {' and '.join(SPLITS)}, not {config.split!r}: "
             "add --data.split train"
         )
+    if config.min_score is not None:
+        raise UsageError("scenes have no scores: leave --data.min-score out")
     if config.concepts or config.styles:
         raise UsageError(
             "scenes have neither concepts nor styles: add --data.concepts --data.styles, both empty"

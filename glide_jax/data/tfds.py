@@ -45,6 +45,7 @@ class TfdsRecords:
         texts: other fields that hold text.
         classes: the class names of each field that holds a class number.
         label: name of the data set in messages.
+        score: path of the field of the score; empty for none.
     """
 
     raw: RawRecords
@@ -54,6 +55,7 @@ class TfdsRecords:
     texts: tuple[str, ...]
     classes: dict[str, tuple[str, ...]]
     label: str
+    score: str = ""
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -75,7 +77,7 @@ class TfdsRecords:
         return {
             "image": Encoded(bytes(lookup(record, self.image)), name),
             "caption": captions_of(lookup(record, self.caption), name),
-            **other_texts(record),
+            **other_texts(record, self.score),
         }
 
 
@@ -170,7 +172,9 @@ def open_tfds(folder: str, config: DataConfig) -> Source:
         for path in of_kind[tfds.features.ClassLabel]
     }
     texts = tuple(of_kind[tfds.features.Text])
-    everything = TfdsRecords(raw, np.arange(len(raw)), image, caption, texts, classes, label)
+    everything = TfdsRecords(
+        raw, np.arange(len(raw)), image, caption, texts, classes, label, config.score_field
+    )
     selected = _select(everything, config, folder)
     records = replace(everything, selected=selected)
     return Source(records, label, digest([selected.tobytes()]))

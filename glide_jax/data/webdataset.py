@@ -46,12 +46,14 @@ class TarRecords:
         image: extension of the images; empty for the usual ones.
         caption: extension or JSON field of the captions; empty for the usual ones.
         join: the lines of a text file are one caption.
+        score: JSON field of the score; empty for none.
     """
 
     shards: Shards
     image: str
     caption: str
     join: bool = False
+    score: str = ""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -80,8 +82,12 @@ class TarRecords:
             raise BrokenRecord(f"{name} has {error}") from None
         if image is None:
             raise BrokenRecord(f"{name} has {', '.join(members)}, and no {self.image or 'image'}")
-        texts = texts_of(members, name, self.caption, self.join)
+        texts = texts_of(members, name, self.caption, self.join, self.score)
         return {"image": Encoded(members[image], name), **texts}
+
+    def name(self, index: int) -> str:
+        """Return the name of a record in messages."""
+        return self.shards.name(index)
 
     def key(self, index: int) -> str:
         """Return the name of the first member of a record, or the record's number."""
@@ -129,7 +135,9 @@ def open_webdataset(
         why = next((f": {scan.damage}" for scan in shards.scans if scan.damage), "")
         raise UsageError(f"there are no records in {len(paths)} tar files, {paths[0]} ...{why}")
     joined = config.caption_lines == "join"
-    records = TarRecords(shards, config.image_field.lower(), config.caption_field, joined)
+    records = TarRecords(
+        shards, config.image_field.lower(), config.caption_field, joined, config.score_field
+    )
     faults = _faults(records)
     faults = faults._replace(unused=(*faults.unused, *unused))
     if len(faults.broken) == len(records):
