@@ -28,6 +28,7 @@ from glide_jax.data.order import (
     ROUNDS,
     UNRECORDED_ROUNDS,
     groups_of,
+    mixed,
     shuffled,
     shuffled_groups,
 )
@@ -91,13 +92,17 @@ class Prepare:
                 return self._record(number, rng), broken
             except BrokenRecord as error:
                 broken.append(str(error))
-            number = int(rng.integers(len(self.source)))
+            # Of a mixture, a record of the same source.
+            span = next(span for span in self.source.spans if number in span)
+            number = span.start + int(rng.integers(len(span)))
         examples = "; ".join(list(dict.fromkeys(broken))[:3])
         raise GlideError(f"{_TRIES} records in a row are broken: repair the data ({examples})")
 
     def start(self, position: int) -> tuple[int, np.random.Generator]:
         """Return the record at a position, and the generator of its choices."""
         rng = np.random.default_rng((self.seed % 2**32, position, 1))
+        if self.source.parts:
+            return mixed(position, self.source.parts, self.seed, self.rounds), rng
         if self.groups:
             return shuffled_groups(position, self.groups, self.seed), rng
         return shuffled(position, len(self.source), self.seed, self.rounds), rng
@@ -177,9 +182,14 @@ def fill(template: str, record: Mapping[str, Any], caption: str) -> str:
 
 
 def _check_templates(source: Source, templates: tuple[str, ...]) -> None:
-    """Raise `UsageError` for a template that none of the first records can fill."""
+    """Raise `UsageError` for a template that none of the first records of a source can fill."""
+    for span in source.spans:
+        _check_first(source, templates, span)
+
+
+def _check_first(source: Source, templates: tuple[str, ...], span: range) -> None:
     unfilled = dict.fromkeys(templates, "")
-    for number in range(min(_TRIES, len(source))):
+    for number in span[:_TRIES]:
         try:
             record = source.records[number]
         except BrokenRecord:
@@ -372,6 +382,8 @@ def make_prepare(
             f"a batch of {batch_size} has no even share for process {index} of {count}: "
             "choose a multiple of the number of processes"
         )
+    if source.parts and config.group_by:
+        raise UsageError("a mixture is not grouped: leave --data.group-by or --data.mixture out")
     _check_templates(source, config.captions)
     groups = groups_of(source, config.group_by) if config.group_by else b""
     return Prepare(source, config, tokenizer, size, seed, groups)

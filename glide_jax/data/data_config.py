@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from glide_jax.data.mixture import parse_mixture
 from glide_jax.errors import UsageError, check_finite, nearest
 
 CROPS = ("centre", "random", "window")
@@ -20,6 +21,8 @@ class DataConfig:
             a folder of `save_to_disk`; a prepared tensorflow-datasets folder, or the name of one
             in `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders, shards and
             parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
+        mixture: several sources with their weights, `images:3 gs://bucket/shards:1`, in place of
+            `source`: three of four images are of the first. All other options hold for each source.
         split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
             tensorflow-datasets, the split in the names of parquet files, or the subfolder of that
             name in a folder.
@@ -62,6 +65,7 @@ class DataConfig:
     """
 
     source: str = ""
+    mixture: tuple[str, ...] = ()
     split: str = "train"
     data_dir: str = "~/tensorflow_datasets"
     captions: tuple[str, ...] = ("{caption}",)
@@ -86,6 +90,8 @@ class DataConfig:
 
     def __post_init__(self):
         check_finite(vars(self))
+        if self.mixture:
+            parse_mixture(self.mixture)
         if self.crop not in CROPS:
             hint = nearest(self.crop, CROPS)
             raise UsageError(f"crop is {' or '.join(CROPS)}, not {self.crop!r}{hint}")

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 from grain.experimental import index_shuffle
 
-from glide_jax.data.records import Source
+from glide_jax.data.records import Part, Source
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import UsageError
 
@@ -36,7 +36,34 @@ def shuffled(position: int, count: int, seed: int, rounds: int = ROUNDS) -> int:
     return index_shuffle(i, max_index=count - 1, seed=int(pass_seed), rounds=rounds)
 
 
+def mixed(position: int, parts: tuple[Part, ...], seed: int, rounds: int = ROUNDS) -> int:
+    """Return the index of the record at a position of the order of a mixture.
+
+    Positions form blocks as long as the sum of the weights. In each block every part has as many
+    positions as its weight, in random order; its records follow in a shuffled order of its own.
+    """
+    weights = tuple(part.weight for part in parts)
+    block, i = divmod(position, sum(weights))
+    owners, earlier = _block(weights, seed, block)
+    number = int(owners[i])
+    (own_seed,) = np.random.SeedSequence((seed % 2**32, number, 3)).generate_state(1)
+    taken = block * weights[number] + int(earlier[i])
+    first = sum(part.count for part in parts[:number])
+    return first + shuffled(taken, parts[number].count, int(own_seed), rounds)
+
+
 @lru_cache(maxsize=4)
+def _block(weights: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the part of each position of a block, and how many earlier ones have that part."""
+    owners = np.repeat(np.arange(len(weights), dtype=np.int32), weights)
+    owners = np.random.default_rng((seed % 2**32, block, 4)).permutation(owners)
+    earlier = np.empty(len(owners), np.int32)
+    for number, weight in enumerate(weights):
+        earlier[owners == number] = np.arange(weight)
+    return owners, earlier
+
+
+@lru_cache(maxsize=16)  # of each part of a mixture
 def _permutation(count: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng((seed % 2**32, number, 0)).permutation(count)
 

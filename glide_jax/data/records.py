@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +37,13 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
+class Part(NamedTuple):
+    """One source of a mixture: the number of its records, and its weight as a whole number."""
+
+    count: int
+    weight: int
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Source:
     """Random access to captioned images.
@@ -49,6 +57,7 @@ class Source:
         identity: checksum of the records and their order, for `fingerprint`.
         left_out: number of records that were found unusable when the source was opened.
         faults: what the source does not use; worker processes do not get it.
+        parts: the sources of a mixture, in the order of their records; empty for one source.
     """
 
     records: Records
@@ -56,6 +65,7 @@ class Source:
     identity: str = ""
     left_out: int = 0
     faults: Faults = NO_FAULTS
+    parts: tuple[Part, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"faults": NO_FAULTS}
@@ -77,6 +87,13 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.label}, {len(self)} images)"
+
+    @property
+    def spans(self) -> list[range]:
+        """The records of each part of a mixture; all records of one source."""
+        counts = [part.count for part in self.parts] or [len(self)]
+        ends = accumulate(counts)
+        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ from glide_jax.data.faults import Fault
 from glide_jax.data.filters import filtered
 from glide_jax.data.folder import open_folder
 from glide_jax.data.hub_files import choose_split, saved_files, split_of
+from glide_jax.data.mixture import mix, parse_mixture
 from glide_jax.data.pairing import extension, pair
 from glide_jax.data.parquet import is_listing, open_tables
 from glide_jax.data.records import Source, digest
@@ -37,13 +38,17 @@ _SPLITS = re.compile(
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open what `config.source` names: .npz file, folder, tar shards, prepared data set, scenes.
+    """Open what the settings name: .npz file, folder, shards, prepared data set, scenes, mixture.
 
     Raises:
         UsageError: no source is named, or it does not exist; the message says how to get one. Or
             the filters leave nothing.
         GlideError: the source is broken.
     """
+    if config.mixture:
+        weights = parse_mixture(config.mixture)
+        each = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
+        return mix(each, list(weights.values()))
     return filtered(_whole(config), config)
 
 
