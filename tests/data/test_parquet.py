@@ -3,7 +3,7 @@
 import json
 import sys
 
-import fsspec
+import fsspec.config
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -133,7 +133,7 @@ def test_an_arrow_file_with_a_footer_is_read_too(tmp_path):
 
 @pytest.mark.parametrize("field", ["text", "TEXT", "Caption", "prompt", "alt_text", "txt"])
 def test_the_caption_is_found_by_its_usual_names(tmp_path, field):
-    table = numbers(2, id=["a", "b"], **{field: ["number 0", "number 1"]})
+    table = numbers(2, 0, id=["a", "b"], **{field: ["number 0", "number 1"]})
     assert read(opened(write_parquet(tmp_path / "a.parquet", table))) == expected(2)
 
 
