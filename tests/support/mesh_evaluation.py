@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.devices import parallel
+from glide_jax.devices import mesh, parallel
 from glide_jax.models.precision import cast_trunk
 from glide_jax.pipeline import runner
 from glide_jax.pipeline.loading import sample_grid
@@ -90,7 +90,7 @@ def sampled(config: TrainConfig, host: Any, spread: Any) -> dict[str, Any]:
 def main() -> None:
     """Run the command line."""
     images, report = map(Path, sys.argv[1:])
-    parallel.SMALLEST_SHARDED = 1
+    mesh.SMALLEST_SHARDED = 1
     found = {}
     for name in ("pmap", "fsdp", "clip-pmap", "clip-fsdp"):
         config = recipe(name, images)
