@@ -1,4 +1,4 @@
-"""Noise schedules: betas, alpha-bar, log-SNR; built on the host in float64.
+"""Noise schedules: betas, alpha-bar, log(alpha/sigma); built on the host in float64.
 
 `x_t = alpha_t x_0 + sigma_t eps`, `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)`.
 """
