@@ -2,8 +2,8 @@
 
 After `pip install`, `glide-jax sample "a red apple"` is the same command in any folder.
 
-Without a prompt it generates a few example images. Several prompts give several images; within one
-prompt, AND and NOT join captions, each with an optional weight:
+Without a prompt it generates a few example images. Several prompts give several images. Within one
+prompt, AND and NOT join captions, each with an optional weight. Examples:
 
   python sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
   python sample.py "a red apple AND a tulip :0.5 NOT a rose" --guidance-scale 4

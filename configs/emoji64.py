@@ -3,8 +3,8 @@
 Two trainings, one after the other, on a GPU with a time limit each. Size "eleven-styles" learns 766
 concepts in eleven styles at a constant learning rate. Size "four-styles", the default, starts from
 it and learns the four styles that the model is for, with a learning rate that falls to zero. In
-seven of ten images everything is masked: text-to-image. In the others a random region is  (GLIDE,
-sec. 4.3).
+seven of ten images everything is masked: text-to-image. In the others a random region is masked
+(GLIDE, sec. 4.3).
 
 Result:   the embedded weights: 64x64 emoji, and masked regions filled: docs/results/model_card.md.
           Loss 0.055 after the first training, 0.023 at the end.

@@ -58,11 +58,11 @@ class ModelOptions:
         weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
-        devices: Number of devices that share each batch, or all. Changes an image by at most
-            rounding.
-        batch_size: Images generated at a time; more needs more memory. Changes an image by at
-            most rounding. Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of that
-            at 256x256.
+        devices: Number of devices that share each batch, or all. It changes an image by rounding
+            errors only.
+        batch_size: Images generated at a time; more needs more memory. It changes an image by
+            rounding errors only. Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of
+            that at 256x256.
     """
 
     weights: str = WEIGHTS
@@ -217,14 +217,14 @@ class Sweep:
         sweep: What to vary, one or several: guidance-scale, clip-scale, steps, sampler, spacing,
             guidance-interval. guidance-scale turns CLIP guidance off unless --clip-scale is set;
             clip-scale uses guidance scale 1 and the sampler ddpm unless these are set.
-        values: Values of a single sweep, in place of its default values: guidance-scale 1 1.5 2 3 4
-            6 8, clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
+        values: Values of a single sweep, in place of its defaults: guidance-scale 1 1.5 2 3 4 6 8,
+            clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
             guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
         out: Folder for sweep.json, the figures, and a sheet of the images of each point.
         features: Feature spaces for distances between sets of images: scorer, or weight files
-            (Inception v3 of FID, CLIP, DINOv2).
+            of other networks (Inception v3 of FID, CLIP, DINOv2).
         images: Images of each point, more than the neighbour; more images make the measures more
-            precise. Only points with equal numbers compare.
+            precise. Only points with equal numbers are comparable.
         captions: Captions to choose from, for each image, the right one included; at least 2. More
             captions make R-precision harder.
         neighbour: The k of precision and recall, at least 1 and below the number of images: an
@@ -321,12 +321,12 @@ class Scenes:
     Attributes:
         weights: Weights trained on procedural scenes: a folder, or a run of train.py.
         out: Folder for scenes.json and a sheet.
-        split: train, or test: combinations that training never shows.
+        split: train, or test, whose combinations are not in the training split.
         images: Images to generate, at least 1, of scenes 0, 1, ... of the split; more images give
             more precise rates.
         seed: Seed of the images, from 0 to 2^32 - 1.
-        batch_size: Images generated at a time; more needs more memory. Changes an image by at
-            most rounding.
+        batch_size: Images generated at a time; more needs more memory. It changes an image by
+            rounding errors only.
     """
 
     weights: str

@@ -36,23 +36,23 @@ class Fid:
             sigma.
         generated: Folder of generated images, or an .npz with images. Without it only the
             statistics of the real images are saved.
-        reference: Statistics in place of the real images: an .npz with mu and sigma, of
-            --save-statistics, of ADM, or of pytorch-fid. The Frechet distance alone needs no more.
+        reference: Statistics in place of the real images, for the Frechet distance only: an .npz
+            with mu and sigma that --save-statistics, ADM or pytorch-fid wrote.
         features: Weight files of the feature networks: the Inception of FID, DINOv2, CLIP; scorer
             means the embeddings of --scorer. Each gives a line of the table.
-        size: Side to which the central square of each image is scaled before the network's own
-            resizing, such as 256. Larger keeps more detail. Default: images stay as they are, and
-            all of a set must have one size.
+        size: Side in pixels, such as 256, to which the central square of each image is scaled
+            before the network's own resizing. Larger keeps more detail. Default: images are not
+            changed, and all images of a set must have one size.
         captions: Captions of the generated images, for the CLIP score of --scorer: a text file
-            with a caption a line, in the order of file names (numbers as numbers), or beside:
-            cat.txt for cat.png, else the prompt in the images of glide-jax sample.
+            with one caption per line, in the order of the image names (2.png before 10.png), or
+            the word beside: cat.txt for cat.png, or else the prompt stored by glide-jax sample.
         scorer: The CLIP of the CLIP score: a name, a folder of weights, or a run of train.py.
         views: Views of each image whose embeddings the scorer averages: 10 crops, or 1, the image
             alone.
         neighbour: The k of precision and recall, at least 1 and below the number of images. A
             larger k raises both.
-        allow_few_images: Accept no more images than the network has dimensions. The Frechet
-            distance is then too large.
+        allow_few_images: Accept a set that has no more images than the network has dimensions.
+            The Frechet distance is then too large.
         save_statistics: An .npz for mu and sigma of the real images, for --reference; with one
             network in --features.
         out: The report, a .json file. Features are kept in the folder features beside it.

@@ -38,7 +38,7 @@ from glide_jax.data.workers import keep_working, shielded
 from glide_jax.errors import GlideError, UsageError
 
 # This many broken records in a row stop a run. If half of the records are broken, that happens at
-# one position in 10^10; if nine tenths are, at three positions in a hundred.
+# one position in 2^32; if nine tenths are, at three positions in a hundred.
 _TRIES = 32
 # Words in a caption that become wrong if the image is mirrored.
 _SIDES = re.compile(r"\b(left|right|(counter|anti)?clockwise)(ward|wards)?\b", re.IGNORECASE)

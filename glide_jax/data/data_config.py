@@ -15,53 +15,55 @@ class DataConfig:
     """Source of captioned images, and how its records become images and captions.
 
     Attributes:
-        source: an .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
+        source: An .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
             metadata file); a metadata file; tar shards (`shards/{000..099}.tar`, `shards/*.tar`,
             or their folder); parquet files with images and captions, their pattern or folder;
             a folder of `save_to_disk`; a prepared tensorflow-datasets folder, or the name of one
-            in `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders, shards and
-            parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
-        mixture: several sources with their weights, `images:3 gs://bucket/shards:1`, in place of
-            `source`: three of four images are of the first. All other options hold for each source.
-        split: part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
+            in the folder `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders,
+            shards and parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
+        mixture: Several sources with their weights, in place of `source`: with `images:3 more:1`
+            three of four images are of the first. All other options hold for each source.
+        split: Part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
             tensorflow-datasets, the split in the names of parquet files, or the subfolder of that
             name in a folder.
-        data_dir: folder of the named data sets.
-        captions: templates of captions. One is chosen at random each time a record is seen.
-            `{caption}` and every other text field of the record can be used; `{a_caption}` is the
+        data_dir: Folder of the tensorflow-datasets that `source` gives by name.
+        captions: Templates of captions. One is chosen at random each time a record is seen. They
+            can use `{caption}` and every other text field of the record; `{a_caption}` is the
             caption with "a" or "an".
-        concepts: keep only records with these concepts, in data that have them. Empty: keep all.
-        styles: keep only records with these styles, in data that have them. Empty: keep all.
-        image_field: field of a record that has the image, with `/` between levels. Empty: the usual
-            names are tried.
-        caption_field: field of a record that has the caption, with `/` between levels
-            (`captions/text`). Of several captions one is chosen at random each time. Empty: the
+        concepts: Keep only records with these concepts, in data that have them. Empty: keep all.
+        styles: Keep only records with these styles, in data that have them. Empty: keep all.
+        image_field: Field of a record that has the image, with `/` between nested keys. Empty: the
             usual names are tried.
-        caption_lines: `choose`: each line of a text file is a caption, and one is chosen at random
-            each time. `join`: the lines of a file are one caption.
+        caption_field: Field of a record that has the caption, with `/` between nested keys, for
+            example `captions/text`. Of several captions one is chosen at random each time. Empty:
+            the usual names are tried.
+        caption_lines: Captions of a text file. `choose`: each line is a caption, and one is chosen
+            at random each time. `join`: all lines together are one caption.
         metadata: .jsonl, .json, .csv, .tsv or .parquet file in a folder that lists images and
             captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
-        min_side: leave out images whose shorter side has fewer pixels. 0: none.
-        max_aspect: leave out images whose longer side is more than this many times the shorter one.
+        min_side: Leave out images whose shorter side has fewer pixels. 0: none.
+        max_aspect: Leave out images whose longer side is more than this many times the shorter one.
             0: none.
-        min_score: leave out records with a lower score, or without one. None: none.
-        score_field: field of the score, with `/` between levels: of metadata files, parquet files,
+        min_score: Leave out records with a lower score, or without one. None: none.
+        score_field: Field of the score, with `/` between levels: of metadata files, parquet files,
             tensorflow-datasets, or the JSON beside an image.
-        crop: `centre`, the central square; `random`, a square of random scale and position;
-            or `window`, one of the training size at a random position, not scaled.
-        min_crop: smallest side of a random square, in (0, 1], as a share of the shorter side of the
+        crop: How images become squares: `centre`, the central square; `random`, a square of random
+            scale and position; or `window`, one of the training size at a random position, not
+            scaled.
+        min_crop: Smallest side of a random square, in (0, 1], as a share of the shorter side of the
             image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
-        flip: mirror half of the images, except those whose caption says left, right or clockwise.
-        group_by: text field, such as `concept`. Records with the same value follow each other
-            in every pass, so the images in a batch for a CLIP differ in little. The fields of
-            every record are read once at the start. Empty: no groups.
-        on_device: `yes`: all images lie on the device, and nothing is loaded during the training:
-            for data that fit, with crop `centre` or `window`. The order and the random numbers stay
-            the same. `auto`: on GPUs and TPUs, for .npz files that fit. `no`: a loader on the host.
-        workers: worker processes that read and decode. 0: one thread of the training process.
-        threads: batches that each process makes at the same time. More than 1 helps if reading
+        flip: Mirror half of the images, except those whose caption says left, right or clockwise.
+        group_by: Text field, such as `concept`. Records with the same value follow each other
+            in every pass, so the images in a batch of a CLIP are similar. The fields of every
+            record are read once at the start. Empty: no groups.
+        on_device: Whether all images are kept in device memory, so that nothing is loaded during
+            the training. `yes`: always; the data must fit, and the crop be `centre` or `window`.
+            On `auto` they are on GPUs and TPUs, for .npz files that fit. With `no` a loader on the
+            host makes the batches. The order and the random numbers are the same in both cases.
+        workers: Worker processes that read and decode. 0: one thread of the training process.
+        threads: Batches that each process makes at the same time. More than 1 helps if reading
             waits for a network.
-        prefetch: batches that each process keeps ready. More need more memory.
+        prefetch: Batches that each process keeps ready. More need more memory.
     """
 
     source: str = ""

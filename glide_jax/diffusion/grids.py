@@ -29,10 +29,10 @@ def make_grid(
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",
             "10,10,3,2,2". A number as a string is a number.
-        spacing: where the levels of a number of steps lie: "logsnr" (even in the log
-            signal-to-noise ratio), "uniform" (even in time, as in OpenAI's code), "rho" (EDM),
-            "trailing", "few" (even in time, without the noisiest timesteps: for few steps), or
-            "optimised" for the solver. A respacing string ignores it.
+        spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
+            time, as in OpenAI's code), "rho" (EDM), "trailing" (even in time, from the noisiest
+            timestep), "few" (as trailing, without the noisiest timesteps: for few steps), or
+            "optimised" (for the solver). A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.
 
     Raises:

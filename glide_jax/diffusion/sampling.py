@@ -34,8 +34,8 @@ class Plan:
     """Everything that a sampling run needs besides networks, conditioning and noise.
 
     Attributes:
-        table: one row per network evaluation, float32, on the host: a row costs no slice on the
-            device.
+        table: one row per network evaluation, float32. It stays on the host, so that selecting a
+            row needs no operation on the device.
         guidance: the guidances. Intervals and prompts are removed: the table already holds the
             intervals, and another prompt must not compile again.
         programs: the sets of guidances that act together, as indices into `guidance`;
@@ -55,7 +55,7 @@ class State(NamedTuple):
     """What a run carries from row to row; images are `(B, H, W, C)` float32.
 
     Attributes:
-        x: the noised image; after the last row, the image.
+        x: the noised image; after the last row, the generated image.
         y: the anchor: x at the start of the step, for solvers that correct or repeat it.
         history: `(4, B, H, W, C)`, earlier predictions, newest first.
         memory: what stateful guidance remembers, by name.
@@ -75,7 +75,8 @@ def plan(
     """Build the `Plan` of a run, on the host.
 
     Where the set of acting guidances changes from one step to the next, the solver's history and
-    the memory of guidance are reset: a multistep solver would fall to first order across the jump.
+    the memory of guidance are reset. Without the reset a multistep solver would drop to first order
+    there.
 
     Args:
         grid: `(N,)` timesteps, strictly falling.

@@ -1,4 +1,4 @@
-"""Noise schedules: betas, alpha-bar, log-SNR; built on the host in float64.
+"""Noise schedules: betas, alpha-bar, log(alpha/sigma); built on the host in float64.
 
 `x_t = alpha_t x_0 + sigma_t eps`, `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)`.
 """
@@ -63,19 +63,18 @@ class Schedule:
         return len(self.betas)
 
     def log_snr(self, t: ArrayLike) -> np.ndarray:
-        """Return `log(alpha / sigma)`, half of log(alpha^2 / sigma^2), at `t`.
+        """Return `log(alpha / sigma)` at `t`: half of `log(alpha^2 / sigma^2)`.
 
-        It is linear between integers.
-
-        Beyond the ends it keeps the value of the end.
+        Many papers call the latter log-SNR. The value is linear between integers, and constant
+        beyond the ends.
         """
         levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
         return np.interp(np.asarray(t), np.arange(len(self)), levels)
 
     def at_log_snr(self, log_snr: ArrayLike) -> np.ndarray:
-        """Return the fractional `t` with this log-SNR: the inverse of `log_snr`.
+        """Return the fractional `t` with this log(alpha / sigma): the inverse of `log_snr`.
 
-        A log-SNR beyond the ends of the schedule gives the end: 0 or T - 1.
+        A value beyond the ends of the schedule gives the end: 0 or T - 1.
         """
         levels = self.log_snr(np.arange(len(self)))
         return np.interp(-np.asarray(log_snr), -levels, np.arange(len(self)))

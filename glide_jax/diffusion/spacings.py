@@ -84,7 +84,7 @@ CLEANEST_LOG_SNR = 5.05
 
 
 def end_levels(schedule: Schedule) -> tuple[float, float]:
-    """Return the log-SNR of the noisiest and of the cleanest level of the spacings in log-SNR."""
+    """Return log(alpha / sigma) of the noisiest and of the cleanest level of logsnr and rho."""
     low = max(schedule.log_snr(len(schedule) - 1), NOISIEST_LOG_SNR)
     high = min(schedule.log_snr(0), CLEANEST_LOG_SNR)
     return float(low), float(high)

@@ -17,37 +17,37 @@ class ModelConfig:
 
     Attributes:
         variant: "base", "superres", "inpaint" or "superres_inpaint".
-        image_size: side of its square training images, in pixels.
-        model_channels: channels of the first level; a multiple of 32.
-        channel_mult: channels of each level as multiples of `model_channels`.
-        num_res_blocks: residual blocks per level.
-        attention_ds: downsampling factors at which there is attention.
-        num_head_channels: channels per attention head; -1: `num_heads` heads everywhere.
-        num_heads: attention heads if `num_head_channels` is -1.
-        num_heads_upsample: attention heads of the decoder if `num_head_channels` is -1; -1: the
+        image_size: Side of its square training images, in pixels.
+        model_channels: Channels of the first level; a multiple of 32.
+        channel_mult: Channels of each level as multiples of `model_channels`.
+        num_res_blocks: Residual blocks per level.
+        attention_ds: Downsampling factors at which there is attention.
+        num_head_channels: Channels per attention head; -1: `num_heads` heads everywhere.
+        num_heads: Attention heads if `num_head_channels` is -1.
+        num_heads_upsample: Attention heads of the decoder if `num_head_channels` is -1; -1: the
             same number.
-        dropout: dropout rate of the residual blocks, in training only.
-        use_scale_shift_norm: whether the time embedding scales and shifts the second norm of a
+        dropout: Dropout rate of the residual blocks, in training only.
+        use_scale_shift_norm: Whether the time embedding scales and shifts the second norm of a
             residual block; otherwise it is added.
-        resblock_updown: whether residual blocks do the resampling; otherwise convolutions do.
+        resblock_updown: Whether residual blocks do the resampling; otherwise convolutions do.
         out_channels: 6 with learned variance, 3 without.
-        text_ctx: length of a caption in tokens.
-        n_vocab: size of the vocabulary.
-        xf_width: width of the text transformer; 0: no text.
-        xf_layers: layers of the text transformer.
-        xf_heads: attention heads of the text transformer.
-        xf_final_ln: whether the text transformer has a final norm.
-        xf_padding: whether padded positions have a learned embedding.
-        low_res_level: for upsamplers: whether the level of the noise that was added to the
+        text_ctx: Length of a caption in tokens.
+        n_vocab: Size of the vocabulary.
+        xf_width: Width of the text transformer; 0: no text.
+        xf_layers: Layers of the text transformer.
+        xf_heads: Attention heads of the text transformer.
+        xf_final_ln: Whether the text transformer has a final norm.
+        xf_padding: Whether padded positions have a learned embedding.
+        low_res_level: For upsamplers: whether the level of the noise that was added to the
             low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
             has it.
-        patch: side of the blocks of pixels that the UNet takes as one position: the input goes from
-            space to depth, the output back. `channel_mult` and `attention_ds` count from there. 1:
-            every pixel is a position, as in all of OpenAI's models. Larger: fewer positions, so
-            wider layers at the same cost.
-        residual: for upsamplers: whether the network adds its output to the bicubic enlargement of
+        patch: Side of the blocks of pixels that are one position of the UNet (space-to-depth at the
+            input, depth-to-space at the output). `channel_mult` and `attention_ds` count from this
+            resolution. 1: every pixel is a position, as in all of OpenAI's models. Larger: fewer
+            positions, so wider layers at the same cost.
+        residual: For upsamplers: whether the network adds its output to the bicubic enlargement of
             the low-resolution image. It then predicts x_0.
-        guidance_input: whether the scale of classifier-free guidance is an input, for models with
+        guidance_input: Whether the scale of classifier-free guidance is an input, for models with
             distilled guidance (2210.03142). No model of OpenAI's has it.
     """
 
@@ -206,20 +206,20 @@ class CLIPConfig:
     """The sizes of a noised CLIP, which determine the shapes of its weights.
 
     Attributes:
-        image_size: side of the square images, in pixels.
-        patch_size: side of the patches, in pixels.
-        n_timestep: rows of the table of timesteps; 0: a CLIP that takes no timestep.
-        image_width: width of the image transformer.
-        image_layers: layers of the image transformer.
-        text_width: width of the text transformer.
-        text_layers: layers of the text transformer.
-        head_size: channels per attention head; a width over it is the number of heads.
-        n_vocab: size of the vocabulary.
-        max_text_len: length of a caption in tokens.
-        embed_width: width of the embeddings that are compared.
-        logit_scale: factor of the cosine of two embeddings; the initial value if it is learned
-            (CLIP starts at 1 / 0.07).
-        learn_logit_scale: whether the factor is a parameter; in OpenAI's noised CLIP it is the
+        image_size: Side of the square images, in pixels.
+        patch_size: Side of the patches, in pixels.
+        n_timestep: Rows of the table of timesteps; 0: a CLIP that takes no timestep.
+        image_width: Width of the image transformer.
+        image_layers: Layers of the image transformer.
+        text_width: Width of the text transformer.
+        text_layers: Layers of the text transformer.
+        head_size: Channels per attention head; a width over it is the number of heads.
+        n_vocab: Size of the vocabulary.
+        max_text_len: Length of a caption in tokens.
+        embed_width: Width of the embeddings that are compared.
+        logit_scale: Factor of the cosine of two embeddings; its initial value if it is
+            learned, as in CLIP (1 / 0.07).
+        learn_logit_scale: Whether the factor is a parameter; in OpenAI's noised CLIP it is the
             constant 100.
     """
 

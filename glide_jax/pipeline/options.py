@@ -41,26 +41,26 @@ class WeightsOptions:
     """What generates, and on which devices.
 
     Attributes:
-        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run
-            of train.py.
-        upsampler: Weights of an upsampler, which enlarges each image, or none. Default: the one
-            that belongs to the weights (emoji_upsample256).
-        upsampler_steps: Steps of the upsampler. With a strength below 1 only that share of them
-            is run, the last ones.
+        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or the folder
+            of a training run.
+        upsampler: Weights of the upsampler that enlarges each image, or none. Default: the one
+            that belongs to the weights (emoji_upsample256 for emoji64), if any.
+        upsampler_steps: Steps of the upsampler. If its weights have a strength below 1, only that
+            share of the steps is run, the last ones.
         upsampler_sampler: Sampler of the upsampler; see --sampler.
         clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
-            Default: the one that belongs to the weights (emoji_clip64).
+            Default: the one that belongs to the weights (emoji_clip64 for emoji64), if any.
         weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
         lora: Low-rank pairs to add to the weights: a run with LoRA, or a file of its pairs; then,
             optionally, a colon and a weight (runs/mine:0.5). Larger changes the images more, a
             negative weight away from what was learned. May be given several times.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
-        devices: Number of devices that share each batch, or all. Changes an image by at most
-            rounding.
-        batch_size: Images generated at a time, over all devices; more needs more memory. Changes an
-            image by at most rounding. Default per device at 64x64: 16 on a CPU, 64 elsewhere; a
-            quarter of that at 256x256.
+        devices: Number of devices that share each batch, or all. It changes an image by rounding
+            errors only.
+        batch_size: Images generated at a time, in total over all devices; more needs more memory.
+            It changes an image by rounding errors only. Default per device at 64x64: 16 on a
+            CPU, 64 on other devices; a quarter of that at 256x256.
     """
 
     weights: str = "emoji64"
@@ -87,18 +87,19 @@ class EditingOptions:
     Attributes:
         init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: An image of the region to fill: white is regenerated, black is kept byte for byte.
-            Also regenerated: what is painted on a transparent layer, or erased from the image.
+        mask: An image of the region to fill: white is regenerated, black is kept byte for byte. In
+            a transparent layer the painted part is regenerated; in a copy of the image with a part
+            erased, the erased part.
         invert_mask: Regenerate what the mask keeps, and keep the rest.
-        allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image; otherwise it
-            is an error.
-        fit: How an image becomes a square. crop: its centre; pad: white beside it.
-        variation: Generate variations of --init-image. Variation strength: 0 = DDIM
-            reconstruction, 1 = unrelated.
+        allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
+            option such a mask is an error.
+        fit: How to make an image square. crop takes its central square, pad adds white borders.
+        variation: Generate variations of --init-image with this strength, from 0 (its DDIM
+            reconstruction) to 1 (an unrelated image).
         init_caption: Caption of the input image, for the inversion of --variation, if it differs
             from the prompt.
-        between: Interpolate: generate --num images (2 or more) from one prompt to another, or from
-            --seed to --to-seed.
+        between: Interpolate: generate --num images (2 or more) from one prompt to another, from
+            one seed to another (--seed to --to-seed), or both.
         to_seed: The seed at the end of --between.
     """
 
@@ -118,39 +119,43 @@ class SamplingOptions:
     """How images are sampled. The defaults shown are those of the chosen weights.
 
     Attributes:
-        steps: Number of noise levels N, from 1 to 1000; more is slower and more accurate. Or a
-            respacing string of OpenAI's code: ddim50, fast27, 10,10,3,2,2. Network evaluations: N;
-            with heun and dpm++2s 2N - 1, with plms N + 7 (N of 5 or more), with prk 4(N - 2).
-        sampler: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms, prk,
-            ddim; with added noise ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde, sa;
-            consistency, for few-step students.
-        spacing: Where the noise levels lie: logsnr, uniform (in time, as in OpenAI's code),
-            rho, trailing, few (in time, for few steps), or optimised (for the sampler and step
-            count).
-        eta: Added noise of ddim (default 0), dpm++2m-sde and sa (default 1), from 0 to 1.
-        temperature: Factor on the starting noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling: LOW HIGH REPEATS. From noise level (sigma/alpha) LOW, noise is
-            added back up to HIGH, REPEATS times; for example 0.3 2 3.
+        steps: Number of noise levels N, from 1 to 1000, or a respacing string of OpenAI's code,
+            such as ddim50, fast27 or 10,10,3,2,2; more is slower and more accurate. N levels need N
+            network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (for N of 5 or more), and
+            prk 4(N - 2).
+        sampler: One of dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms,
+            prk, ddim (deterministic); ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde,
+            sa (with noise at each step); consistency (for few-step students).
+        spacing: Spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
+            time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
+            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
+            optimised (for the sampler and the number of steps).
+        eta: Noise added at each step by ddim (default 0), dpm++2m-sde and sa (default 1), from 0
+            to 1.
+        temperature: Factor on the initial noise; below 1 gives smoother, less varied images.
+        restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At noise level LOW, as
+            sigma/alpha, noise is added up to level HIGH, and the steps from HIGH to LOW are run
+            again. This happens REPEATS times.
         guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
-            closely with less variety. From 0 to 1 for the method cfg++.
+            closely with less variety. For the method cfg++ it is from 0 to 1.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high
             scales.
-        guidance_interval: Low, high: guide only at noise levels sigma/alpha between them.
-            Default: everywhere.
-        guidance_rescale: CFG rescale factor in [0, 1]; larger takes back more of the contrast
-            that guidance added.
+        guidance_interval: LOW HIGH: guide only at noise levels sigma/alpha between LOW and HIGH.
+            Default: at all levels.
+        guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
+            that guidance adds.
         negative_prompt: Guide away from this prompt, rather than from the empty one.
         autoguidance_scale: Autoguidance scale (weak model from --weak-model); 1 = off, larger
             is stronger.
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
             scale 1 and the sampler ddpm.
-        threshold: Quantile of dynamic thresholding, for example 0.995; otherwise x_0 is clipped
+        threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
             to [-1, 1].
-        strength: img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger
-            changes the image more.
-        repaint: RePaint: jump length, resamplings. On by default (5 4) for inpainting with
-            models not trained to inpaint.
+        strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
+            to 1; larger changes the image more.
+        repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run
+            in all. On by default (5 4) for inpainting with models not trained to inpaint.
     """
 
     steps: Annotated[int | str | None, _default("steps")] = None

@@ -1,4 +1,4 @@
-"""The object that a notebook holds: prompts in, images out."""
+"""`Pipeline`, the user API: prompts in, images out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,8 +66,8 @@ class Pipeline(Stage):
 
         Args:
             progress: show a progress bar.
-            preview: called every few evaluations with the current estimates of the images.
-            every: evaluations between two previews.
+            preview: a function, called with the current estimates of the images.
+            every: network evaluations between two previews.
             **settings: any field of `Settings`. For the other arguments see `stream`.
 
         Raises:
@@ -119,7 +119,7 @@ class Pipeline(Stage):
         progress: bool = False,
         **settings: Unpack[SettingsArguments],
     ) -> Iterator[Images]:
-        """Generate images, and yield them as they become clear; the last ones are the result.
+        """Generate images and yield intermediate estimates; the last value is the result.
 
         Image i of a run is generated from `fold_in(key(seed), i)` alone: `first_index=i, num=1`
         reproduces it, whatever the batch and the number of devices.
@@ -128,29 +128,28 @@ class Pipeline(Stage):
             prompts: one or several; "" is unconditional. "a red apple AND a tulip :0.5 NOT a rose"
                 joins several captions with weights: see `glide_jax.pipeline.prompts`.
             num: images per prompt.
-            seed: of the run, from 0 to 2^32 - 1.
-            first_index: index of the first image, or of each.
+            seed: seed of the run, from 0 to 2^32 - 1.
+            first_index: index of the first image (the others count on), or one index per image.
             image: the image to edit: a file, a `PIL.Image`, or an array `(H, W, 3)` or
-                `(N, H, W, 3)` of uint8. It is read as training reads images; one line on stderr
-                says what was changed. It needs a mask (inpainting), a `strength` (img2img), or
-                both.
-            mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)`; white
-                (or painted on a transparent layer, or erased from the image) is regenerated, black
-                is kept to the byte. See `glide_jax.pipeline.mask_files`.
-            low_res: small images to enlarge (upsamplers): `Images`, or like `image`.
+                `(N, H, W, 3)` of uint8. It is read as in training; one line on stderr says what was
+                changed. It needs a mask (inpainting), a `strength` (img2img), or both.
+            mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)`. White (or
+                painted on a transparent layer, or erased from the image) is regenerated, black is
+                kept byte for byte. See `glide_jax.pipeline.mask_files`.
+            low_res: for an upsampler, the small images to enlarge: `Images`, or as `image`.
             fit: how images become squares: "crop" takes the centre, "pad" adds white.
             invert_mask: regenerate what the mask keeps, and keep the rest.
             allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.
-            noise: the starting noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
+            noise: the initial noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
             upsampler: settings of the upsampler; "none": the images are not enlarged.
             batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
-            every: yield every so many evaluations, rather than after each batch.
+            every: yield after this many network evaluations; None: after each batch.
             progress: show a progress bar.
             **settings: any field of `Settings`.
 
         Raises:
-            UsageError: a setting is unknown or cannot be used, there is no prompt, or the model
-                does not take, or lacks, an input.
+            UsageError: a setting is unknown or cannot be used, there is no prompt, an input is
+                missing, or the model does not take it.
             GlideError: a file cannot be read.
         """
         chosen = self.settings.changed(**settings)
@@ -251,8 +250,8 @@ class Pipeline(Stage):
         Args:
             image, fit: one or several; see `stream`.
             prompt: the caption of the image.
-            **settings: fields of `Settings`; more steps are more exact. Guidance is off unless it
-                is set here; the sampler is DDIM run backwards.
+            **settings: fields of `Settings`; more steps give a more exact result. Guidance is off
+                unless it is set here. The sampler is always DDIM, run backwards.
 
         Returns:
             `(N, H, W, 3)` float32.
@@ -300,7 +299,7 @@ class Pipeline(Stage):
         Args:
             image, fit: one image; see `stream`.
             prompt: the prompt of the variations.
-            amount: variation strength: 0 = DDIM reconstruction, 1 = unrelated.
+            amount: variation strength, from 0 (DDIM reconstruction) to 1 (unrelated image).
             caption: caption of the input image, for inversion, if it differs from the prompt.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
                 here. For the other arguments see `__call__` and `stream`.
@@ -359,13 +358,13 @@ class Pipeline(Stage):
     ) -> Images:
         """Interpolate: `num` images from one prompt and seed to another, both ends included.
 
-        Text features are interpolated linearly, starting noises along the arc between them
-        (`slerp`). The noise of the steps, in samplers that add some, is the same for all images.
+        Text features are interpolated linearly, initial noises along the arc between them
+        (`slerp`). If the sampler adds noise at each step, all images share that noise.
 
         Args:
             end: the other prompt; None: `start`.
             to_seed: the other seed; None: `seed`.
-            first_index: index of the image at both ends.
+            first_index: index of the initial noises of both seeds.
             **settings: fields of `Settings`. For the other arguments see `__call__` and `stream`.
 
         Raises:

@@ -62,7 +62,7 @@ class ImageKeys(NamedTuple):
     """The keys of images, `(B,)` each.
 
     Attributes:
-        start: of the starting noise.
+        start: of the initial noise.
         steps: of the noise of the steps.
     """
 

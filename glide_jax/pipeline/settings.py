@@ -54,45 +54,52 @@ GUIDING = (
 class Settings:
     """How images are sampled. With prompt, seed and index, it reproduces an image.
 
-    Weights bring defaults of their own for some of these; those here apply otherwise.
+    Weights may store defaults for some of these; otherwise the defaults below apply.
 
     Attributes:
-        steps: number of steps, each from one noise level to the next (from 1 to 1000; more is
-            slower and more accurate), or a respacing of OpenAI's code: "ddim50", "fast27",
-            "10,10,3,2,2". Samplers evaluate the network once per step, except heun and dpm++2s
-            (twice), prk (four times) and plms (four times in the first three steps).
-        sampler: the solver. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis,
-            lms, ipndm, plms, prk, ddim. With added noise: ddpm (the paper's ancestral sampling,
-            learned variance), ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa;
-            consistency, for few-step students.
-        spacing: where the noise levels lie: logsnr (even in log SNR), uniform (even in time, as in
-            OpenAI's code), rho (EDM), trailing, few (even in time, for few steps), or optimised
-            (for the sampler and step count).
-        eta: added noise of ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse SDE).
-        temperature: factor on the starting noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling: LOW, HIGH, REPEATS. From noise level (sigma/alpha) LOW, noise is
-            added back up to HIGH, REPEATS times.
+        steps: number of noise levels N, from 1 to 1000 (more is slower and more accurate), or a
+            respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2". N levels give N
+            steps, the last one to the clean image (plms and prk: N - 2 steps), with one network
+            evaluation each. Exceptions: heun and dpm++2s (two, but one in the last step),
+            prk (four) and plms (four in the first three steps).
+        sampler: name of the sampler, a key of `SOLVERS`. Deterministic: dpm++2m, dpm++3m, dpm++2s,
+            unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim. With added noise: ddpm (the
+            paper's ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed
+            variance), dpm++2m-sde, sa; consistency, for few-step students.
+        spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
+            time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
+            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
+            optimised (for the sampler and the number of steps).
+        eta: noise added at each step by ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse
+            SDE).
+        temperature: factor on the initial noise; below 1 gives smoother, less varied images.
+        restart: Restart sampling: LOW, HIGH, REPEATS. At the noise level (sigma/alpha) LOW, noise
+            is added up to the level HIGH, and the steps from HIGH to LOW are run again. This
+            happens REPEATS times.
         guidance_scale: classifier-free guidance scale, or one per image; 1 is off, larger follows
-            the prompt more closely with less variety. From 0 to 1 for the method cfg++. Models with
-            distilled guidance take it as an input, without an evaluation for the empty prompt.
+            the prompt more closely with less variety. For the method cfg++ it is from 0 to 1. A
+            model with distilled guidance takes it as an input, without an evaluation for the empty
+            prompt.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high scales.
-        guidance_interval: low, high: guide only at noise levels sigma/alpha between them.
-        guidance_rescale: CFG rescale factor from 0 (off) to 1; larger takes back more of the
-            contrast that guidance added.
+        guidance_interval: LOW, HIGH: guide only at noise levels sigma/alpha between them.
+        guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
+            that guidance adds.
         negative_prompt: guide away from this prompt, rather than from the empty one.
-        autoguidance_scale: autoguidance away from the weak model; 1 is off, larger is stronger.
-        clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance;
-            0 is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
+        autoguidance_scale: scale of guidance away from the weak model; 1 is off, larger is
+            stronger.
+        clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
+            is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
             guidance_scale 1 and sampler ddpm.
-        threshold: quantile of dynamic thresholding, such as 0.995; otherwise x_0 is clipped to
-            [-1, 1].
-        strength: img2img (SDEdit): share of the steps that are run, above 0 and up to 1; larger
-            changes the image more. With 25 steps, strength 0.6 runs the last 15. An upsampler
-            starts from the small image, enlarged.
-        repaint: RePaint: jump length, resamplings. On by default for inpainting with a model that
-            was not trained to inpaint.
+        threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
+            to [-1, 1].
+        strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
+            to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
+            upsampler with a strength starts from the enlarged small image.
+        repaint: RePaint: JUMP, RESAMPLINGS, the jump length in steps and how often each jump is
+            run in all. On by default for inpainting with a model that was not trained to inpaint.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
-            autoguidance, thresholds and clipping, and the CLIP guidance that weights bring.
+            autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
+            have by default.
     """
 
     steps: int | str = 25

@@ -1,4 +1,4 @@
-"""The fields of a training run; `configs/*.py` return a `TrainConfig` or a `CLIPTrainConfig`."""
+"""The fields of a recipe; `configs/*.py` return a `TrainConfig` or a `CLIPTrainConfig`."""
 
 import dataclasses
 import json
@@ -32,33 +32,34 @@ class RunConfig:
         name: Name of the run; its folder is `runs/<name>` unless `out` is set.
         model: Sizes of the network.
         schedule: Noise schedule: "cosine" or "linear".
-        diffusion_steps: Timesteps of the diffusion process; the paper has 1000.
+        diffusion_steps: Number of timesteps of the diffusion process; 1000 in the paper.
         data: Source of the images and captions.
         optimiser: The optimiser, its learning rate, and the EMA of the weights.
-        steps: Updates in all; larger trains longer.
-        minutes: Time limit of the training in minutes, compilation not counted, for one process;
-            the learning rate of decay "linear" then follows the clock; 0: none.
-        batch_size: Images per step, over all devices of all processes; larger gives gradients with
-            less noise, and needs more memory.
-        accumulate: Gradient accumulation: microbatches per step, one after the other; larger needs
-            less memory. It divides `batch_size`.
-        parallelism: "pmap": the state (parameters, optimiser, EMA) on every device; "fsdp": the
-            state sharded over all devices, for models that one device cannot hold; "hybrid": a
-            copy sharded over each TPU slice, or over the GPUs of each machine.
-        devices_per_copy: Devices that share a copy of the state under "hybrid"; larger needs less
-            memory and more traffic; 0: those of a slice or machine.
-        seed: Seed of the first weights, the noise and the order of the data.
+        steps: Number of training steps in all, one update each; larger trains longer.
+        minutes: Time limit of the training in minutes, without compilation; 0: none. It is for runs
+            of one process. With a limit, the learning rate of decay "linear" follows the clock.
+        batch_size: Images per step, in total over all devices of all processes; larger gives less
+            noisy gradients, and needs more memory.
+        accumulate: Gradient accumulation: number of microbatches per step, processed one after the
+            other; larger needs less memory. It must divide `batch_size`.
+        parallelism: "pmap": a full copy of the state (parameters, optimiser, EMA) on every
+            device; "fsdp": the state sharded over all devices, for models that one device cannot
+            hold; "hybrid": one copy per TPU slice or machine, sharded over its devices.
+        devices_per_copy: Number of devices that share a copy of the state under "hybrid"; larger
+            needs less memory and more traffic; 0: all devices of a TPU slice or of a machine.
+        seed: Seed of the initial weights, the noise and the order of the data.
         dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
-            float32 on CPUs), or one of these.
+            float32 on CPUs), or one of these dtypes.
         remat: Activation checkpointing: less memory, a third more time.
         init_from: Weights to start from: a name, a folder, a `.pt` file or a run; empty: random
-            weights. A stopped run is resumed without it.
+            weights. It is ignored when a stopped run is resumed.
         out: Folder of the run; empty: `runs/<name>`.
-        on_bad_step: "stop" the run at a bad step, or "skip" its update. A step is bad if its loss
-            or gradient is not finite, or by `spike`. A bad update is never made.
-        spike: A step is bad if its loss is this many times the running mean; larger tolerates
+        on_bad_step: What to do at a bad step: "stop" the run, or "skip" the update. A step is bad
+            if its loss or gradient is not finite, or its loss is too large (see `spike`). The
+            update of a bad step is never applied.
+        spike: A step is bad if its loss exceeds this multiple of the running mean; larger tolerates
             more; 0: only a loss or gradient that is not finite is bad.
-        save_every: Steps between checkpoints, at least 1; fewer lose less work when a run is
+        save_every: Steps between checkpoints, at least 1; smaller loses less work when a run is
             killed.
         keep: Number of newest checkpoints that are kept, at least 1.
         keep_every: Checkpoints at multiples of this step are kept for good; 0: none.
@@ -66,11 +67,12 @@ class RunConfig:
         sample_every: Steps between grids of samples; 0: none.
         validate_every: Steps between measurements of the held-out loss; 0: none.
         validation_split: Split of the data source for the held-out loss.
-        validation_batches: Batches per measurement; more is slower and less noisy.
-        profile: Steps to trace for TensorBoard's profiler, "first:last", from step 2 on; empty:
-            none.
-        wandb: Project of Weights & Biases to log to besides TensorBoard (extra wandb); empty:
-            none.
+        validation_batches: Batches per measurement of the held-out loss; more is slower and less
+            noisy.
+        profile: Steps to trace for TensorBoard's profiler, "first:last"; the first is 2 or more.
+            Empty: none.
+        wandb: Project of Weights & Biases to log to besides TensorBoard; it needs the extra wandb.
+            Empty: none.
     """
 
     name: str
@@ -157,16 +159,17 @@ class TrainConfig(RunConfig):
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
-        huber: Width of the pseudo-Huber loss, as an error of the prediction; smaller is closer to
-            the absolute error; 0: the squared error.
+        huber: Width W of the pseudo-Huber loss, which is quadratic for errors of the prediction
+            below W and linear above; smaller is closer to the absolute error; 0: squared error.
         levels: Distribution of the noise levels: "uniform" in the timestep (the paper),
             or "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
-        level_mean: Mean of the log-normal levels; larger trains less noisy levels.
-        level_std: Standard deviation of the log-normal levels, above 0; larger is broader.
-        level_uniform: Share of the log-normal levels that is uniform, from 0 to 1; larger trains
-            the extreme levels more.
+        level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
+        level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
+            broader.
+        level_uniform: With log-normal levels, share of the images whose timestep is uniform, from 0
+            to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
-            student of few steps; see `distillation`.
+            student that samples in few steps; see `distillation`.
         distillation: Teacher and noise levels of the objective "consistency".
         lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
             are.
@@ -181,18 +184,20 @@ class TrainConfig(RunConfig):
             network is convolutional, so it can learn from crops or smaller images. 0: the size
             of the model.
         sample_prompts: Prompts of the grids of samples.
-        sample_steps: Sampling steps, for the grids and recommended with the weights; more is
+        sample_steps: Sampling steps of the grids, and default stored with the weights; more is
             slower and more accurate.
-        sample_guidance_scale: Classifier-free guidance scale, for the grids and recommended with
+        sample_guidance_scale: Classifier-free guidance scale of the grids, and default stored with
             the weights; 1 = off, larger follows the prompt more closely with less variety.
-        sample_clip_scale: CLIP guidance scale recommended with the weights, used where a noised
-            CLIP is loaded; 0 = off, larger follows the prompt more closely. The grids use none.
-        sample_strength: Upsamplers: recommended share of the steps to run, the last ones, from the
-            enlarged small image, above 0 and up to 1; larger changes it more. None: all steps,
-            from noise.
-        sample_sampler: Sampler, for the grids and recommended with the weights; empty: the default
-            of sampling.
-        sample_spacing: Spacing of the noise levels, likewise.
+        sample_clip_scale: CLIP guidance scale stored with the weights as their default, for use
+            with a noised CLIP; 0 = off, larger follows the prompt more closely. The grids use no
+            CLIP guidance.
+        sample_strength: Upsamplers: share of the steps that is run, the last ones, from the
+            enlarged small image, above 0 and up to 1; stored with the weights as their default;
+            larger changes the image more. None: all steps, from noise.
+        sample_sampler: Sampler of the grids, and default stored with the weights; empty: the
+            general default of sampling.
+        sample_spacing: Spacing of the noise levels of the grids, and default stored with the
+            weights; empty: the general default of sampling.
     """
 
     model: ModelConfig
@@ -253,7 +258,7 @@ class TrainConfig(RunConfig):
             self._check_lora()
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
-        # Each level but the last halves the image; the small image has a quarter of the side.
+        # Each level but the last halves the image; the low-resolution one has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
@@ -287,9 +292,9 @@ class CLIPTrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the CLIP.
-        noise: Share of the timesteps that images are noised at, from the least noise on, above 0
-            and up to 1. 1, every noise level, for CLIP guidance; less for a CLIP that scores
-            clean images.
+        noise: Share of the diffusion process whose timesteps the images are noised at, counted from
+            its clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
+            that scores clean images needs less.
     """
 
     model: CLIPConfig

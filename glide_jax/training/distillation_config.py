@@ -7,20 +7,20 @@ from glide_jax.errors import UsageError, check_finite
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Consistency distillation of a trained model into a student of few steps.
+    """Consistency distillation of a trained model into a student that samples in few steps.
 
     Attributes:
         teacher: Weights to distil: a name, a folder, a `.pt` file or a run. The student starts from
-            them unless `init_from` is set. Empty: no teacher; the images take its place
-            (consistency tuning: 2406.14548), and no guidance is distilled.
+            them unless `init_from` is set. Empty: no teacher; the training images take its place,
+            as in consistency tuning (2406.14548), and no guidance is distilled.
         guidance: Lowest and highest scale of the teacher's classifier-free guidance, at least 0; 1
-            is none. With `model.guidance_input` each image has a scale between them, and sampling
-            chooses one; otherwise the two are equal.
+            is off. With `model.guidance_input` each training image has a random scale between them,
+            and any such scale can be chosen for sampling. Otherwise the two must be equal.
         unguided: Share of the images with scale 1, from 0 to 1, if `guidance` is a range; larger
             trains the student more without guidance.
-        segments: Steps that the teacher would need from noise to image, at the beginning and at the
-            end of the training: the number doubles at equal intervals. More is more accurate,
-            and takes longer to learn.
+        segments: Number of teacher steps from noise to image, at the beginning and at the end of
+            the training; it doubles at equal intervals in between. More is more accurate, and takes
+            longer to learn.
         parts: Intervals of time in each of which the student is consistent (2403.06807). 1: it
             predicts the clean image from any noise level, for the sampler consistency. N: it
             predicts the beginning of its interval, for N steps of ddim with spacing few; easier to
@@ -28,10 +28,10 @@ class DistillationConfig:
         share: Share of the diffusion process that is distilled, from its clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
         clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].
-        huber: Pseudo-Huber constant of the loss, in units of the root mean square error of an
-            image in v, above 0; errors well above it count by their size, smaller ones by their
-            square. Larger is closer to the squared error, and learns faster; 2310.14189 has
-            0.00054, for long trainings without a teacher.
+        huber: Constant of the pseudo-Huber loss, in units of the root mean square error of an image
+            in v, above 0; the loss is linear in errors well above it, and quadratic in errors well
+            below. Larger is closer to the squared error, and learns faster; in 2310.14189 it
+            is 0.00054, for long trainings without a teacher.
     """
 
     teacher: str = ""

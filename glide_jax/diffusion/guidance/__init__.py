@@ -5,16 +5,16 @@ that says which branches the network must evaluate, which parameters it takes, a
 levels it acts. Guidances are applied left to right, innermost first: `[a, b]` is `b(a(predict))`.
 List them in this order:
 
-1. differences of branches (`linear.py`): `autoguidance`, and one of `classifier_free`, `all_of`,
-   `cfg_plus_plus` and `apg`; they add up, in any order;
+1. linear guidance, by differences of branches (`linear.py`): `autoguidance`, and one of
+   `classifier_free`, `all_of`, `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
-3. scores (`score.py`): `gradient` reads `x_t`, `image_loss` the `x_0` that the guidances listed
-   before it leave; the table adds their gradient after clipping.
+3. scores (`score.py`): `gradient` reads `x_t`; `image_loss` reads the `x_0` that results from the
+   guidances listed before it. The sampler adds their gradient after clipping.
 
 CLIP guidance is `gradient` with the noised CLIP of `glide_jax.pipeline.clip_guide`:
-`mu + s Sigma grad(k f(x_t) . g(c))` with ancestral samplers, k the CLIP's logit scale; others add
-`s sigma^2 / alpha` times the gradient to `x_0`.
+`mu + s Sigma grad(k f(x_t) . g(c))` with ancestral samplers, where k is the CLIP's logit scale.
+Other samplers add `s sigma^2 / alpha` times the gradient to `x_0`.
 
 Every parameter may be a scalar or have one value per image, `(B,)`.
 """

@@ -12,8 +12,8 @@ from glide_jax.diffusion.guidance.record import guidance, per_image
 def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.7) -> Prediction:
     """CFG rescale: `a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`  (2305.08891, eqs. 15-16).
 
-    std is that of each image. Takes back the contrast that linear guidance adds; 0.7 is the
-    paper's value.
+    std is the standard deviation of each image. It removes the contrast that linear guidance adds;
+    0.7 is the paper's value.
     """
     p = predict(x, point)
     cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
@@ -26,7 +26,7 @@ def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.
 def dynamic_threshold(
     predict: Predict, x: jax.Array, point: Point, *, quantile: Number = 0.995
 ) -> Prediction:
-    """Dynamic thresholding: `clip(x_0, -s, s) / s`, `s = max(1, quantile of |x_0|)`.
+    """Dynamic thresholding: `clip(x_0, -b, b) / b`, `b = max(1, quantile of |x_0|)`.
 
     From Imagen (2205.11487, sec. 2.3).
     """

@@ -1,7 +1,7 @@
 """Guidance by differences of branches: classifier-free guidance and its relatives.
 
-All but `apg` add multiples of differences of branches to the current eps. Written on top of eps,
-guidances of this kind add up, and scale 1 of `classifier_free` changes no bit:
+All but `apg` add multiples of differences of branches to the current eps. In this form
+several of them add up, and scale 1 of `classifier_free` changes no bit:
 `eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
 `apg` adds to x_0 instead: it projects the difference, and remembers that of the step before.
 """
@@ -54,14 +54,14 @@ def all_of(
     Args:
         prompts: one caption each, or a list of one per image; None is the image's own caption.
         weights: one for each prompt.
-        name: prefix of the branches; two of these with different prompts need two names.
+        name: prefix of the branch names. Two `all_of` with different prompts need different names.
 
     Raises:
         UsageError: the numbers of weights and prompts differ.
     """
     if len(prompts) != len(weights):
         raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
-    # On top of eps, which contains the caption once already.
+    # Added to eps, which is already eps(c): so the caption starts at weight -1.
     names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
     total: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):
@@ -85,8 +85,9 @@ def _all_of(
 def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
     """CFG++: `eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (2406.08070).
 
-    h is the log-SNR that the step gains. With DDIM this is the paper's update, which takes `x_0`
-    from `eps(null) + s (eps(c) - eps(null))` and adds noise again by `eps(null)`; s lies in [0, 1].
+    h is the increase of log(alpha/sigma) in the step. With DDIM this is the paper's update: `x_0`
+    is computed from `eps(null) + s (eps(c) - eps(null))`, and noised again with `eps(null)`; s lies
+    in [0, 1].
     """
     p = predict(x, point)
     gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
@@ -96,7 +97,7 @@ def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number
 
 @guidance(WEAK)
 def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
-    """Autoguidance: `eps_0(c) + s (eps_1(c) - eps_0(c))`, eps_0 of a weak model  (2406.02507).
+    """Autoguidance: `eps_weak(c) + s (eps(c) - eps_weak(c))`, with a weak model  (2406.02507).
 
     Scale 1 is off.
     """
@@ -105,8 +106,8 @@ def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number)
     return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
-# Eta 0 and a negative momentum are the paper's advice. The radius depends on the model and on the
-# image size: 2.5 keeps the colours of the embedded model at scale 8, where others stain.
+# The paper recommends eta 0 and a negative momentum. The radius depends on the model and on the
+# image size: with 2.5 the embedded model keeps its colours at scale 8; other values add stains.
 @guidance(NULL, remembers=("apg",), momentum=(-1, 1), radius=(0, float("inf")))
 def apg(
     predict: Predict,
@@ -121,8 +122,8 @@ def apg(
     """Adaptive projected guidance: `x_0 + (s - 1)(D_orth + eta D_par)`  (2410.02416, alg. 1).
 
     D is `x_0(c) - x_0(null)`, plus momentum times the D of the step before, shrunk to the length
-    `radius`; parallel means along `x_0(c)`. With eta 1, no momentum and radius inf it is
-    `classifier_free`.
+    `radius`. D_par is its part along `x_0(c)`, D_orth the rest. With eta 1, no momentum and radius
+    inf it is `classifier_free`.
     """
     p = predict(x, point)
     cond = point.to_x_0(p.branches[CONDITIONAL.name], x)

@@ -1,4 +1,4 @@
-"""What is known about a noised image, and the innermost function that predicts it.
+"""The noise prediction of a step, and the innermost function that computes it.
 
 `noise_predictor` evaluates the networks; every guidance wraps the function that it returns.
 """
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What is known about a noised image; every array is `(B, H, W, C)` float32.
+    """The prediction for a noised image; every array is `(B, H, W, C)` float32.
 
     Attributes:
         eps, x_0: noise and clean image, always in agreement.
@@ -81,8 +81,8 @@ class Branch(NamedTuple):
         name: key of its eps and of its conditioning; guidances that name the same branch share
             one evaluation.
         network: name of the network that evaluates it.
-        prompt: its caption, or one per image as the pipeline parses them; None: whatever the
-            caller provides under `name` (for the pipeline, the caption of the image).
+        prompt: its caption, or one parsed prompt part per image. None: the conditioning that the
+            caller provides under `name` (in the pipeline, the caption of the image).
     """
 
     name: str
@@ -101,9 +101,9 @@ class Network:
     """A network with its weights: an argument of the sampler, never closed over.
 
     Attributes:
-        fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, where it is learned,
-            the variance output in [-1, 1]. Hashable, since it is part of the compiled program's
-            identity.
+        fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, if the variance is
+            learned, the variance output in [-1, 1]. It must be hashable: another `fn` compiles
+            again. For `gradient` and `image_loss` the output is `(B,)`.
         params: its weights.
         prediction: meaning of the first C channels, "eps", "v" or "x".
     """
@@ -119,8 +119,8 @@ class Network:
 def interleave(trees: Sequence[Any]) -> Any:
     """Stack K trees of `(B, ...)` as one of `(B * K, ...)`, image by image.
 
-    Concatenating branch by branch would move a batch that is sharded over devices;
-    this moves nothing.
+    If the batch is sharded over devices, concatenating branch by branch would move data between
+    them; interleaving moves none.
     """
     if len(trees) == 1:
         return trees[0]

@@ -1,4 +1,4 @@
-"""Guidance as a value: a function from one prediction to another, with what it needs.
+"""The record `Guidance`: a function from one prediction to another, and what it needs.
 
 `@guidance` turns a function into a constructor of `Guidance`; `compose` joins several.
 """
@@ -36,7 +36,7 @@ class Guidance:
 
     Attributes:
         fn: the function, hashable and defined at module level. A lambda or a closure is a new
-            function each time, and compiles again.
+            function each time it is created, and compiles again.
         args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
         needs: branches that it reads besides "cond".
         remembers: names of the images that it carries from step to step.
@@ -94,7 +94,7 @@ class Guidance:
         return low < level <= high
 
     def parts(self) -> tuple["Guidance", ...]:
-        """The guidances that it is composed of, each within its own interval and this one's."""
+        """The guidances that it is composed of, each within its own interval and the outer one."""
         if self.fn is not _compose:
             return (self,)
         low, high = self.interval
@@ -105,7 +105,7 @@ class Guidance:
         )
 
     def __call__(self, predict: Predict) -> Predict:
-        """Return the guided `Predict`, whatever the interval."""
+        """Return the guided `Predict`; the interval is ignored."""
         return partial(self.fn, predict, **self.args)
 
 
@@ -188,7 +188,7 @@ def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
 
 
 def apply(predict: Predict, guidances: Sequence[Guidance]) -> Predict:
-    """Return `guidances[-1](... guidances[0](predict))`, whatever their intervals."""
+    """Return `guidances[-1](... guidances[0](predict))`; intervals are ignored."""
     return reduce(lambda inner, g: g(inner), guidances, predict)
 
 

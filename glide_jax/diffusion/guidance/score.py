@@ -1,7 +1,7 @@
 """Guidance by gradients of a log-probability of x_t: classifiers, noised CLIP, image losses.
 
-The sampler's table says what a score moves: the mean of ancestral steps (ADM, algorithm 1), or
-x_0 of the others (ADM, algorithm 2).
+A score moves the mean of a step in ancestral samplers (ADM, algorithm 1), and x_0 in all others
+(ADM, algorithm 2); the sampler's table has the coefficients.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def gradient(
 
     Args:
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
-        cond: its conditioning (y), arrays batch first.
+        cond: its conditioning (y); arrays with the batch as first axis.
         scale: s; larger follows the classifier more closely.
     """
     p = predict(x, point)
@@ -37,9 +37,9 @@ def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True)
     """Image loss: `score - s grad loss(x_0(x_t))`, loss on clean images  (2209.14687; 2302.07121).
 
     Args:
-        loss: `fn(params, x_0, t, cond) -> (B,)`, on the `x_0` that the guidances before this one
-            leave; no gradient flows where they clip it.
-        cond: what the loss compares with, arrays batch first.
+        loss: a network with `fn(params, x_0, t, cond) -> (B,)`. Its `x_0` is the result of the
+            guidances listed before this one; no gradient flows where they clip it.
+        cond: what the loss compares with; arrays with the batch as first axis.
         scale: s; larger follows the loss more closely.
         through: differentiate through the network, at the cost and with the memory of a backward
             pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.

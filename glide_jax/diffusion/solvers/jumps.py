@@ -16,7 +16,8 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
     Args:
         intervals: `(low, high, times)`, low and high as noise levels sigma / alpha. Each is moved
             to the nearest level of the grid. When x reaches low, fresh noise brings it back to
-            high, and the steps from high to low are taken again; this happens `times` times.
+            high, and the steps from high to low are run again. `times` is the number of these
+            repetitions.
 
     Raises:
         UsageError: not `0 < low < high`, or `times` is below 1. The solver raises it too, where the
@@ -48,14 +49,15 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
 
 
 def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
-    """RePaint: take each block of `jump` steps `times` times  (2201.09865, sec. 4.2).
+    """RePaint: run each block of `jump` steps several times  (2201.09865, sec. 4.2).
 
     Fresh noise brings x back between the repetitions. They make the generated region agree with the
     known one.
 
     Args:
         jump: jump length in steps.
-        times: how often the steps of a jump are taken in all; 1 repeats none.
+        times: how often each block is run in all (the paper's number of resamplings); 1 repeats
+            none.
 
     Raises:
         UsageError: `jump` or `times` is below 1. The solver raises it too, where the grid has no
@@ -67,7 +69,7 @@ def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
     def repainted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
         if len(grid) <= jump:
             raise UsageError(f"repaint jumps back {jump} steps: take more steps than {len(grid)}")
-        # Jumps are counted back from the cleanest level: it is reached `times` times too.
+        # Jumps are counted back from the cleanest level, so that the last block is repeated too.
         bottoms = range(jump + (len(grid) - 1) % jump, len(grid), jump)
         jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(times - 1)]
         return with_jumps(solver, schedule, grid, breaks, jumps)

@@ -1,9 +1,10 @@
 """Multistep samplers: a polynomial through the last predictions, integrated over the step.
 
 Every step takes one network evaluation. There are two families: `exponential` interpolates the
-prediction of the clean image over log-SNR, `noise_multistep` interpolates the noise. At the start
-and after a break, the polynomial has only as many nodes as there are predictions since then. The
-last step, to the clean image, is infinitely long in log-SNR and uses the newest prediction alone.
+prediction of the clean image over the log-SNR, here log(alpha/sigma) (half of the usual
+log(alpha^2/sigma^2)); `noise_multistep` interpolates the noise. At the start and after a break, the
+polynomial has only as many nodes as there are predictions since then. The last step, to the clean
+image, is infinitely long in log-SNR and uses the newest prediction alone.
 """
 
 import numpy as np
@@ -81,7 +82,7 @@ def exponential(
              + alpha' int_0^h (1 + tau^2) e^(-(1 + tau^2) u) x_0(lambda' - u) du
              + sigma' sqrt(1 - e^(-2 tau^2 h)) z
 
-    lambda' is the log-SNR at the end of the step, h the log-SNR that the step gains
+    lambda' is log(alpha/sigma) at the end of the step, h its increase in the step
     (DPM-Solver++, 2211.01095; SA-Solver, 2309.05019).
 
     Args:

@@ -22,7 +22,7 @@ from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table
 from glide_jax.diffusion.spacings import end_levels
 from glide_jax.errors import UsageError
 
-# With more steps an optimisation takes minutes, and gains nothing over even steps in log-SNR.
+# With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
 MOST_STEPS = 50
 SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
@@ -70,7 +70,7 @@ def usual_spectrum(schedule: Schedule) -> Spectrum:
 def standard_deviations(table: Table, spectrum: Spectrum) -> np.ndarray:
     """Return the standard deviations `(K,)` that a sampler generates with the best denoiser.
 
-    The recursion is linear, so x is kept as its weights on the starting noise and on the noise of
+    The recursion is linear, so x is kept as its weights on the initial noise and on the noise of
     each row. A learned variance is the best one that is the same for every pixel.
     """
     noisy = np.flatnonzero((table.s > 0) | (table.s_learned > 0))
@@ -121,7 +121,7 @@ SMOOTHNESS = (0.3, 0.03)
 
 
 def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m) -> np.ndarray:
-    """Return the grid `(steps,)` of least `image_error`; it starts where the log-SNR spacing does.
+    """Return the grid `(steps,)` of least `image_error`; it starts where spacing logsnr does.
 
     Raises:
         UsageError: there is no step, or there are more than 50 or than the schedule's timesteps.
@@ -191,7 +191,7 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
 
 
 def main() -> None:
-    """Write the shipped grids: the log-SNR of their levels."""
+    """Write the shipped grids: log(alpha/sigma) of their levels."""
     found = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)

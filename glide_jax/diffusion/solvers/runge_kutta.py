@@ -58,8 +58,8 @@ def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
 def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
     """DPM-Solver++(2S): `x' = (sigma'/sigma) x + alpha' (1 - e^-h) x_0(middle)`  (2211.01095).
 
-    A first-order step leads to the middle of the step in log-SNR, where the second evaluation
-    is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
+    A first-order step leads to the middle of the step in log(alpha/sigma), where the second
+    evaluation is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
     """
     alpha, sigma, log_snr = levels(schedule, grid)
     middle = (log_snr[1:-1] + log_snr[:-2]) / 2

@@ -77,7 +77,12 @@ Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
 class Levels(NamedTuple):
-    """Noise levels of a grid of N timesteps: `(N + 1,)` float64, the last one clean."""
+    """Noise levels of a grid of N timesteps: `(N + 1,)` float64, the last one clean.
+
+    Attributes:
+        alpha, sigma: `x_t = alpha x_0 + sigma eps`.
+        log_snr: `log(alpha / sigma)`, half of `log(alpha^2 / sigma^2)`.
+    """
 
     alpha: np.ndarray
     sigma: np.ndarray
