@@ -41,7 +41,7 @@ REACH = 6 * SAVE_EVERY
 # Shares of kills before the first step, and while a checkpoint is being written.
 AT_START, IN_SAVE = 0.25, 0.4
 # Timeout in seconds, for a busy machine.
-PATIENCE = 900.0
+PATIENCE = 3600.0
 # Seconds that a process has to end by itself after the other was killed.
 LEFT = 30.0
 
