@@ -1,9 +1,11 @@
 """The notebooks run from top to bottom on the embedded models; they have no output."""
 
+import importlib.util
 import os
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from tests.support.commands import ROOT
@@ -13,6 +15,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICK = {
     "text2im": {"STEPS": 3, "UPSAMPLER_STEPS": 1, "NUM": 1},
     "inpaint": {"STEPS": 3, "NUM": 1},
+    "clip_guided": {"STEPS": 2, "NUM": 1},
+    "train": {"STEPS": 2, "BATCH": 2, "PROMPTS": ("a blue ring",)},
 }
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -21,8 +25,12 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_both_are_there():
-    assert {"text2im", "inpaint"} <= {path.stem for path in NOTEBOOKS}
+def first_cell(path):
+    return code_cells(nbformat.read(path, as_version=4))[0].source
+
+
+def test_all_are_there():
+    assert {path.stem for path in NOTEBOOKS} == set(QUICK)
 
 
 @each
@@ -35,13 +43,68 @@ def test_it_is_valid_and_without_output(path):
     assert "widgets" not in book.metadata
 
 
-@each
-def test_the_first_cell_installs_what_is_missing(path):
-    book = nbformat.read(path, as_version=4)
-    first = code_cells(book)[0].source
-    assert 'find_spec("glide_jax") is None' in first and "%pip install" in first
-    source = first.split('SOURCE = "')[1].split('"')[0]
-    assert (path.parent / source / "setup.cfg").is_file()
+def install(monkeypatch, folder, *, installed=False):
+    """Run the first cell in a folder; return what it asks pip to install."""
+    asked, find_spec = [], importlib.util.find_spec
+
+    class Shell:
+        def run_line_magic(self, name, line):
+            asked.append((name, line, namespace["package"]))
+
+    def found(name, *rest):
+        return find_spec(name, *rest) if installed or name != "glide_jax" else None
+
+    namespace = {"get_ipython": Shell}
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    monkeypatch.chdir(folder)
+    exec(TransformerManager().transform_cell(first_cell(NOTEBOOKS[0])), namespace)
+    assert all(call[:2] == ("pip", 'install -q "{package}"') for call in asked)
+    return [call[2] for call in asked]
+
+
+def copy_of_the_repository(folder):
+    (folder / "glide_jax").mkdir(parents=True)
+    (folder / "setup.cfg").touch()
+    return folder
+
+
+def test_the_first_cell_is_the_same_in_all():
+    assert len({first_cell(path) for path in NOTEBOOKS}) == 1
+
+
+def test_the_first_cell_installs_nothing_if_the_package_is_there(monkeypatch, tmp_path):
+    assert install(monkeypatch, copy_of_the_repository(tmp_path), installed=True) == []
+
+
+def test_the_first_cell_works_in_the_repository(monkeypatch):
+    assert install(monkeypatch, ROOT / "notebooks") == [str(ROOT)]
+
+
+@pytest.mark.parametrize("where", [".", "..", "glide-jax-main"])
+def test_the_first_cell_finds_a_copy_of_the_repository(monkeypatch, tmp_path, where):
+    here = tmp_path / "content"
+    here.mkdir()
+    copy = copy_of_the_repository((here / where).resolve())
+    assert install(monkeypatch, here) == [str(copy)]
+
+
+def test_the_first_cell_finds_a_wheel(monkeypatch, tmp_path):
+    wheel = tmp_path / "glide_jax-0.2.0-py3-none-any.whl"
+    wheel.touch()
+    assert install(monkeypatch, tmp_path) == [str(wheel)]
+
+
+def test_the_first_cell_says_what_is_missing(monkeypatch, tmp_path):
+    # A package without `setup.cfg` beside it is not a copy of the repository.
+    (tmp_path / "glide_jax").mkdir()
+    with pytest.raises(ModuleNotFoundError) as error:
+        install(monkeypatch, tmp_path)
+    assert str(error.value) == (
+        "glide-jax is not here: clone or upload its repository, or upload its wheel, into "
+        f"{tmp_path}, and run this cell again"
+    )
 
 
 @each
