@@ -18,6 +18,8 @@ QUICK = {
     "clip_guided": {"STEPS": 2, "NUM": 1},
     "train": {"STEPS": 2, "BATCH": 2, "PROMPTS": ("a blue ring",)},
 }
+# The notebook that trains ends with weights.
+FILES = {"train": ("runs/mine/config.json", "my-weights/model.safetensors")}
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -129,3 +131,4 @@ def test_it_runs(path, tmp_path):
     assert not any(output.output_type == "error" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
     assert list(tmp_path.rglob("*.png"))
+    assert all((tmp_path / name).is_file() for name in FILES.get(path.stem, ()))
