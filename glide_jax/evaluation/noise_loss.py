@@ -17,7 +17,8 @@ from glide_jax.diffusion.losses import LossTables, at, make_tables
 from glide_jax.diffusion.schedule import make_schedule, to_eps
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import TrainConfig
-from glide_jax.training.objectives import QUARTILES, Objective, denoising_loss
+from glide_jax.training.objectives import Objective, denoising_loss
+from glide_jax.training.quartiles import QUARTILES
 from glide_jax.training.validation import Validation
 from glide_jax.weights.registry import Model
 

@@ -44,6 +44,11 @@ class Saved(NamedTuple):
     position: dict[str, Any]
 
 
+def _on_disk(state: TrainState) -> dict[str, Any]:
+    """Return the fields that orbax is given: without None, which older checkpoints do not have."""
+    return {name: value for name, value in vars(state).items() if value is not None}
+
+
 def _arrays(tree: Any) -> dict[str, list[Any]]:
     """Return dtype and shape of each array by its path, as JSON values."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -156,16 +161,16 @@ def _digest(manifest: dict[str, Any]) -> str:
 def _read_state(folder: Path, like: TrainState, wanted: Wanted | None) -> TrainState:
     # Not the manager's `restore`: it waits for other processes, which may have failed.
     handler: Any = ocp.StandardCheckpointHandler()
-    arguments: Any = ocp.args.StandardRestore(like)
+    arguments: Any = ocp.args.StandardRestore(_on_disk(like))
     if wanted is not None:
         handler = ocp.PyTreeCheckpointHandler()
         some = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if wanted(name_of(path)) else ocp.PLACEHOLDER, like
         )
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
-        arguments = ocp.args.PyTreeRestore(item=some, restore_args=kinds)
+        arguments = ocp.args.PyTreeRestore(item=_on_disk(some), restore_args=_on_disk(kinds))
     try:
-        return handler.restore(folder, args=arguments)
+        return TrainState(**handler.restore(folder, args=arguments))
     except Exception as error:  # orbax and tensorstore raise many types
         raise BrokenCheckpoint(f"cannot be read: {_first_line(error)}") from None
     finally:
@@ -310,7 +315,10 @@ class Checkpoints:
         manifest: dict[str, Any] = {"arrays": _arrays(state), "checksums": sums}
         manifest |= {"data": position, "source": source}
         manifest |= {"digest": _digest(manifest)}
-        items = {STATE: ocp.args.StandardSave(state), MANIFEST: ocp.args.JsonSave(manifest)}
+        items = {
+            STATE: ocp.args.StandardSave(_on_disk(state)),
+            MANIFEST: ocp.args.JsonSave(manifest),
+        }
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items))
 

@@ -19,7 +19,7 @@ from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp", "hybrid")
-LEVELS = ("uniform", "log-normal")
+LEVELS = ("uniform", "log-normal", "loss-aware")
 OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
 
@@ -161,8 +161,9 @@ class TrainConfig(RunConfig):
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
         huber: Width W of the pseudo-Huber loss, which is quadratic for errors of the prediction
             below W and linear above; smaller is closer to the absolute error; 0: squared error.
-        levels: Distribution of the noise levels: "uniform" in the timestep (the paper),
-            or "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364).
+        levels: Distribution of the noise levels: "uniform" in the timestep (the paper);
+            "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364); or
+            "loss-aware", more often where the loss is large, with smaller weights (2102.09672).
         level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
             broader.
@@ -252,6 +253,8 @@ class TrainConfig(RunConfig):
             low, high = self.distillation.guidance
             if low < high and not self.model.guidance_input:
                 raise UsageError("distillation.guidance is a range: set model.guidance_input")
+            if self.levels == "loss-aware":
+                raise UsageError("loss-aware levels are for the objective denoising")
             if self.validate_every:
                 raise UsageError("a held-out loss is not measured with objective consistency")
         if self.lora.rank:

@@ -8,6 +8,7 @@ import numpy as np
 
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.training.config import TrainConfig
+from glide_jax.training.loss_aware import sample_timestep
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class Levels:
             all timesteps alike.
         mean, std: of the normal distribution.
         uniform: share of timesteps that are sampled from all alike.
+        probability: `(T,)` of each timestep; None: as above.
     """
 
     steps: int
@@ -27,9 +29,12 @@ class Levels:
     mean: float = 0.0
     std: float = 1.0
     uniform: float = 0.0
+    probability: jax.Array | None = None
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Return one timestep, int32."""
+        if self.probability is not None:
+            return sample_timestep(key, self.probability)
         if self.log_snr is None:
             return jax.random.randint(key, (), 0, self.steps)
         normal_key, share_key, t_key = jax.random.split(key, 3)
@@ -42,9 +47,12 @@ class Levels:
 
 
 def make_levels(config: TrainConfig) -> Levels:
-    """Return the noise levels of a recipe  (log-normal: EDM, 2206.00364, sec. 5)."""
+    """Return the noise levels of a recipe  (log-normal: EDM, 2206.00364, sec. 5).
+
+    Loss-aware levels are uniform where there is no history of losses: in held-out losses.
+    """
     steps = config.diffusion_steps
-    if config.levels == "uniform":
+    if config.levels != "log-normal":
         return Levels(steps)
     log_snr = make_schedule(config.schedule, steps).log_snr(np.arange(steps))
     return Levels(

@@ -19,7 +19,8 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import write_whole
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.objectives import Metrics, Params, finish
+from glide_jax.training.objectives import Metrics, Params
+from glide_jax.training.quartiles import finish
 from glide_jax.training.runs import model_of
 from glide_jax.training.writers import open_writer
 

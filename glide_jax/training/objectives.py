@@ -5,7 +5,7 @@ batch. So the number of devices, processes and microbatches changes the loss by 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import LossTables, hybrid_loss, make_tables, q_sample
+from glide_jax.diffusion.losses import LossTables, Terms, hybrid_loss, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
@@ -27,11 +27,14 @@ from glide_jax.training.distillation import consistency_terms, teacher_model, ti
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, dropout_keys
 from glide_jax.training.levels import Levels, make_levels
+from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
 from glide_jax.training.masks import random_mask
+from glide_jax.training.quartiles import by_quartile
 
 Params = Any
 Metrics = dict[str, jax.Array]
-QUARTILES = 4
+# The metric that is no mean: `Records`, which the training step takes out.
+RECORDS = "records"
 
 
 class Batch(NamedTuple):
@@ -78,7 +81,8 @@ class Objective:
         init: `key -> params`, random.
         loss: `(params, batch, key, *, train, axis) -> (loss, metrics)`, the mean over the batch;
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
-            which the batch is split, if any.
+            which the batch is split, if any. With loss-aware levels it takes the `loss_history` of
+            the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
         init_teacher: `key -> params`, random, of the teacher, or of the base in its dtypes; {}
             without one.
@@ -220,6 +224,7 @@ def denoising_loss(
     tables: LossTables,
     config: TrainConfig,
     levels: Levels | None = None,
+    loss_history: LossHistory | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -227,8 +232,14 @@ def denoising_loss(
 
     The mask of an empty caption is False throughout. The conditioning of an upsampler is the image
     averaged over blocks; that of an inpainting model is the image with random regions masked.
+
+    With a `loss_history` the timesteps are loss-aware. The means are weighted: their expectation
+    is that of uniform timesteps.
     """
-    inputs = prepare(batch, key, levels or len(tables.alpha), tables, config)
+    levels = levels or Levels(len(tables.alpha))
+    if loss_history is not None:
+        levels = replace(levels, probability=probabilities(loss_history))
+    inputs = prepare(batch, key, levels, tables, config)
     network = network_of(model, params)
     text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
@@ -245,8 +256,14 @@ def denoising_loss(
         gamma=config.snr_gamma,
         huber=config.huber,
     )
-    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
-    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
+    found: dict[str, Any] = {}
+    weight = None
+    if levels.probability is not None:
+        found[RECORDS] = Records(batch.row, inputs.t, terms.loss)
+        weight = importance(levels.probability, inputs.t)
+        terms = Terms(*(term * weight for term in terms))
+    found |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
+    return found["loss"], found | by_quartile(terms.loss, inputs.t, len(tables.alpha), weight)
 
 
 def distillation_loss(
@@ -329,29 +346,6 @@ def noise_low_res(
 
     t, eps = jax.vmap(one)(keys)
     return q_sample(tables, low_res, t, eps), t
-
-
-def by_quartile(loss: jax.Array, t: jax.Array, steps: int) -> Metrics:
-    """Return the loss `(B,)` summed over quarters of the timesteps, and the records in each.
-
-    Both are divided by the size of the batch, so that they average over devices; `finish` divides
-    one by the other.
-    """
-    quarter = t * QUARTILES // steps
-    inside = (quarter[:, None] == jnp.arange(QUARTILES)).astype(jnp.float32)
-    return {"quartile_sum": (inside * loss[:, None]).mean(0), "quartile_share": inside.mean(0)}
-
-
-def finish(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return averaged metrics as named numbers; a quartile without records has none."""
-    values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-    if "quartile_sum" in metrics:
-        for i, (total, share) in enumerate(
-            zip(metrics["quartile_sum"], metrics["quartile_share"], strict=True)
-        ):
-            if share:
-                values[f"loss_quartile_{i}"] = float(total / share)
-    return values
 
 
 def contrastive_loss(

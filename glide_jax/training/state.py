@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glide_jax.training.config import RunConfig
+from glide_jax.training.config import RunConfig, TrainConfig
+from glide_jax.training.loss_aware import LossHistory, empty_history
 from glide_jax.training.objectives import Objective, Params
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.optimiser_config import OptimiserConfig
@@ -25,6 +26,7 @@ from glide_jax.training.optimiser_config import OptimiserConfig
         "loss_mean",
         "loss_scale",
         "teacher",
+        "loss_history",
     ],
     meta_fields=[],
 )
@@ -42,6 +44,7 @@ class TrainState:
         loss_scale: power of two by which a float16 loss is multiplied; 0 for other dtypes.
         teacher: frozen parameters that the loss takes too: of the teacher that is distilled, or of
             the base of LoRA, in the dtype of the trunk; {} for other objectives.
+        loss_history: the last losses at each timestep, for loss-aware levels; None for others.
     """
 
     step: jax.Array
@@ -52,6 +55,7 @@ class TrainState:
     loss_mean: jax.Array
     loss_scale: jax.Array
     teacher: Params = field(default_factory=dict)
+    loss_history: LossHistory | None = None
 
 
 # The first scale of ADM's code: without one, gradients of float16 activations would underflow.
@@ -65,6 +69,7 @@ def init_state(
     *,
     float16: bool = False,
     teacher: Params | None = None,
+    loss_history: LossHistory | None = None,
 ) -> TrainState:
     """Return the state before the first step; every EMA starts as a copy of `params`."""
     return TrainState(
@@ -76,6 +81,7 @@ def init_state(
         loss_mean=jnp.zeros(()),
         loss_scale=jnp.float32(FIRST_LOSS_SCALE if float16 else 0.0),
         teacher=teacher or {},
+        loss_history=loss_history,
     )
 
 
@@ -84,8 +90,14 @@ def new_state(
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
+    aware = isinstance(config, TrainConfig) and config.levels == "loss-aware"
     return init_state(
-        params, optimiser, config.optimiser, float16=_in_float16(objective), teacher=teacher
+        params,
+        optimiser,
+        config.optimiser,
+        float16=_in_float16(objective),
+        teacher=teacher,
+        loss_history=empty_history(config.diffusion_steps) if aware else None,
     )
 
 

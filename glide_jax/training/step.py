@@ -12,7 +12,8 @@ import optax
 
 from glide_jax.training.config import RunConfig
 from glide_jax.training.freezing import with_frozen, without_frozen
-from glide_jax.training.objectives import Batch, Metrics, Objective, Params
+from glide_jax.training.loss_aware import LossHistory, Records, add_losses
+from glide_jax.training.objectives import RECORDS, Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.state import TrainState
@@ -131,9 +132,11 @@ def train_step(
     record_key, _ = jax.random.split(key)
     scale = 2.0**state.loss_scale
 
-    def gradient(weights: Params, rows: Batch) -> tuple[Params, Metrics]:
+    def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
         params, teacher = weights
         more = of_run(teacher, state.step, done)
+        if state.loss_history is not None:
+            more["loss_history"] = state.loss_history
 
         def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
             whole = with_frozen(trained, params)
@@ -141,12 +144,17 @@ def train_step(
             return value * scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
-        return jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
+        grads, metrics = jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
+        records: Any = metrics.pop(RECORDS, None)
+        return (grads, metrics), records
 
     weights = (state.params, state.teacher)
-    grads, metrics = _accumulate(gradient, weights, batch, accumulate)
+    (grads, metrics), records = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
+    history = None
+    if state.loss_history is not None and records is not None:
+        history = add_losses(state.loss_history, records, axis)
     return apply_gradient(
         state,
         grads,
@@ -156,6 +164,7 @@ def train_step(
         schedule=schedule,
         spike=spike,
         rate=rate,
+        loss_history=history,
     )
 
 
@@ -169,12 +178,14 @@ def apply_gradient(
     schedule: optax.Schedule | None = None,
     spike: float = 0.0,
     rate: jax.Array | np.ndarray | None = None,
+    loss_history: LossHistory | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Return the end of `train_step`: what is done once, however many microbatches there are.
 
     Args:
         grads: of the scaled loss, averaged over the batch; without frozen parameters.
         metrics: averaged over the batch.
+        loss_history: with the losses of this step; None: as it was.
     """
     grads = jax.tree.map(lambda g: g / 2.0**state.loss_scale, grads)
     norm = optax.tree.norm(grads)
@@ -189,33 +200,40 @@ def apply_gradient(
         # Steps without an update do not count.
         metrics["learning_rate"] = factor * jnp.float32(schedule(updates_made(state.opt_state)))
     new = _update(state, grads, metrics["loss"], optimiser, config, rate)
+    if loss_history is not None:
+        new = replace(new, loss_history=loss_history)
     state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
     return state, metrics
 
 
 def _accumulate(
-    gradient: Callable[[Params, Batch], tuple[Params, Metrics]],
+    gradient: Callable[[Params, Batch], tuple[tuple[Params, Metrics], Records | None]],
     weights: Params,
     batch: Batch,
     count: int,
-) -> tuple[Params, Metrics]:
-    """Return the mean gradient and metrics over `count` microbatches, one after the other."""
+) -> tuple[tuple[Params, Metrics], Records | None]:
+    """Do `count` microbatches, one after the other.
+
+    Returns:
+        The mean gradient and metrics, and the records of all microbatches.
+    """
     if count == 1:
         return gradient(weights, batch)
     # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split)),
+        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split))[0],
     )
 
-    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+    def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
         # Otherwise sharded parameters are gathered before the loop and stay whole during it.
         held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        return jax.tree.map(jnp.add, total, gradient(held, microbatch)), None
+        found, records = gradient(held, microbatch)
+        return jax.tree.map(jnp.add, total, found), records
 
-    total, _ = jax.lax.scan(add, zeros, split)
-    return jax.tree.map(lambda x: x / count, total)
+    total, records = jax.lax.scan(add, zeros, split)
+    return jax.tree.map(lambda x: x / count, total), jax.tree.map(jnp.ravel, records)
 
 
 def _update(
@@ -249,6 +267,7 @@ def _update(
         loss_mean=loss + memory * (state.loss_mean - loss),
         loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
         teacher=state.teacher,
+        loss_history=state.loss_history,
     )
 
 

@@ -18,10 +18,10 @@ from glide_jax.training.objectives import (
     Metrics,
     Objective,
     Params,
-    finish,
     make_tokenizer,
     to_batch,
 )
+from glide_jax.training.quartiles import finish
 
 
 class Validation:

@@ -26,7 +26,8 @@ from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.initial import begin_state, teacher_params
-from glide_jax.training.objectives import Batch, finish, make_objective
+from glide_jax.training.objectives import Batch, make_objective
+from glide_jax.training.quartiles import finish
 from glide_jax.training.state import abstract_state
 from glide_jax.training.step import Control, make_step, scan_steps
 from glide_jax.weights.registry import load_model

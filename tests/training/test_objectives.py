@@ -25,7 +25,6 @@ from glide_jax.training.levels import make_levels
 from glide_jax.training.objectives import (
     Batch,
     denoising_loss,
-    finish,
     make_objective,
     noise_low_res,
     sample_noise,
@@ -33,6 +32,7 @@ from glide_jax.training.objectives import (
     to_range,
 )
 from glide_jax.training.optimiser import make_optimiser
+from glide_jax.training.quartiles import finish
 from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
