@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +177,7 @@ def trained(number, state=None, first=0, **options):
     return state, found
 
 
+@cache
 def over_devices(kind: str) -> list:
     """Return the losses, counts and history of two calls of five steps over all devices."""
     parallel = make_parallel(kind, ROWS)
@@ -195,7 +196,7 @@ def over_devices(kind: str) -> list:
 
 def test_the_step_records_unweighted_losses_and_weights_their_mean():
     reference, state = Reference(STEPS), first_state()
-    aware = 0
+    step, aware = jax.jit(step_of()), 0
     for seed in range(10):
         batch, p = make_batch(seed), reference.probabilities()
         record_key, _ = jax.random.split(jax.random.fold_in(KEY, state.step))
@@ -207,7 +208,7 @@ def test_the_step_records_unweighted_losses_and_weights_their_mean():
         )
         x_t = alpha * (batch.image / 127.5 - 1) + sigma * noise.eps
         each = np.asarray(((state.params["w"] * x_t - noise.eps) ** 2).mean(axis=(1, 2, 3)))
-        state, metrics = jax.jit(step_of())(state, batch, KEY)
+        state, metrics = step(state, batch, KEY)
         weight = 1 / (STEPS * p[np.asarray(noise.t)])
         assert float(metrics["loss"]) == pytest.approx((weight * each).mean(), rel=1e-4)
         quarter = np.asarray(noise.t) * 4 // STEPS
