@@ -23,11 +23,11 @@ from glide_jax.diffusion.sampling import State, stream
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, select_images, usual_batch
-from glide_jax.pipeline.clip_guide import CLIP
+from glide_jax.pipeline.clip_guide import CLIP, LIMIT
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.images import from_uint8
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
-from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.settings import ANCESTRAL, Settings
 from glide_jax.pipeline.stage import Stage
 from glide_jax.weights.registry import Model
 
@@ -230,7 +230,8 @@ class _Batch(NamedTuple):
         if self.clip is None:
             raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
         check_clip(self.clip, self.stage.model)
-        return (*guidances, self.clip.guidance(self.prompts, settings.clip_scale))
+        limit = None if settings.sampler in ANCESTRAL else LIMIT
+        return (*guidances, self.clip.guidance(self.prompts, settings.clip_scale, limit))
 
 
 def is_network(node: Any) -> bool:

@@ -38,6 +38,8 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
+# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
+ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -97,6 +99,7 @@ class Settings:
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint: JUMP, RESAMPLINGS, the jump length in steps and how often each jump is
             run in all. On by default for inpainting with a model that was not trained to inpaint.
+            Other samplers limit the change of x_0.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.

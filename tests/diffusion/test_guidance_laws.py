@@ -9,6 +9,7 @@ import pytest
 
 from glide_jax.diffusion.guidance import (
     Network,
+    Point,
     all_of,
     apg,
     autoguidance,
@@ -18,10 +19,12 @@ from glide_jax.diffusion.guidance import (
     clip_x0,
     compose,
     dynamic_threshold,
+    gradient,
     image_loss,
     known_pixels,
     rescale,
 )
+from glide_jax.diffusion.guidance.score import limited
 from glide_jax.diffusion.sampling import sample, stream
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from tests.support.golden import assert_close, rows
@@ -38,6 +41,7 @@ from tests.support.guidances import (
     SHAPE,
     SIGMA,
     X,
+    bowl,
     eps_of,
     keys,
     made,
@@ -50,6 +54,37 @@ from tests.support.guidances import (
 each_guidance = pytest.mark.parametrize("name", EACH)
 
 # --- equations
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma"), [(0.0061, 1.0), (0.6, 0.8), (0.9999, 0.0064)], ids=["high", "middle", "low"]
+)
+def test_a_limited_score_changes_x_0_by_at_most_what_x_t_leaves_open(alpha, sigma):
+    point = Point(*map(np.float32, (0, alpha, sigma, 0, 0)), memory={})
+    # Gaussian pixels of standard deviation 0.5, seen in noise: the posterior's.
+    left_open = np.sqrt(0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2))
+    to_x_0 = sigma**2 / alpha
+    direction = np.asarray(X) / np.sqrt((X**2).mean(axis=(1, 2, 3), keepdims=True))
+    # One image below the limit, one at ten times, one with an own limit of its size.
+    sizes = np.array([0.1, 10, 1])[:, None, None, None]
+    score = jnp.asarray(direction * sizes * left_open / to_x_0, jnp.float32)
+    limits = np.float32([0.2, 0.2, 3])
+    found = np.asarray(limited(score, point, limits))
+    np.testing.assert_array_equal(found[[0, 2]], np.asarray(score)[[0, 2]])
+    np.testing.assert_allclose(found[1], np.asarray(score)[1] * 0.02, rtol=1e-4)
+    change = to_x_0 * np.sqrt((found**2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(change, np.array([0.1, 0.2, 1]) * left_open, rtol=1e-4)
+    np.testing.assert_array_equal(limited(score, point, np.inf), score)
+    np.testing.assert_array_equal(limited(0 * score, point, 0.2), 0 * score)
+
+
+def test_gradient_guidance_limits_its_own_score_alone():
+    network, cond = Network(bowl, {}), np.float32([0.1, -2, 30])
+    free, bounded = (predicted(gradient(network, cond, 5.0, limit)) for limit in (None, 0.5))
+    point = Point(*map(np.float32, (0, ALPHA, SIGMA, 0, 0)), memory={})
+    assert_close(bounded.score, limited(free.score, point, 0.5), 1e-6)
+    assert (np.abs(bounded.score) < np.abs(free.score)).any()
+    np.testing.assert_array_equal(bounded.x_0, free.x_0)
 
 
 def test_a_negative_prompt_replaces_the_empty_one():

@@ -10,6 +10,7 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
+from glide_jax.pipeline.clip_guide import CLIP, LIMIT
 from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.mask_files import read_known
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -159,7 +160,7 @@ def test_guidance_can_be_a_list_of_functions(folders):
     assert listed.metadata(0)["guidance"][0]["name"] == "classifier_free"
 
 
-def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
+def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     config = glide.CLIP_PRESETS["clip64"]()
     small = replace(
         config, image_size=16, image_width=32, image_layers=1, text_width=32, text_layers=1,
@@ -179,6 +180,19 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path):
         return float(clip.network(x, jnp.zeros(1), clip.encode_text(["red"]))[0])
 
     assert likeness(guided) > likeness(unguided)
+    # Ancestral samplers follow the paper; the others limit the change of x_0.
+    given = []
+
+    def record(clip, prompts, scale, limit):
+        given.append(limit)
+        return guidance(clip, prompts, scale, limit)
+
+    guidance = CLIP.guidance
+    monkeypatch.setattr(CLIP, "guidance", record)
+    pipe("red", clip_scale=500.0, **settings | {"sampler": "ddpm-small"})
+    pipe("red", clip_scale=500.0, **settings | {"sampler": "ddim"})
+    assert given == [None, LIMIT]
+    monkeypatch.undo()
     # The empty caption guides nowhere.
     nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]
     assert not nothing.any() and jnp.linalg.norm(something) == pytest.approx(1, abs=1e-3)

@@ -16,6 +16,7 @@ from glide_jax.diffusion.guidance import branches_of
 from glide_jax.pipeline.options import SamplingOptions, read_options
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import (
+    ANCESTRAL,
     METHODS,
     WITH_ETA,
     Settings,
@@ -56,6 +57,14 @@ def test_every_sampler_by_its_name(sampler):
 
 def test_the_samplers_with_noise_of_their_own():
     assert set(WITH_ETA) == {"ddim", "dpm++2m-sde", "sa"}
+
+
+def test_the_samplers_whose_mean_a_score_moves():
+    tables = {
+        name: Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table for name in glide.SOLVERS
+    }
+    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.score_mean.any()}
+    assert not any(tables[name].score_x_0.any() for name in ANCESTRAL)
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])

@@ -12,10 +12,20 @@ import jax.numpy as jnp
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
 from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
 
+# Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
+DATA_STD = 0.5
+
 
 @guidance()
 def gradient(
-    predict: Predict, x: jax.Array, point: Point, *, log_prob: Network, cond: Any, scale: Number
+    predict: Predict,
+    x: jax.Array,
+    point: Point,
+    *,
+    log_prob: Network,
+    cond: Any,
+    scale: Number,
+    limit: Number | None = None,
 ) -> Prediction:
     """Classifier guidance and CLIP guidance: `score + s grad log p(y | x_t)`  (ADM, 2105.05233).
 
@@ -27,10 +37,33 @@ def gradient(
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
         cond: its conditioning (y); arrays with the batch as first axis.
         scale: s; larger follows the classifier more closely.
+        limit: largest change of x_0, in standard deviations: see `limited`. For samplers whose
+            rows move x_0; None: no limit.
     """
     p = predict(x, point)
     slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
-    return p._replace(score=p.score + per_image(scale) * slope)
+    score = per_image(scale) * slope
+    if limit is not None:
+        score = limited(score, point, limit)
+    return p._replace(score=p.score + score)
+
+
+def limited(score: jax.Array, point: Point, limit: Number) -> jax.Array:
+    """Shorten a score, so that `rms(sigma^2 / alpha score) <= limit sd(x_0 | x_t)`.
+
+    `sd(x_0 | x_t) = 1 / sqrt(1 / 0.5^2 + (alpha / sigma)^2)`, for Gaussian pixels of standard
+    deviation 0.5: the noise level in little noise, and never more than 0.5. The true score obeys
+    such a law: it changes x_0 by `Cov(x_0 | x_t) grad_{x_0} log p`. A network's gradient does not,
+    and in much noise `sigma^2 / alpha` multiplies it by more than a hundred.
+
+    Args:
+        score: `(B, H, W, C)`; each image has its own factor, of at most 1.
+        limit: above 0.
+    """
+    left_open = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
+    rms = jnp.sqrt((score**2).mean(axis=(1, 2, 3), keepdims=True))
+    change = jnp.maximum(point.sigma**2 / point.alpha * rms, jnp.finfo(rms.dtype).tiny)
+    return score * jnp.minimum(1, per_image(limit) * left_open / change)
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
