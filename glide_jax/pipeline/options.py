@@ -149,7 +149,7 @@ class SamplingOptions:
             is stronger.
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
-            scale 1 and the sampler ddpm.
+            scale 1 and the sampler ddpm. Samplers other than ddpm limit the change of x_0.
         threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
             to [-1, 1].
         strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up

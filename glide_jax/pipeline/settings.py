@@ -91,7 +91,7 @@ class Settings:
             stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
-            guidance_scale 1 and sampler ddpm.
+            guidance_scale 1 and sampler ddpm. Other samplers limit the change of x_0.
         threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
             to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
@@ -99,7 +99,6 @@ class Settings:
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint: JUMP, RESAMPLINGS, the jump length in steps and how often each jump is
             run in all. On by default for inpainting with a model that was not trained to inpaint.
-            Other samplers limit the change of x_0.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.
