@@ -32,10 +32,10 @@ class Fid:
     and computes nothing twice: the features are kept beside the report.
 
     Attributes:
-        real: Folder of real images, or an .npz with images (arr_0, as ADM writes) or with mu and
-            sigma.
-        generated: Folder of generated images, or an .npz with images. Without it only the
-            statistics of the real images are saved.
+        real: Folder of real images or of tar shards, or an .npz with images (arr_0, as ADM writes)
+            or with mu and sigma.
+        generated: Folder of generated images or of tar shards, or an .npz with images. Without it
+            only the statistics of the real images are saved.
         reference: Statistics in place of the real images: an .npz with mu and sigma, of
             --save-statistics, of ADM, or of pytorch-fid. The Frechet distance alone needs no more.
         features: Weight files of the feature networks: the Inception of FID, DINOv2, CLIP; scorer

@@ -21,13 +21,19 @@ def read_captions(where: str, images: ImageSet) -> list[str]:
 
     Args:
         where: a text file with a caption a line, in the order of the images; or "beside": cat.txt
-            for cat.png, else the prompt that `glide-jax sample` wrote into cat.png.
+            for cat.png (also in tar shards), else the prompt that `glide-jax sample` wrote into
+            cat.png.
 
     Raises:
         GlideError: a file cannot be read, or an image has no caption.
         UsageError: there are more or fewer captions than images.
     """
     if where == BESIDE:
+        if images.captions is not None:
+            found = images.captions()
+            if "" in found:
+                raise GlideError(f"{images.path}: image {found.index('')} has no caption")
+            return found
         if not images.names:
             raise UsageError(
                 f"{images.path} is an .npz, which has no captions: give a text file to --captions"
