@@ -11,6 +11,7 @@ prompt, AND and NOT join captions, each with an optional weight. Examples:
   python sample.py "a cat face" --init-image sketch.png --strength 0.6   img2img
   python sample.py --init-image cat.png --variation 0.3 --num 4          variations
   python sample.py "a red apple" "a rocket" --between --num 8            interpolation
+  python sample.py --prompts-file captions.txt --shards out              thousands, in tar shards
 
 Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run
 its prompt alone with the same options, and with --seed and --first-index from its metadata (this
@@ -22,6 +23,7 @@ from pathlib import Path
 import jax
 
 import glide_jax as glide
+from glide_jax.devices.processes import own_share
 from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.images import Images, check_writable
@@ -32,20 +34,26 @@ from glide_jax.pipeline.options import (
     read_options,
 )
 from glide_jax.pipeline.prompts import read_prompt
+from glide_jax.pipeline.sharded import sample_shards
 
 
-def generate(options: Options) -> None:
-    """Generate what the options ask for, and save it."""
+def generate(options: Options, share: tuple[int, int] = (0, 1)) -> None:
+    """Generate what the options ask for, and save it.
+
+    Args:
+        share: for --shards: index of this process, and number of processes.
+    """
     # -- weights, prompts -------------------------------------------------------------------------
-    check_writable(options.out)
     check_options(options)
+    check_writable(options.sharding.shards or options.out)
     model, editing = options.model, options.editing
     pipe = glide.load(**model.loaded())
     shown = pipe.model.prompts if editing.init_image is None else ()
     prompts = prompts_of(options) or shown or ("",)
-    for caption in (part.text for prompt in prompts for part in read_prompt(prompt).parts):
-        if cut := pipe.tokenizer.overflow(caption):
-            print(f"note: the model does not read the last {cut} tokens of {caption[:40]!r}...")
+    if note := pipe.tokenizer.too_long(
+        [part.text for prompt in prompts for part in read_prompt(prompt).parts]
+    ):
+        print(note)
 
     # -- generate ---------------------------------------------------------------------------------
     device, name = jax.devices()[0], pipe.model.name
@@ -60,6 +68,11 @@ def generate(options: Options) -> None:
         "preview": (lambda images: images.preview(options.out)) if options.preview else None,
         **options.sampling.chosen(),
     }
+    if options.sharding.shards is not None:
+        shards = {"folder": options.sharding.shards, "shard_size": options.sharding.shard_size}
+        del call["preview"]
+        print(sample_shards(pipe, prompts, share=share, **shards, **call))
+        return
     image = editing.init_image
     if editing.between:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
@@ -95,8 +108,10 @@ def main() -> None:
     """Run the command line."""
     with one_line_errors("stopped; no image was saved"):
         options = read_options(__doc__ or "")
+        sharding = options.sharding
+        share = own_share(sharding.processes, sharding.process) if sharding.shards else (0, 1)
         prepare()
-        generate(options)
+        generate(options, share)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
     an escape.
 
     Args:
-        stopped: the line to print after an interrupt from the keyboard.
+        stopped: the line to print after an interrupt from the keyboard that has none of its own.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -111,8 +111,8 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
             raise
         print(f"error: {_of_jax(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt if interrupt.args else stopped, file=sys.stderr)
         sys.exit(130)
 
 

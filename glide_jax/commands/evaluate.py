@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from glide_jax.commands.guidance_curve import Curve
 from glide_jax.commands.score_folders import Fid
 from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
@@ -353,7 +354,7 @@ class Scenes:
         print(f"scenes.json and scenes.png in {self.out}")
 
 
-Command = Nearest | Ranking | Sweep | Loss | Scenes | Fid
+Command = Nearest | Ranking | Sweep | Loss | Scenes | Fid | Curve
 
 COMMANDS: dict[str, type[Command]] = {
     "nearest": Nearest,
@@ -362,13 +363,13 @@ COMMANDS: dict[str, type[Command]] = {
     "loss": Loss,
     "scenes": Scenes,
     "fid": Fid,
+    "curve": Curve,
 }
 
 
 def read(arguments: Sequence[str]) -> Command:
     """Return the command of a command line."""
-    words = expand_words(arguments, TEXTS)
-    if weights := _weights(words):
+    if weights := _weights(words := expand_words(arguments, TEXTS)):
         show_defaults_of(weights)
     kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
     return tyro.cli(
@@ -392,7 +393,8 @@ def _weights(words: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
-    with one_line_errors("stopped; the same command resumes a sweep"):
+    with one_line_errors("stopped; the same command continues a sweep or a curve"):
         command = read(sys.argv[1:] if arguments is None else arguments)
+        getattr(command, "share", None)  # before jax starts: it may choose this process's GPUs
         prepare()
         command.run()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from glide_jax.errors import UsageError
 from glide_jax.evaluation.captioned_sets import clip_score, read_captions
 from glide_jax.evaluation.extractors import open_extractor
+from glide_jax.evaluation.extractors.clean_clip import CleanCLIP, open_clean_clip
 from glide_jax.evaluation.feature_files import features_of
 from glide_jax.evaluation.features import SCORER, FeatureSpace, Scorer, open_scorer
 from glide_jax.evaluation.frechet import Moments, read_statistics, save_statistics
@@ -32,10 +33,10 @@ class Fid:
     and computes nothing twice: the features are kept beside the report.
 
     Attributes:
-        real: Folder of real images, or an .npz with images (arr_0, as ADM writes) or with mu and
-            sigma.
-        generated: Folder of generated images, or an .npz with images. Without it only the
-            statistics of the real images are saved.
+        real: Folder of real images or of tar shards, or an .npz with images (arr_0, as ADM writes)
+            or with mu and sigma.
+        generated: Folder of generated images or of tar shards, or an .npz with images. Without it
+            only the statistics of the real images are saved.
         reference: Statistics in place of the real images, for the Frechet distance only: an .npz
             with mu and sigma that --save-statistics, ADM or pytorch-fid wrote.
         features: Weight files of the feature networks: the Inception of FID, DINOv2, CLIP; scorer
@@ -43,10 +44,14 @@ class Fid:
         size: Side in pixels, such as 256, to which the central square of each image is scaled
             before the network's own resizing. Larger keeps more detail. Default: images are not
             changed, and all images of a set must have one size.
-        captions: Captions of the generated images, for the CLIP score of --scorer: a text file
-            with one caption per line, in the order of the image names (2.png before 10.png), or
-            the word beside: cat.txt for cat.png, or else the prompt stored by glide-jax sample.
-        scorer: The CLIP of the CLIP score: a name, a folder of weights, or a run of train.py.
+        captions: Captions of the generated images, for the CLIP score: a text file with one
+            caption per line, in the order of the image names (2.png before 10.png), or the word
+            beside: cat.txt for cat.png (also in tar shards), or else the prompt stored by
+            glide-jax sample.
+        score_clip: The CLIP of the CLIP score, trained on images without noise: a folder of
+            transformers (huggingface.co/openai), or a state dict in a file.
+        scorer: The CLIP of the CLIP score without --score-clip, a noised one: a name, a folder of
+            weights, or a run of train.py.
         views: Views of each image whose embeddings the scorer averages: 10 crops, or 1, the image
             alone.
         neighbour: The k of precision and recall, at least 1 and below the number of images. A
@@ -64,6 +69,7 @@ class Fid:
     features: tuple[str, ...] = ()
     size: Annotated[int | None, HIDDEN] = None
     captions: Annotated[str | None, HIDDEN] = None
+    score_clip: Annotated[Path | None, HIDDEN] = None
     scorer: str = "emoji_scorer64"
     views: Literal[10, 1] = 10
     neighbour: int = 3
@@ -86,6 +92,7 @@ class Fid:
             raise UsageError(f"--save-statistics needs images; {real_path} has statistics already")
         check_writable(self.out.parent)
         scorer = self._scorer()
+        clip = None if self.score_clip is None else open_clean_clip(self.score_clip)
         # A missing file must end the command before the first network computes.
         spaces = [
             scorer if scorer and name == SCORER else open_extractor(name) for name in self.features
@@ -98,14 +105,21 @@ class Fid:
             "size": self.size,
             "scores": scores,
         }
-        if captions and scorer is not None and isinstance(generated, ImageSet):
-            features, _ = features_of(generated, scorer, self._folder)
-            report["clip_score"] = clip_score(scorer, features, captions)
+        judge = clip or scorer
+        if captions and judge is not None and isinstance(generated, ImageSet):
+            space = clip.image if clip else judge
+            assert not isinstance(space, CleanCLIP)
+            features, _ = features_of(generated, space, self._folder)
+            report["clip_score"] = clip_score(judge, features, captions)
         if generated is not None:
             if scores:
                 print(table(scores))
             if found := report.get("clip_score"):
-                print(f"CLIP score: {found['clip_score']:.4f} ({found['clip']})")
+                print(
+                    f"CLIP score: {found['clip_score']:.4f}; 100 max(cos, 0): "
+                    f"{found['clip_score_100']:.4f}; CLIP-S: {found['clip_s']:.4f} "
+                    f"({found['clip']})"
+                )
             write_json(self.out, report)
             print(self.out)
 
@@ -127,6 +141,8 @@ class Fid:
             raise UsageError("--reference is for one network: name one in --features")
         if self.save_statistics is not None and self.save_statistics.suffix != ".npz":
             raise UsageError(f"--save-statistics ends in .npz, not {self.save_statistics.name}")
+        if self.score_clip is not None and self.captions is None:
+            raise UsageError("--score-clip is for the CLIP score: give --captions")
         if self.out.suffix != ".json":
             raise UsageError(f"--out is a .json file, not {self.out}")
         if self.neighbour < 1:
@@ -140,7 +156,7 @@ class Fid:
         return open_images(path, self.size)
 
     def _scorer(self) -> Scorer | None:
-        if SCORER not in self.features and self.captions is None:
+        if SCORER not in self.features and (self.captions is None or self.score_clip is not None):
             return None
         return open_scorer(self.scorer, views=self.views)
 

@@ -23,7 +23,7 @@ from glide_jax.data.sidecars import is_image
 from glide_jax.data.tables import is_metadata
 from glide_jax.data.tfds import newest_version, open_tfds
 from glide_jax.data.tree import find
-from glide_jax.data.webdataset import is_packed_name, is_tar_name, open_webdataset
+from glide_jax.data.webdataset import MANIFEST, is_packed_name, is_tar_name, open_webdataset
 from glide_jax.errors import UsageError
 
 # Procedural scenes by name, and the height and width of their images.
@@ -131,8 +131,9 @@ def _file(path: str, config: DataConfig) -> Source:
 
 
 def _not_of_shards(shards: Sequence[str], others: Sequence[str]) -> list[Fault]:
-    """Return the files beside shards, apart from those that describe a shard, `0_stats.json`."""
+    """Return the files beside shards, apart from those that describe them: `0_stats.json`."""
     stems = tuple(path.rpartition(".")[0] for path in shards)
+    others = [name for name in others if name.rpartition("/")[2] != MANIFEST]
     stray = [name for name in others if is_image(name) or not name.startswith(stems)]
     return [Fault(name, "beside tar shards") for name in stray]
 

@@ -23,6 +23,8 @@ from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tar_index import MALFORMED, fault_of, scan_tar, split_name
 from glide_jax.errors import UsageError
 
+# Describes the shards that `glide-jax sample` writes.
+MANIFEST = "shards.json"
 _KEYS = 100  # broken records that are named by a member; further ones have their number
 _PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst)$", re.IGNORECASE)
 

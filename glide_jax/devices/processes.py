@@ -78,6 +78,33 @@ def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> None:
             )
 
 
+def own_share(processes: int | None = None, process: int | None = None) -> tuple[int, int]:
+    """Return the index of this process and the number of processes, which need not connect.
+
+    Call it before anything else of jax: where several processes share a machine, this one is left
+    its own GPUs.
+
+    Args:
+        processes, process: number and index; None: those that the environment names, or (1, 0).
+
+    Raises:
+        UsageError: one of the two is missing, or they contradict each other.
+        GlideError: the variables of the environment contradict each other.
+    """
+    if processes is not None or process is not None:
+        if processes is None or process is None or not 0 <= process < processes:
+            raise UsageError("give --processes N and --process I, with I from 0 to N - 1")
+        return process, processes
+    found = detect(os.environ, metadata=tpu_metadata())
+    if found is None or found.process is None or found.processes is None:
+        return 0, 1
+    ids = local_devices(found.local, visible_gpus())
+    if ids is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, ",".join(map(str, ids)))
+    return found.process, found.processes
+
+
 def _connect(cluster: Cluster, seconds: float, **options: Any) -> None:
     """Wait for all processes, and start jax over them."""
     coordinator, processes, process = cluster[2:5]

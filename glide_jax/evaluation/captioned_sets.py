@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.evaluation.extractors.clean_clip import CleanCLIP
 from glide_jax.evaluation.features import Scorer
 from glide_jax.evaluation.image_sets import ImageSet
 from glide_jax.pipeline.images import METADATA
@@ -21,13 +22,19 @@ def read_captions(where: str, images: ImageSet) -> list[str]:
 
     Args:
         where: a text file with a caption a line, in the order of the images; or "beside": cat.txt
-            for cat.png, else the prompt that `glide-jax sample` wrote into cat.png.
+            for cat.png (also in tar shards), else the prompt that `glide-jax sample` wrote into
+            cat.png.
 
     Raises:
         GlideError: a file cannot be read, or an image has no caption.
         UsageError: there are more or fewer captions than images.
     """
     if where == BESIDE:
+        if images.captions is not None:
+            found = images.captions()
+            if "" in found:
+                raise GlideError(f"{images.path}: image {found.index('')} has no caption")
+            return found
         if not images.names:
             raise UsageError(
                 f"{images.path} is an .npz, which has no captions: give a text file to --captions"
@@ -80,8 +87,14 @@ def _prompt(path: Path) -> str:
         return ""
 
 
-def clip_score(scorer: Scorer, features: np.ndarray, captions: list[str]) -> dict[str, Any]:
-    """Return the mean of `s f(image) . g(caption)`  (GLIDE, sec. 5.2), s the logit scale.
+def clip_score(
+    scorer: Scorer | CleanCLIP, features: np.ndarray, captions: list[str]
+) -> dict[str, Any]:
+    """Return the CLIP score of images under its three usual definitions.
+
+    `clip_score` is the mean of `s f(image) . g(caption)`, s the logit scale  (GLIDE, sec. 5.2);
+    `clip_score_100` the mean of `100 max(cos, 0)`, as torchmetrics has it; `clip_s` the mean of
+    `2.5 max(cos, 0)`  (CLIPScore, 2104.08718, eq. 1), without a prefix before the caption.
 
     Args:
         features: `(N, D)`, of the scorer.
@@ -89,7 +102,10 @@ def clip_score(scorer: Scorer, features: np.ndarray, captions: list[str]) -> dic
     """
     distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     texts = scorer.texts(list(distinct))[[distinct[caption] for caption in captions]]
-    cosine = float((features.astype(np.float64) * texts).sum(axis=1).mean())
+    images = features.astype(np.float64)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    cosines = (images * texts).sum(axis=1)
+    cosine, positive = float(cosines.mean()), float(np.maximum(cosines, 0).mean())
     return {
         "clip": scorer.name,
         "checksum": scorer.checksum,
@@ -97,4 +113,6 @@ def clip_score(scorer: Scorer, features: np.ndarray, captions: list[str]) -> dic
         "scale": scorer.scale,
         "cosine": cosine,
         "clip_score": scorer.scale * cosine,
+        "clip_score_100": 100 * positive,
+        "clip_s": 2.5 * positive,
     }

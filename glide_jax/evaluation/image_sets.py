@@ -1,4 +1,4 @@
-"""Sets of images to score: a folder, or an `.npz` such as ADM's samples, read one after another."""
+"""Sets of images to score: a folder, tar shards, or an `.npz` such as ADM's samples."""
 
 import hashlib
 import re
@@ -9,18 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from glide_jax.data import storage
+from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, load_image, square
 from glide_jax.data.sidecars import is_image
+from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tree import find
+from glide_jax.data.webdataset import is_tar_name, open_webdataset
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.pipeline.shard_files import missing_shards
 
 ARRAY = "arr_0"  # the name that numpy.savez gives to an array without one
-WHAT = f"give a folder of images, or an .npz with images under {ARRAY} or with mu and sigma"
+WHAT = (
+    f"give a folder of images, or an .npz with images under {ARRAY} or with mu and sigma, or tar "
+    "shards"
+)
 # Files of `glide-jax sample`: an image, and what shows several of them.
 _SAMPLE = re.compile(r"\d{5,}_.*\.png")
 _GRID = re.compile(r"\d{5,}-\d{5,}_grid\.png")
@@ -42,6 +49,7 @@ class ImageSet:
         count: number of images.
         fingerprint: changes if a file does: names, sizes and times.
         start_at: yields the images from an index on, with the name of each.
+        captions: reads the captions that the images bring in their tar shards; None for others.
     """
 
     path: str
@@ -49,6 +57,7 @@ class ImageSet:
     count: int
     fingerprint: str
     start_at: Callable[[int], Iterator[tuple[str, np.ndarray]]]
+    captions: Callable[[], list[str]] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -76,9 +85,10 @@ class ImageSet:
 
 
 def open_images(path: str | Path, size: int | None = None) -> ImageSet:
-    """Open a folder of images, with those in its subfolders, or an `.npz` of images.
+    """Open a folder of images, with those in its subfolders, tar shards, or an `.npz` of images.
 
-    Grids and previews beside the images of `glide-jax sample` are left out.
+    Grids and previews beside the images of `glide-jax sample` are left out. A folder with tar
+    shards and no images is the shards, in the order of their names; so is one tar file.
 
     Args:
         path: the folder or file.
@@ -86,7 +96,8 @@ def open_images(path: str | Path, size: int | None = None) -> ImageSet:
             are.
 
     Raises:
-        GlideError: the path does not exist, cannot be read, or holds no images.
+        GlideError: the path does not exist, cannot be read, or holds no images; or shards of
+            `glide-jax sample` are missing.
     """
     text = storage.expand(str(path))
     if size is not None and size < 1:
@@ -95,6 +106,8 @@ def open_images(path: str | Path, size: int | None = None) -> ImageSet:
         return _folder(text, size)
     if not Path(text).exists():
         raise GlideError(f"{text} does not exist: {WHAT}")
+    if is_tar_name(text):
+        return _tars(text, [text], size)
     return _array(text, size)
 
 
@@ -113,6 +126,13 @@ def has_images(path: str | Path) -> bool:
 
 def _folder(folder: str, size: int | None) -> ImageSet:
     every = find(folder).names
+    tars = sorted((n for n in every if is_tar_name(n)), key=_numerical)
+    if tars and not any(map(is_image, every)):
+        if found := missing_shards(Path(folder)):
+            raise GlideError(
+                f"{folder} has {found} shards: the command that generated them continues"
+            )
+        return _tars(folder, [storage.join(folder, n) for n in tars], size)
     names = tuple(sorted(_without_grids([n for n in every if is_image(n)]), key=_numerical))
     if not names:
         others = f"{len(every)} files, none with" if every else "no files, so none with"
@@ -150,6 +170,40 @@ def _decoded(
     with ThreadPoolExecutor() as threads:
         for first in range(start, len(names), AHEAD):
             yield from threads.map(read, names[first : first + AHEAD])
+
+
+# --- tar shards
+
+
+def _tars(path: str, shards: list[str], size: int | None) -> ImageSet:
+    source = open_webdataset(shards, DataConfig())
+    if source.faults.broken or source.left_out:
+        # The scores of a part would look like those of the whole.
+        raise GlideError(f"{path} has damaged shards or records without image or caption")
+    records = source.records
+
+    def record(index: int) -> dict[str, Any]:
+        try:
+            return dict(records[index])
+        except BrokenRecord as error:
+            raise GlideError(str(error)) from None
+
+    def read(index: int) -> tuple[str, np.ndarray]:
+        encoded = record(index)["image"]
+        image = load_image(encoded, size)
+        return encoded.name, np.asarray(image) if size is None else square(image, size)
+
+    def start_at(start: int) -> Iterator[tuple[str, np.ndarray]]:
+        with ThreadPoolExecutor() as threads:
+            for first in range(start, len(records), AHEAD):
+                yield from threads.map(read, range(first, min(first + AHEAD, len(records))))
+
+    def captions() -> list[str]:
+        found = (record(index)["caption"] for index in range(len(records)))
+        return [one if isinstance(one, str) else one[0] for one in found]
+
+    stamps = [f"{shard} {storage.stamp(shard)}" for shard in shards]
+    return ImageSet(path, (), len(records), _digest(*stamps, f"{size}"), start_at, captions)
 
 
 # --- arrays

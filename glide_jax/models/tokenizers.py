@@ -107,6 +107,15 @@ class _BytePair(ABC):
         """Return the number of ids at the end of `text` that do not fit into the context."""
         return max(0, len(self.encode(text)) + self._extra - self.context)
 
+    def too_long(self, texts: Iterable[str]) -> str:
+        """Return one line on the texts that do not fit into the context; "" if all do."""
+        cut = [(text, n) for text in dict.fromkeys(texts) if (n := self.overflow(text))]
+        if not cut:
+            return ""
+        text, count = cut[0]
+        more = f", nor the ends of {len(cut) - 1:,} more" if cut[1:] else ""
+        return f"note: the model does not read the last {count} tokens of {text[:40]!r}...{more}"
+
     def _encode_batch(self, texts: str | Iterable[str]) -> list[list[int]]:
         texts = [texts] if isinstance(texts, str) else texts
         if isinstance(texts, (bytes, bytearray, dict)) or not isinstance(texts, Iterable):

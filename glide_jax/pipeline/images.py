@@ -125,13 +125,13 @@ class Images:
                 number = next_number(folder)
                 for i, image in enumerate(self.pil()):
                     name = file_name_part(self.prompts[i])
-                    data = _png(image, self.metadata(i))
+                    data = png(image, self.metadata(i))
                     path = _claim(folder, number, f"{{number:05}}_{name}.png", data)
                     files.append(path)
                     number = _number(path) + 1
                 if len(self) > 1:
                     first, last = _number(files[0]), _number(files[-1])
-                    grid = _png(self.grid(), {"images": [f.name for f in files]})
+                    grid = png(self.grid(), {"images": [f.name for f in files]})
                     path = folder / f"{first:05}-{last:05}_grid.png"
                     write_new(path, grid)
                     files.append(path)
@@ -237,7 +237,8 @@ def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = 
     return canvas
 
 
-def _png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+def png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """Return an image as a PNG file with its metadata."""
     info = PngInfo()
     info.add_text(METADATA, json.dumps(metadata))
     buffer = io.BytesIO()

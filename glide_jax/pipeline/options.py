@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.pipeline.image_files import Fit
-from glide_jax.pipeline.prompts import read_prompts_file
+from glide_jax.pipeline.prompt_files import read_prompt_file
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training.runs import sampling_defaults
 
@@ -33,7 +33,7 @@ def _default(name: str) -> Any:
 # For options whose help says what happens without them.
 HIDDEN = arg(help_behavior_hint="")
 # Options whose values are text: `~` has no meaning in them.
-TEXTS = ("--negative-prompt", "--init-caption")
+TEXTS = ("--negative-prompt", "--init-caption", "--prompts-field")
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,35 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class ShardOptions:
+    """Thousands of images, into tar shards with their metadata; the same command continues.
+
+    Attributes:
+        shards: Folder for tar shards in place of --out: for each image a .png, its prompt as .txt,
+            its metadata as .json. Shards that are there are kept; several commands may share the
+            folder.
+        shard_size: Images of a shard. An interruption loses at most one unfinished shard.
+        processes: Number of processes that share the shards, where the environment does not say
+            it (TPU slices, Slurm, Open MPI).
+        process: Index of this process, from 0.
+    """
+
+    shards: Annotated[Path | None, HIDDEN] = None
+    shard_size: int = 1000
+    processes: Annotated[int | None, HIDDEN] = None
+    process: Annotated[int | None, HIDDEN] = None
+
+
+@dataclass(frozen=True)
 class Options:
     """What to generate.
 
     Attributes:
         prompts: Prompts, for example "a red apple" "a rocket, Twitter flat style".
-        prompts_file: A text file with one prompt per line.
+        prompts_file: A text file with one prompt per line; or captions in a table (.csv, .tsv), in
+            .jsonl or in .json, such as COCO's captions.
+        prompts_field: The column or field of --prompts-file. Default: caption, text, prompt or a
+            like name.
         num: Images per prompt.
         seed: Seed from 0 to 2^32 - 1; the same seed and settings give the same images.
         first_index: Index of the first image; seed and index reproduce an image.
@@ -196,11 +219,13 @@ class Options:
 
     prompts: Annotated[Positional[tuple[str, ...]], HIDDEN] = ()
     prompts_file: Annotated[Path | None, HIDDEN] = None
+    prompts_field: Annotated[str | None, HIDDEN] = None
     num: Annotated[int, arg(aliases=["-n"])] = 1
     seed: int = 0
     first_index: int = 0
     out: Annotated[Path, arg(aliases=["-o"])] = Path("samples")
     preview: Annotated[bool, HIDDEN] = False
+    sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
     editing: OmitArgPrefixes[EditingOptions] = field(default_factory=EditingOptions)
     model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
@@ -287,6 +312,8 @@ def check_options(options: Options) -> None:
         UsageError: two options exclude each other, or one has no effect.
     """
     e, varies = options.editing, options.editing.variation is not None
+    sharding = options.sharding
+    into = sharding.shards is not None
     for wrong, message in (
         (varies and e.init_image is None, "--variation needs an image: give --init-image"),
         (varies and e.mask is not None, "--variation changes the whole image: it takes no --mask"),
@@ -301,6 +328,27 @@ def check_options(options: Options) -> None:
         (e.init_caption is not None and not varies, "--init-caption is for --variation"),
         (e.to_seed is not None and not e.between, "--to-seed is for --between"),
         (e.between and e.init_image is not None, "--between takes prompts: it has no --init-image"),
+        (
+            into and (e.between or e.init_image is not None or e.mask is not None),
+            "--shards takes prompts: it has no --init-image, --mask or --between",
+        ),
+        (into and options.preview, "--shards has no --preview"),
+        (
+            into and options.out != Options.out,
+            "--shards names the folder: leave --out out",
+        ),
+        (
+            not into and (sharding.processes is not None or sharding.process is not None),
+            "--processes and --process are for --shards",
+        ),
+        (
+            not into and sharding.shard_size != ShardOptions.shard_size,
+            "--shard-size is for --shards",
+        ),
+        (
+            options.prompts_field is not None and options.prompts_file is None,
+            "--prompts-field is for --prompts-file",
+        ),
     ):
         if wrong:
             raise UsageError(message)
@@ -314,7 +362,7 @@ def prompts_of(options: Options) -> tuple[str, ...]:
     """
     if options.prompts_file is None:
         return options.prompts
-    prompts = read_prompts_file(options.prompts_file)
+    prompts = read_prompt_file(options.prompts_file, options.prompts_field)
     if not prompts and not options.prompts:
         raise UsageError(f"{options.prompts_file} holds no prompt: write one a line")
     return options.prompts + prompts

@@ -1,9 +1,10 @@
 """Open a weight file as an extractor; names and shapes of its arrays tell which network it is."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,10 +13,10 @@ from flax import linen as nn
 from glide_jax.errors import GlideError
 from glide_jax.evaluation.extractors.extractor import Extractor, resized
 from glide_jax.evaluation.extractors.inception import CLASSES, DIMENSIONS, Inception, from_torch
-from glide_jax.evaluation.extractors.vit import HEAD, ViT, ViTConfig
+from glide_jax.evaluation.extractors.vit import HEAD, TextConfig, ViT, ViTConfig
 from glide_jax.evaluation.extractors.vit_names import read_clip, read_dinov2, read_transformers
 from glide_jax.folders import expand_home
-from glide_jax.weights.store import flatten, map_arrays, unflatten
+from glide_jax.weights.store import CONFIG, flatten, map_arrays, read_config_json, unflatten
 from glide_jax.weights.torch_file import read_torch_file
 
 EXPECTED = (
@@ -43,7 +44,8 @@ def open_extractor(path: str | Path) -> Extractor:
     the size of its position embeddings. All run in float32.
 
     A file does not say how it was trained: another CLIP with the same names is read as OpenAI's,
-    with OpenAI's activation `x sigmoid(1.702 x)`.
+    with OpenAI's activation `x sigmoid(1.702 x)` and heads of 64 channels. The `config.json` of a
+    folder that transformers wrote does say it.
 
     Args:
         path: a `.pt`, `.pth` or `.bin` file of a state dict (no code in it is run), a
@@ -52,23 +54,61 @@ def open_extractor(path: str | Path) -> Extractor:
     Raises:
         GlideError: the file does not exist, is broken, or holds no known network.
     """
-    path = expand_home(path)
+    path, tensors, described = read_state(path)
+    return recognise(path, tensors, described.get("vision_config"))
+
+
+def read_state(path: str | Path) -> tuple[Path, Mapping[str, np.ndarray], dict[str, Any]]:
+    """Return the weight file of a path, its state dict, and the `config.json` of a folder.
+
+    Raises:
+        GlideError: see `open_extractor`.
+    """
+    path, described = expand_home(path), {}
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).is_file()]
         if not found:
             raise GlideError(f"{path} holds none of {', '.join(IN_FOLDER)}")
+        if (path / CONFIG).is_file():
+            described = read_config_json(path / CONFIG)
         path = found[0]
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise GlideError(f"{path} does not exist: give the path of a weight file")
-        tensors, _ = map_arrays(path)
-    else:
-        tensors = read_torch_file(path)
-    return recognise(path, tensors)
+    if path.suffix != ".safetensors":
+        return path, read_torch_file(path), described
+    if not path.is_file():
+        raise GlideError(f"{path} does not exist: give the path of a weight file")
+    tensors, _ = map_arrays(path)
+    return path, tensors, described
 
 
-def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
-    """Return the extractor of a state dict; `path` is for messages.
+C = TypeVar("C", ViTConfig, TextConfig)
+
+
+def described_as(path: Path, config: C, described: Mapping[str, Any] | None) -> C:
+    """Return a config with what `config.json` says of activation and heads.
+
+    Raises:
+        GlideError: the activation is none of CLIP's.
+    """
+    if not described or not config.clip:
+        return config
+    activation = described.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise GlideError(f"{path} has the activation {activation}, which no known CLIP has")
+    heads = described.get("num_attention_heads", config.width // HEAD)
+    if not isinstance(heads, int) or heads < 1 or config.width % heads:
+        raise GlideError(f"{path}: {heads} heads do not divide a width of {config.width}")
+    return replace(config, exact_gelu=activation == "gelu", head=config.width // heads)
+
+
+def recognise(
+    path: Path, tensors: Mapping[str, np.ndarray], described: Mapping[str, Any] | None = None
+) -> Extractor:
+    """Return the extractor of a state dict.
+
+    Args:
+        path: for messages.
+        tensors: the state dict.
+        described: the `vision_config` of the `config.json` beside it, if any.
 
     Raises:
         GlideError: see `open_extractor`.
@@ -78,7 +118,8 @@ def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
             return _inception(path, tensors)
         for mark, read in READERS.items():
             if mark in tensors:
-                return _vit(path, *read(tensors))
+                config, params = read(tensors)
+                return _vit(path, described_as(path, config, described), params)
     except KeyError as error:
         raise GlideError(f"{path} lacks {error.args[0]}: expected {EXPECTED}") from None
     except (ValueError, IndexError, TypeError) as error:
@@ -99,13 +140,13 @@ def _inception(path: Path, tensors: Mapping[str, np.ndarray]) -> Extractor:
         dimensions=DIMENSIONS,
         classes=CLASSES,
         module=module,
-        params=_checked(path, module, params, side=299),
+        params=checked(path, module, params, image_of(299)),
         prepare=_unchanged,
     )
 
 
 def _vit(path: Path, config: ViTConfig, params: dict[str, Any]) -> Extractor:
-    if not config.layers or config.width % HEAD or config.side % config.patch:
+    if not config.layers or config.width % config.head or config.side % config.patch:
         raise GlideError(
             f"{path} is a transformer of {config.layers} layers, width {config.width} and patches "
             f"of {config.patch}: expected {EXPECTED}"
@@ -120,7 +161,7 @@ def _vit(path: Path, config: ViTConfig, params: dict[str, Any]) -> Extractor:
         dimensions=config.output,
         classes=None,
         module=module,
-        params=_checked(path, module, params, side=config.side),
+        params=checked(path, module, params, image_of(config.side)),
         prepare=partial(resized, side=config.side),
     )
 
@@ -129,10 +170,20 @@ def _unchanged(images: np.ndarray) -> np.ndarray:
     return images
 
 
-def _checked(path: Path, module: nn.Module, params: dict[str, Any], side: int) -> dict[str, Any]:
-    """Return the parameters as a tree on the device, after a check of every name and shape."""
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    wanted = flatten(jax.eval_shape(module.init, jax.random.key(0), image)["params"])
+def image_of(side: int) -> jax.ShapeDtypeStruct:
+    """Return the shape of a batch of one image."""
+    return jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+
+
+def checked(
+    path: Path, module: nn.Module, params: dict[str, Any], like: jax.ShapeDtypeStruct
+) -> dict[str, Any]:
+    """Return the parameters as a tree on the device, after a check of every name and shape.
+
+    Raises:
+        GlideError: parameters are missing, unexpected or of the wrong shape.
+    """
+    wanted = flatten(jax.eval_shape(module.init, jax.random.key(0), like)["params"])
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
     found = {name: leaf.shape for name, leaf in params.items()}
     if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):

@@ -1,4 +1,4 @@
-"""Conversion of vision transformers, under their authors' names, to parameters of `ViT`."""
+"""Conversion of vision transformers and of CLIP's text encoders, under their authors' names."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.evaluation.extractors.vit import ViTConfig
+from glide_jax.evaluation.extractors.vit import TextConfig, ViTConfig
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -67,11 +67,25 @@ def read_clip(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
         "position": _float(position),
         "projection/kernel": _float(projection),
     }
-    for i in range(config.layers):
-        name = f"{blocks}.{i}.attn.in_proj_"
-        params[f"block_{i}/qkv/kernel"] = _float(tensors[f"{name}weight"]).T
-        params[f"block_{i}/qkv/bias"] = _float(tensors[f"{name}bias"])
-    return config, params
+    return config, params | _joint_attention(tensors, blocks, config.layers)
+
+
+def read_clip_text(tensors: Tensors) -> tuple[TextConfig, dict[str, Any]]:
+    """Read the text encoder from a state dict of openai/CLIP.
+
+    Raises:
+        KeyError: a name is missing.
+    """
+    blocks, projection = "transformer.resblocks", _float(tensors["text_projection"])
+    tokens, position = (
+        _float(tensors[name]) for name in ("token_embedding.weight", "positional_embedding")
+    )
+    layers = _count(tensors, blocks)
+    output = projection.shape[1]
+    config = TextConfig(len(tokens), len(position), position.shape[1], layers, output)
+    params = _common(tensors, {"norm": "ln_final"}, CLIP_BLOCK, blocks, config)
+    params |= {"tokens": tokens, "position": position, "projection/kernel": projection}
+    return config, params | _joint_attention(tensors, blocks, layers)
 
 
 def read_transformers(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
@@ -90,13 +104,46 @@ def read_transformers(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
         "position": _float(position),
         "projection/kernel": _float(projection).T,
     }
-    for i in range(config.layers):
+    return config, params | _separate_attention(tensors, blocks, config.layers)
+
+
+def read_transformers_text(tensors: Tensors) -> tuple[TextConfig, dict[str, Any]]:
+    """Read the text encoder from a state dict of transformers' CLIPModel.
+
+    Raises:
+        KeyError: a name is missing.
+    """
+    blocks, projection = "text_model.encoder.layers", _float(tensors["text_projection.weight"])
+    tokens, position = (
+        _float(tensors[f"text_model.embeddings.{name}_embedding.weight"])
+        for name in ("token", "position")
+    )
+    layers = _count(tensors, blocks)
+    config = TextConfig(len(tokens), len(position), position.shape[1], layers, len(projection))
+    whole = {"norm": "text_model.final_layer_norm"}
+    params = _common(tensors, whole, TRANSFORMERS_BLOCK, blocks, config)
+    params |= {"tokens": tokens, "position": position, "projection/kernel": projection.T}
+    return config, params | _separate_attention(tensors, blocks, layers)
+
+
+def _joint_attention(tensors: Tensors, blocks: str, layers: int) -> dict[str, Any]:
+    params = {}
+    for i in range(layers):
+        name = f"{blocks}.{i}.attn.in_proj_"
+        params[f"block_{i}/qkv/kernel"] = _float(tensors[f"{name}weight"]).T
+        params[f"block_{i}/qkv/bias"] = _float(tensors[f"{name}bias"])
+    return params
+
+
+def _separate_attention(tensors: Tensors, blocks: str, layers: int) -> dict[str, Any]:
+    params = {}
+    for i in range(layers):
         parts = [f"{blocks}.{i}.self_attn.{part}_proj" for part in "qkv"]
         kernels = [_float(tensors[f"{part}.weight"]) for part in parts]
         params[f"block_{i}/qkv/kernel"] = np.concatenate(kernels).T
         biases = [_float(tensors[f"{part}.bias"]) for part in parts]
         params[f"block_{i}/qkv/bias"] = np.concatenate(biases)
-    return config, params
+    return params
 
 
 def read_dinov2(tensors: Tensors) -> tuple[ViTConfig, dict[str, Any]]:
@@ -183,16 +230,24 @@ def _clip_config(patch: np.ndarray, position: np.ndarray, output: int) -> ViTCon
 
 def _deep(config: ViTConfig, tensors: Tensors, blocks: str) -> ViTConfig:
     """Return the config with as many layers as the file has blocks."""
+    return replace(config, layers=_count(tensors, blocks))
+
+
+def _count(tensors: Tensors, blocks: str) -> int:
+    """Return how many blocks a file has."""
     skip = len(blocks.split("."))
     numbers = {name.split(".")[skip] for name in tensors if name.startswith(f"{blocks}.")}
-    layers = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
-    return replace(config, layers=layers)
+    return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
 
 def _common(
-    tensors: Tensors, whole: dict[str, str], block: dict[str, str], blocks: str, config: ViTConfig
+    tensors: Tensors,
+    whole: dict[str, str],
+    block: dict[str, str],
+    blocks: str,
+    config: ViTConfig | TextConfig,
 ) -> dict[str, Any]:
-    """Return the parameters whose layout is the same in all three kinds of files."""
+    """Return the parameters whose layout is the same in all kinds of files."""
     names = dict(whole)
     for i in range(config.layers):
         names |= {f"block_{i}/{n}": f"{blocks}.{i}.{theirs}" for n, theirs in block.items()}

@@ -1,0 +1,159 @@
+"""Thousands of images into tar shards: interrupted and continued, by one process or by many."""
+
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from glide_jax.data.records import digest
+from glide_jax.devices.placement import Placement
+from glide_jax.devices.runtime import trunk_dtype
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.folders import expand_home
+from glide_jax.pipeline.batching import usual_batch
+from glide_jax.pipeline.cascade import chosen_upsampler
+from glide_jax.pipeline.images import check_writable
+from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.prompts import Prompt, read_prompts
+from glide_jax.pipeline.runner import check_32_bits
+from glide_jax.pipeline.settings import describe
+from glide_jax.pipeline.shard_files import add_images, check_same_run, claimed, shard_path
+from glide_jax.training.checksums import checksums
+
+
+def sample_shards(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    shard_size: int = 1000,
+    share: tuple[int, int] = (0, 1),
+    num: int = 1,
+    seed: int = 0,
+    first_index: int = 0,
+    batch_size: int | None = None,
+    upsampler: Any = None,
+    progress: bool = True,
+    **settings: Any,
+) -> str:
+    """Generate `num` images of each prompt into tar shards, and return one line on what is there.
+
+    An image depends on its prompt, its index and the seed alone: shards are the same to the byte
+    whatever process generates them, in one run or in several. Another batch size or number of
+    devices changes an image by at most rounding. Shards that are there are kept. Several processes
+    may work in one folder: each shard is written by one of them.
+
+    Args:
+        pipe: generates the images.
+        folder: gets `000000.tar`, ... and `shards.json`, which describes the run.
+        shard_size: images of a shard.
+        share: index of this process and number of processes: it takes each so-manyth shard.
+        batch_size, upsampler, **settings: see `Pipeline.stream`.
+
+    Raises:
+        UsageError: the folder has shards of another run; or see `Pipeline.stream`.
+        GlideError: the folder cannot be written, or the disk is full.
+        KeyboardInterrupt: with one line that says how many shards are there.
+    """
+    folder = expand_home(folder)
+    if shard_size < 1:
+        raise UsageError(f"a shard has at least 1 image, not {shard_size}")
+    parsed = read_prompts(prompts, num)
+    check_32_bits("seed", seed)
+    for index in (first_index, first_index + len(parsed) - 1):
+        check_32_bits("first_index", index)
+    check_writable(folder)
+    count = -(-len(parsed) // shard_size)
+    check_same_run(
+        folder,
+        {
+            "images": len(parsed),
+            "shards": count,
+            "shard_size": shard_size,
+            "num": num,
+            "seed": seed,
+            "first_index": first_index,
+            "prompts digest": digest(prompts),
+            **_identity(pipe, upsampler, settings),
+        },
+    )
+
+    def there() -> str:
+        done = sum(shard_path(folder, number).exists() for number in range(count))
+        return f"{done:,} of {count:,} shards of {len(parsed):,} images are in {folder}"
+
+    def spans(number: int) -> range:
+        return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
+
+    todo = [k for k in range(share[0], count, share[1]) if not shard_path(folder, k).exists()]
+    size = batch_size
+    if size is None:
+        size = usual_batch(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size
+    if size < 1:
+        raise UsageError(f"a batch holds at least one image, not {size}")
+    busy = 0
+    try:
+        total = sum(len(spans(number)) for number in todo)
+        with tqdm.tqdm(total=total, unit="image", disable=not progress or not todo) as bar:
+            for number in todo:
+                path, span = shard_path(folder, number), spans(number)
+                bar.set_description(path.name)
+                with claimed(path) as file:
+                    if file is None:  # another process has it
+                        busy += not path.exists()
+                        bar.total -= len(span)
+                        continue
+                    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                        for start in range(span.start, span.stop, size):
+                            some = range(start, min(start + size, span.stop))
+                            images = pipe(
+                                [_unpadded(parsed[i]) for i in some],
+                                seed=seed,
+                                first_index=[first_index + i for i in some],
+                                batch_size=batch_size,
+                                upsampler=upsampler,
+                                progress=False,
+                                **settings,
+                            )
+                            add_images(tar, images)
+                            bar.update(len(some))
+    except OSError as error:
+        why = error.strerror or error
+        raise GlideError(
+            f"cannot write shards: {why}; {there()}, and the same command continues"
+        ) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {there()}, and the same command continues") from None
+    return there() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
+
+
+def _unpadded(prompt: Prompt) -> Prompt:
+    """Return a prompt without the parts of weight 0 that make all of a file as long.
+
+    A plain caption then costs what it costs alone.
+    """
+    kept = tuple(p for i, p in enumerate(prompt.parts) if i == 0 or p.text or p.weight)
+    return Prompt(prompt.text, kept)
+
+
+def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what else the images depend on: settings, and checksums of the weights."""
+    chosen = pipe.settings.changed(**settings)
+    larger = chosen_upsampler(pipe.upsampler, upsampler)
+    found: dict[str, Any] = {"settings": describe(chosen)}
+    used: dict[str, tuple[str, Any]] = {"weights": (pipe.model.name, pipe.model.params)}
+    if larger is not None:
+        changed = upsampler if isinstance(upsampler, Mapping) else {}
+        found["upsampler"] = describe(larger.settings.changed(**changed))
+        used["upsampler weights"] = larger.model.name, larger.model.params
+    if chosen.clip_scale and pipe.clip is not None:
+        used["CLIP"] = pipe.clip.name, pipe.clip.params
+    if chosen.autoguidance_scale != 1 and pipe.weak_model is not None:
+        used["weak model"] = pipe.weak_model.model.name, pipe.weak_model.model.params
+    for what, (_, params) in used.items():
+        sums = checksums(params)
+        found[f"{what} digest"] = digest(f"{name} {value}" for name, value in sums.items())
+    found["dtype"] = trunk_dtype(pipe.dtype).__name__
+    return found | {"names": {what: name for what, (name, _) in used.items()}}
