@@ -369,7 +369,7 @@ def read(arguments: Sequence[str]) -> Command:
     """Return the command of a command line."""
     words = expand_words(arguments, TEXTS)
     if weights := _weights(words):
-        show_defaults_of(weights)
+        show_defaults_of(weights, words)
     kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
     return tyro.cli(
         reduce(or_, kinds),
