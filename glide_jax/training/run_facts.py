@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from glide_jax.training.config import RunConfig, TrainConfig, read_config
 from glide_jax.weights.hub_names import on_hub
