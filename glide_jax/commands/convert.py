@@ -1,4 +1,4 @@
-"""`glide-jax weights`: convert weights, make an EMA after training, export a run or its LoRA."""
+"""`glide-jax weights`: convert weights, make an EMA, export a run or its LoRA, push to the Hub."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from glide_jax.commands.push import push
 from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.folders import expand_home, expand_words
@@ -14,6 +15,8 @@ from glide_jax.training.config import CLIPTrainConfig, read_config
 from glide_jax.training.runs import is_run, open_clip, open_model
 from glide_jax.weights.choosing import SAFETENSORS, read_released, split_choice
 from glide_jax.weights.clip_registry import RELEASED, CLIPModel, clip_from_files, save_clip
+from glide_jax.weights.hub import local
+from glide_jax.weights.hub_names import on_hub
 from glide_jax.weights.lora import save_lora
 from glide_jax.weights.registry import EMBEDDED_CLIPS, Model, save_model, save_torch
 from glide_jax.weights.released_clip import clip_to_released
@@ -31,9 +34,9 @@ Paths = Annotated[
         help_behavior_hint="",
         help="FROM: a .pt, .ckpt or .safetensors file under the released names (for a noised CLIP "
         "both files; FILE:MODEL for one of several models in it), a name (openai/base, "
-        "openai/clip, emoji64), a folder of weights, or a run of train.py. TO: a name that ends in "
-        ".pt (for a noised CLIP two, for image and text), or else a folder, which gets config.json "
-        "and model.safetensors. Existing files are never replaced.",
+        "openai/clip, emoji64, hf://user/name), a folder of weights, or a run of train.py. "
+        "TO: a name that ends in .pt (for a noised CLIP two, for image and text), or else a "
+        "folder, which gets config.json and model.safetensors. Existing files are never replaced.",
     ),
 ]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -123,6 +126,8 @@ def _split(paths: tuple[str, ...]) -> tuple[list[str], list[Path]]:
     targets = paths[reads:]
     if len(targets) != 1 and (len(targets) != 2 or not all(map(_is_torch, targets))):
         raise UsageError("name what to read, then what to write: convert base.pt FOLDER")
+    if wrong := [path for path in targets if on_hub(path)]:
+        raise UsageError(f"to upload, use glide-jax weights push FOLDER {wrong[0]}")
     if wrong := [path for path in targets if path.endswith((".ckpt", SAFETENSORS))]:
         raise UsageError(
             f"{wrong[0]} is the name of a file: name a folder, which gets {CONFIG} and {MODEL}, or "
@@ -139,6 +144,7 @@ def _refuse_to_replace(to: Path) -> None:
 
 
 def _read(sources: list[str]) -> Model | CLIPModel:
+    sources = [str(local(source)) for source in sources]
     if len(sources) == 2:
         by_side = {clip_side(read_released(source)): source for source in sources}
         if set(by_side) != {"image", "text"}:
@@ -185,7 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         find_devices()
         tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "ema": ema, "export": export_run, "lora": lora},
+            {
+                "convert": convert,
+                "ema": ema,
+                "export": export_run,
+                "lora": lora,
+                "push": push,
+            },
             prog="glide-jax weights",
             description=__doc__,
             args=expand_words(sys.argv[1:] if arguments is None else arguments),

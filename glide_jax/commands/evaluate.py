@@ -369,8 +369,9 @@ COMMANDS: dict[str, type[Command]] = {
 
 def read(arguments: Sequence[str]) -> Command:
     """Return the command of a command line."""
-    if weights := _weights(words := expand_words(arguments, TEXTS)):
-        show_defaults_of(weights)
+    words = expand_words(arguments, TEXTS)
+    if weights := _weights(words):
+        show_defaults_of(weights, words)
     kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
     return tyro.cli(
         reduce(or_, kinds),

@@ -111,7 +111,7 @@ class CLIP:
 def load_clip(
     weights: str | Path = RELEASED, *, dtype: str = "auto", devices: int | str = 1
 ) -> CLIP:
-    """Load a noised CLIP: "openai/clip", which is downloaded, "emoji_clip64", a folder, or a run.
+    """Load a noised CLIP: "openai/clip", "emoji_clip64", `hf://user/name`, a folder, or a run.
 
     Args:
         dtype, devices: see `glide_jax.load`.

@@ -40,7 +40,8 @@ def load(
 
     Args:
         weights: a name ("emoji64", "openai/base", ...), a folder of weights, a `.pt` file under
-            OpenAI's parameter names, or a run of `train.py`.
+            OpenAI's parameter names, `hf://user/name` (the Hugging Face Hub), or a run of
+            `train.py`.
         upsampler: weights of an upsampler, which then enlarges each image; None: the one that
             belongs to the weights, if any; "none": no upsampler.
         clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and "none"

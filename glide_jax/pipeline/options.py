@@ -41,8 +41,8 @@ class WeightsOptions:
     """What generates, and on which devices.
 
     Attributes:
-        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or the folder
-            of a training run.
+        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
+            a training run, or hf://user/name of the Hugging Face Hub.
         upsampler: Weights of the upsampler that enlarges each image, or none. Default: the one
             that belongs to the weights (emoji_upsample256 for emoji64), if any.
         upsampler_steps: Steps of the upsampler. If its weights have a strength below 1, only that
@@ -237,7 +237,7 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     The help shows the sampling defaults of the weights that the command line names.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    show_defaults_of(_named(words, "--weights") or WeightsOptions.weights)
+    show_defaults_of(_named(words, "--weights") or WeightsOptions.weights, words)
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     chosen, prompts = split_prompts(words)
     chosen = expand_words(chosen, TEXTS)
@@ -288,8 +288,13 @@ def _lengths(kind: Any) -> dict[str, int]:
     return found
 
 
-def show_defaults_of(weights: str) -> None:
-    """Make the help show the sampling defaults of these weights."""
+def show_defaults_of(weights: str, words: Sequence[str]) -> None:
+    """Make the help show the sampling defaults of these weights, if a command line asks for it.
+
+    For weights of the Hub it downloads their config.
+    """
+    if not {"-h", "--help"} & set(words):
+        return
     settings = Settings().changed(**sampling_defaults(weights))
     _shown.clear()
     _shown.update({f.name: getattr(settings, f.name) for f in fields(settings)})

@@ -51,8 +51,8 @@ class RunConfig:
         dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these dtypes.
         remat: Activation checkpointing: less memory, a third more time.
-        init_from: Weights to start from: a name, a folder, a `.pt` file or a run; empty: random
-            weights. It is ignored when a stopped run is resumed.
+        init_from: Weights to start from: a name, a folder, a `.pt` file, `hf://user/name` or a run;
+            empty: random weights. It is ignored when a stopped run is resumed.
         out: Folder of the run; empty: `runs/<name>`.
         on_bad_step: What to do at a bad step: "stop" the run, or "skip" the update. A step is bad
             if its loss or gradient is not finite, or its loss is too large (see `spike`). The

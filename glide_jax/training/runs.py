@@ -32,7 +32,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def open_model(weights: str | Path) -> Model:
-    """Return a model by name ("emoji64"), from a folder, a `.pt` file, or a run of `train.py`.
+    """Return a model by name ("emoji64"), from a folder, a `.pt` file, the Hub, or a run.
 
     Raises:
         UsageError: there is no such name, folder or file.
@@ -42,7 +42,7 @@ def open_model(weights: str | Path) -> Model:
 
 
 def open_clip(weights: str | Path) -> CLIPModel:
-    """Return a noised CLIP by name ("openai/clip"), from a folder, or a run of `train.py`.
+    """Return a noised CLIP by name ("openai/clip"), from a folder, the Hub, or a run of `train.py`.
 
     Raises:
         UsageError: there is no such name or folder.

@@ -1,6 +1,6 @@
 """The registry of noised CLIPs: sizes and weights."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import expand_home
 from glide_jax.models.presets import CLIPConfig, clip64
 from glide_jax.weights.choosing import read_released
+from glide_jax.weights.hub import download
+from glide_jax.weights.hub_names import on_hub
 from glide_jax.weights.registry import ASSETS, EMBEDDED_CLIPS, FORMAT
 from glide_jax.weights.released_clip import clip_from_released, clip_misfits
 from glide_jax.weights.released_files import fetch
@@ -35,7 +37,9 @@ class CLIPModel:
 
 
 def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
-    """Load a noised CLIP: "openai/clip", which is downloaded, "emoji_clip64", or a folder.
+    """Load a noised CLIP: "openai/clip", "emoji_clip64", a folder, or `hf://user/name`.
+
+    The first and the last are downloaded.
 
     Raises:
         UsageError: there is no such name or folder.
@@ -44,6 +48,9 @@ def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
     if str(weights) == RELEASED:
         image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
         return clip_from_files(image, text)
+    if on_hub(weights):
+        found = download(weights)
+        return replace(load_clip_model(found.path), name=found.name)
     embedded = str(weights) in EMBEDDED_CLIPS
     folder = ASSETS / str(weights) if embedded else expand_home(weights)
     if not folder.is_dir():

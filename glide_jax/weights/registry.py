@@ -1,7 +1,7 @@
 """The registry of named models: sizes, weights and default sampling settings."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from glide_jax.errors import GlideError, UsageError, nearest
 from glide_jax.folders import expand_home
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.weights.choosing import read_released, split_choice
+from glide_jax.weights.hub import config_of, download
+from glide_jax.weights.hub_names import on_hub
 from glide_jax.weights.released import from_released, misfits, to_released
 from glide_jax.weights.released_files import (
     PRESET_OF,
@@ -52,7 +54,8 @@ class Model:
     """The weights of a network and what is needed to use them.
 
     Attributes:
-        name: the name, folder or file that it was loaded from.
+        name: the name, folder or file that it was loaded from; of weights on the Hub, with the
+            commit.
         config: its sizes.
         params: nested dictionaries of float32 arrays.
         schedule, diffusion_steps: the noise schedule that it was trained with.
@@ -85,15 +88,19 @@ def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str 
 
 
 def load_model(name: str | Path) -> Model:
-    """Load a model by name ("emoji64"), from a folder of weights, or from a file.
+    """Load a model by name ("emoji64"), from a folder of weights, a file, or the Hub.
 
     A file has OpenAI's parameter names and is a `.pt`, `.ckpt` or `.safetensors` file;
-    `FILE:MODEL` chooses one of several models in it.
+    `FILE:MODEL` chooses one of several models in it. `hf://user/name` is a repository of the
+    Hugging Face Hub: see `glide_jax.weights.hub.download`.
 
     Raises:
         UsageError: there is no such name, folder or file.
-        GlideError: the files are missing, broken, or do not fit together.
+        GlideError: the files are missing, broken, do not fit together, or cannot be downloaded.
     """
+    if on_hub(name):
+        found = download(name)
+        return replace(load_model(found.path), name=found.name)
     if str(name) in EMBEDDED:
         return _load_exported(str(name), ASSETS / str(name))
     if str(name) in PRESET_OF:
@@ -116,8 +123,10 @@ def defaults_of(name: str | Path) -> dict[str, Any]:
     Without such settings the dictionary is empty.
 
     Raises:
-        GlideError: the folder's `config.json` cannot be read.
+        GlideError: the folder's `config.json` cannot be read, or not downloaded.
     """
+    if on_hub(name):
+        return dict(config_of(name).get("defaults", {}))
     if str(name) in PRESET_OF:
         return released_defaults(PRESETS[PRESET_OF[str(name)]]())
     folder = ASSETS / str(name) if str(name) in EMBEDDED else expand_home(name)

@@ -15,7 +15,7 @@ from glide_jax.data.sources import open_source
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.tokenizers import GPT2Tokenizer
-from tests.support.hub_server import serve
+from tests.support.data_hub import serve
 from tests.support.parquets import image_table, write_arrow, write_parquet
 from tests.support.shards import png, read
 
