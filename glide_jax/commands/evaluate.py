@@ -278,8 +278,7 @@ class Loss:
     Attributes:
         splits: Splits of the data.
         out: Folder for loss.json. Default: the losses are only printed.
-        images: Images of each split, at least 1, rounded up to whole batches; more images give a
-            more precise loss.
+        images: Images of each split, at least 1, in whole batches; more give a more precise loss.
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
             train.py.
         dtype: Dtype of the network: float32, bfloat16 or float16. auto: bfloat16 on TPUs and

@@ -259,7 +259,7 @@ def denoising_loss(
     found: dict[str, Any] = {}
     weight = None
     if levels.probability is not None:
-        found[RECORDS] = Records(batch.row, inputs.t, terms.loss)
+        found[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
         weight = importance(levels.probability, inputs.t)
         terms = Terms(*(term * weight for term in terms))
     found |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
