@@ -101,6 +101,22 @@ class Source:
         return f"{self.label}, {len(self)} images, {digest([self.identity])}"
 
 
+def locate(counts: np.ndarray, index: int) -> tuple[int, int]:
+    """Return the number of the file of a record, and the record's number in that file.
+
+    Args:
+        counts: records up to the end of each file, from the first file on.
+        index: of the record, over all files.
+
+    Raises:
+        IndexError: there is no such record.
+    """
+    if not 0 <= index < counts[-1]:
+        raise IndexError(index)
+    file = int(np.searchsorted(counts, index, side="right"))
+    return file, int(index - (counts[file - 1] if file else 0))
+
+
 def digest(items: Iterable[str | bytes]) -> str:
     """Return a short checksum of texts in their order."""
     sha = hashlib.sha256()

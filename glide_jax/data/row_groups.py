@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glide_jax.data import storage
-from glide_jax.data.records import digest
+from glide_jax.data.records import digest, locate
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError
 
@@ -179,10 +179,7 @@ class RowGroups:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the file of a row, and the row's number in that file."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file = int(np.searchsorted(self.counts, index, side="right"))
-        return file, int(index - (self.counts[file - 1] if file else 0))
+        return locate(self.counts, index)
 
     def name(self, index: int) -> str:
         """Return the name of a row in messages; rows count from 0."""

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glide_jax.data import storage
-from glide_jax.data.records import digest
+from glide_jax.data.records import digest, locate
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import one_line
 from glide_jax.folders import cache_folder
@@ -83,10 +83,7 @@ class Shards:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the file of a record, and the record's number in that file."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file = int(np.searchsorted(self.counts, index, side="right"))
-        return file, int(index - (self.counts[file - 1] if file else 0))
+        return locate(self.counts, index)
 
     def name(self, index: int) -> str:
         """Return the name of a record in messages."""
