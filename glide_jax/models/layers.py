@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from glide_jax.models import winograd
 from glide_jax.models.attention import HALF, accelerator, attend, split_heads
@@ -74,12 +75,19 @@ def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
 class Dense(_Stored, nn.Dense):
     """`flax.linen.Dense`; with a stored low-rank pair `x (W + A B) + b`, as `x W + (x A) B + b`."""
 
+    @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Map `inputs (..., in)` to `(..., features)`."""
-        y = super().__call__(inputs)
+        # Not by `super().__call__`: interceptors of flax would see the layer twice.
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if pair := stored_pair(self, y.dtype):
-            y = y + inputs.astype(y.dtype) @ pair[0] @ pair[1]
-        return y
+            y = y + x @ pair[0] @ pair[1]
+        return y if bias is None else y + bias
 
 
 class _GroupNorm(_Stored, nn.GroupNorm):
