@@ -15,14 +15,14 @@ from glide_jax.pipeline.prompts import clean, read_prompts_file
 
 # The suffixes of files with fields. Any other file has a prompt a line.
 JSON = (".json", ".jsonl", ".ndjson")
-TABLES = (*JSON, ".csv", ".tsv")
+TABLES = (*JSON, ".csv", ".tsv", ".parquet")
 OPTION = "--prompts-field"
 
 
 def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
     """Return the prompts of a file, in its order; empty ones are left out.
 
-    Tables (`.csv`, `.tsv`) and JSON (`.jsonl`, `.json`, COCO's file of captions) are read as the
+    Tables (`.csv`, `.tsv`, `.parquet`) and JSON (`.jsonl`, `.json`, COCO's file of captions) are read as the
     metadata of training data are: a list of captions gives a prompt each. Every other file has a
     prompt a line. White space inside a caption of a table becomes single spaces.
 

@@ -2,7 +2,9 @@
 
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from glide_jax.errors import GlideError
 from glide_jax.pipeline.prompt_files import read_prompt_file
@@ -55,7 +57,7 @@ def test_prompts_are_read_in_the_order_of_the_file(tmp_path, name, content, fiel
          "is int, not text"),
         ("a.jsonl", '{"caption": "a"}\n{\n', None, "a.jsonl, line 2: is not JSON"),
         ("a.json", "{", None, "a.json is not JSON"),
-        ("a.md", "a", "caption", "a.md must be .jsonl, .csv or .tsv"),
+        ("a.md", "a", "caption", "a.md must be .jsonl, .csv, .tsv or .parquet"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named(tmp_path, name, content, field, message):
@@ -69,3 +71,9 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, name, content, field, mess
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(GlideError, match=name):
         read_prompt_file(tmp_path / name)
+
+
+def test_the_captions_of_a_parquet_file_are_prompts(tmp_path):
+    path = tmp_path / "captions.parquet"
+    parquet.write_table(pyarrow.table({"caption": ["a", "b"], "id": [1, 2]}), path)
+    assert read_prompt_file(path) == ("a", "b")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import glide_jax as glide
 import sample
@@ -309,6 +310,9 @@ def test_missing_truncated_and_foreign_weights_are_one_line(tmp_path):
     config = json.loads((foreign / "config.json").read_text())
     config["model"]["xf_layers"] = 2
     (foreign / "config.json").write_text(json.dumps(config))
+    assert "config.json describes another network than when" in generate(foreign)
+    arrays = load_file(foreign / MODEL)  # as another program writes them: without a checksum
+    save_file(arrays, foreign / MODEL)
     assert "text/block_1" in generate(foreign)
     assert not list((tmp_path / "o").glob("*.png"))
 

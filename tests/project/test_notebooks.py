@@ -129,6 +129,6 @@ def test_it_runs(path, tmp_path):
     assert all(cell.execution_count for cell in cells)
     outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
     assert list(tmp_path.rglob("*.png"))
     assert all((tmp_path / name).is_file() for name in FILES.get(path.stem, ()))
