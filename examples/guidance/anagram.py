@@ -6,6 +6,7 @@ in two views.
 python examples/guidance/anagram.py
 """
 
+import numpy as np
 from show import show
 
 from glide_jax import Branch, Guidance
@@ -28,7 +29,7 @@ def _anagram(predict, x, point, *, scale):
 
 def main(out="samples", weights="emoji64", **settings):
     def view(images):
-        return [*images, *(image[::-1] for image in images)]
+        return np.concatenate([images, images[:, ::-1]])
 
     prompts, after = ["a frog"], [anagram("a mushroom")]
     return show("anagram", prompts, [], after, view=view, out=out, weights=weights, **settings)

@@ -22,9 +22,10 @@ def in_situ(predict, x, point, *, scale, rate=0.1):
 
     def dropout(call, args, kwargs, context):
         h = call(*args, **kwargs)
-        if context.module.name != "norm_2":
+        if (context.module.name, context.method_name) != ("norm_2", "__call__"):
             return h
-        return h * jax.random.bernoulli(next(keys), 1 - rate, h.shape[1:]) / (1 - rate)
+        kept = jax.random.bernoulli(next(keys), 1 - rate, h.shape[1:])
+        return (h * kept / (1 - rate)).astype(h.dtype)
 
     p = predict(x, point)
     with nn.intercept_methods(dropout):

@@ -1,7 +1,7 @@
 """Layout: everything outside a box is white while the shapes form  (2302.07121, sec. 3.2).
 
 The backward guidance of that paper for the loss `sum (1 - x_0)^2` outside the box, whose minimiser
-is known. At low noise it is off, so nothing is cut. Cost: no network evaluation of its own.
+is known. Cost: no network evaluation of its own.
 
 python examples/guidance/layout.py
 """
