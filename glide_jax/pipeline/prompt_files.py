@@ -22,9 +22,9 @@ OPTION = "--prompts-field"
 def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
     """Return the prompts of a file, in its order; empty ones are left out.
 
-    Tables (`.csv`, `.tsv`, `.parquet`) and JSON (`.jsonl`, `.json`, COCO's file of captions) are read as the
-    metadata of training data are: a list of captions gives a prompt each. Every other file has a
-    prompt a line. White space inside a caption of a table becomes single spaces.
+    Tables (`.csv`, `.tsv`, `.parquet`) and JSON (`.jsonl`, `.json`, COCO's file of captions) are
+    read as the metadata of training data are: a list of captions gives a prompt each. Every other
+    file has one prompt per line. White space inside a caption of a table becomes single spaces.
 
     Args:
         path: the file.
