@@ -20,6 +20,7 @@ trains alone.
 """
 
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -73,6 +74,7 @@ def train(config: RunConfig) -> None:
 
     # -- resume, or start ---------------------------------------------------------------------
     with (
+        closing(batches),
         Checkpoints(config.folder / "checkpoints", config.keep, config.keep_every) as checkpoints,
         Stopping() as stopping,
     ):
@@ -140,7 +142,8 @@ def main() -> None:
             processes.join(peers)
         prepare(dry_run=hardware is not None)
         if hardware is None:
-            with only_run(config.folder):
+            again = "start all processes again, with the same command"
+            with processes.ending_with_peers(again), only_run(config.folder):
                 train(config)
         else:
             print(dry_run(config, hardware))

@@ -130,6 +130,9 @@ class ResidentBatches:
         row = np.broadcast_to(self._rows, image.shape)
         return Picks(image, caption, flip.astype(bool), np.stack([top, left], -1), row)
 
+    def close(self) -> None:
+        """Do nothing: there are no worker processes to end."""
+
     def _choose(self, position: int) -> tuple[int, int, bool, int, int]:
         """Return the choices of a position, made as `Prepare` makes them."""
         number, rng = self._prepare.start(position)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from glide_jax.errors import GlideError, UsageError, one_line
 TEXT_BYTES = 1024
 # How long processes wait for each other.
 JOIN_SECONDS = 300
+# Signs in jax's errors that another process is gone: of its transports, and of its coordinator.
+LOST = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE", "reset by peer", "closed by peer")
 
 
 class Peers(NamedTuple):
@@ -123,6 +126,29 @@ def _connect(cluster: Cluster, seconds: float, **options: Any) -> None:
         raise GlideError(
             f"cannot join the other processes ({why.rstrip('.')}{detected}): {REMEDY}"
         ) from None
+
+
+@contextmanager
+def ending_with_peers(remedy: str) -> Iterator[None]:
+    """End this process with one line and exit code 1 when another one is gone.
+
+    At once: jax's own end would wait for the other's heartbeat, and then abort with a stack trace.
+
+    Args:
+        remedy: what to do, for the line.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        why = one_line(error)
+        if jax.process_count() == 1 or not any(sign in why for sign in LOST):
+            raise
+        # jax names its own call once for each device.
+        why = why.rpartition("dispatching computation: ")[2][:200]
+        line = f"error: another process has ended or cannot be reached ({why}): {remedy}"
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def visible_gpus() -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -128,3 +129,23 @@ def test_a_process_alone_says_nothing_and_opens_no_connection(monkeypatch, capsy
 def test_gpus_are_counted_without_starting_them(monkeypatch, value, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     assert visible_gpus() == count
+
+
+def test_a_process_whose_peer_is_killed_ends_with_one_line(tmp_path):
+    images, out = make_images(tmp_path / "images"), tmp_path / "run"
+    command = ["train.py", "--config", RECIPE, "--data.source", images, "--steps", 1_000_000]
+    command += ["--save-every", 5, "--sample-every", 0, "--data.workers", 1, "--out", out]
+    command += ["--coordinator", f"localhost:{free_port()}", "--processes", 2, "--process"]
+    both = [start(*command, i) for i in range(2)]
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoints" / "5").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    both[1].kill()
+    _, text = both[0].communicate(timeout=50)  # jax's own end would take a minute
+    both[1].communicate()
+    assert both[0].returncode == 1, text
+    # Without the progress bar.
+    lines = [line for line in text.replace("\r", "\n").splitlines() if "/1000000 [" not in line]
+    (line,) = filter(str.strip, lines)
+    assert line.startswith("error: another process has ended or cannot be reached (")
+    assert line.endswith("start all processes again, with the same command")
