@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glide_jax.data.faults import Fault, Faults
-from glide_jax.data.records import Part, Records, Source, digest
+from glide_jax.data.records import Part, Records, Source, digest, locate
 from glide_jax.errors import UsageError
 
 # Records of the largest block in which every source has its exact share.
@@ -96,8 +96,8 @@ class MixedRecords:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Any:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part][int(index - (self.ends[part - 1] if part else 0))]
+        part, own = locate(self.ends, index)
+        return self.parts[part][own]
 
 
 def mix(sources: dict[str, Source], weights: Sequence[Fraction]) -> Source:

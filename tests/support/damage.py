@@ -1,6 +1,8 @@
 """Damage to files, at random places, that is undone afterwards; and what reading them comes to."""
 
+import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,3 +97,11 @@ class Tally:
             "slowest_seconds": round(self.slowest, 3),
             "bad": self.bad[:20],
         }
+
+
+def report(found: dict[str, Tally], sentence: str) -> None:
+    """Print the numbers and their sentence, and end with an error if a case must not be."""
+    print(json.dumps({kind: tally.values() for kind, tally in found.items()}, indent=2))
+    print(sentence)
+    if bad := [case for tally in found.values() for case in tally.bad]:
+        sys.exit(f"{len(bad)} cases must not be: {bad[0]}")

@@ -11,7 +11,6 @@ import io
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +31,7 @@ from glide_jax.weights.store import flatten, map_arrays
 from glide_jax.weights.torch_file import read_torch_file
 from glide_jax.weights.torch_writer import write_torch_file
 from tests.support.commands import RECIPE, make_images, make_weights, run
-from tests.support.damage import Tally, damaged
+from tests.support.damage import Tally, damaged, report
 
 # Returns the outcome of a read.
 Read = Callable[[], str]
@@ -223,10 +222,7 @@ def main(
     """
     with tempfile.TemporaryDirectory() as temporary:
         found = corrupt_all(out or Path(temporary), places, weight_places, seed)
-    print(json.dumps({kind: tally.values() for kind, tally in found.items()}, indent=2))
-    print(sentence(found))
-    if bad := [case for tally in found.values() for case in tally.bad]:
-        sys.exit(f"{len(bad)} cases must not be: {bad[0]}")
+    report(found, sentence(found))
 
 
 if __name__ == "__main__":

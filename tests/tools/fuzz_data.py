@@ -9,11 +9,9 @@ whole set. Prints JSON, and the sentence for docs/results/faults.md.
 
 import contextlib
 import io
-import json
 import os
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.sources import open_source
 from glide_jax.data.storage import BrokenRecord
-from tests.support.damage import Tally
+from tests.support.damage import Tally, report
 from tests.support.mutations import (
     Case,
     Item,
@@ -156,10 +154,7 @@ def main(mutations: int = 10_000, seed: int = 0) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         found = fuzz(Path(folder), mutations, seed)
-    print(json.dumps({kind: tally.values() for kind, tally in found.items()}, indent=2))
-    print(sentence(found))
-    if bad := [case for tally in found.values() for case in tally.bad]:
-        sys.exit(f"{len(bad)} cases must not be: {bad[0]}")
+    report(found, sentence(found))
 
 
 if __name__ == "__main__":
