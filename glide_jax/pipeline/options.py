@@ -206,8 +206,8 @@ class Options:
 
     Attributes:
         prompts: Prompts, for example "a red apple" "a rocket, Twitter flat style".
-        prompts_file: A text file with one prompt per line; or captions in a table (.csv, .tsv,
-            .parquet), in .jsonl or in .json, such as COCO's captions.
+        prompts_file: A text file with one prompt per line; or a table or JSON with captions: .csv,
+            also .tsv, .parquet, .jsonl, and .json such as COCO's.
         prompts_field: The column or field of --prompts-file. Default: caption, text, prompt or a
             like name.
         num: Images per prompt.

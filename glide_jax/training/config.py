@@ -161,9 +161,9 @@ class TrainConfig(RunConfig):
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
         huber: Width W of the pseudo-Huber loss, which is quadratic for errors of the prediction
             below W and linear above; smaller is closer to the absolute error; 0: squared error.
-        levels: Distribution of the noise levels: "uniform" in the timestep (the paper);
-            "log-normal", a normal distribution of log(alpha/sigma) (EDM, 2206.00364); or
-            "loss-aware", more often where the loss is large, with smaller weights (2102.09672).
+        levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
+            normal in log(alpha/sigma), "log-normal" (EDM, 2206.00364), or more often where the
+            loss is large, with smaller weights, "loss-aware" (2102.09672).
         level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
             broader.

@@ -115,3 +115,22 @@ def test_docstrings_begin_with_a_sentence_that_stands_alone(module):
         if text and text.split()[0] in ("Of", "What's", "Those", "Whither", "So", "It", "As")
     ]
     assert not missing and not weak
+
+
+# Files whose docstrings are the help of options.
+HELP = [
+    *PACKAGE.glob("commands/*.py"),
+    *PACKAGE.glob("*/*config.py"),
+    *(PACKAGE / name for name in ("pipeline/options.py", "evaluation/sweep_options.py")),
+    *(PACKAGE / name for name in ("models/presets.py", "demo/launch.py")),
+]
+
+
+@pytest.mark.parametrize("path", HELP, ids=lambda path: path.stem)
+def test_no_sentence_of_the_help_is_broken(path):
+    """The help begins a new paragraph where a line of the docstring begins with no letter."""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    for lines in ((ast.get_docstring(node) or "").splitlines() for node in nodes):
+        listed = [line for line in lines if line.startswith(8 * " ")]
+        assert [line for line in listed if not line[8].isalnum() and line[8] != " "] == []
