@@ -57,8 +57,8 @@ class Curve:
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
         neighbour: The k of precision and recall.
-        allow_few_images: Accept no more images than the network has dimensions. FID is then too
-            large.
+        allow_few_images: Accept sets that have no more images than the network has dimensions. FID
+            is then too large.
         shard_size: Images of a shard.
         processes: Number of processes that share the images, where the environment does not say
             it.

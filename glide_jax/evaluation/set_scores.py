@@ -45,7 +45,7 @@ def measure(
         source: images, or their mean and covariance.
         folder: for the files of features.
         path: of the source, for messages.
-        allow_few: accept no more images than dimensions.
+        allow_few: accept sets that have no more images than dimensions.
 
     Raises:
         UsageError: there are too few images, or the statistics are those of another network.
