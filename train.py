@@ -138,15 +138,15 @@ def main() -> None:
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, peers = take_peers(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
-        if hardware is None:
-            processes.join(peers)
-        prepare(dry_run=hardware is not None)
-        if hardware is None:
-            again = "start all processes again, with the same command"
-            with processes.ending_with_peers(again), only_run(config.folder):
-                train(config)
-        else:
+        if hardware is not None:
+            prepare(dry_run=True)
             print(dry_run(config, hardware))
+            return
+        links = processes.join(peers)
+        prepare()
+        again = "start all processes again, with the same command"
+        with processes.ending_with_peers(links, again), only_run(config.folder):
+            train(config)
 
 
 if __name__ == "__main__":

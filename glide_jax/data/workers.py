@@ -25,13 +25,29 @@ def shielded() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    # Its start unblocks both signals in this process.
-    resource_tracker.ensure_running()
+    # Its start unblocks both signals in this process. What a killed run leaves behind, it removes
+    # without a warning.
+    with _variable("PYTHONWARNINGS", "ignore:resource_tracker"):
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for processes that are started here."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def keep_working(*_: int) -> None:

@@ -19,6 +19,7 @@ from glide_jax.devices.cluster import (
     detect,
     local_devices,
 )
+from glide_jax.devices.links import Links
 from glide_jax.devices.roll_call import roll_call
 from glide_jax.devices.tpu_metadata import tpu_metadata
 from glide_jax.errors import GlideError, UsageError, one_line
@@ -46,39 +47,43 @@ class Peers(NamedTuple):
     process: int | None = None
 
 
-def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> None:
+def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> Links:
     """Connect this process to the others; call it before anything else of jax.
 
     Args:
         peers: the others; None: those that the environment names, or none.
         seconds: how long to wait for them.
 
+    Returns:
+        connections that notice the end of another process; none for a process alone, and where
+        jax itself finds the others.
+
     Raises:
         GlideError: the others cannot be reached.
     """
     if peers is not None and peers.coordinator == "none":
-        return
+        return Links({})
     if peers is not None and peers.coordinator != "auto":
         by_hand = Cluster("--coordinator", "", *peers)
-        _connect(by_hand, seconds, cluster_detection_method="deactivate")
-        return
+        return _connect(by_hand, seconds, cluster_detection_method="deactivate")
     asks = find_spec("kubernetes") is not None
     found = detect(os.environ, metadata=tpu_metadata(), kubernetes=asks)
     if found is None and peers is None:
         if note := alone_though_several(os.environ):
             print(f"note: {note}", file=sys.stderr)
-    elif found is None or found.coordinator is None:
-        _connect(found or Cluster("--coordinator auto", ""), seconds)
-    else:
-        ids = None
-        if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-            ids = local_devices(found.local, visible_gpus())
-        _connect(found, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
-        if found.process == 0:
-            print(
-                f"{found.processes} processes found each other by {found.name} ({found.why}), the "
-                f"first at {found.coordinator}"
-            )
+        return Links({})
+    if found is None or found.coordinator is None:
+        return _connect(found or Cluster("--coordinator auto", ""), seconds)
+    ids = None
+    if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        ids = local_devices(found.local, visible_gpus())
+    links = _connect(found, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
+    if found.process == 0:
+        print(
+            f"{found.processes} processes found each other by {found.name} ({found.why}), the "
+            f"first at {found.coordinator}"
+        )
+    return links
 
 
 def own_share(processes: int | None = None, process: int | None = None) -> tuple[int, int]:
@@ -108,14 +113,15 @@ def own_share(processes: int | None = None, process: int | None = None) -> tuple
     return found.process, found.processes
 
 
-def _connect(cluster: Cluster, seconds: float, **options: Any) -> None:
+def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
     """Wait for all processes, and start jax over them."""
     coordinator, processes, process = cluster[2:5]
+    peers = {}
     try:
         if coordinator is not None and processes is not None and process is not None:
             if _started():
                 raise RuntimeError("jax has started in this process")
-            roll_call(coordinator, processes, process, seconds)
+            peers = roll_call(coordinator, processes, process, seconds)
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=int(seconds), **options
         )
@@ -126,29 +132,35 @@ def _connect(cluster: Cluster, seconds: float, **options: Any) -> None:
         raise GlideError(
             f"cannot join the other processes ({why.rstrip('.')}{detected}): {REMEDY}"
         ) from None
+    return Links(peers)
 
 
 @contextmanager
-def ending_with_peers(remedy: str) -> Iterator[None]:
+def ending_with_peers(links: Links, remedy: str) -> Iterator[None]:
     """End this process with one line and exit code 1 when another one is gone.
 
-    At once: jax's own end would wait for the other's heartbeat, and then abort with a stack trace.
+    Within seconds, also while it waits in a save or in a step: jax's own end would wait for the
+    other's heartbeat, and then abort with a stack trace.
 
     Args:
+        links: the connections to the others, of `join`.
         remedy: what to do, for the line.
     """
+    links.watch(remedy)
+    done = False
     try:
         yield
+        done = True
     except jax.errors.JaxRuntimeError as error:
         why = one_line(error)
         if jax.process_count() == 1 or not any(sign in why for sign in LOST):
             raise
         # jax names its own call once for each device.
         why = why.rpartition("dispatching computation: ")[2][:200]
-        line = f"error: another process has ended or cannot be reached ({why}): {remedy}"
-        print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
+        links.end(f"another process has ended or cannot be reached ({why}): {remedy}")
+        raise  # another thread ends this process
+    finally:
+        links.close(done)
 
 
 def visible_gpus() -> int:

@@ -13,22 +13,27 @@ RETRY_SECONDS = 0.5
 GRACE_SECONDS = 10
 
 
-def roll_call(coordinator: str, processes: int, process: int, seconds: float) -> None:
+def roll_call(
+    coordinator: str, processes: int, process: int, seconds: float
+) -> dict[int, socket.socket]:
     """Wait until all processes have come to the address of the first.
+
+    Returns:
+        the open connections, by index: of process 0 to all others, of another one to process 0.
 
     Raises:
         GlideError: one did not come in time, or the address cannot be used.
     """
     host, _, port = coordinator.rpartition(":")
     if processes == 1:
-        return
+        return {}
     if process == 0:
-        _gather(int(port), processes, seconds)
-    else:
-        _report(host.strip("[]"), int(port), f"{GREETING} {process} of {processes}", seconds)
+        return _gather(int(port), processes, seconds)
+    greeting = f"{GREETING} {process} of {processes}"
+    return {0: _report(host.strip("[]"), int(port), greeting, seconds)}
 
 
-def _gather(port: int, processes: int, seconds: float) -> None:
+def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socket]:
     """Wait for the others, and tell them to go on, or who is missing."""
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
@@ -56,9 +61,10 @@ def _gather(port: int, processes: int, seconds: float) -> None:
                 raise GlideError(why)
             there[int(words[0])] = peer
         _tell(there, GO)
+        return {index: peer.dup() for index, peer in there.items()}
 
 
-def _report(host: str, port: int, greeting: str, seconds: float) -> None:
+def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socket:
     """Come to the first process, and wait for its word."""
     deadline, why = time.monotonic() + seconds, "no answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -68,11 +74,11 @@ def _report(host: str, port: int, greeting: str, seconds: float) -> None:
                 # The first process ends the wait; it knows who is missing.
                 peer.settimeout(seconds + GRACE_SECONDS)
                 answer = _line(peer)
+                if answer == GO:
+                    return peer.dup()
         except OSError as error:
             why = error.strerror or one_line(error) or "no answer"
         else:
-            if answer == GO:
-                return
             if answer.startswith("process"):
                 raise GlideError(answer)
             why = "what answers there is no training"

@@ -1,0 +1,88 @@
+"""Connections that stay open between the processes of a run, so that an end is noticed at once."""
+
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+
+DONE, FAILED, LOST = b"d", b"f", b"l"
+# Seconds that a process has to end by itself, with its own message, once another one is gone: the
+# step that it waits in fails, or it meets the same error.
+GRACE_SECONDS = 5
+# Keepalive: a machine that fails without closing its connections is noticed after a minute.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+class Links:
+    """The connections of this process: of process 0 to all others, of another one to process 0.
+
+    Args:
+        peers: one connected socket for each index of a process.
+    """
+
+    def __init__(self, peers: dict[int, socket.socket]):
+        self._peers = peers
+        self._ending = threading.Lock()
+        for peer in peers.values():
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEPALIVE.items():
+                # Not every system has them.
+                with suppress(AttributeError, OSError):
+                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def watch(self, remedy: str) -> None:
+        """End this process with one line and exit code 1 within seconds once another one is gone.
+
+        Args:
+            remedy: what to do, for the line.
+        """
+        threading.Thread(target=self._watch, args=(remedy,), daemon=True).start()
+
+    def close(self, done: bool) -> None:
+        """Take leave of the others, which then end too unless this process is done.
+
+        Args:
+            done: whether this process has finished its work.
+        """
+        # Held for good: the thread no longer ends this process.
+        self._ending.acquire()
+        self._tell(DONE if done else FAILED)
+
+    def end(self, line: str) -> None:
+        """End this process with an error; the first call of all threads alone prints its line."""
+        if not self._ending.acquire(blocking=False):
+            return
+        self._tell(LOST)
+        # Below a progress bar.
+        print(f"\nerror: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1)
+
+    def _tell(self, word: bytes) -> None:
+        for peer in self._peers.values():
+            with suppress(OSError):
+                peer.sendall(word)
+
+    def _watch(self, remedy: str) -> None:
+        with selectors.DefaultSelector() as selector:
+            for index, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, index)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    try:
+                        word = key.fileobj.recv(1)
+                    except OSError:
+                        word = b""
+                    if word == DONE:
+                        selector.unregister(key.fileobj)
+                        continue
+                    # Where the first process was killed, jax aborts the others: no time is left.
+                    if word == FAILED or key.data != 0:
+                        time.sleep(GRACE_SECONDS)
+                    self.end(f"process {key.data} has ended or cannot be reached: {remedy}")
+                    return
