@@ -13,6 +13,8 @@ HALF = (jnp.bfloat16, jnp.float16)
 MAX_HEAD = 128
 # Below it, the logits are small, and cuDNN has no kernel in some versions.
 MIN_LENGTH = 64
+# From this number of logits of a head on, those of all heads exceed the caches of a CPU.
+MANY_LOGITS = 2**19
 
 # The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
 # Elsewhere it is that of the default device. jax traces a jitted function again for each value.
@@ -23,15 +25,21 @@ def accelerator() -> str:
     """Return what traced programs are for, if it has fused attention: "cuda" (sm80 on) or "tpu"."""
     if compile_for.value is not None:
         return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
-    device = jax.config.values["jax_default_device"]
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
+    device = _device()
     if device.platform == "tpu":
         return "tpu"
     # A GPU of AMD has a capability like "gfx90a".
     capability = str(getattr(device, "compute_capability", ""))
     fused = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0
     return "cuda" if fused else ""
+
+
+def _device() -> jax.Device:
+    """Return the device that programs run on unless they are told otherwise."""
+    device = jax.config.values["jax_default_device"]
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device
 
 
 def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
@@ -71,7 +79,26 @@ def attend(
         return out.reshape(*out.shape[:2], -1)
     if kernel == "pallas":
         return _on_tpu(query, key, value)
+    on_cpu = (compile_for.value or _device().platform) == "cpu"
+    if on_cpu and mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
+        return _head_by_head(query, key, value)
     return _plain(query, key, value, mask)
+
+
+def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """The plain form of one head of one image after another, whose logits stay in the caches."""
+    scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
+
+    # In products of matrices: XLA would transpose the weights of the other form.
+    def one(head: list[jax.Array]) -> jax.Array:
+        query, key, value = head
+        logits = (query * scale) @ (key * scale).T
+        return nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype) @ value
+
+    batch, length, heads, width = query.shape
+    each = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
+    out = jax.lax.map(one, each).reshape(batch, heads, length, width)
+    return out.swapaxes(1, 2).reshape(batch, length, -1)
 
 
 def _plain(

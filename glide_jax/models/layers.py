@@ -197,9 +197,9 @@ class Conv3x3(_Stored, nn.Module):
         init = nn.initializers.zeros if self.zero else CONV_INIT
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        if kernel.shape[0] in winograd.FORMS:
+        if isinstance(kernel, winograd.Kernel):
             return winograd.convolve(x, kernel) + bias
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         strides, padding = (self.stride,) * 2, ((1, 1),) * 2
         axes = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=axes)

@@ -2,13 +2,13 @@
 
 F(2x2) computes blocks of 2x2 pixels from 4x4 by 16 products, where the plain form has 36; F(4x4)
 blocks of 4x4 from 6x6 by 36 products in place of 144. The kernels are transformed once, when a
-pipeline is made; a layer sees by the shape of its kernel which form it has. In float32, the result
-differs from the plain form by 1e-6 of the largest value with F(2x2), by 2e-5 with F(4x4).
+pipeline is made. In float32, the result differs from the plain form by 1e-6 of the largest value
+with F(2x2), by 2e-5 with F(4x4).
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,17 @@ FORMS: dict[int, tuple[list[list[float]], ...]] = {
 F4_SIDE = 64
 # Programs take longer to compile and to load: a small network would lose more than it gains.
 MIN_CHANNELS = 128
+
+
+class Kernel(NamedTuple):
+    """A transformed kernel, in the place of the kernel in the parameters of a layer.
+
+    Attributes:
+        matrices: `U[i][j]`, `(C, F)`, of each place in a block. As one array each call would copy
+            them out of it.
+    """
+
+    matrices: tuple[tuple[jax.Array, ...], ...]
 
 
 def scales(config: ModelConfig) -> dict[str, int]:
@@ -94,28 +105,29 @@ def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, 
 
 
 @partial(jax.jit, static_argnums=1)
-def _transformed(kernels: dict[Any, jax.Array], length: int) -> dict[Any, jax.Array]:
+def _transformed(kernels: dict[Any, jax.Array], length: int) -> dict[Any, Kernel]:
     return {name: transform_kernel(kernel, length) for name, kernel in kernels.items()}
 
 
-def transform_kernel(kernel: jax.Array, length: int) -> jax.Array:
-    """`U = G g G^T`: `(3, 3, C, F) -> (length, length, C, F)`."""
+def transform_kernel(kernel: jax.Array, length: int) -> Kernel:
+    """`U = G g G^T` of a kernel `(3, 3, C, F)`, for blocks d of length 4 or 6."""
     g = FORMS[length][2]
     rows = _products(g, [kernel[i] for i in range(3)])
-    return jnp.stack([jnp.stack(_products(g, [row[j] for j in range(3)])) for row in rows])
+    return Kernel(tuple(tuple(_products(g, [row[j] for j in range(3)])) for row in rows))
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
     """`y = A^T [U (B^T d B)] A` for each block d of pixels, padded by zeros.
 
     Args:
         x: `(B, H, W, C)`; H and W are multiples of the blocks of the result.
-        kernel: U, of `transform_kernel`.
+        kernel: U.
 
     Returns:
         `(B, H, W, F)`.
     """
-    a, b, _ = FORMS[kernel.shape[0]]
+    u = kernel.matrices
+    a, b, _ = FORMS[len(u)]
     step, length = len(a), len(b)
 
     def blocks(d: jax.Array, axis: int) -> list[jax.Array]:
@@ -128,7 +140,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows = jax.lax.optimization_barrier(blocks(padded, 1))
     pixels = [blocks(row, 2) for row in rows]
     # Products of matrices one by one: as one batched product they run at half the speed.
-    found = [[pixels[i][j] @ kernel[i, j] for i in range(length)] for j in range(length)]
+    found = [[pixels[i][j] @ u[i][j] for i in range(length)] for j in range(length)]
     columns = [_products(a, column) for column in found]
     rows = [_products(a, [column[i] for column in columns]) for i in range(step)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)

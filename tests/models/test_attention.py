@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from glide_jax.devices.mesh import AXIS, device_mesh
-from glide_jax.models import tpu_attention
+from glide_jax.models import attention, tpu_attention
 from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel
 from glide_jax.models.layers import AttentionBlock, split_heads
 from tests.support.golden import assert_close, load, nhwc
@@ -42,6 +42,25 @@ def test_a_masked_position_is_ignored():
     mask = np.arange(5) < 3
     found = attend(query, key, value, mask[None, None, None])
     assert_close(found, attend(query, key[:, :3], value[:, :3]), 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_on_a_cpu_long_attention_goes_head_by_head(monkeypatch, dtype, tolerance):
+    arrays = inputs(dtype, pixels=48, text=8)
+
+    def results(function):
+        loss = lambda *x: jnp.sum(jnp.sin(function(*x).astype(jnp.float32)))  # noqa: E731
+        return jax.jit(function)(*arrays), jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    assert "while" not in str(jax.make_jaxpr(attend)(*arrays))
+    wanted = results(attend)
+    monkeypatch.setattr(attention, "MANY_LOGITS", 48 * 56)
+    jaxpr = str(jax.make_jaxpr(lambda *x: attend(*x))(*arrays))
+    assert "scan" in jaxpr and "f32[48,56]" in jaxpr
+    found = results(lambda *x: attend(*x))
+    for ours, plain in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours.astype(jnp.float32), plain.astype(jnp.float32), tolerance)
 
 
 # --- the choice
