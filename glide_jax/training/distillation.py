@@ -30,7 +30,7 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
 from glide_jax.diffusion.schedule import to_x_0
-from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
+from glide_jax.diffusion.spacings import NOISIEST_HALF_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
@@ -58,8 +58,8 @@ def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
     They end where the spacings of the sampler do: beyond, nothing is left of the image, and an
     error of eps is an error of x_0 more than 164 times as large.
     """
-    log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
-    usable = int((log_snr >= NOISIEST_LOG_SNR).sum())
+    half_log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
+    usable = int((half_log_snr >= NOISIEST_HALF_LOG_SNR).sum())
     return max(round(config.distillation.share * usable), 1)
 
 

@@ -56,10 +56,10 @@ def test_short_processes_are_spaced_too(length):
 def test_rho_grid(name):
     """`(sigma / alpha)^(1/7)` in even steps, between the ends of the log-SNR grid (EDM, eq. 5)."""
     schedule = make_schedule(name)
-    log_snr = schedule.log_snr(make_grid(schedule, 12, "rho"))
-    roots = np.exp(-log_snr / 7)
+    half_log_snr = schedule.half_log_snr(make_grid(schedule, 12, "rho"))
+    roots = np.exp(-half_log_snr / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-8)
-    assert (log_snr[0], log_snr[-1]) == pytest.approx(end_levels(schedule), abs=1e-9)
+    assert (half_log_snr[0], half_log_snr[-1]) == pytest.approx(end_levels(schedule), abs=1e-9)
 
 
 def test_trailing_grid():
@@ -75,7 +75,7 @@ def test_trailing_grid():
 def test_a_single_step_starts_in_noise(name, spacing):
     schedule = make_schedule(name)
     (level,) = make_grid(schedule, 1, spacing)
-    assert schedule.log_snr(level) < (-2 if spacing == "optimised" else -5)
+    assert schedule.half_log_snr(level) < (-2 if spacing == "optimised" else -5)
 
 
 @each_schedule
@@ -84,7 +84,7 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
     for steps in (1, 2, 4, 8):
         grid = make_grid(schedule, steps, "few")
         np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
-        assert schedule.log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
+        assert schedule.half_log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
     # The linear schedule is usable to its last timestep.
     if name == "linear":
         np.testing.assert_array_equal(make_grid(schedule, 4, "few"), trailing(schedule, 4))
@@ -190,7 +190,9 @@ def test_the_optimiser_reproduces_the_shipped_grids(name, steps):
     schedule = make_schedule(name)
     made, shipped = optimise_grid(schedule, steps), optimised_grid(schedule, steps)
     # The minimum is flat: with other rounding (jax 0.11) the optimiser ends elsewhere in it.
-    np.testing.assert_allclose(schedule.log_snr(made), schedule.log_snr(shipped), atol=0.3)
+    np.testing.assert_allclose(
+        schedule.half_log_snr(made), schedule.half_log_snr(shipped), atol=0.3
+    )
     errors = [image_error(schedule, grid, dpm_solver_2m) for grid in (made, shipped)]
     assert errors[0] < 1.1 * errors[1]
 

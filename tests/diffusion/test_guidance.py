@@ -171,7 +171,7 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
     assert run.programs == ((), (0,))
     jax.block_until_ready(sample(networks, CONDS, run, X, keys()))
     jax.effects_barrier()
-    noise_level = np.exp(-SCHEDULE.log_snr(run.table.t))
+    noise_level = np.exp(-SCHEDULE.half_log_snr(run.table.t))
     wanted = np.where((noise_level > INTERVAL[0]) & (noise_level <= INTERVAL[1]), 8, 4)
     assert {4, 8} == set(wanted.tolist())
     assert sorted(batches, reverse=True) == list(zip(run.table.t.tolist(), wanted, strict=True))

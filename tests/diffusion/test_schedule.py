@@ -68,13 +68,15 @@ def test_respaced_process(name, spacing):
 def test_the_levels_that_solvers_read(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
     grid = respaced(schedule, string(spacing))
-    alpha, sigma, log_snr = (column[-2::-1] for column in levels(schedule, grid))
+    alpha, sigma, half_log_snr = (column[-2::-1] for column in levels(schedule, grid))
     same(alpha, wanted["sqrt_alphas_cumprod"])
     same(sigma, wanted["sqrt_one_minus_alphas_cumprod"])
     same(2 * np.log(sigma), wanted["log_one_minus_alphas_cumprod"], atol=1e-15)
     same(1 / alpha, wanted["sqrt_recip_alphas_cumprod"])
     same(sigma / alpha, wanted["sqrt_recipm1_alphas_cumprod"])
-    np.testing.assert_allclose(np.exp(-log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10)
+    np.testing.assert_allclose(
+        np.exp(-half_log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10
+    )
     q = posterior(step_betas(schedule, grid))
     same(q.log_beta, np.log(wanted["betas"]))
     same(q.beta_tilde, wanted["posterior_variance"])
@@ -128,10 +130,12 @@ def test_refused_betas(betas):
 def test_log_snr_and_its_inverse(name):
     schedule = make_schedule(SCHEDULES[name])
     t = np.append(np.random.default_rng(0).uniform(0, 999, 200), [0, 1, 500, 998, 999])
-    np.testing.assert_allclose(schedule.at_log_snr(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        schedule.at_half_log_snr(schedule.half_log_snr(t)), t, rtol=1e-9, atol=1e-9
+    )
     alpha_bar = schedule.alpha_bar_at(t)
-    log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
-    np.testing.assert_allclose(schedule.log_snr(t), log_snr, rtol=1e-9, atol=1e-9)
+    half_log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+    np.testing.assert_allclose(schedule.half_log_snr(t), half_log_snr, rtol=1e-9, atol=1e-9)
     same(schedule.alpha_bar_at(np.arange(1000)), schedule.alpha_bar)
 
 
@@ -162,10 +166,10 @@ def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
 def test_log_snr_grid(name):
     """Even steps in log-SNR; float32 sets the noisiest level (cosine has -5.77 at t = 997)."""
     schedule = make_schedule(SCHEDULES[name])
-    log_snr = schedule.log_snr(make_grid(schedule, 12))
-    np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-9)
-    assert log_snr[0] == pytest.approx(max(-5.1, schedule.log_snr(999)), abs=1e-9)
-    assert log_snr[-1] == pytest.approx(min(5.05, schedule.log_snr(0)), abs=1e-9)
+    half_log_snr = schedule.half_log_snr(make_grid(schedule, 12))
+    np.testing.assert_allclose(np.diff(half_log_snr), np.diff(half_log_snr)[0], rtol=1e-9)
+    assert half_log_snr[0] == pytest.approx(max(-5.1, schedule.half_log_snr(999)), abs=1e-9)
+    assert half_log_snr[-1] == pytest.approx(min(5.05, schedule.half_log_snr(0)), abs=1e-9)
 
 
 def test_a_number_in_a_string_is_a_number():

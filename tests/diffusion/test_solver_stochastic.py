@@ -166,7 +166,7 @@ def test_repaint_takes_each_jump_so_many_times():
 
 def test_restart_uses_the_nearest_levels_of_the_grid():
     """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
-    grid = SCHEDULE.at_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
+    grid = SCHEDULE.at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
     intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
     table = table_of(restart(SOLVERS["ddim"], intervals), grid)
     assert table.step.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]

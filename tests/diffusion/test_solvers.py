@@ -65,7 +65,7 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     grid = make_grid(SCHEDULE, 8)
     run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
-    level = np.exp(-SCHEDULE.log_snr(grid))
+    level = np.exp(-SCHEDULE.half_log_snr(grid))
 
     def denoise(x, row):
         eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
@@ -156,11 +156,11 @@ def test_2m_is_the_published_midpoint_form():
     The order of convergence cannot show it: with r inverted the errors would cancel from step to
     step, and the order would still be 2.
     """
-    log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
-    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_log_snr(log_snr))
-    alpha, sigma = alpha_sigma(log_snr)
+    half_log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
+    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, sigma = alpha_sigma(half_log_snr)
     for i in range(1, 5):
-        h, before = log_snr[i + 1] - log_snr[i], log_snr[i] - log_snr[i - 1]
+        h, before = half_log_snr[i + 1] - half_log_snr[i], half_log_snr[i] - half_log_snr[i - 1]
         half = 1 / (2 * before / h)
         weight = alpha[i + 1] * (1 - np.exp(-h))
         wanted = [weight * (1 + half), -weight * half, 0, 0]
@@ -175,9 +175,9 @@ def test_unipc_is_the_published_form(p):
     The rho solve the paper's linear system in phi functions; a single rho, that of the predictor of
     order 2 and of the first corrector, is 1/2.
     """
-    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
-    table = table_of(partial(unipc, order=p), SCHEDULE.at_log_snr(log_snr))
-    alpha, _ = alpha_sigma(log_snr)
+    half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
+    table = table_of(partial(unipc, order=p), SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, _ = alpha_sigma(half_log_snr)
 
     def rho(r, h):
         """For data prediction, where h has the opposite sign."""
@@ -195,8 +195,8 @@ def test_unipc_is_the_published_form(p):
         return np.append(-alpha[to] * B - each.sum(), each)
 
     for i in range(p - 1, 4):
-        h = log_snr[i + 1] - log_snr[i]
-        r = (log_snr[i - np.arange(1, p)] - log_snr[i]) / h
+        h = half_log_snr[i + 1] - half_log_snr[i]
+        r = (half_log_snr[i - np.arange(1, p)] - half_log_snr[i]) / h
         step = weights(r, h, i + 1)
         np.testing.assert_allclose(table.E[i, :p], step, rtol=1e-8)
         again = np.roll(weights(np.append(r, 1.0), h, i + 1), 1)  # D' first.
@@ -206,10 +206,10 @@ def test_unipc_is_the_published_form(p):
 
 def test_3m_is_the_parabola_through_three_predictions():
     """In phi functions, with the factor 2 that the published formula lacks."""
-    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
-    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_log_snr(log_snr))
-    alpha, _ = alpha_sigma(log_snr)
-    h0, h1, h = np.diff(log_snr)[:3]
+    half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
+    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, _ = alpha_sigma(half_log_snr)
+    h0, h1, h = np.diff(half_log_snr)[:3]
     fall = 1 - np.exp(-h)
     phi = 1 - fall / h
     r0, r1 = h1 / h, h0 / h

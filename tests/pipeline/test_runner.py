@@ -193,7 +193,7 @@ HALF = np.arange(8)[:, None] + np.zeros(8) > 3
         ("red", {"guidance_scale": 3.0, "guidance_method": "apg"}, 20, 0),
         ("red", {"guidance_scale": 0.5, "guidance_method": "cfg++", "sampler": "ddim"}, 20, 0),
         ("red", {"guidance_scale": 3.0, "guidance_rescale": 0.7, "threshold": 0.99}, 20, 0),
-        # Unguided steps take one evaluation: of log-SNR -5.1, -3.97, ... 5.05 three lie inside.
+        # Unguided steps take one evaluation: three of the half log-SNRs -5.1 ... 5.05 lie inside.
         ("red", {"guidance_scale": 3.0, "guidance_interval": (0.1, 3.5)}, 10 + 3, 0),
         ("red AND blue NOT green", {"guidance_scale": 3.0}, 40, 0),
         ("red", {"autoguidance_scale": 2.0}, 10, 10),

@@ -36,7 +36,7 @@ from tests.support.commands import TINY, make_weights
 
 SCHEDULE = make_schedule("cosine")
 TABLES = make_tables(SCHEDULE)
-LENGTH = 996  # timesteps up to a log-SNR of -5.1
+LENGTH = 996  # timesteps up to a half log-SNR of -5.1
 
 
 # --- noise levels, scales, settings

@@ -22,7 +22,7 @@ from tests.support.commands import TINY
 
 SCHEDULE = make_schedule("cosine")
 TABLES = make_tables(SCHEDULE)
-LENGTH = 996  # timesteps up to a log-SNR of -5.1
+LENGTH = 996  # timesteps up to a half log-SNR of -5.1
 # One Gaussian for the caption, one without it; guidance of scale w makes another mean of them.
 MEAN, NULL_MEAN, STD = 0.3, -0.1, 0.2
 ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in

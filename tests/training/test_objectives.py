@@ -113,14 +113,14 @@ def test_pseudo_huber_is_squared_near_zero_and_absolute_far_away():
 
 
 def test_log_normal_levels_have_their_mean_and_spread():
-    log_snr = make_schedule("cosine").log_snr(np.arange(1000))
+    half_log_snr = make_schedule("cosine").half_log_snr(np.arange(1000))
     config = TrainConfig(
         name="x", model=TINY, levels="log-normal", level_mean=0.5, level_std=0.8, level_uniform=0.0
     )
     levels = make_levels(config)
     t = np.asarray(jax.vmap(levels.sample)(jax.random.split(KEY, 20_000)))
-    assert log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
-    assert log_snr[t].std() == pytest.approx(0.8, abs=0.02)
+    assert half_log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
+    assert half_log_snr[t].std() == pytest.approx(0.8, abs=0.02)
     everywhere = make_levels(replace(config, level_uniform=1.0))
     t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
     assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)

@@ -30,7 +30,7 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
             )
 
     def restarted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-        rising = levels(schedule, grid).log_snr[:-1]
+        rising = levels(schedule, grid).half_log_snr[:-1]
 
         def nearest_step(level: float) -> int:
             return int(np.abs(rising + np.log(level)).argmin())

@@ -61,10 +61,10 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     A first-order step leads to the middle of the step in log(alpha/sigma), where the second
     evaluation is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
     """
-    alpha, sigma, log_snr = levels(schedule, grid)
-    middle = (log_snr[1:-1] + log_snr[:-2]) / 2
+    alpha, sigma, half_log_snr = levels(schedule, grid)
+    middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, again = two_rows_per_step(schedule, grid, (schedule.at_log_snr(middle), a, s))
+    table, again = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
     # The level that each row leads to: the middle, then the end.
     to_a, to_s = table.next_alpha.copy(), table.next_sigma.copy()
     to_a[:-1:2], to_s[:-1:2] = a, s

@@ -81,12 +81,12 @@ class Levels(NamedTuple):
 
     Attributes:
         alpha, sigma: `x_t = alpha x_0 + sigma eps`.
-        log_snr: `log(alpha / sigma)`, half of `log(alpha^2 / sigma^2)`.
+        half_log_snr: `log(alpha / sigma)`, half of `log(alpha^2 / sigma^2)`.
     """
 
     alpha: np.ndarray
     sigma: np.ndarray
-    log_snr: np.ndarray
+    half_log_snr: np.ndarray
 
 
 def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Levels:
@@ -95,8 +95,8 @@ def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Leve
     if released:
         alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
     with np.errstate(divide="ignore"):
-        log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
-    return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+        half_log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
+    return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), half_log_snr)
 
 
 def ages(breaks: np.ndarray) -> np.ndarray:
