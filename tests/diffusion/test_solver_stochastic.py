@@ -158,7 +158,7 @@ def test_sa_solver_adds_noise_in_the_middle_of_the_process():
 
 
 def test_repaint_takes_each_jump_so_many_times():
-    table = table_of(repaint(SOLVERS["ddim"], jump=2, times=3), make_grid(SCHEDULE, 6))
+    table = table_of(repaint(SOLVERS["ddim"], jump=2, resamplings=3), make_grid(SCHEDULE, 6))
     assert table.step.tolist() == [0, 1, 2, *[1, 2] * 2, 3, 4, *[3, 4] * 2, 5]
     np.testing.assert_array_equal(table.index, np.arange(14))
     assert np.flatnonzero(table.keep == 0).tolist() == [3, 5, 9, 11]
@@ -177,7 +177,7 @@ def test_restart_uses_the_nearest_levels_of_the_grid():
 
 @pytest.mark.parametrize("name", ON_A_POINT)
 @pytest.mark.parametrize(
-    "wrap", [partial(restart, intervals=[INTERVAL]), partial(repaint, jump=3, times=2)]
+    "wrap", [partial(restart, intervals=[INTERVAL]), partial(repaint, jump=3, resamplings=2)]
 )
 def test_jumps_end_at_the_right_noise_level(wrap, name):
     table = table_of(wrap(ON_A_POINT[name]), make_grid(SCHEDULE, 8))
@@ -201,7 +201,7 @@ def test_a_jump_resets_the_history():
 
 def test_breaks_stay_when_their_step_is_repeated():
     grid = make_grid(SCHEDULE, 8)
-    again = repaint(SOLVERS["dpm++2m"], jump=4, times=2)
+    again = repaint(SOLVERS["dpm++2m"], jump=4, resamplings=2)
     first_order = table_of(again, grid, breaks=[5])
     second = first_order.E[:, 1] != 0
     assert not second[first_order.step == 5].any() and second[first_order.step == 6].all()
@@ -213,7 +213,7 @@ def test_breaks_stay_when_their_step_is_repeated():
 )
 def test_a_learned_variance_and_the_noise_of_a_jump_add_up(std, steps, rtol):
     """Exact at both ends of the learned range; between them a logarithm is taken as linear."""
-    table = table_of(repaint(SOLVERS["ddpm"], jump=2, times=3), make_grid(SCHEDULE, steps))
+    table = table_of(repaint(SOLVERS["ddpm"], jump=2, resamplings=3), make_grid(SCHEDULE, steps))
     table = without_last_step(table)
     assert_gaussian_at_each_row(table, 0.0, std, rtol, variance_fraction=best_fraction(std))
 
@@ -222,7 +222,7 @@ def test_a_jump_scales_the_score_by_the_learned_variance():
     """It is scaled like the mean; the fresh noise has no effect."""
     grid = make_grid(SCHEDULE, 9)
     plain = table_of(SOLVERS["ddpm"], grid)
-    table = table_of(repaint(SOLVERS["ddpm"], jump=1, times=2), grid)
+    table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), grid)
     for i in np.flatnonzero(np.diff(table.step) == 0):
         row, other = table.rows(i), plain.rows(table.step[i])
         moved = row.score_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)

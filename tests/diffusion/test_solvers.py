@@ -24,7 +24,7 @@ from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 
 EVERY = SOLVERS | {
     "restart": restart(SOLVERS["unipc3"], [(0.05, 20.0, 2)]),
-    "repaint": repaint(SOLVERS["ddpm"], jump=3, times=2),
+    "repaint": repaint(SOLVERS["ddpm"], jump=3, resamplings=2),
     "released": partial(ddim, eta=1.0, released=True),
 }
 
@@ -252,13 +252,13 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
         ),
         (lambda: restart(ddim, [(2.0, 1.0, 1)]), "0 < low < high"),
         (lambda: restart(ddim, [(0.0, 1.0, 1)]), "0 < low < high"),
-        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "times of at least 1"),
+        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "repeats of at least 1"),
         (
             lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]),
             "no step lies between them",
         ),
-        (lambda: repaint(ddim, jump=0), "jump and times of at least 1"),
-        (lambda: repaint(ddim, times=0), "jump and times of at least 1"),
+        (lambda: repaint(ddim, jump=0), "jump and resamplings of at least 1"),
+        (lambda: repaint(ddim, resamplings=0), "jump and resamplings of at least 1"),
         (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more steps than 3"),
         (
             lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
