@@ -176,9 +176,10 @@ class TrainConfig(RunConfig):
             are.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
-        low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
-            noises the small image at a random timestep below this share of the diffusion process,
-            up to 1 (CDM, 2106.15282); larger tolerates worse small images; 0: none.
+        low_res_timestep_share: Upsamplers with `model.low_res_level`: noise-conditioning
+            augmentation, which noises the small image at a random timestep of this share of them,
+            counted from the clean end, up to 1 (CDM, 2106.15282); larger tolerates worse small
+            images; 0: none.
         mask_all: Inpainting: share of images that are masked completely, from 0 to 1; larger
             trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
@@ -214,7 +215,7 @@ class TrainConfig(RunConfig):
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     caption_dropout: float = 0.0
-    low_res_noise: float = 0.0
+    low_res_timestep_share: float = 0.0
     mask_all: float = 0.1
     train_size: int = 0
     sample_every: int = 5000
@@ -228,7 +229,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("caption_dropout", "low_res_noise", "mask_all", "level_uniform"):
+        for name in ("caption_dropout", "low_res_timestep_share", "mask_all", "level_uniform"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
@@ -259,8 +260,8 @@ class TrainConfig(RunConfig):
                 raise UsageError("a held-out loss is not measured with objective consistency")
         if self.lora.rank:
             self._check_lora()
-        if bool(self.low_res_noise) != self.model.low_res_level:
-            raise UsageError("low_res_noise and model.low_res_level go together")
+        if bool(self.low_res_timestep_share) != self.model.low_res_level:
+            raise UsageError("low_res_timestep_share and model.low_res_level go together")
         # Each level but the last halves the image; the low-resolution one has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
@@ -295,18 +296,18 @@ class CLIPTrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the CLIP.
-        noise: Share of the diffusion process whose timesteps the images are noised at, counted from
-            its clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
+        timestep_share: Share of the timesteps that the images are noised at, counted from the
+            clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
             that scores clean images needs less.
     """
 
     model: CLIPConfig
-    noise: float = 1.0
+    timestep_share: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.noise <= 1:
-            raise UsageError(f"noise is a share, 0 < noise <= 1, not {self.noise}")
+        if not 0 < self.timestep_share <= 1:
+            raise UsageError(f"timestep_share is above 0 and up to 1, not {self.timestep_share}")
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
 

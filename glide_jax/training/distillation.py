@@ -60,17 +60,17 @@ def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
     """
     half_log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
     usable = int((half_log_snr >= NOISIEST_HALF_LOG_SNR).sum())
-    return max(round(config.distillation.share * usable), 1)
+    return max(round(config.distillation.timestep_share * usable), 1)
 
 
-def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
-    """Return the number of segments: it doubles at equal intervals  (2310.14189, sec. 3.4).
+def teacher_steps_at(done: Any, teacher_steps: tuple[int, int]) -> jax.Array:
+    """Return the number of teacher steps: it doubles at equal intervals  (2310.14189, sec. 3.4).
 
     Args:
         done: share of the training that is done.
-        segments: at the beginning and at the end.
+        teacher_steps: at the beginning and at the end.
     """
-    first, last = segments
+    first, last = teacher_steps
     stages = math.ceil(math.log2(last / first)) + 1
     # A share such as 2 / 6 is rounded down as often as up.
     stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
@@ -78,17 +78,17 @@ def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
 
 
 def earlier(
-    t: jax.Array, gap: jax.Array | int, length: int, parts: int
+    t: jax.Array, gap: jax.Array | int, length: int, student_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the earlier timestep of each record, and the end of its part; -1: the clean image.
+    """Return the earlier timestep of each record, and the end of its interval; -1: the clean image.
 
     Args:
         t: `(B,)` timesteps below `length`.
-        gap: timesteps from t to the earlier one, if the part does not end before.
+        gap: timesteps from t to the earlier one, if the interval does not end before.
         length: number of timesteps that are distilled.
-        parts: number of parts of equal length.
+        student_steps: number of intervals, which are equally long.
     """
-    end = (t * parts // length) * length // parts - 1
+    end = (t * student_steps // length) * length // student_steps - 1
     return jnp.maximum(t - gap, end), end
 
 
@@ -174,7 +174,7 @@ def consistency_target(
     """Return the clean image that x_t should have, by the student's at x_r  (2403.06807, alg. 1).
 
     From it, one step of DDIM leads from x_t to where the student leads from x_r: the end of the
-    part. With one part the end is the clean image, and the target is the student's x_0 itself.
+    interval. With one interval it is the clean image, and the target is the student's x_0 itself.
 
     Args:
         student: without gradient.
@@ -223,7 +223,7 @@ def consistency(
     *,
     tables: LossTables,
     config: TrainConfig,
-    segments: jax.Array | int,
+    teacher_steps: jax.Array | int,
     **options: Any,
 ) -> Terms:
     """Return the consistency loss of a batch.
@@ -233,13 +233,13 @@ def consistency(
         still: the same function of weights without gradient.
         teacher: the teacher as a function of its inputs; None: the images take its place, and x_r
             is the image with the same noise  (2303.01469, algorithm 3).
-        segments: of the whole range of timesteps.
+        teacher_steps: of the whole range of timesteps.
         options: of the student: dropout.
     """
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
     length = timesteps_of(config, tables)
-    gap = jnp.maximum(jnp.round(length / segments), 1).astype(t.dtype)
-    r, end = earlier(t, gap, length, c.parts)
+    gap = jnp.maximum(jnp.round(length / teacher_steps), 1).astype(t.dtype)
+    r, end = earlier(t, gap, length, c.student_steps)
     point = point_at(tables, t, r)
     scale = jax.vmap(lambda key: sample_scale(key, c))(inputs.key)
     if teacher is None:
@@ -285,7 +285,7 @@ def consistency_terms(
     done: Any,
     train: bool = False,
 ) -> tuple[Terms, jax.Array]:
-    """Return the consistency loss of a batch at a share of the run, and the number of segments.
+    """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
 
     Args:
         teacher: its weights; {}: none.
@@ -294,7 +294,7 @@ def consistency_terms(
     def network(model: GLIDE, params: Any) -> Callable[..., Any]:
         return partial(model.apply, {"params": params})
 
-    segments = segments_at(done, config.distillation.segments)
+    teacher_steps = teacher_steps_at(done, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     terms = consistency(
@@ -304,7 +304,7 @@ def consistency_terms(
         inputs,
         tables=tables,
         config=config,
-        segments=segments,
+        teacher_steps=teacher_steps,
         **dropout,
     )
-    return terms, segments
+    return terms, teacher_steps

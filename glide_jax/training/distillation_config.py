@@ -18,14 +18,14 @@ class DistillationConfig:
             and any such scale can be chosen for sampling. Otherwise the two must be equal.
         unguided: Share of the images with scale 1, from 0 to 1, if `guidance` is a range; larger
             trains the student more without guidance.
-        segments: Number of teacher steps from noise to image, at the beginning and at the end of
-            the training; it doubles at equal intervals in between. More is more accurate, and takes
-            longer to learn.
-        parts: Intervals of time in each of which the student is consistent (2403.06807). 1: it
-            predicts the clean image from any noise level, for the sampler consistency. N: it
-            predicts the beginning of its interval, for N steps of ddim with spacing few; easier to
-            learn.
-        share: Share of the diffusion process that is distilled, from its clean end, above 0 and up
+        teacher_steps: Number of the teacher's steps from noise to image, at the beginning and at
+            the end of the training; it doubles at equal intervals in between. More is more
+            accurate, and takes longer to learn.
+        student_steps: Number of equal intervals of time, in each of which the student is consistent
+            (2403.06807). 1: it predicts the clean image from any noise level, for the sampler
+            consistency. N: it predicts the beginning of its interval, for N steps of ddim with
+            spacing few; easier to learn.
+        timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
         clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].
         huber: Constant of the pseudo-Huber loss, in units of the root mean square error of an image
@@ -37,9 +37,9 @@ class DistillationConfig:
     teacher: str = ""
     guidance: tuple[float, float] = (1.0, 1.0)
     unguided: float = 0.1
-    segments: tuple[int, int] = (8, 64)
-    parts: int = 1
-    share: float = 1.0
+    teacher_steps: tuple[int, int] = (8, 64)
+    student_steps: int = 1
+    timestep_share: float = 1.0
     clip: bool = True
     huber: float = 0.1
 
@@ -48,13 +48,16 @@ class DistillationConfig:
         low, high = self.guidance
         if not 0 <= low <= high:
             raise UsageError(f"guidance is a range of scales from 0 on, not {low:g} to {high:g}")
-        if not 1 <= self.segments[0] <= self.segments[1]:
-            raise UsageError(f"segments grow from 1 or more, not {self.segments}")
-        if self.parts < 1 or self.segments[0] < self.parts:
-            raise UsageError(f"parts is from 1 to the number of segments, not {self.parts}")
-        for name in ("unguided", "share"):
+        first, last = self.teacher_steps
+        if not 1 <= first <= last:
+            raise UsageError(f"teacher_steps grow from 1 or more, not {self.teacher_steps}")
+        if not 1 <= self.student_steps <= first:
+            raise UsageError(
+                f"student_steps is from 1 to the number of teacher_steps, not {self.student_steps}"
+            )
+        for name in ("unguided", "timestep_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name in ("share", "huber"):
+        for name in ("timestep_share", "huber"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

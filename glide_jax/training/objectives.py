@@ -116,7 +116,7 @@ def make_objective(config: RunConfig) -> Objective:
     distils, init_teacher, scale = False, Objective.init_teacher, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        highest = max(round(config.noise * config.diffusion_steps), 1)
+        highest = max(round(config.timestep_share * config.diffusion_steps), 1)
         loss = partial(contrastive_loss, model=model, tables=tables, levels=highest)
         init = partial(clip.init_params, model)
     else:
@@ -285,11 +285,11 @@ def distillation_loss(
     Args:
         teacher: its weights; {}: none, the images take its place.
         step: of the run.
-        done: share of the time limit that is used up, if there is one. The number of segments
+        done: share of the time limit that is used up, if there is one. The number of teacher steps
             depends on it or on the share of the steps, whichever is larger.
     """
     inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
-    terms, segments = consistency_terms(
+    terms, teacher_steps = consistency_terms(
         params,
         inputs,
         model=model,
@@ -300,7 +300,7 @@ def distillation_loss(
         done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
         train=train,
     )
-    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}
+    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
     return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
 
 
@@ -319,7 +319,7 @@ def prepare(
     if config.model.upsamples:
         low_res = conditioning["low_res"] = to_range(shrink(batch.image))
         if config.model.low_res_level:
-            noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_noise)
+            noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_timestep_share)
             conditioning["low_res"], conditioning["low_res_level"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]

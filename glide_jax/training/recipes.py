@@ -92,7 +92,7 @@ def toy(config: RunConfig) -> RunConfig:
             "steps": 300 if late or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
-            "distillation": replace(config.distillation, teacher="", segments=(4, 16)),
+            "distillation": replace(config.distillation, teacher="", teacher_steps=(4, 16)),
         }
     return replace(
         config,

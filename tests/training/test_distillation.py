@@ -20,7 +20,7 @@ from glide_jax.training.distillation import (
     Terms,
     earlier,
     sample_scale,
-    segments_at,
+    teacher_steps_at,
 )
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
@@ -42,23 +42,23 @@ LENGTH = 996  # timesteps up to a half log-SNR of -5.1
 # --- noise levels, scales, settings
 
 
-def test_the_number_of_segments_doubles_at_equal_intervals():
-    found = [float(segments_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
+def test_the_number_of_teacher_steps_doubles_at_equal_intervals():
+    found = [float(teacher_steps_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
     assert found == [8, 8, 16, 16, 32, 32, 64, 64]
-    assert float(segments_at(1.2, (8, 64))) == 64
-    assert {float(segments_at(s / 9, (10, 10))) for s in range(9)} == {10}
-    assert float(segments_at(8 / 9, (3, 20))) == 20
+    assert float(teacher_steps_at(1.2, (8, 64))) == 64
+    assert {float(teacher_steps_at(s / 9, (10, 10))) for s in range(9)} == {10}
+    assert float(teacher_steps_at(8 / 9, (3, 20))) == 20
 
 
-@pytest.mark.parametrize("parts", [1, 3, 4])
-def test_an_earlier_timestep_stays_in_its_part(parts):
+@pytest.mark.parametrize("student_steps", [1, 3, 4])
+def test_an_earlier_timestep_stays_in_its_interval(student_steps):
     t = jnp.arange(LENGTH)
-    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, parts))
+    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, student_steps))
     # The levels of the spacing `few` are the borders, down to the clean image.
-    borders = [k * LENGTH // parts - 1 for k in range(parts)]
+    borders = [k * LENGTH // student_steps - 1 for k in range(student_steps)]
     assert np.unique(end).tolist() == borders
     assert (end < t).all() and (r == np.maximum(np.asarray(t) - 100, end)).all()
-    levels = make_grid(SCHEDULE, parts, "few")[1:][::-1]
+    levels = make_grid(SCHEDULE, student_steps, "few")[1:][::-1]
     np.testing.assert_allclose(levels, borders[1:], atol=1)
 
 
@@ -77,9 +77,9 @@ def test_scales_are_uniform_besides_those_without_guidance():
     ("options", "message"),
     [
         ({"guidance": (2.0, 1.0)}, "range of scales"),
-        ({"segments": (8, 4)}, "segments grow"),
-        ({"parts": 9}, "parts is from 1"),
-        ({"share": 0.0}, "share must be above 0"),
+        ({"teacher_steps": (8, 4)}, "teacher_steps grow"),
+        ({"student_steps": 9}, "student_steps is from 1"),
+        ({"timestep_share": 0.0}, "timestep_share must be above 0"),
         ({"unguided": 1.5}, "share from 0 to 1"),
         ({"huber": 0.0}, "huber must be above 0"),
     ],
@@ -162,7 +162,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (after.params, after.opt_state)]
     assert sizes[1] < 2 * sizes[0] + 10
     metrics = finish(jax.device_get(parallel.gather(metrics)))
-    assert np.isfinite(metrics["loss"]) and metrics["segments"] == 8
+    assert np.isfinite(metrics["loss"]) and metrics["teacher_steps"] == 8
 
 
 def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
@@ -185,10 +185,10 @@ def test_several_steps_in_one_program(dtype, teacher):
         after, metrics = jax.eval_shape(steps, state, items, control)
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert metrics["segments"].shape == (2,)
+        assert metrics["teacher_steps"].shape == (2,)
 
 
-def test_the_number_of_segments_follows_the_nearer_limit(monkeypatch):
+def test_the_number_of_teacher_steps_follows_the_nearer_limit(monkeypatch):
     config = replace(student_config(), steps=100)
     found = []
 
@@ -224,7 +224,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
         model=model,
         prediction="x",
         objective="consistency",
-        low_res_noise=0.3,
+        low_res_timestep_share=0.3,
         batch_size=4,
     )
     batch, key = batch_of(config), jax.random.key(0)

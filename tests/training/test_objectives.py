@@ -203,7 +203,7 @@ def test_the_small_image_of_an_upsampler_is_means_of_four_by_four_pixels():
 
 def test_a_noised_small_image_comes_with_its_level():
     batch = make_batch(count=500, size=4)
-    found = recorded(batch, "superres", low_res_level=True, low_res_noise=0.3)[0]
+    found = recorded(batch, "superres", low_res_level=True, low_res_timestep_share=0.3)[0]
     level = found["low_res_level"]
     assert level.min() < 15 and 285 < level.max() < 300
     noise = found["low_res"] - at(TABLES.alpha, level) * to_range(shrink(jnp.asarray(batch.image)))
@@ -215,7 +215,7 @@ def test_a_noised_small_image_comes_with_its_level():
     assert abs(np.corrcoef(own.ravel(), noise.ravel())[0, 1]) < 0.1
 
 
-def test_the_least_share_of_low_res_noise_is_one_level():
+def test_the_least_timestep_share_of_low_res_noising_is_one_level():
     _, t = noise_low_res(TABLES, jnp.zeros((50, 1, 1, 3)), jax.random.split(KEY, 50), 1e-6)
     assert (np.asarray(t) == 0).all()
 
@@ -237,10 +237,10 @@ def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
         np.testing.assert_allclose(found["low_res"], low, atol=1e-6)
 
 
-def test_low_res_noise_and_the_layers_of_its_level_go_together():
+def test_low_res_noising_and_the_layers_of_its_level_go_together():
     model = replace(TINY, variant="superres")
     with pytest.raises(UsageError, match="go together"):
-        TrainConfig(name="x", model=model, low_res_noise=0.5)
+        TrainConfig(name="x", model=model, low_res_timestep_share=0.5)
     with pytest.raises(UsageError, match="go together"):
         TrainConfig(name="x", model=replace(model, low_res_level=True))
 
@@ -362,7 +362,7 @@ def test_a_clip_refuses_gradient_accumulation():
 def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     """With a single noise level the images are nearly clean."""
     _, params = clip
-    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, noise=1e-3))
+    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, timestep_share=1e-3))
     batch = make_batch(size=8)
 
     @jax.jit
@@ -378,7 +378,7 @@ def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     assert float(loss) == pytest.approx(np.mean(own), rel=1e-5)
 
 
-@pytest.mark.parametrize("noise", [0, 1.5])
-def test_noise_is_a_share(noise):
-    with pytest.raises(UsageError, match="noise is a share"):
-        CLIPTrainConfig(name="x", model=CLIP, noise=noise)
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_the_timestep_share_of_a_clip_is_a_share(share):
+    with pytest.raises(UsageError, match="timestep_share is above 0 and up to 1"):
+        CLIPTrainConfig(name="x", model=CLIP, timestep_share=share)

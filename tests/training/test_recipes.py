@@ -189,7 +189,7 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
     assert not small.init_from
     same = ["schedule", "parallelism", "diffusion_steps"]
     if not isinstance(whole, CLIPTrainConfig):
-        same += ["prediction", "weighting", "caption_dropout", "low_res_noise", "mask_all"]
+        same += ["prediction", "weighting", "caption_dropout", "low_res_timestep_share", "mask_all"]
         assert small.model.variant == whole.model.variant
         assert small.model.low_res_level == whole.model.low_res_level
     for field in same:
