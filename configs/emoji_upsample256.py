@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         prediction="x",
         # Flat art has edges between two colours: the absolute error picks one, the squared error
         # their mean.
-        huber=0.05,
+        huber_width=0.05,
         low_res_timestep_share=0.1,
         data=replace(data, source="emoji256", crop="window"),
         optimiser=OptimiserConfig(

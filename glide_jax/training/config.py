@@ -159,8 +159,9 @@ class TrainConfig(RunConfig):
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
-        huber: Width W of the pseudo-Huber loss, which is quadratic for errors of the prediction
-            below W and linear above; smaller is closer to the absolute error; 0: squared error.
+        huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
+            prediction below W and linear above; smaller is closer to the absolute error; 0: squared
+            error.
         levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
             normal in log(alpha/sigma), "log-normal" (EDM, 2206.00364), or more often where the
             loss is large, with smaller weights, "loss-aware" (2102.09672).
@@ -206,7 +207,7 @@ class TrainConfig(RunConfig):
     prediction: str = "eps"
     weighting: str = "none"
     snr_gamma: float = 5.0
-    huber: float = 0.0
+    huber_width: float = 0.0
     levels: str = "uniform"
     level_mean: float = 0.0
     level_std: float = 1.0
@@ -246,8 +247,8 @@ class TrainConfig(RunConfig):
         for name in ("snr_gamma", "level_std"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.huber < 0:
-            raise UsageError("huber cannot be negative")
+        if self.huber_width < 0:
+            raise UsageError("huber_width cannot be negative")
         if self.model.residual and self.prediction != "x":
             raise UsageError('model.residual predicts the clean image: prediction must be "x"')
         if self.objective == "consistency":

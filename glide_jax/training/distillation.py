@@ -42,7 +42,7 @@ LEAST_SIGMA = 0.05
 Denoise = Callable[[jax.Array, Point], jax.Array]
 
 
-class Terms(NamedTuple):
+class ConsistencyTerms(NamedTuple):
     """The loss of each image and the mean square by which it misses its target, `(B,)` float32."""
 
     loss: jax.Array
@@ -189,7 +189,9 @@ def consistency_target(
     return (x_end - ratio * x_t) / (here.next_alpha - ratio * here.alpha)
 
 
-def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: float) -> Terms:
+def image_pseudo_huber(
+    x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber_constant: float
+) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
 
     The gap in time is the same everywhere, and so is the weight of an error of v: that of the
@@ -199,11 +201,11 @@ def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: flo
     Args:
         sigma: `(B, 1, 1, 1)`; below `LEAST_SIGMA` the weight grows no further, since a network that
             predicts x_0 or eps has errors there that do not fall with the noise.
-        huber: the constant, over the square root of the number of pixels.
+        huber_constant: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
     of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], LEAST_SIGMA) ** 2
-    return Terms(jnp.sqrt(of_v + huber**2) - huber, mse)
+    return ConsistencyTerms(jnp.sqrt(of_v + huber_constant**2) - huber_constant, mse)
 
 
 def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
@@ -225,7 +227,7 @@ def consistency(
     config: TrainConfig,
     teacher_steps: jax.Array | int,
     **options: Any,
-) -> Terms:
+) -> ConsistencyTerms:
     """Return the consistency loss of a batch.
 
     Args:
@@ -265,7 +267,7 @@ def consistency(
         tables, student_of(still, config.prediction, at_r, c.clip), x_t, x_r, t, r, end
     )
     x_0 = student_of(student, config.prediction, given | {"text": text})(x_t, point)
-    return pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber)
+    return image_pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
 
 
 def teacher_model(student: GLIDE) -> GLIDE:
@@ -284,7 +286,7 @@ def consistency_terms(
     teacher: Any,
     done: Any,
     train: bool = False,
-) -> tuple[Terms, jax.Array]:
+) -> tuple[ConsistencyTerms, jax.Array]:
     """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
 
     Args:

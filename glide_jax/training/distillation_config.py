@@ -28,10 +28,10 @@ class DistillationConfig:
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
         clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].
-        huber: Constant of the pseudo-Huber loss, in units of the root mean square error of an image
-            in v, above 0; the loss is linear in errors well above it, and quadratic in errors well
-            below. Larger is closer to the squared error, and learns faster; in 2310.14189 it
-            is 0.00054, for long trainings without a teacher.
+        huber_constant: Constant of the pseudo-Huber loss, in units of the root mean square error of
+            an image in v, above 0; the loss is linear in errors well above it, and quadratic in
+            errors well below. Larger is closer to the squared error, and learns faster; in
+            2310.14189 it is 0.00054, for long trainings without a teacher.
     """
 
     teacher: str = ""
@@ -41,7 +41,7 @@ class DistillationConfig:
     student_steps: int = 1
     timestep_share: float = 1.0
     clip: bool = True
-    huber: float = 0.1
+    huber_constant: float = 0.1
 
     def __post_init__(self):
         check_finite(vars(self))
@@ -58,6 +58,6 @@ class DistillationConfig:
         for name in ("unguided", "timestep_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name in ("timestep_share", "huber"):
+        for name in ("timestep_share", "huber_constant"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

@@ -254,7 +254,7 @@ def denoising_loss(
         prediction=config.prediction,
         weighting=config.weighting,
         gamma=config.snr_gamma,
-        huber=config.huber,
+        huber_width=config.huber_width,
     )
     found: dict[str, Any] = {}
     weight = None

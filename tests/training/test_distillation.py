@@ -17,7 +17,7 @@ from glide_jax.pipeline.settings import Settings
 from glide_jax.training import distillation, objectives
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
-    Terms,
+    ConsistencyTerms,
     earlier,
     sample_scale,
     teacher_steps_at,
@@ -81,7 +81,7 @@ def test_scales_are_uniform_besides_those_without_guidance():
         ({"student_steps": 9}, "student_steps is from 1"),
         ({"timestep_share": 0.0}, "timestep_share must be above 0"),
         ({"unguided": 1.5}, "share from 0 to 1"),
-        ({"huber": 0.0}, "huber must be above 0"),
+        ({"huber_constant": 0.0}, "huber_constant must be above 0"),
     ],
 )
 def test_fields_that_are_refused(options, message):
@@ -194,7 +194,7 @@ def test_the_number_of_teacher_steps_follows_the_nearer_limit(monkeypatch):
 
     def terms(*_, done, **__):
         found.append(float(done))
-        return Terms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
+        return ConsistencyTerms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
 
     monkeypatch.setattr(objectives, "consistency_terms", terms)
     loss = make_objective(config).loss
