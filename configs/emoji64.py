@@ -71,7 +71,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         save_every=1000,
         sample_every=0,
         sample_steps=8,
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
         sample_guidance_scale=1.5,
         sample_prompts=PROMPTS,
     )

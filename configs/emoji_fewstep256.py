@@ -33,5 +33,5 @@ def get_config() -> TrainConfig:
         minutes=0,
         sample_steps=2,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -41,5 +41,5 @@ def get_config() -> TrainConfig:
         sample_guidance_scale=2.0,
         sample_clip_scale=0.0,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

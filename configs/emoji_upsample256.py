@@ -47,6 +47,6 @@ def get_config() -> TrainConfig:
         # A grid would need small images to enlarge.
         sample_every=0,
         sample_steps=2,
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
         sample_guidance_scale=1.0,
     )

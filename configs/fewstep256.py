@@ -46,5 +46,5 @@ def get_config(size: str = "released") -> TrainConfig:
         sample_guidance_scale=1.0,
         sample_strength=0.5,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -11,7 +11,7 @@ at high noise an error of eps is a far larger error of the image.
 - 10% empty captions keep the model without caption, for negative prompts and AND.
 
 A training step costs twice that of the teacher. A student of four steps (2403.06807) has less to
-learn; it is sampled with 4 steps of ddim, spacing few:
+learn; it is sampled with 4 steps of ddim, spacing trailing-capped:
 
     --distillation.student-steps 4 --sample-sampler ddim
 
@@ -60,5 +60,5 @@ def get_config(size: str = "released") -> TrainConfig:
         ),
         sample_steps=4,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -7,7 +7,14 @@ import numpy as np
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.optimised import optimised_grid
 from glide_jax.diffusion.solvers.table import Solver
-from glide_jax.diffusion.spacings import few, log_snr_uniform, respaced, rho, trailing, uniform
+from glide_jax.diffusion.spacings import (
+    log_snr_uniform,
+    respaced,
+    rho,
+    trailing,
+    trailing_capped,
+    uniform,
+)
 from glide_jax.errors import UsageError, nearest
 
 OPTIMISED = "optimised"
@@ -16,7 +23,7 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "uniform": uniform,
     "rho": rho,
     "trailing": trailing,
-    "few": few,
+    "trailing-capped": trailing_capped,
 }
 """Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
 
@@ -31,8 +38,8 @@ def make_grid(
             "10,10,3,2,2". A number as a string is a number.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
             time, as in OpenAI's code), "rho" (EDM), "trailing" (even in time, from the noisiest
-            timestep), "few" (as trailing, without the noisiest timesteps: for few steps), or
-            "optimised" (for the solver). A respacing string ignores it.
+            timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few
+            steps), or "optimised" (for the solver). A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.
 
     Raises:

@@ -126,7 +126,7 @@ def noisiest_timestep(schedule: Schedule) -> float:
     return float(schedule.at_half_log_snr(end_levels(schedule)[0]))
 
 
-def few(schedule: Schedule, steps: int) -> np.ndarray:
+def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
     """`T k / N - 1` for k = N ... 1, `T - 1` the `noisiest_timestep`.
 
     Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the

@@ -128,8 +128,8 @@ class SamplingOptions:
             sa (with noise at each step); consistency (for few-step students).
         spacing: Spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
-            optimised (for the sampler and the number of steps).
+            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
+            steps), or optimised (for the sampler and the number of steps).
         eta: Noise added at each step by ddim (default 0), dpm++2m-sde and sa (default 1), from 0
             to 1.
         temperature: Factor on the initial noise; below 1 gives smoother, less varied images.

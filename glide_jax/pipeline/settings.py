@@ -70,8 +70,8 @@ class Settings:
             variance), dpm++2m-sde, sa; consistency, for few-step students.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
-            optimised (for the sampler and the number of steps).
+            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
+            steps), or optimised (for the sampler and the number of steps).
         eta: noise added at each step by ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse
             SDE).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.

@@ -24,7 +24,7 @@ class DistillationConfig:
         student_steps: Number of equal intervals of time, in each of which the student is consistent
             (2403.06807). 1: it predicts the clean image from any noise level, for the sampler
             consistency. N: it predicts the beginning of its interval, for N steps of ddim with
-            spacing few; easier to learn.
+            spacing trailing-capped; easier to learn.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
         clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].

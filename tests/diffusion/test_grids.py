@@ -82,12 +82,14 @@ def test_a_single_step_starts_in_noise(name, spacing):
 def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
     schedule = make_schedule(name)
     for steps in (1, 2, 4, 8):
-        grid = make_grid(schedule, steps, "few")
+        grid = make_grid(schedule, steps, "trailing-capped")
         np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
         assert schedule.half_log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
     # The linear schedule is usable to its last timestep.
     if name == "linear":
-        np.testing.assert_array_equal(make_grid(schedule, 4, "few"), trailing(schedule, 4))
+        np.testing.assert_array_equal(
+            make_grid(schedule, 4, "trailing-capped"), trailing(schedule, 4)
+        )
 
 
 @each_spacing

@@ -87,7 +87,7 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_consistency_table(steps):
     """`x' = alpha' x_0 + sigma' z`: no memory of x, and no noise in the last row."""
-    table = table_of(SOLVERS["consistency"], make_grid(SCHEDULE, steps, "few"))
+    table = table_of(SOLVERS["consistency"], make_grid(SCHEDULE, steps, "trailing-capped"))
     assert len(table.t) == steps
     assert not any(c.any() for c in (table.Qx, table.Qy, table.Py, table.Px, table.s_learned))
     np.testing.assert_array_equal(table.E[:, 0], np.append(table.alpha[1:], 1))

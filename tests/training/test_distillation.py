@@ -54,11 +54,11 @@ def test_the_number_of_teacher_steps_doubles_at_equal_intervals():
 def test_an_earlier_timestep_stays_in_its_interval(student_steps):
     t = jnp.arange(LENGTH)
     r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, student_steps))
-    # The levels of the spacing `few` are the borders, down to the clean image.
+    # The levels of the spacing `trailing-capped` are the borders, down to the clean image.
     borders = [k * LENGTH // student_steps - 1 for k in range(student_steps)]
     assert np.unique(end).tolist() == borders
     assert (end < t).all() and (r == np.maximum(np.asarray(t) - 100, end)).all()
-    levels = make_grid(SCHEDULE, student_steps, "few")[1:][::-1]
+    levels = make_grid(SCHEDULE, student_steps, "trailing-capped")[1:][::-1]
     np.testing.assert_allclose(levels, borders[1:], atol=1)
 
 
@@ -241,10 +241,12 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
 
 
 def test_the_sampler_and_its_spacing_come_with_the_weights():
-    config = student_config(sample_sampler="consistency", sample_spacing="few", sample_steps=4)
+    config = student_config(
+        sample_sampler="consistency", sample_spacing="trailing-capped", sample_steps=4
+    )
     found = description(config, 10)["defaults"]
     assert found == {
-        "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "few"
+        "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "trailing-capped"
     }  # fmt: skip
     assert Settings().changed(**found).grid(SCHEDULE)[0] == pytest.approx(LENGTH - 1, abs=1)
     for name, value in (("sampler", "consistncy"), ("spacing", "fw")):

@@ -277,7 +277,7 @@ def test_a_student_is_nearer_to_its_images_in_one_step_than_its_teacher(tmp_path
         return np.sqrt(((found - wanted) ** 2).mean())
 
     for scale in (1.0, 3.0):
-        few = {"guidance_scale": scale, "sampler": "ddim", "spacing": "few"}
+        few = {"guidance_scale": scale, "sampler": "ddim", "spacing": "trailing-capped"}
         assert distance("student", steps=1, guidance_scale=scale) < 0.75 * distance(
             "teacher", steps=1, **few
         )
