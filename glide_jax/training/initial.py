@@ -90,7 +90,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         if (have := getattr(model, what)) != (wanted := getattr(config, what)):
             raise GlideError(f"{name} cannot be the teacher: its {what} is {have}, not {wanted}")
     found = flatten(model.params)
-    wanted = jax.eval_shape(objective.init_teacher, jax.random.key(0))
+    wanted = jax.eval_shape(objective.init_frozen_params, jax.random.key(0))
     if wrong := differences(found, wanted):
         raise GlideError(f"{name} cannot be the teacher: {_other(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})

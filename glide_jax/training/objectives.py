@@ -21,7 +21,7 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.training.adapting import adapted_loss, frozen, init_pairs, with_pairs
+from glide_jax.training.adapting import adapted_loss, init_base, init_pairs, with_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
@@ -84,8 +84,8 @@ class Objective:
             which the batch is split, if any. With loss-aware levels it takes the `loss_history` of
             the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
-        init_teacher: `key -> params`, random, of the teacher, or of the base in its dtypes; {}
-            without one.
+        init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
+            {} without one.
         lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen weights
             that the loss also takes; 0: the parameters are the network's own.
     """
@@ -94,18 +94,21 @@ class Objective:
     init: Callable[[jax.Array], Params]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     distils: bool = False
-    init_teacher: Callable[[jax.Array], Params] = lambda key: {}
+    init_frozen_params: Callable[[jax.Array], Params] = lambda key: {}
     lora_scale: float = 0.0
 
-    def whole(self, params: Params, teacher: Params) -> Params:
+    def whole(self, params: Params, frozen_params: Params) -> Params:
         """Return the parameters of the network: those trained, or these beside their base."""
-        return with_pairs(params, teacher, self.lora_scale) if self.lora_scale else params
+        return with_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
-    def of_run(self, teacher: Params, step: jax.Array | int, done: Any = None) -> dict[str, Any]:
+    def of_run(
+        self, frozen_params: Params, step: jax.Array | int, done: Any = None
+    ) -> dict[str, Any]:
         """Return the arguments of the loss that say where a run stands, and its teacher or base."""
         if self.lora_scale:
-            return {"base": teacher}
-        return {"teacher": teacher, "step": step, "done": done} if self.distils else {}
+            return {"base": frozen_params}
+        run = {"teacher": frozen_params, "step": step, "done": done}
+        return run if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -113,7 +116,7 @@ def make_objective(config: RunConfig) -> Objective:
     dtype = trunk_dtype(config.dtype)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
-    distils, init_teacher, scale = False, Objective.init_teacher, 0.0
+    distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         highest = max(round(config.timestep_share * config.diffusion_steps), 1)
@@ -124,7 +127,7 @@ def make_objective(config: RunConfig) -> Objective:
         model = GLIDE(config.model, dtype, config.remat)
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
-            init_teacher = partial(unet.init_params, teacher_model(model))
+            init_frozen_params = partial(unet.init_params, teacher_model(model))
         options = {"model": model, "tables": tables, "config": config}
         if distils:
             loss = partial(distillation_loss, **options)
@@ -134,9 +137,12 @@ def make_objective(config: RunConfig) -> Objective:
     if config.optimiser.freeze:
         loss = partial(_without_gradient, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
-        loss, init_teacher = partial(adapted_loss, loss, scale), partial(frozen, init, dtype)
+        loss, init_frozen_params = (
+            partial(adapted_loss, loss, scale),
+            partial(init_base, init, dtype),
+        )
         init = partial(init_pairs, base=init, config=config.lora)
-    return Objective(model, init, loss, distils, init_teacher, scale)
+    return Objective(model, init, loss, distils, init_frozen_params, scale)
 
 
 def _without_gradient(

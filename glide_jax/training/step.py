@@ -22,7 +22,7 @@ from glide_jax.training.state import TrainState
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
 # Dynamic loss scaling of float16, as a power of two: the growth per step is that of ADM's code, an
 # overflow lowers it by one. An overflow at the lowest scale has another cause than the scale.
-LOSS_SCALE_GROWTH, LOWEST_LOSS_SCALE = 1e-3, 1.0
+LOG2_LOSS_SCALE_GROWTH, MIN_LOG2_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -130,11 +130,11 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     record_key, _ = jax.random.split(key)
-    scale = 2.0**state.loss_scale
+    scale = 2.0**state.log2_loss_scale
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
-        params, teacher = weights
-        more = of_run(teacher, state.step, done)
+        params, frozen_params = weights
+        more = of_run(frozen_params, state.step, done)
         if state.loss_history is not None:
             more["loss_history"] = state.loss_history
 
@@ -148,7 +148,7 @@ def train_step(
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
-    weights = (state.params, state.teacher)
+    weights = (state.params, state.frozen_params)
     (grads, metrics), records = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
@@ -187,9 +187,9 @@ def apply_gradient(
         metrics: averaged over the batch.
         loss_history: with the losses of this step; None: as it was.
     """
-    grads = jax.tree.map(lambda g: g / 2.0**state.loss_scale, grads)
+    grads = jax.tree.map(lambda g: g / 2.0**state.log2_loss_scale, grads)
     norm = optax.tree.norm(grads)
-    overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
+    overflow = ~jnp.isfinite(norm) & (state.log2_loss_scale > MIN_LOG2_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
         warm = state.step >= SPIKE_WARMUP
@@ -265,15 +265,16 @@ def _update(
         power_emas=power_emas,
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
-        loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
-        teacher=state.teacher,
+        log2_loss_scale=state.log2_loss_scale
+        + LOG2_LOSS_SCALE_GROWTH * (state.log2_loss_scale > 0),
+        frozen_params=state.frozen_params,
         loss_history=state.loss_history,
     )
 
 
 def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
     """Return the state after a step without an update."""
-    return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
+    return replace(state, step=state.step + 1, log2_loss_scale=state.log2_loss_scale - overflow)
 
 
 def _decay(ema: Params, trained: Params, rate: jax.Array) -> Params:

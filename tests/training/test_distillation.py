@@ -148,7 +148,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     compiled = parallel.compile(step)
     state, metrics = compiled(state, parallel.put_batch(batch_of(config)), jax.random.key(0))
     after = jax.device_get(parallel.for_checkpoint(state))
-    for tree in (first.teacher, after.teacher):
+    for tree in (first.frozen_params, after.frozen_params):
         for path, array in flatten(tree).items():
             np.testing.assert_array_equal(array, wanted[path])
     # The student starts as its teacher, and has the layers of the scale besides.
