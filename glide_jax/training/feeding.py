@@ -49,8 +49,8 @@ def open_batches(
         "seed": config.seed,
         "process": process,
     }
-    calls = steps_per_call(config)
-    resident = make_resident(source, config.data, calls=calls, **common)
+    steps = steps_per_call(config)
+    resident = make_resident(source, config.data, steps_per_item=steps, **common)
     return make_batches(source, config.data, **common) if resident is None else resident
 
 
@@ -61,8 +61,8 @@ def align(batches: Batches | ResidentBatches, first: int) -> int:
     """
     if not isinstance(batches, ResidentBatches):
         return 1
-    batches.calls = math.gcd(batches.calls, first)
-    return batches.calls
+    batches.steps_per_item = math.gcd(batches.steps_per_item, first)
+    return batches.steps_per_item
 
 
 def compile_steps(
