@@ -24,7 +24,7 @@ import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.diffusion.grids import make_grid
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
-from glide_jax.diffusion.sampling import plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.optimised import image_error
@@ -131,7 +131,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     guidance = [classifier_free(options.scale), clip_x0()]
 
     def generate(grid: np.ndarray, solver: Solver) -> np.ndarray:
-        run = plan(pipe.schedule, grid, solver, guidance)
+        run = make_plan(pipe.schedule, grid, solver, guidance)
         for _, state in stream({"main": pipe.network}, conds, run, x, keys):
             jax.block_until_ready(state.x)
         return np.asarray(jnp.clip(state.x, -1, 1))

@@ -31,8 +31,8 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
 
 
 def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
-    """Return the same image, computed with `glide.plan` and `glide.sample`."""
-    plan = glide.plan(
+    """Return the same image, computed with `glide.make_plan` and `glide.sample`."""
+    plan = glide.make_plan(
         pipe.schedule,
         glide.make_grid(pipe.schedule, steps, "uniform"),
         glide.SOLVERS["ddim"],

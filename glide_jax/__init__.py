@@ -27,7 +27,7 @@ from glide_jax.diffusion.guidance import (
     known_pixels,
     rescale,
 )
-from glide_jax.diffusion.sampling import plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.errors import GlideError, UsageError
@@ -74,8 +74,8 @@ __all__ = [
     "load",
     "load_clip",
     "make_grid",
+    "make_plan",
     "make_schedule",
-    "plan",
     "repaint",
     "rescale",
     "restart",

@@ -1,7 +1,7 @@
 """The sampling loop: one step, one `lax.scan`, and two drivers over it.
 
-`plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample` runs it
-in one compiled call, `stream` a few rows at a time.
+`make_plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample`
+runs it in one compiled call, `stream` a few rows at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,7 +69,7 @@ class State(NamedTuple):
     x_0: jax.Array
 
 
-def plan(
+def make_plan(
     schedule: Schedule, grid: np.ndarray, solver: Solver, guidance: Sequence[Guidance] = ()
 ) -> Plan:
     """Build the `Plan` of a run, on the host.

@@ -24,7 +24,7 @@ from glide_jax.diffusion.guidance import (
     dynamic_threshold,
     rescale,
 )
-from glide_jax.diffusion.sampling import Plan, plan
+from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
 from glide_jax.errors import UsageError, check_finite, nearest
@@ -270,7 +270,7 @@ class Settings:
             solver: used in place of `sampler`.
 
         Raises:
-            UsageError: the settings contradict each other; or see `plan`.
+            UsageError: the settings contradict each other; or see `make_plan`.
         """
         solver = solver or self.solver()
         if self.restart and self.repaint:
@@ -279,7 +279,7 @@ class Settings:
             solver = restart(solver, [self.restart])
         if self.repaint:
             solver = repaint(solver, *self.repaint)
-        return plan(schedule, self.grid(schedule), solver, guidances)
+        return make_plan(schedule, self.grid(schedule), solver, guidances)
 
 
 class SettingsArguments(TypedDict, total=False):

@@ -18,7 +18,7 @@ from glide_jax.diffusion.guidance import (
     compose,
     guidance,
 )
-from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start, stream
+from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -53,7 +53,7 @@ def keys(seed=0, some=slice(None)):
 
 
 def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
-    return plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
 
 
 # --- the drivers
@@ -318,7 +318,7 @@ def test_one_run_has_one_negative_prompt(other):
 )
 def test_grids_that_cannot_be_sampled(grid, message):
     with pytest.raises(UsageError, match=message):
-        plan(SCHEDULE, grid, ddim)
+        make_plan(SCHEDULE, grid, ddim)
 
 
 @pytest.mark.parametrize("interval", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])

@@ -19,7 +19,7 @@ from glide_jax.diffusion.guidance import (
     gradient,
     image_loss,
 )
-from glide_jax.diffusion.sampling import plan, sample
+from glide_jax.diffusion.sampling import make_plan, sample
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
@@ -79,7 +79,7 @@ CLASSIFIER = Network(log_class, HALF_LOG_SNR)
 def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
     """Take `x (B,)` from one half log-SNR to another, along the flow of the guided prediction."""
     grid = log_snr_grid(low, high, steps)
-    run = rows(plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
+    run = rows(make_plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
     tape = jnp.zeros((len(run), *x.shape))
     return np.asarray(sample(networks, conds, run, x, tape).x).ravel()

@@ -9,7 +9,7 @@ import pytest
 
 from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0, guidance
 from glide_jax.diffusion.losses import make_tables, q_sample
-from glide_jax.diffusion.sampling import plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, sample, stream
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.table import step_betas
@@ -78,7 +78,7 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
         one = slice(i, i + 1)
         scores = [pushed(score=reference(process, "grad")[one])] if push else []
         row = len(grid) - 1 - t
-        part = rows(plan(schedule, grid, solver, [*guidances, *scores]), slice(row, row + 1))
+        part = rows(make_plan(schedule, grid, solver, [*guidances, *scores]), slice(row, row + 1))
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
         conds = {"cond": reference(process, "model_output")[one]}
@@ -170,7 +170,7 @@ def base_run(spec, solver, guidances):
         name: (jax.tree.map(lambda array: array[rows], text), {})  # noqa: B023
         for name, rows in (("cond", slice(0, 2)), ("null", slice(2, 4)))
     }
-    run = plan(schedule, respaced(schedule, spec), solver, guidances)
+    run = make_plan(schedule, respaced(schedule, spec), solver, guidances)
     x, tape = nhwc(loops["base.x_T"][:2]), steps_nhwc(loops["base.noise"][: len(run), :2])
     return {"main": network("base")}, conds, run, x, tape
 
@@ -203,7 +203,7 @@ def test_ddim_run_of_the_upsampler():
     loops, schedule = load("loops"), make_schedule("linear")
     text = encode("superres", loops["tokens"][:2], loops["mask"][:2])
     conds = {"cond": (text, {"low_res": nhwc(loops["up.low_res"])})}
-    run = plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
+    run = make_plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)
     states = stream({"main": network("superres")}, conds, run, x, tape)

@@ -13,7 +13,7 @@ import pytest
 from glide_jax.diffusion import sampling
 from glide_jax.diffusion.grids import make_grid
 from glide_jax.diffusion.guidance import Network, classifier_free
-from glide_jax.diffusion.sampling import plan, run_rows, stream
+from glide_jax.diffusion.sampling import make_plan, run_rows, stream
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import unipc
@@ -63,7 +63,7 @@ def double(monkeypatch):
 def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     """With guidance in an interval (of whole steps), a learned variance, and noise."""
     grid = make_grid(SCHEDULE, 8)
-    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
+    run = make_plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
     level = np.exp(-SCHEDULE.half_log_snr(grid))
 
@@ -100,7 +100,7 @@ def test_samplers_share_a_compiled_program():
     x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
 
     def generate(name):
-        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)])
+        run = make_plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)])
         return list(stream(TOY, conds(), run, x, keys))[-1][1].x
 
     generate("dpm++2m")
@@ -264,7 +264,7 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
             lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
             "no step between the two levels of a jump",
         ),
-        (lambda: plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
+        (lambda: make_plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
     ],
 )
 def test_refused_samplers(make, message):

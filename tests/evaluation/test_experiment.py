@@ -157,7 +157,7 @@ def test_sweeps_share_a_folder_and_the_points_that_they_have_in_common(config, t
         ({"seed": 6}, "seed"),
         ({"images": 15}, "images"),
         ({"captions": 50}, "captions"),
-        ({"nearest_k": 1}, "nearest_k"),
+        ({"nearest_k": 1}, "nearest k"),
         ({"spaces": (replace(ColourScorer(), checksum="1"),)}, "feature weights"),
     ],
 )

@@ -22,7 +22,7 @@ def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool =
     schedule, grid = grid_of(process)
     one, t = slice(i, i + 1), reference(process, "t")[i]
     row = t if backwards else len(grid) - 1 - t
-    part = rows(glide.plan(schedule, grid, solver, guidances), slice(row, row + 1))
+    part = rows(glide.make_plan(schedule, grid, solver, guidances), slice(row, row + 1))
     conds = {"cond": reference(process, "model_output")[one]}
     x, tape = reference(process, "x")[one], reference(process, "noise")[one][None]
     return glide.sample({"main": glide.Network(echo, None)}, conds, part, x, tape)

@@ -28,7 +28,7 @@ from glide_jax.diffusion.guidance import (
     noise_predictor,
     rescale,
 )
-from glide_jax.diffusion.sampling import Plan, plan
+from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim
 
@@ -95,7 +95,7 @@ def keys(seed: int = 0) -> jax.Array:
 
 def run_of(guidances=(), solver=ddim, steps=6, spacing="logsnr") -> Plan:
     """Return the plan of a short run."""
-    return plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
 
 
 def predicted(
