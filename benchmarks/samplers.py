@@ -22,7 +22,7 @@ import tyro
 
 import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
 from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import Schedule
@@ -87,7 +87,7 @@ def levels_for(schedule: Schedule, solver: Solver, evaluations: int) -> int | No
     """Return the most noise levels that a solver visits in so many evaluations; None: too few."""
     for levels in range(evaluations + 2, 0, -1):
         try:
-            if evaluations_of(schedule, make_grid(schedule, levels), solver) <= evaluations:
+            if evaluations_of(schedule, make_timesteps(schedule, levels), solver) <= evaluations:
                 return levels
         except UsageError:  # PLMS needs more levels.
             return None
@@ -108,7 +108,7 @@ def curves(
         for count in evaluations:
             levels = levels_for(schedule, solver, count)
             if levels is not None:
-                grid = make_grid(schedule, levels, spacing, solver=solver)
+                grid = make_timesteps(schedule, levels, spacing, solver=solver)
                 found[name][evaluations_of(schedule, grid, solver)] = distance(grid, solver)
     return found
 
@@ -146,7 +146,7 @@ def measure(options: Options) -> dict[str, Any]:
         pipe.schedule, tuple(choices()), options.evaluations, partial(image_error, pipe.schedule)
     )
     generate = make_sampler(pipe, options)
-    reference = generate(make_grid(pipe.schedule, options.reference), SOLVERS["dpm++2m"])
+    reference = generate(make_timesteps(pipe.schedule, options.reference), SOLVERS["dpm++2m"])
 
     def distance(grid: np.ndarray, solver: Solver) -> float:
         return float(np.sqrt(((generate(grid, solver) - reference) ** 2).mean()))

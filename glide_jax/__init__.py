@@ -6,7 +6,7 @@ pipe("a red apple", num=4).save("samples")
 """
 
 from glide_jax import weights
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Guidance,
@@ -73,9 +73,9 @@ __all__ = [
     "known_pixels",
     "load",
     "load_clip",
-    "make_grid",
     "make_plan",
     "make_schedule",
+    "make_timesteps",
     "repaint",
     "rescale",
     "restart",

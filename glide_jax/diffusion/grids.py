@@ -28,10 +28,10 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
 """Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
 
 
-def make_grid(
+def make_timesteps(
     schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
 ) -> np.ndarray:
-    """Return the grid of `steps` noise levels, `(steps,)` timesteps, noisiest first.
+    """Return the `(steps,)` timesteps that a sampler visits, noisiest first: its grid.
 
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 import jax
 import numpy as np
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
@@ -175,9 +175,9 @@ class Settings:
         """Return the noise levels to visit; with a strength, the last share of them.
 
         Raises:
-            UsageError: see `make_grid`; or the strength is out of its range.
+            UsageError: see `make_timesteps`; or the strength is out of its range.
         """
-        grid = make_grid(schedule, self.steps, self.spacing, solver=self.solver())
+        grid = make_timesteps(schedule, self.steps, self.spacing, solver=self.solver())
         if self.strength is None:
             return grid
         if not 0 < self.strength <= 1:

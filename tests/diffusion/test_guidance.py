@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Network,
@@ -53,7 +53,7 @@ def keys(seed=0, some=slice(None)):
 
 
 def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
-    return make_plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_timesteps(SCHEDULE, steps, spacing), solver, guidances)
 
 
 # --- the drivers

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Network,
     classifier_free,
@@ -48,7 +48,7 @@ def conditions(name: str, **images) -> dict:
 def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
     """Return x after each step (not each row), `(steps, B, H, W, C)`, and the last state."""
     schedule = make_schedule(schedule)
-    p = make_plan(schedule, make_grid(schedule, str(steps), "uniform"), solver, guidance)
+    p = make_plan(schedule, make_timesteps(schedule, str(steps), "uniform"), solver, guidance)
     x = jnp.asarray(x)
     tape = jnp.zeros((len(p), *x.shape)) if noise is None else jnp.asarray(noise)
     networks = {"main": golden.network(name)}
@@ -86,7 +86,7 @@ def test_pseudo_linear_multistep_on_the_tiny_model(solver):
 def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
     reference, key = load("plms_math"), f"{name}|{steps}|{solver}"
     schedule = make_schedule(golden.SCHEDULES[name])
-    p = make_plan(schedule, make_grid(schedule, steps, "uniform"), SOLVERS[solver])
+    p = make_plan(schedule, make_timesteps(schedule, steps, "uniform"), SOLVERS[solver])
     np.testing.assert_allclose(p.table.t, reference[f"{key}|t_seen"], atol=4e-3)
 
     def eps(_, x, t, cond):

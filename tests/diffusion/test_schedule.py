@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import CONDITIONAL, Network, Point, noise_predictor
 from glide_jax.diffusion.schedule import (
     PREDICTIONS,
@@ -156,7 +156,7 @@ def test_halves_are_rounded_to_even_steps():
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
 def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
-    grid = make_grid(make_schedule(SCHEDULES[name]), steps, spacing)
+    grid = make_timesteps(make_schedule(SCHEDULES[name]), steps, spacing)
     assert grid.shape == (steps,) and grid.dtype == np.float64
     assert (np.diff(grid) < 0).all()
     assert grid.max() <= 999 and grid.min() >= 0
@@ -166,7 +166,7 @@ def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
 def test_log_snr_grid(name):
     """Even steps in log-SNR; float32 sets the noisiest level (cosine has -5.77 at t = 997)."""
     schedule = make_schedule(SCHEDULES[name])
-    half_log_snr = schedule.half_log_snr(make_grid(schedule, 12))
+    half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12))
     np.testing.assert_allclose(np.diff(half_log_snr), np.diff(half_log_snr)[0], rtol=1e-9)
     assert half_log_snr[0] == pytest.approx(max(-5.1, schedule.half_log_snr(999)), abs=1e-9)
     assert half_log_snr[-1] == pytest.approx(min(5.05, schedule.half_log_snr(0)), abs=1e-9)
@@ -174,12 +174,12 @@ def test_log_snr_grid(name):
 
 def test_a_number_in_a_string_is_a_number():
     schedule = make_schedule("cosine")
-    np.testing.assert_array_equal(make_grid(schedule, "25"), make_grid(schedule, 25))
+    np.testing.assert_array_equal(make_timesteps(schedule, "25"), make_timesteps(schedule, 25))
     np.testing.assert_array_equal(
-        make_grid(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
+        make_timesteps(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
     )
     # A respacing string ignores the spacing.
-    np.testing.assert_array_equal(make_grid(schedule, "fast27"), respaced(schedule, "fast27"))
+    np.testing.assert_array_equal(make_timesteps(schedule, "fast27"), respaced(schedule, "fast27"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_number_in_a_string_is_a_number():
 )
 def test_refused_grids(steps, spacing, message):
     with pytest.raises(UsageError, match=message) as caught:
-        make_grid(make_schedule("cosine"), steps, spacing)
+        make_timesteps(make_schedule("cosine"), steps, spacing)
     assert str(caught.value).isprintable()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion import sampling
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import Network, classifier_free
 from glide_jax.diffusion.sampling import make_plan, run_rows, stream
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
@@ -62,7 +62,7 @@ def double(monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     """With guidance in an interval (of whole steps), a learned variance, and noise."""
-    grid = make_grid(SCHEDULE, 8)
+    grid = make_timesteps(SCHEDULE, 8)
     run = make_plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
     level = np.exp(-SCHEDULE.half_log_snr(grid))
@@ -87,7 +87,7 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_consistency_table(steps):
     """`x' = alpha' x_0 + sigma' z`: no memory of x, and no noise in the last row."""
-    table = table_of(SOLVERS["consistency"], make_grid(SCHEDULE, steps, "trailing-capped"))
+    table = table_of(SOLVERS["consistency"], make_timesteps(SCHEDULE, steps, "trailing-capped"))
     assert len(table.t) == steps
     assert not any(c.any() for c in (table.Qx, table.Qy, table.Py, table.Px, table.s_learned))
     np.testing.assert_array_equal(table.E[:, 0], np.append(table.alpha[1:], 1))
@@ -100,7 +100,9 @@ def test_samplers_share_a_compiled_program():
     x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
 
     def generate(name):
-        run = make_plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)])
+        run = make_plan(
+            SCHEDULE, make_timesteps(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)]
+        )
         return list(stream(TOY, conds(), run, x, keys))[-1][1].x
 
     generate("dpm++2m")
@@ -118,7 +120,7 @@ def test_samplers_share_a_compiled_program():
 def test_tables_are_finite_and_have_the_same_columns(name, steps):
     if name == "repaint":
         steps += 1
-    table = table_of(EVERY[name], make_grid(SCHEDULE, steps))
+    table = table_of(EVERY[name], make_timesteps(SCHEDULE, steps))
     assert isinstance(table, Table)
     n = len(table.t)
     for field, column in table._asdict().items():
@@ -140,12 +142,12 @@ def test_tables_are_finite_and_have_the_same_columns(name, steps):
      ("prk", 28), ("restart", 17), ("repaint", 15)],
 )  # fmt: skip
 def test_evaluations_of_nine_levels(name, evaluations):
-    assert len(table_of(EVERY[name], make_grid(SCHEDULE, 9)).t) == evaluations
+    assert len(table_of(EVERY[name], make_timesteps(SCHEDULE, 9)).t) == evaluations
 
 
 def test_all_evaluations_of_a_step_have_its_next_level():
     for name in ("heun", "dpm++2s", "prk"):
-        table = table_of(SOLVERS[name], make_grid(SCHEDULE, 5))
+        table = table_of(SOLVERS[name], make_timesteps(SCHEDULE, 5))
         for step in set(table.step):
             assert len(set(table.next_alpha[table.step == step])) == 1
 

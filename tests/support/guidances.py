@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
@@ -95,7 +95,7 @@ def keys(seed: int = 0) -> jax.Array:
 
 def run_of(guidances=(), solver=ddim, steps=6, spacing="logsnr") -> Plan:
     """Return the plan of a short run."""
-    return make_plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_timesteps(SCHEDULE, steps, spacing), solver, guidances)
 
 
 def predicted(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
@@ -58,7 +58,7 @@ def test_an_earlier_timestep_stays_in_its_interval(student_steps):
     borders = [k * LENGTH // student_steps - 1 for k in range(student_steps)]
     assert np.unique(end).tolist() == borders
     assert (end < t).all() and (r == np.maximum(np.asarray(t) - 100, end)).all()
-    levels = make_grid(SCHEDULE, student_steps, "trailing-capped")[1:][::-1]
+    levels = make_timesteps(SCHEDULE, student_steps, "trailing-capped")[1:][::-1]
     np.testing.assert_allclose(levels, borders[1:], atol=1)
 
 
