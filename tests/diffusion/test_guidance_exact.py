@@ -16,7 +16,7 @@ from glide_jax.diffusion.guidance import (
     all_of,
     autoguidance,
     classifier_free,
-    gradient,
+    classifier_guidance,
     image_loss,
 )
 from glide_jax.diffusion.sampling import make_plan, sample
@@ -100,7 +100,7 @@ def test_classifier_guidance_samples_from_the_posterior(chosen):
     """The unconditional flow, guided, gives the mean and each quantile of the class."""
     mean, std = MEANS[chosen - 1], STDS[chosen - 1]
     x = gaussian(-4.0, mean, std)
-    guided = gradient(CLASSIFIER, everywhere(chosen), 1.0)
+    guided = classifier_guidance(CLASSIFIER, everywhere(chosen), 1.0)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)})
     assert_close(found.mean(), gaussian(5.0, mean, std).mean(), 2e-4)
     assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 2e-3)
@@ -110,7 +110,7 @@ def test_classifier_guidance_is_the_conditional_network():
     """At any scale it equals classifier-free guidance with exact networks, by Bayes' rule."""
     chosen = everywhere(2)
     x = gaussian(-4.0, 0.0, 0.7)
-    guided = gradient(CLASSIFIER, chosen, 2.5)
+    guided = classifier_guidance(CLASSIFIER, chosen, 2.5)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)}, steps=20)
     free = classifier_free(2.5)
     wanted = solve(MIXTURE, x, [free], {"cond": chosen, "null": everywhere(0)}, steps=20)
@@ -135,7 +135,7 @@ def test_classifier_guidance_of_ancestral_sampling():
         return -(((cond[:, None, None, None] - clean) ** 2) / width / 2)[:, 0, 0, 0]
 
     networks = {"main": Network(noise, HALF_LOG_SNR)}
-    observed = gradient(Network(log_likelihood, HALF_LOG_SNR), np.array([y]), 1.0)
+    observed = classifier_guidance(Network(log_likelihood, HALF_LOG_SNR), np.array([y]), 1.0)
 
     def error(steps):
         # Without noise the linear recursion maps the mean.

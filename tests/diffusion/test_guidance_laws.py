@@ -16,10 +16,10 @@ from glide_jax.diffusion.guidance import (
     branches_of,
     cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
     dynamic_threshold,
-    gradient,
     image_loss,
     known_pixels,
     rescale,
@@ -80,7 +80,9 @@ def test_a_limited_score_changes_x_0_by_at_most_what_x_t_leaves_open(alpha, sigm
 
 def test_gradient_guidance_limits_its_own_score_alone():
     network, cond = Network(bowl, {}), np.float32([0.1, -2, 30])
-    free, bounded = (predicted(gradient(network, cond, 5.0, limit)) for limit in (None, 0.5))
+    free, bounded = (
+        predicted(classifier_guidance(network, cond, 5.0, limit)) for limit in (None, 0.5)
+    )
     point = Point(*map(np.float32, (0, ALPHA, SIGMA, 0, 0)), memory={})
     assert_close(bounded.score, limited(free.score, point, 0.5), 1e-6)
     assert (np.abs(bounded.score) < np.abs(free.score)).any()
@@ -181,7 +183,7 @@ def test_cfg_plus_plus_is_the_update_of_its_paper():
 
 def test_a_gradient_changes_the_score_alone():
     """Two of them add up."""
-    once, plain = made("gradient"), predicted()
+    once, plain = made("classifier_guidance"), predicted()
     wanted = 0.3 * (GOAL[:, None, None, None] - X)
     assert_close(predicted(once).score, wanted, 1e-6)
     assert_close(predicted(once, once).score, 2 * wanted, 1e-6)
@@ -230,7 +232,7 @@ NEUTRAL = {
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
     "clip_x0": {"low": -1e9, "high": 1e9},
-    "gradient": {"scale": 0},
+    "classifier_guidance": {"scale": 0},
     "image_loss": {"scale": 0},
     "image_loss beside": {"scale": 0},
 }
@@ -324,7 +326,7 @@ def test_numbers_for_each_image(name):
 
 def only(name, i):
     """Return the conditioning of one image, for guidances that carry their own."""
-    own = name.startswith(("gradient", "image_loss"))
+    own = name.startswith(("classifier_guidance", "image_loss"))
     return {"cond": GOAL[i : i + 1]} if own else {}
 
 
@@ -350,7 +352,7 @@ def test_known_pixels_are_kept_whatever_came_before():
 
 def test_composition_is_a_guidance():
     """Compositions nest, and have an interval of their own beside those of their members."""
-    free, loud, last = classifier_free(3.0), made("gradient"), clip_x0()
+    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clip_x0()
     flat = [free.within(0.3, 5.0), loud, last]
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):

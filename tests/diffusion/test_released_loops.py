@@ -15,8 +15,8 @@ from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Network,
     classifier_free,
+    classifier_guidance,
     clip_x0,
-    gradient,
     known_pixels,
 )
 from glide_jax.diffusion.sampling import make_plan, stream
@@ -138,7 +138,7 @@ def clip_guidance(scale: float):
     model = NoisedCLIP(clip_config())
     tokens, lengths = (loops[f"clipguided.clip_{k}"].astype(np.int32) for k in ("tokens", "lens"))
     text = model.apply({"params": clip_params()}, tokens, lengths, method="encode_text")
-    return gradient(Network(Similarity(model), clip_params()), text, scale)
+    return classifier_guidance(Network(Similarity(model), clip_params()), text, scale)
 
 
 def test_clip_guidance_moves_the_mean_by_the_learned_variance():

@@ -112,7 +112,9 @@ def test_guidance_parameters_are_selected_by_image():
     network = glide.Network(lambda *_: None, np.ones(7))
     whole = [
         glide.compose(glide.classifier_free(scale=[1.0, 2.0, 3.0]), glide.clip_x0()),
-        glide.gradient(log_prob=network, cond={"y": np.arange(3.0), "z": np.ones((1, 4))}, scale=2),
+        glide.classifier_guidance(
+            log_prob=network, cond={"y": np.arange(3.0), "z": np.ones((1, 4))}, scale=2
+        ),
     ]
     scale, clip, gradient = select_images(whole, np.array([2, 0]), 3)
     assert scale.args["scale"].tolist() == [3, 1] and clip.args == {"low": -1.0, "high": 1.0}
@@ -148,7 +150,7 @@ def bowl(params, x, t, cond):
 guidance = [
     glide.classifier_free(scale=[1, 2, 3]),
     glide.clip_x0(),
-    glide.gradient(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
+    glide.classifier_guidance(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
 ]
 differences(pipes, "red", num=3, image=photo, mask=mask, strength=0.9, guidance=guidance)
 """

@@ -82,7 +82,7 @@ def scored(predict, x, point):
 def test_gradient_guidance_sees_timesteps_of_the_training_process(process):
     # The gradient of this log-probability is the timestep.
     log_prob = glide.Network(lambda _, x, t, cond: jnp.sum(x, axis=(1, 2, 3)) * t, None)
-    guidances = [glide.gradient(log_prob, (), 1.0), scored()]
+    guidances = [glide.classifier_guidance(log_prob, (), 1.0), scored()]
     found = np.concatenate([step(process, i, ddpm, guidances).x_0[:, 0, 0, 0] for i in range(6)])
     np.testing.assert_array_equal(found, reference(process, "t_seen_by_cond"))
 

@@ -103,7 +103,7 @@ class Network:
     Attributes:
         fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, if the variance is
             learned, the variance output in [-1, 1]. It must be hashable: another `fn` compiles
-            again. For `gradient` and `image_loss` the output is `(B,)`.
+            again. For `classifier_guidance` and `image_loss` the output is `(B,)`.
         params: its weights.
         prediction: meaning of the first C channels, "eps", "v" or "x".
     """

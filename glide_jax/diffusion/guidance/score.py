@@ -17,7 +17,7 @@ DATA_STD = 0.5
 
 
 @guidance()
-def gradient(
+def classifier_guidance(
     predict: Predict,
     x: jax.Array,
     point: Point,
