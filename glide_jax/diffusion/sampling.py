@@ -213,12 +213,12 @@ def run_rows(
         memory = jax.tree.map(lambda m: m * row.keep, memory)
         point = Point(row.t, row.alpha, row.sigma, row.next_alpha, row.next_sigma, memory)
         if len(programs) == 1:
-            x_0, variance_fraction, score, memory = programs[0](x, point)
+            x_0, variance_fraction, gradient, memory = programs[0](x, point)
         else:
-            x_0, variance_fraction, score, memory = lax.switch(row.program, programs, x, point)
+            x_0, variance_fraction, gradient, memory = lax.switch(row.program, programs, x, point)
 
         # The learned variance (2102.09672, eq. 15). Every solver computes it, so that all share one
-        # compiled program; where s_learned and score_mean are zero, it has no effect.
+        # compiled program; where s_learned and gradient_mean are zero, it has no effect.
         variance = jnp.exp(
             variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )
@@ -229,14 +229,14 @@ def run_rows(
                 lambda: jnp.zeros_like(x),
             )
 
-        entry = row.u * x + row.v * (x_0 + row.score_x_0 * score)
+        entry = row.u * x + row.v * (x_0 + row.gradient_x_0 * gradient)
         history = weighted(row.S, jnp.concatenate([entry[None], history]))
         y = row.Py * y + row.Px * x + weighted(row.B, history)
         x = (
             row.Qy * y
             + row.Qx * x
             + weighted(row.E, history)
-            + row.score_mean * variance * score
+            + row.gradient_mean * variance * gradient
             + (row.s + row.s_learned * jnp.sqrt(variance)) * z
         )
         return State(x, y, history, memory, x_0), None
@@ -246,14 +246,14 @@ def run_rows(
 
 
 def solver_view(predict: Predict) -> Callable[[jax.Array, Point], tuple[Any, ...]]:
-    """Reduce a prediction to what the solver reads: x_0, variance fraction, score, memory.
+    """Reduce a prediction to what the solver reads: x_0, variance fraction, gradient, memory.
 
     All programs then return the same tree, whatever branches they evaluate.
     """
 
     def view(x: jax.Array, point: Point) -> tuple[Any, ...]:
         p = predict(x, point)
-        return p.x_0, p.variance_fraction, p.score, p.memory
+        return p.x_0, p.variance_fraction, p.guidance_gradient, p.memory
 
     return view
 

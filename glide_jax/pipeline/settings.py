@@ -38,7 +38,7 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
-# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
+# The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance has no limit.
 ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 # What `guidance=[...]` replaces.
 GUIDING = (

@@ -197,6 +197,6 @@ def test_a_loss_on_the_clean_image_of_gaussians(through):
     (a, s), (next_a, next_s) = (map(float, alpha_sigma(level)) for level in (-1.0, 1.0))
     slope = a * std**2 / (a**2 * std**2 + s**2)
     clean = mean + slope * (x - a * mean)
-    score = -scale * (clean - y) * (slope if through else 1 / a)
-    moved = clean + s**2 / a * score
+    gradient = -scale * (clean - y) * (slope if through else 1 / a)
+    moved = clean + s**2 / a * gradient
     assert_close(found, next_s / s * x + (next_a - next_s / s * a) * moved, 1e-9)

@@ -36,9 +36,9 @@ ETAS = {0.0: 1e-5, 0.5: 1e-5, 1.0: 1e-3}
 
 
 @guidance()
-def pushed(predict, x, point, *, score):
-    """Set the score: gradient guidance with a fixed gradient."""
-    return predict(x, point)._replace(score=score)
+def pushed(predict, x, point, *, gradient):
+    """Set a fixed guidance gradient."""
+    return predict(x, point)._replace(guidance_gradient=gradient)
 
 
 @guidance()
@@ -76,9 +76,9 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
     found = []
     for i, t in enumerate(reference(process, "t")):
         one = slice(i, i + 1)
-        scores = [pushed(score=reference(process, "grad")[one])] if push else []
+        pushes = [pushed(gradient=reference(process, "grad")[one])] if push else []
         row = len(grid) - 1 - t
-        part = rows(make_plan(schedule, grid, solver, [*guidances, *scores]), slice(row, row + 1))
+        part = rows(make_plan(schedule, grid, solver, [*guidances, *pushes]), slice(row, row + 1))
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
         conds = {"cond": reference(process, "model_output")[one]}
@@ -139,7 +139,7 @@ def test_ddim_step(process, kind, eta):
 
 @each_process
 def test_a_score_moves_the_mean_of_ancestral_sampling(process):
-    """It adds variance times score after clipping, also in the last step."""
+    """It adds variance times the gradient after clipping, also in the last step."""
     x, x_0 = step_each(process, ddpm, [clip_x0()], push=True)
     assert_relative(x, reference(process, "p_sample_cond"), 5e-6, floor=1)
     assert_close(x_0, reference(process, "pmv_clip_pred_xstart"), 1e-5)
@@ -147,7 +147,7 @@ def test_a_score_moves_the_mean_of_ancestral_sampling(process):
 
 @each_process
 def test_a_score_moves_the_prediction_of_ddim(process):
-    """It adds sigma^2 / alpha times score, beyond the range of images (4.7e4 at t = 999)."""
+    """It adds sigma^2 / alpha times the gradient, beyond the range of images (4.7e4 at t = 999)."""
     x, _ = step_each(process, partial(ddim, released=True), [clip_x0()], push=True)
     assert_relative(x, reference(process, "ddim_cond"), 1e-5, floor=1)
 

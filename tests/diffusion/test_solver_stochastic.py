@@ -227,6 +227,6 @@ def test_a_jump_scales_the_score_by_the_learned_variance():
     table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), grid)
     for i in np.flatnonzero(np.diff(table.step) == 0):
         row, other = table.rows(i), plain.rows(table.step[i])
-        moved = row.score_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)
+        moved = row.gradient_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)
         pushed = np.exp((other.log_beta + other.log_beta_tilde) / 2)
         assert moved / pushed == pytest.approx(table.alpha[i + 1] / row.next_alpha, rel=1e-12)

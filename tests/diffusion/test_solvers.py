@@ -129,11 +129,11 @@ def test_tables_are_finite_and_have_the_same_columns(name, steps):
         integer = field in ("index", "step", "program")
         assert column.dtype == (int if integer else np.float64), field
     np.testing.assert_array_equal(table.index, np.arange(n))
-    # A score moves x_0 at the row's own level, or the mean of ancestral sampling.
+    # A gradient moves x_0 at the row's own level, or the mean of ancestral sampling.
     ancestral = name.startswith("ddpm") or name == "repaint"
     wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
-    np.testing.assert_allclose(table.score_x_0, wanted, rtol=1e-12)
-    assert (table.score_mean > 0).all() if ancestral else not table.score_mean.any()
+    np.testing.assert_allclose(table.gradient_x_0, wanted, rtol=1e-12)
+    assert (table.gradient_mean > 0).all() if ancestral else not table.gradient_mean.any()
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def test_the_samplers_whose_mean_a_score_moves():
     tables = {
         name: Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table for name in glide.SOLVERS
     }
-    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.score_mean.any()}
-    assert not any(tables[name].score_x_0.any() for name in ANCESTRAL)
+    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.gradient_mean.any()}
+    assert not any(tables[name].gradient_x_0.any() for name in ANCESTRAL)
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])

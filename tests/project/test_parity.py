@@ -73,9 +73,9 @@ def test_the_noise_that_agrees_with_an_image(process):
 
 @glide.guidance()
 def scored(predict, x, point):
-    """Return the score as x_0."""
+    """Return the gradient as x_0."""
     p = predict(x, point)
-    return p._replace(x_0=p.score)
+    return p._replace(x_0=p.guidance_gradient)
 
 
 @each_process

@@ -19,6 +19,7 @@ Other samplers add `s sigma^2 / alpha` times the gradient to `x_0`.
 Every parameter may be a scalar or have one value per image, `(B,)`.
 """
 
+from glide_jax.diffusion.guidance.gradients import classifier_guidance, image_loss
 from glide_jax.diffusion.guidance.image import clip_x0, dynamic_threshold, known_pixels, rescale
 from glide_jax.diffusion.guidance.linear import (
     all_of,
@@ -47,7 +48,6 @@ from glide_jax.diffusion.guidance.record import (
     guidance,
     per_image,
 )
-from glide_jax.diffusion.guidance.score import classifier_guidance, image_loss
 
 __all__ = [
     "CONDITIONAL",

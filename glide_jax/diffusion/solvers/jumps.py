@@ -118,7 +118,7 @@ def with_jumps(
 
 
 # The columns that a jump changes in the row before it.
-CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "score_mean", "log_beta", "log_beta_tilde")
+CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "gradient_mean", "log_beta", "log_beta_tilde")
 
 
 def jump_back(segment: Table, after: Table) -> Table:
@@ -134,12 +134,12 @@ def jump_back(segment: Table, after: Table) -> Table:
     last = {name: column[-1] for name, column in columns.items()}
     g = after.alpha[0] / segment.next_alpha[-1]
     fresh = after.sigma[0] ** 2 - (g * segment.next_sigma[-1]) ** 2
-    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "score_mean")}
+    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "gradient_mean")}
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
         changed |= {name: np.log(g**2 * np.exp(last[name]) + fresh) for name in ends}
-        # The score is still scaled by the learned variance alone, without the fresh noise.
-        changed["score_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
+        # The gradient is still scaled by the learned variance alone, without the fresh noise.
+        changed["gradient_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
         changed["s"] = np.hypot(g * last["s"], np.sqrt(fresh))
     for name, value in changed.items():

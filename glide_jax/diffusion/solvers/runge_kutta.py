@@ -33,8 +33,8 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[again] = values
         table = table._replace(**{name: column})
-    score_x_0 = table.sigma**2 / table.alpha
-    table = table._replace(Px=1.0 - again, Py=1.0 * again, score_x_0=score_x_0, index=row)
+    gradient_x_0 = table.sigma**2 / table.alpha
+    table = table._replace(Px=1.0 - again, Py=1.0 * again, gradient_x_0=gradient_x_0, index=row)
     return table, again
 
 
@@ -167,7 +167,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        score_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
+        gradient_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
     )
 
 
