@@ -27,7 +27,7 @@ def classifier_guidance(
     scale: Number,
     limit: Number | None = None,
 ) -> Prediction:
-    """Classifier guidance and CLIP guidance: `g + s grad log p(y | x_t)`  (ADM, 2105.05233).
+    """Classifier guidance and CLIP guidance: `gradient + s grad log p(y | x_t)`  (ADM, 2105.05233).
 
     ADM's algorithms 1 and 2, for any noised classifier, and for the noised CLIP
     (`glide_jax.load_clip`), where `log p = k f(x_t, t) . g(c)`, k the CLIP's logit scale
@@ -67,7 +67,7 @@ def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
-    """Image loss: `g - s grad loss(x_0(x_t))`, loss on clean images  (2209.14687; 2302.07121).
+    """Image loss: `gradient - s grad loss(x_0(x_t))` on clean images  (2209.14687; 2302.07121).
 
     Args:
         loss: a network with `fn(params, x_0, t, cond) -> (B,)`. Its `x_0` is the result of the
