@@ -47,7 +47,7 @@ from tests.support.guidances import (
 
 
 def evaluations(guidances, solver=ddim):
-    """List `(network, images in units of the batch)` for each evaluation of each program."""
+    """List `(network, images in units of the batch)` for each evaluation of each guidance set."""
     seen = []
 
     def counting(name, fn):
@@ -102,7 +102,7 @@ COSTS = {
 
 @pytest.mark.parametrize("name", COSTS)
 def test_evaluations_of_each_program(name):
-    """One batched pass per network and program, with the branches that it needs and no others."""
+    """One batched pass per network and set, with the branches that it needs and no others."""
     guidances, wanted = COSTS[name]
     assert sorted(evaluations(guidances)) == sorted(wanted)
 

@@ -298,7 +298,7 @@ def test_guidance_acts_within_its_interval_alone():
     every = compose(*(made(name) for name in EACH if name not in ("negative", "cfg_plus_plus")))
     run = run_of([every.within(0.3, np.inf)], ddpm, steps=8)
     guided = int((run.table.sigma / run.table.alpha > 0.3).sum())
-    assert 0 < guided < 8 and (run.table.program[:guided] != run.table.program[-1]).all()
+    assert 0 < guided < 8 and (run.table.guidance_set[:guided] != run.table.guidance_set[-1]).all()
     states = [state.x for _, state in stream(NETWORKS, CONDS, run, X, keys())]
     whole = run_of([every], ddpm, steps=8)
     wanted = [state.x for _, state in stream(NETWORKS, CONDS, whole, X, keys())]
@@ -370,7 +370,7 @@ def test_composition_is_a_guidance():
 
 
 def test_momentum_is_reset_where_guidance_changes():
-    """Each row adds the push of the row before, unless another program ran there."""
+    """Each row adds the push of the row before, unless another guidance set acted there."""
     free = classifier_free(1.0).within(*INTERVAL)
     run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
     table = run.table
@@ -380,8 +380,8 @@ def test_momentum_is_reset_where_guidance_changes():
             toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1] for name in ("cond", "null")
         )
         push = table.sigma[i] / table.alpha[i] * (null - cond)
-        reset = i > 0 and table.program[i] != table.program[i - 1]
+        reset = i > 0 and table.guidance_set[i] != table.guidance_set[i - 1]
         memory = push - 0.5 * memory * (not reset)
         assert_close(state.memory["apg"], memory, 1e-5 * max(1, np.abs(memory).max()))
         x = state.x
-    assert (np.diff(table.program) != 0).sum() == 2
+    assert (np.diff(table.guidance_set) != 0).sum() == 2

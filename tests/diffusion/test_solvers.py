@@ -126,7 +126,7 @@ def test_tables_are_finite_and_have_the_same_columns(name, steps):
     for field, column in table._asdict().items():
         shape = {"S": (HISTORY, HISTORY + 1), "B": (HISTORY,), "E": (HISTORY,)}.get(field, ())
         assert column.shape == (n, *shape) and np.isfinite(column).all(), field
-        integer = field in ("index", "step", "program")
+        integer = field in ("index", "step", "guidance_set")
         assert column.dtype == (int if integer else np.float64), field
     np.testing.assert_array_equal(table.index, np.arange(n))
     # A gradient moves x_0 at the row's own level, or the mean of ancestral sampling.

@@ -160,7 +160,7 @@ def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> lis
 def _table(rows: list[dict[str, Any]]) -> Table:
     """Return a table of rows whose history holds noise; columns that a row leaves out are zero."""
     empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
-    whole = {"keep": 1.0, "index": 0, "step": 0, "program": 0}
+    whole = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
     columns = {
         name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
         for name in Table._fields

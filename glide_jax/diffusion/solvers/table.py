@@ -39,7 +39,7 @@ class Table(NamedTuple, Generic[Column]):
             x_0 (all but ancestral rows), or `gradient_mean variance g` to x (ancestral, ADM
             algorithm 1).
         keep: 0 where the memory of guidance is reset, else 1.
-        index, step, program: int; the row's number, the step it belongs to, and the set of
+        index, step, guidance_set: int; the row's number, the step it belongs to, and the set of
             guidances that acts in it.
     """
 
@@ -66,7 +66,7 @@ class Table(NamedTuple, Generic[Column]):
     keep: Column
     index: Column
     step: Column
-    program: Column
+    guidance_set: Column
 
     def rows(self, some: np.ndarray | slice | int) -> "Table[Column]":
         """Return some rows, or, for an integer, one row as a table of scalars."""
@@ -151,7 +151,7 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         keep=one,
         index=rows,
         step=rows,
-        program=np.zeros(n, int),
+        guidance_set=np.zeros(n, int),
     )
 
 
