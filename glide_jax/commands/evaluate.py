@@ -395,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
     with one_line_errors("stopped; the same command continues a sweep or a curve"):
         command = read(sys.argv[1:] if arguments is None else arguments)
-        getattr(command, "share", None)  # before jax starts: it may choose this process's GPUs
+        getattr(
+            command, "own_process", None
+        )  # before jax starts: it may choose this process's GPUs
         prepare()
         command.run()

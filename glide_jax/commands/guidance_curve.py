@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from glide_jax.devices.processes import own_share
+from glide_jax.devices.processes import own_process
 from glide_jax.errors import UsageError
 from glide_jax.evaluation.captioned_sets import BESIDE, clip_score, read_captions
 from glide_jax.evaluation.extractors import Extractor, open_extractor
@@ -121,9 +121,9 @@ class Curve:
         print(f"curve.json and curve.png in {self.out}")
 
     @cached_property
-    def share(self) -> tuple[int, int]:
-        """The index of this process, and the number of processes; see `own_share`."""
-        return own_share(self.processes, self.process)
+    def own_process(self) -> tuple[int, int]:
+        """The index of this process, and the number of processes; see `own_process`."""
+        return own_process(self.process, self.processes)
 
     def _prompts(self) -> list[str]:
         prompts = read_prompt_file(self.prompts_file, self.prompts_field)
@@ -156,7 +156,7 @@ class Curve:
             prompts,
             folder,
             shard_size=self.shard_size,
-            share=self.share,
+            process=self.own_process,
             seed=self.seed,
             batch_size=self.model.batch_size,
             upsampler={name: value for name, value in upsampler.items() if value is not None},
