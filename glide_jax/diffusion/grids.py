@@ -15,7 +15,7 @@ from glide_jax.diffusion.spacings import (
     trailing_capped,
     uniform,
 )
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 OPTIMISED = "optimised"
 SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
@@ -53,7 +53,7 @@ def make_timesteps(
     names = (*SPACINGS, OPTIMISED)
     if spacing not in names:
         raise UsageError(
-            f"unknown spacing {spacing!r}{nearest(spacing, names)}: "
+            f"unknown spacing {spacing!r}{did_you_mean(spacing, names)}: "
             f"choose one of {', '.join(names)}"
         )
     if steps > len(schedule):

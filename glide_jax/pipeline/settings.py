@@ -27,7 +27,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
-from glide_jax.errors import UsageError, check_finite, nearest
+from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -134,7 +134,7 @@ class Settings:
         names = [f.name for f in fields(self)]
         for name in values:
             if name not in names:
-                raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
+                raise UsageError(f"there is no setting {name!r}{did_you_mean(name, names)}")
         values = {name: value for name, value in values.items() if value is not None}
         if isinstance(negative := values.get("negative_prompt"), str):
             values["negative_prompt"] = clean(negative)
@@ -158,7 +158,7 @@ class Settings:
         """
         if self.sampler not in SOLVERS:
             raise UsageError(
-                f"unknown sampler {self.sampler!r}{nearest(self.sampler, SOLVERS)}: "
+                f"unknown sampler {self.sampler!r}{did_you_mean(self.sampler, SOLVERS)}: "
                 f"choose one of {', '.join(SOLVERS)}"
             )
         solver = SOLVERS[self.sampler]

@@ -11,7 +11,7 @@ from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.errors import GlideError, UsageError, check_finite, nearest
+from glide_jax.errors import GlideError, UsageError, check_finite, did_you_mean
 from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
@@ -385,7 +385,7 @@ def read_config(path: Path) -> RunConfig:
 def _build(kind: type, values: dict[str, Any]) -> Any:
     known = {f.name: f.type for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
+        raise ValueError(f"unknown field {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     built = {}
     for name, value in values.items():
         field_type = known[name]

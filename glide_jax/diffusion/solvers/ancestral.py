@@ -13,7 +13,7 @@ from glide_jax.diffusion.solvers.table import (
     one_row_per_step,
     step_betas,
 )
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 VARIANCES = ("learned", "small", "large")
 
@@ -34,7 +34,7 @@ def ddpm(
     """
     if variance not in VARIANCES:
         raise UsageError(
-            f"unknown variance {variance!r}{nearest(variance, VARIANCES)}: "
+            f"unknown variance {variance!r}{did_you_mean(variance, VARIANCES)}: "
             f"choose one of {', '.join(VARIANCES)}"
         )
     table = one_row_per_step(schedule, grid)
