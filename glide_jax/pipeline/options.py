@@ -150,8 +150,8 @@ class SamplingOptions:
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
             scale 1 and the sampler ddpm. Samplers other than ddpm limit the change of x_0.
-        threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more.
         repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run
@@ -171,7 +171,7 @@ class SamplingOptions:
     negative_prompt: Annotated[str | None, _default("negative_prompt")] = None
     autoguidance_scale: Annotated[float | None, _default("autoguidance_scale")] = None
     clip_scale: Annotated[float | None, _default("clip_scale")] = None
-    threshold: Annotated[float | None, _default("threshold")] = None
+    dynamic_threshold: Annotated[float | None, _default("dynamic_threshold")] = None
     strength: Annotated[float | None, _default("strength")] = None
     repaint: Annotated[tuple[int, int] | None, _default("repaint")] = None
 

@@ -48,7 +48,7 @@ GUIDING = (
     "guidance_rescale",
     "negative_prompt",
     "autoguidance_scale",
-    "threshold",
+    "dynamic_threshold",
 )
 
 
@@ -92,8 +92,8 @@ class Settings:
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
             guidance_scale 1 and sampler ddpm. Other samplers limit the change of x_0.
-        threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
@@ -117,7 +117,7 @@ class Settings:
     negative_prompt: str = ""
     autoguidance_scale: float = 1.0
     clip_scale: float = 0.0
-    threshold: float | None = None
+    dynamic_threshold: float | None = None
     strength: float | None = None
     repaint: tuple[int, int] | None = None
     guidance: Sequence[Guidance] | None = None
@@ -196,8 +196,8 @@ class Settings:
 
         Args:
             prompts: one per image, all with the same number of parts.
-            maps: maps of x_0 (known pixels). They act before clipping, but last with a threshold
-                or with `guidance`.
+            maps: maps of x_0 (known pixels). They act before clipping, but last with a dynamic
+                threshold or with `guidance`.
 
         Raises:
             UsageError: the settings contradict each other, or a number is out of its range.
@@ -211,8 +211,8 @@ class Settings:
             linear.append(rescale(self.guidance_rescale))
         if self.guidance_interval is not None:
             linear = [compose(*linear).within(*self.guidance_interval)]
-        if self.threshold is not None:
-            return (*linear, dynamic_threshold(self.threshold), *maps)
+        if self.dynamic_threshold is not None:
+            return (*linear, dynamic_threshold(self.dynamic_threshold), *maps)
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
@@ -298,7 +298,7 @@ class SettingsArguments(TypedDict, total=False):
     negative_prompt: str | None
     autoguidance_scale: float | None
     clip_scale: float | None
-    threshold: float | None
+    dynamic_threshold: float | None
     strength: float | None
     repaint: tuple[int, int] | None
     guidance: Sequence[Guidance] | None
