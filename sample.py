@@ -10,12 +10,12 @@ prompt, AND and NOT join captions, each with an optional weight. Examples:
   python sample.py "a top hat" --init-image cat.png --mask mask.png      inpainting
   python sample.py "a cat face" --init-image sketch.png --strength 0.6   img2img
   python sample.py --init-image cat.png --variation 0.3 --num 4          variations
-  python sample.py "a red apple" "a rocket" --between --num 8            interpolation
+  python sample.py "a red apple" "a rocket" --interpolate --num 8        interpolation
   python sample.py --prompts-file captions.txt --shards out              thousands, in tar shards
 
 Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run
 its prompt alone with the same options, and with --seed and --first-index from its metadata (this
-does not work for --between).
+does not work for --interpolate).
 """
 
 from pathlib import Path
@@ -74,10 +74,10 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
         print(sample_shards(pipe, prompts, process=process, **shards, **call))
         return
     image = editing.init_image
-    if editing.between:
+    if editing.interpolate:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
-            raise UsageError("--between takes two prompts, or one and --to-seed")
-        images = pipe.between(*prompts, to_seed=editing.to_seed, **call)
+            raise UsageError("--interpolate takes two prompts, or one and --to-seed")
+        images = pipe.interpolate(*prompts, to_seed=editing.to_seed, **call)
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")

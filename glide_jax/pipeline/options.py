@@ -98,9 +98,9 @@ class EditingOptions:
             reconstruction) to 1 (an unrelated image).
         init_caption: Caption of the input image, for the inversion of --variation, if it differs
             from the prompt.
-        between: Interpolate: generate --num images (2 or more) from one prompt to another, from
+        interpolate: Generate --num images (2 or more) from one prompt to another, from
             one seed to another (--seed to --to-seed), or both.
-        to_seed: The seed at the end of --between.
+        to_seed: The seed at the end of --interpolate.
     """
 
     init_image: Annotated[Path | None, HIDDEN] = None
@@ -110,7 +110,7 @@ class EditingOptions:
     fit: Fit = "crop"
     variation: Annotated[float | None, HIDDEN] = None
     init_caption: Annotated[str | None, HIDDEN] = None
-    between: Annotated[bool, HIDDEN] = False
+    interpolate: Annotated[bool, HIDDEN] = False
     to_seed: Annotated[int | None, HIDDEN] = None
 
 
@@ -331,11 +331,14 @@ def check_options(options: Options) -> None:
             "--fit is for --init-image",
         ),
         (e.init_caption is not None and not varies, "--init-caption is for --variation"),
-        (e.to_seed is not None and not e.between, "--to-seed is for --between"),
-        (e.between and e.init_image is not None, "--between takes prompts: it has no --init-image"),
+        (e.to_seed is not None and not e.interpolate, "--to-seed is for --interpolate"),
         (
-            into and (e.between or e.init_image is not None or e.mask is not None),
-            "--shards takes prompts: it has no --init-image, --mask or --between",
+            e.interpolate and e.init_image is not None,
+            "--interpolate takes prompts: it has no --init-image",
+        ),
+        (
+            into and (e.interpolate or e.init_image is not None or e.mask is not None),
+            "--shards takes prompts: it has no --init-image, --mask or --interpolate",
         ),
         (into and options.preview, "--shards has no --preview"),
         (

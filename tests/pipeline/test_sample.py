@@ -179,10 +179,10 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
         (("--init-caption", "blue"), "for --variation"),
         (("--init-image", "photo.png", "--invert-mask"), "are for --mask"),
         (("--fit", "pad"), "for --init-image"),
-        (("--between",), "two prompts, or one and --to-seed"),
-        (("blue", "--between"), "at least 2"),
-        (("blue", "--between", "--init-image", "photo.png"), "no --init-image"),
-        (("--to-seed", "3"), "for --between"),
+        (("--interpolate",), "two prompts, or one and --to-seed"),
+        (("blue", "--interpolate"), "at least 2"),
+        (("blue", "--interpolate", "--init-image", "photo.png"), "no --init-image"),
+        (("--to-seed", "3"), "for --interpolate"),
         (("--repaint", "2", "2"), "give a mask"),
         (("--autoguidance-scale", "2"), "load one with weak_model="),
         (("--clip-scale", "2"), "load one with clip="),
@@ -261,12 +261,12 @@ def test_variations_from_the_command_line(weights, editing, tmp_path):
 
 def test_interpolation_from_the_command_line(weights, tmp_path):
     generate(
-        "red", "blue", "--between", "--num", 3, "--seed", 1, "--to-seed", 2, "--weights", weights,
-        "--out", tmp_path, "--preview", "--batch-size", 2,
+        "red", "blue", "--interpolate", "--num", 3, "--seed", 1, "--to-seed", 2,
+        "--weights", weights, "--out", tmp_path, "--preview", "--batch-size", 2,
     )  # fmt: skip
     _, metadata = made(tmp_path)
-    assert [m["between"]["share"] for m in metadata] == [0, 0.5, 1]
-    assert metadata[0]["between"]["seeds"] == [1, 2]
+    assert [m["interpolation"]["share"] for m in metadata] == [0, 0.5, 1]
+    assert metadata[0]["interpolation"]["seeds"] == [1, 2]
     assert (tmp_path / "preview.png").is_file() and (tmp_path / "00000-00002_grid.png").is_file()
 
 

@@ -194,7 +194,7 @@ def test_arguments_and_settings_have_the_same_names_and_types():
         assert found[name] == kind | None, name
 
 
-@pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "between"])
+@pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "interpolate"])
 def test_the_signature_of_the_pipeline_lists_every_setting(method):
     parameters = inspect.signature(getattr(glide.Pipeline, method)).parameters
     assert {f.name for f in fields(Settings)} < set(parameters)
