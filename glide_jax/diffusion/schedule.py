@@ -14,7 +14,7 @@ from glide_jax.errors import UsageError
 
 # The cap of both schedules (2102.09672, sec. 3.2): with beta 1 nothing of x_0 would be left, and no
 # step could reverse that.
-MOST_BETA = 0.999
+MAX_BETA = 0.999
 
 
 def linear_betas(steps: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def linear_betas(steps: int) -> np.ndarray:
     """
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
-    return np.minimum(betas, MOST_BETA)
+    return np.minimum(betas, MAX_BETA)
 
 
 def cosine_betas(steps: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def cosine_betas(steps: int) -> np.ndarray:
         return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
 
     i = np.arange(steps, dtype=np.float64)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MOST_BETA)
+    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MAX_BETA)
 
 
 BETAS: dict[str, Callable[[int], np.ndarray]] = {"cosine": cosine_betas, "linear": linear_betas}

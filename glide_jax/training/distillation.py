@@ -36,8 +36,8 @@ from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.inputs import Inputs, dropout_keys
 
-# The largest weight of an error of x_0 is 1 / LEAST_SIGMA.
-LEAST_SIGMA = 0.05
+# The largest weight of an error of x_0 is 1 / MIN_SIGMA.
+MIN_SIGMA = 0.05
 # `(x, point) -> x_0`.
 Denoise = Callable[[jax.Array, Point], jax.Array]
 
@@ -199,12 +199,12 @@ def image_pseudo_huber(
     weights of consistency training do (there `1 / gap` in units of noise).
 
     Args:
-        sigma: `(B, 1, 1, 1)`; below `LEAST_SIGMA` the weight grows no further, since a network that
+        sigma: `(B, 1, 1, 1)`; below `MIN_SIGMA` the weight grows no further, since a network that
             predicts x_0 or eps has errors there that do not fall with the noise.
         huber_constant: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
-    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], LEAST_SIGMA) ** 2
+    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2
     return ConsistencyTerms(jnp.sqrt(of_v + huber_constant**2) - huber_constant, mse)
 
 

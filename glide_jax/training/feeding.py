@@ -19,7 +19,7 @@ from glide_jax.training.objectives import Batch, to_batch
 from glide_jax.training.step import Control, scan_steps
 
 # More steps in a call gain nothing once the host keeps up.
-MOST_STEPS = 20
+MAX_STEPS = 20
 
 
 def steps_per_call(config: RunConfig) -> int:
@@ -31,7 +31,7 @@ def steps_per_call(config: RunConfig) -> int:
     if config.optimiser.ema_power:
         events.append(config.optimiser.ema_every)
     common = math.gcd(*events)
-    return max(k for k in range(1, MOST_STEPS + 1) if common % k == 0)
+    return max(k for k in range(1, MAX_STEPS + 1) if common % k == 0)
 
 
 def open_batches(

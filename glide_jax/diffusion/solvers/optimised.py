@@ -23,7 +23,7 @@ from glide_jax.diffusion.spacings import end_levels
 from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
-MOST_STEPS = 50
+MAX_STEPS = 50
 SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
@@ -126,8 +126,8 @@ def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m
     Raises:
         UsageError: there is no step, or there are more than 50 or than the schedule's timesteps.
     """
-    if not 1 <= steps <= min(MOST_STEPS, len(schedule)):
-        most = min(MOST_STEPS, len(schedule))
+    if not 1 <= steps <= min(MAX_STEPS, len(schedule)):
+        most = min(MAX_STEPS, len(schedule))
         raise UsageError(
             f"spacing optimised takes 1 to {most} steps, not {steps}: choose spacing logsnr"
         )
