@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
         objective="consistency",
         # In so few steps, more teacher steps are not learned.
         distillation=DistillationConfig(
-            teacher="runs/emoji64", guidance=(1.0, 4.0), teacher_steps=(4, 16)
+            teacher="runs/emoji64", guidance_scales=(1.0, 4.0), teacher_steps=(4, 16)
         ),
         optimiser=replace(
             base.optimiser, learning_rate=5e-4, warmup=100, decay="cosine", ema=0.995

@@ -41,7 +41,7 @@ def get_config(size: str = "released") -> TrainConfig:
         model=replace(model, guidance_input=True),
         prediction="v",
         objective="consistency",
-        distillation=DistillationConfig(guidance=(1.0, 4.0)),
+        distillation=DistillationConfig(guidance_scales=(1.0, 4.0)),
         caption_dropout=0.1,
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000, decay="cosine", ema=0.999),

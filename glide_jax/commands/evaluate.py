@@ -395,8 +395,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
     with one_line_errors("stopped; the same command continues a sweep or a curve"):
         command = read(sys.argv[1:] if arguments is None else arguments)
-        getattr(
-            command, "own_process", None
-        )  # before jax starts: it may choose this process's GPUs
+        getattr(command, "own_process", None)  # before jax starts: it may choose the GPUs
         prepare()
         command.run()

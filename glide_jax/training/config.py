@@ -168,8 +168,8 @@ class TrainConfig(RunConfig):
         level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
             broader.
-        level_uniform: With log-normal levels, share of the images whose timestep is uniform, from 0
-            to 1; larger trains the extreme levels more.
+        level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
+            from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student that samples in few steps; see `distillation`.
         distillation: Teacher and noise levels of the objective "consistency".
@@ -181,7 +181,7 @@ class TrainConfig(RunConfig):
             augmentation, which noises the small image at a random timestep of this share of them,
             counted from the clean end, up to 1 (CDM, 2106.15282); larger tolerates worse small
             images; 0: none.
-        mask_all: Inpainting: share of images that are masked completely, from 0 to 1; larger
+        mask_all_share: Inpainting: share of images that are masked completely, from 0 to 1; larger
             trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
             network is convolutional, so it can learn from crops or smaller images. 0: the size
@@ -211,13 +211,13 @@ class TrainConfig(RunConfig):
     levels: str = "uniform"
     level_mean: float = 0.0
     level_std: float = 1.0
-    level_uniform: float = 0.1
+    level_uniform_share: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     caption_dropout: float = 0.0
     low_res_timestep_share: float = 0.0
-    mask_all: float = 0.1
+    mask_all_share: float = 0.1
     train_size: int = 0
     sample_every: int = 5000
     sample_prompts: tuple[str, ...] = ()
@@ -230,7 +230,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("caption_dropout", "low_res_timestep_share", "mask_all", "level_uniform"):
+        shares = ("low_res_timestep_share", "mask_all_share", "level_uniform_share")
+        for name in ("caption_dropout", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
@@ -252,9 +253,9 @@ class TrainConfig(RunConfig):
         if self.model.residual and self.prediction != "x":
             raise UsageError('model.residual predicts the clean image: prediction must be "x"')
         if self.objective == "consistency":
-            low, high = self.distillation.guidance
+            low, high = self.distillation.guidance_scales
             if low < high and not self.model.guidance_input:
-                raise UsageError("distillation.guidance is a range: set model.guidance_input")
+                raise UsageError("guidance_scales is a range: set model.guidance_input")
             if self.levels == "loss-aware":
                 raise UsageError("loss-aware levels are for the objective denoising")
             if self.validate_every:

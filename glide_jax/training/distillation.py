@@ -209,12 +209,12 @@ def image_pseudo_huber(
 
 
 def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
-    """Sample a guidance scale: 1 for the share `unguided`, otherwise uniform in the range."""
-    low, high = config.guidance
+    """Sample a guidance scale: 1 for the share `unguided_share`, otherwise uniform in the range."""
+    low, high = config.guidance_scales
     if low == high:
         return jnp.float32(low)
     which, where = jax.random.uniform(key, (2,))
-    return jnp.where(which < config.unguided, 1.0, low + (high - low) * where)
+    return jnp.where(which < config.unguided_share, 1.0, low + (high - low) * where)
 
 
 def consistency(
@@ -253,8 +253,8 @@ def consistency(
             inputs.tokens,
             inputs.mask,
             inputs.conditioning,
-            None if c.guidance == (1, 1) else scale,
-            c.clip,
+            None if c.guidance_scales == (1, 1) else scale,
+            c.clip_x0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
@@ -264,7 +264,7 @@ def consistency(
         given = given | {"guidance": scale}
     at_r = given | {"text": jax.lax.stop_gradient(text)}
     target = consistency_target(
-        tables, student_of(still, config.prediction, at_r, c.clip), x_t, x_r, t, r, end
+        tables, student_of(still, config.prediction, at_r, c.clip_x0), x_t, x_r, t, r, end
     )
     x_0 = student_of(student, config.prediction, given | {"text": text})(x_t, point)
     return image_pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)

@@ -60,5 +60,5 @@ def make_levels(config: TrainConfig) -> Levels:
         half_log_snr.astype(np.float32),
         config.level_mean,
         config.level_std,
-        config.level_uniform,
+        config.level_uniform_share,
     )

@@ -107,8 +107,7 @@ class Objective:
         """Return the arguments of the loss that say where a run stands, and its teacher or base."""
         if self.lora_scale:
             return {"base": frozen_params}
-        run = {"teacher": frozen_params, "step": step, "done": done}
-        return run if self.distils else {}
+        return {"teacher": frozen_params, "step": step, "done": done} if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -137,10 +136,8 @@ def make_objective(config: RunConfig) -> Objective:
     if config.optimiser.freeze:
         loss = partial(_without_gradient, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
-        loss, init_frozen_params = (
-            partial(adapted_loss, loss, scale),
-            partial(init_base, init, dtype),
-        )
+        loss = partial(adapted_loss, loss, scale)
+        init_frozen_params = partial(init_base, init, dtype)
         init = partial(init_pairs, base=init, config=config.lora)
     return Objective(model, init, loss, distils, init_frozen_params, scale)
 
@@ -329,7 +326,8 @@ def prepare(
             conditioning["low_res"], conditioning["low_res_level"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]
-        known = jax.vmap(partial(random_mask, size=size, share_all=config.mask_all))(keys[:, 2])
+        one = partial(random_mask, size=size, share_all=config.mask_all_share)
+        known = jax.vmap(one)(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
     # A key of its own: the three above are those of denoising.
     key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)

@@ -63,24 +63,24 @@ def test_an_earlier_timestep_stays_in_its_interval(student_steps):
 
 
 def test_scales_are_uniform_besides_those_without_guidance():
-    config = DistillationConfig(guidance=(1.5, 4.0), unguided=0.2)
+    config = DistillationConfig(guidance_scales=(1.5, 4.0), unguided_share=0.2)
     keys = jax.random.split(jax.random.key(0), 5000)
     found = np.asarray(jax.vmap(partial(sample_scale, config=config))(keys))
     assert (found == 1).mean() == pytest.approx(0.2, abs=0.02)
     rest = (found[found != 1] - 1.5) / 2.5
     assert rest.min() >= 0 and rest.max() <= 1
     assert np.histogram(rest, 5, (0, 1))[0] / len(rest) == pytest.approx(0.2, abs=0.03)
-    assert float(sample_scale(keys[0], DistillationConfig(guidance=(3.0, 3.0)))) == 3
+    assert float(sample_scale(keys[0], DistillationConfig(guidance_scales=(3.0, 3.0)))) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance": (2.0, 1.0)}, "range of scales"),
+        ({"guidance_scales": (2.0, 1.0)}, "range of scales"),
         ({"teacher_steps": (8, 4)}, "teacher_steps grow"),
         ({"student_steps": 9}, "student_steps is from 1"),
         ({"timestep_share": 0.0}, "timestep_share must be above 0"),
-        ({"unguided": 1.5}, "share from 0 to 1"),
+        ({"unguided_share": 1.5}, "share from 0 to 1"),
         ({"huber_constant": 0.0}, "huber_constant must be above 0"),
     ],
 )
@@ -109,7 +109,7 @@ def student_config(teacher="teacher", **options):
         name="x",
         model=replace(SMALL, guidance_input=True),
         objective="consistency",
-        distillation=DistillationConfig(teacher=str(teacher), guidance=(1.0, 4.0)),
+        distillation=DistillationConfig(teacher=str(teacher), guidance_scales=(1.0, 4.0)),
         batch_size=4,
         caption_dropout=0.1,
         **options,

@@ -115,13 +115,18 @@ def test_pseudo_huber_is_squared_near_zero_and_absolute_far_away():
 def test_log_normal_levels_have_their_mean_and_spread():
     half_log_snr = make_schedule("cosine").half_log_snr(np.arange(1000))
     config = TrainConfig(
-        name="x", model=TINY, levels="log-normal", level_mean=0.5, level_std=0.8, level_uniform=0.0
+        name="x",
+        model=TINY,
+        levels="log-normal",
+        level_mean=0.5,
+        level_std=0.8,
+        level_uniform_share=0.0,
     )
     levels = make_levels(config)
     t = np.asarray(jax.vmap(levels.sample)(jax.random.split(KEY, 20_000)))
     assert half_log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
     assert half_log_snr[t].std() == pytest.approx(0.8, abs=0.02)
-    everywhere = make_levels(replace(config, level_uniform=1.0))
+    everywhere = make_levels(replace(config, level_uniform_share=1.0))
     t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
     assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)
 
@@ -223,7 +228,7 @@ def test_the_least_timestep_share_of_low_res_noising_is_one_level():
 @pytest.mark.parametrize("variant", ["inpaint", "superres_inpaint"])
 def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
     batch = make_batch(count=64)
-    found = recorded(batch, variant, mask_all=0.25)[0]
+    found = recorded(batch, variant, mask_all_share=0.25)[0]
     mask = found["inpaint_mask"]
     assert mask.shape == (64, 16, 16, 1) and ((mask == 0) | (mask == 1)).all()
     known = to_range(batch.image) * mask
