@@ -22,14 +22,14 @@ class DistillationConfig:
         teacher_steps: Number of the teacher's steps from noise to image, at the beginning and at
             the end of the training; it doubles at equal intervals in between. More is more
             accurate, and takes longer to learn.
-        student_steps: Number of equal intervals of time, in each of which the student is consistent
-            (2403.06807). 1: it predicts the clean image from any noise level, for the sampler
-            consistency. N: it predicts the beginning of its interval, for N steps of ddim with
-            spacing trailing-capped; easier to learn.
+        student_steps: Number of equal intervals of time, within which the student is
+            consistent (2403.06807). 1: it predicts the clean image from any noise level, for the
+            sampler consistency. N: it predicts the beginning of its interval, for N steps of ddim
+            with spacing trailing-capped; easier to learn.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
-        clip_x0: Whether estimates of the clean image, of teacher and student, are clipped to
-            [-1, 1].
+        clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
+            to [-1, 1].
         huber_constant: Constant of the pseudo-Huber loss, in units of the root mean square error of
             an image in v, above 0; the loss is linear in errors well above it, and quadratic in
             errors well below. Larger is closer to the squared error, and learns faster; in
