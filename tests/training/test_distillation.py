@@ -167,7 +167,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
 
 def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
     config = student_config(teacher)
-    shapes = abstract_state(config, make_objective(config)).teacher
+    shapes = abstract_state(config, make_objective(config)).frozen_params
     assert {p: x.shape for p, x in flatten(shapes).items()} == {
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }
