@@ -10,12 +10,12 @@ prompt, AND and NOT join captions, each with an optional weight. Examples:
   python sample.py "a top hat" --init-image cat.png --mask mask.png      inpainting
   python sample.py "a cat face" --init-image sketch.png --strength 0.6   img2img
   python sample.py --init-image cat.png --variation 0.3 --num 4          variations
-  python sample.py "a red apple" "a rocket" --between --num 8            interpolation
+  python sample.py "a red apple" "a rocket" --interpolate --num 8        interpolation
   python sample.py --prompts-file captions.txt --shards out              thousands, in tar shards
 
 Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run
 its prompt alone with the same options, and with --seed and --first-index from its metadata (this
-does not work for --between).
+does not work for --interpolate).
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 
 import glide_jax as glide
-from glide_jax.devices.processes import own_share
+from glide_jax.devices.processes import own_process
 from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.images import Images, check_writable
@@ -37,11 +37,11 @@ from glide_jax.pipeline.prompts import read_prompt
 from glide_jax.pipeline.sharded import sample_shards
 
 
-def generate(options: Options, share: tuple[int, int] = (0, 1)) -> None:
+def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     """Generate what the options ask for, and save it.
 
     Args:
-        share: for --shards: index of this process, and number of processes.
+        process: for --shards: index of this process, and number of processes.
     """
     # -- weights, prompts -------------------------------------------------------------------------
     check_options(options)
@@ -71,13 +71,13 @@ def generate(options: Options, share: tuple[int, int] = (0, 1)) -> None:
     if options.sharding.shards is not None:
         shards = {"folder": options.sharding.shards, "shard_size": options.sharding.shard_size}
         del call["preview"]
-        print(sample_shards(pipe, prompts, share=share, **shards, **call))
+        print(sample_shards(pipe, prompts, process=process, **shards, **call))
         return
     image = editing.init_image
-    if editing.between:
+    if editing.interpolate:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
-            raise UsageError("--between takes two prompts, or one and --to-seed")
-        images = pipe.between(*prompts, to_seed=editing.to_seed, **call)
+            raise UsageError("--interpolate takes two prompts, or one and --to-seed")
+        images = pipe.interpolate(*prompts, to_seed=editing.to_seed, **call)
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")
@@ -109,9 +109,11 @@ def main() -> None:
     with one_line_errors("stopped; no image was saved"):
         options = read_options(__doc__ or "")
         sharding = options.sharding
-        share = own_share(sharding.processes, sharding.process) if sharding.shards else (0, 1)
+        process = (0, 1)
+        if sharding.shards:
+            process = own_process(sharding.process, sharding.processes)
         prepare()
-        generate(options, share)
+        generate(options, process)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def train(config: RunConfig) -> None:
             say_changes(config, first, position.get("seconds", 0.0))
             state = fit_loss_scale(state, objective)
             if base := frozen_base(config, objective):
-                state = replace(state, teacher=base)
+                state = replace(state, frozen_params=base)
             state = parallel.put_state(state)
             batches.set_state(position)
         per_call = align(batches, first)
@@ -119,10 +119,12 @@ def train(config: RunConfig) -> None:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
                     with log.paused():
-                        log.held_out(step, held_out(objective.whole(state.ema, state.teacher)))
+                        log.held_out(
+                            step, held_out(objective.whole(state.ema, state.frozen_params))
+                        )
                 if due(step, config.sample_every, config.steps):
                     with log.paused():
-                        whole = objective.whole(state.ema, state.teacher)
+                        whole = objective.whole(state.ema, state.frozen_params)
                         log.samples(step, parallel.for_sampling(whole))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")

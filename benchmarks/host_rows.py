@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0
-from glide_jax.diffusion.sampling import plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 
@@ -29,7 +29,7 @@ def milliseconds(arrays: int) -> float:
     networks = {"main": Network(network, {str(i): jnp.float32(0.1) for i in range(arrays)})}
     guidance = [classifier_free(scale=3.0), clip_x0()]
     grid = np.linspace(990, 0, ROWS)
-    run = plan(make_schedule("cosine", 1000), grid, SOLVERS["dpm++2m"], guidance)
+    run = make_plan(make_schedule("cosine", 1000), grid, SOLVERS["dpm++2m"], guidance)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     keys = jax.random.split(jax.random.key(1), 1)
     times = []

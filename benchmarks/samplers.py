@@ -22,9 +22,9 @@ import tyro
 
 import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
-from glide_jax.diffusion.sampling import plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.optimised import image_error
@@ -87,7 +87,7 @@ def levels_for(schedule: Schedule, solver: Solver, evaluations: int) -> int | No
     """Return the most noise levels that a solver visits in so many evaluations; None: too few."""
     for levels in range(evaluations + 2, 0, -1):
         try:
-            if evaluations_of(schedule, make_grid(schedule, levels), solver) <= evaluations:
+            if evaluations_of(schedule, make_timesteps(schedule, levels), solver) <= evaluations:
                 return levels
         except UsageError:  # PLMS needs more levels.
             return None
@@ -108,7 +108,7 @@ def curves(
         for count in evaluations:
             levels = levels_for(schedule, solver, count)
             if levels is not None:
-                grid = make_grid(schedule, levels, spacing, solver=solver)
+                grid = make_timesteps(schedule, levels, spacing, solver=solver)
                 found[name][evaluations_of(schedule, grid, solver)] = distance(grid, solver)
     return found
 
@@ -131,7 +131,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     guidance = [classifier_free(options.scale), clip_x0()]
 
     def generate(grid: np.ndarray, solver: Solver) -> np.ndarray:
-        run = plan(pipe.schedule, grid, solver, guidance)
+        run = make_plan(pipe.schedule, grid, solver, guidance)
         for _, state in stream({"main": pipe.network}, conds, run, x, keys):
             jax.block_until_ready(state.x)
         return np.asarray(jnp.clip(state.x, -1, 1))
@@ -146,7 +146,7 @@ def measure(options: Options) -> dict[str, Any]:
         pipe.schedule, tuple(choices()), options.evaluations, partial(image_error, pipe.schedule)
     )
     generate = make_sampler(pipe, options)
-    reference = generate(make_grid(pipe.schedule, options.reference), SOLVERS["dpm++2m"])
+    reference = generate(make_timesteps(pipe.schedule, options.reference), SOLVERS["dpm++2m"])
 
     def distance(grid: np.ndarray, solver: Solver) -> float:
         return float(np.sqrt(((generate(grid, solver) - reference) ** 2).mean()))

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from glide_jax.errors import GlideError, UsageError, nearest, one_line_errors
+from glide_jax.errors import GlideError, UsageError, did_you_mean, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("forward", "procedure", "training")
@@ -89,7 +89,9 @@ def measurements(options: Options) -> list[Measurement]:
     """
     for name in options.only:
         if name not in KINDS:
-            raise UsageError(f"unknown kind {name!r}{nearest(name, KINDS)}: {', '.join(KINDS)}")
+            raise UsageError(
+                f"unknown kind {name!r}{did_you_mean(name, KINDS)}: {', '.join(KINDS)}"
+            )
     if options.size not in ("released", "toy"):
         raise UsageError(f"size is released or toy, not {options.size!r}")
     if not options.dtypes or options.repeats < 1 or min(options.batches, default=0) < 1:

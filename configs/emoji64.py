@@ -65,13 +65,13 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         steps=200_000,
         minutes=2.2,
         batch_size=256,
-        mask_all=0.7,
+        mask_all_share=0.7,
         # From the start; the paper does so in a training of its own.
         caption_dropout=0.1,
         save_every=1000,
         sample_every=0,
         sample_steps=8,
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
         sample_guidance_scale=1.5,
         sample_prompts=PROMPTS,
     )

@@ -67,7 +67,7 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
             weight_decay=0.05,
             ema=0.99,
         ),
-        noise=0.3 if scores else 1.0,
+        timestep_share=0.3 if scores else 1.0,
         steps=4000,
         batch_size=512,
         seed=1 if scores else 0,

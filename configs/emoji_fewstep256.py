@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
         name="emoji_fewstep256",
         init_from="",
         objective="consistency",
-        distillation=DistillationConfig(teacher="runs/emoji_upsample256", segments=(4, 16)),
+        distillation=DistillationConfig(teacher="runs/emoji_upsample256", teacher_steps=(4, 16)),
         optimiser=replace(
             base.optimiser, learning_rate=3e-4, warmup=100, decay="cosine", ema=0.995
         ),
@@ -33,5 +33,5 @@ def get_config() -> TrainConfig:
         minutes=0,
         sample_steps=2,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -26,9 +26,9 @@ def get_config() -> TrainConfig:
         model=replace(base.model, guidance_input=True),
         init_from="",
         objective="consistency",
-        # In so few steps, more segments are not learned.
+        # In so few steps, more teacher steps are not learned.
         distillation=DistillationConfig(
-            teacher="runs/emoji64", guidance=(1.0, 4.0), segments=(4, 16)
+            teacher="runs/emoji64", guidance_scales=(1.0, 4.0), teacher_steps=(4, 16)
         ),
         optimiser=replace(
             base.optimiser, learning_rate=5e-4, warmup=100, decay="cosine", ema=0.995
@@ -41,5 +41,5 @@ def get_config() -> TrainConfig:
         sample_guidance_scale=2.0,
         sample_clip_scale=0.0,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -26,8 +26,8 @@ def get_config() -> TrainConfig:
         prediction="x",
         # Flat art has edges between two colours: the absolute error picks one, the squared error
         # their mean.
-        huber=0.05,
-        low_res_noise=0.1,
+        huber_width=0.05,
+        low_res_timestep_share=0.1,
         data=replace(data, source="emoji256", crop="window"),
         optimiser=OptimiserConfig(
             kind="muon",
@@ -47,6 +47,6 @@ def get_config() -> TrainConfig:
         # A grid would need small images to enlarge.
         sample_every=0,
         sample_steps=2,
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
         sample_guidance_scale=1.0,
     )

@@ -5,8 +5,8 @@ upsampler has none. The noise levels are the first half of the diffusion process
 from the enlarged small image, noised to there, so that two steps remain of the four.
 
 Sizes as upsample256. The teacher has the sizes, the noise schedule and the prediction of the
-recipe; for improved256 set --schedule cosine, --model.low-res-level and --low-res-noise 0.5.
-For the rest see fewstep64.
+recipe; for improved256 set --schedule cosine, --model.low-res-level and
+--low-res-timestep-share 0.5. For the rest see fewstep64.
 
 Result:   not trained here at these sizes.
 Hardware: as upsample256, and one more copy of the weights.
@@ -31,7 +31,7 @@ def get_config(size: str = "released") -> TrainConfig:
         model=presets.upsample256_paper() if paper else presets.upsample256(),
         schedule="linear",
         objective="consistency",
-        distillation=DistillationConfig(share=0.5),
+        distillation=DistillationConfig(timestep_share=0.5),
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000, decay="cosine", ema=0.999),
         steps=50_000,
@@ -46,5 +46,5 @@ def get_config(size: str = "released") -> TrainConfig:
         sample_guidance_scale=1.0,
         sample_strength=0.5,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -5,15 +5,15 @@ evaluation a step, for any scale between 1 and 4. The student starts from its te
 scale as an input. The teacher is a model of the same size that predicts v, as improved64 trains:
 at high noise an error of eps is a far larger error of the image.
 
-- the loss is a pseudo-Huber of the error of v, and the number of segments doubles from 8 to 64
+- the loss is a pseudo-Huber of the error of v, and the number of teacher steps doubles from 8 to 64
   (2310.14189);
 - for 90% of the images the scale is sampled from 1 to 4, the others have no guidance;
 - 10% empty captions keep the model without caption, for negative prompts and AND.
 
-A training step costs twice that of the teacher. A student of four parts (2403.06807) has less to
-learn; it is sampled with 4 steps of ddim, spacing few:
+A training step costs twice that of the teacher. A student of four steps (2403.06807) has less to
+learn; it is sampled with 4 steps of ddim, spacing trailing-capped:
 
-    --distillation.parts 4 --sample-sampler ddim
+    --distillation.student-steps 4 --sample-sampler ddim
 
 Result:   not trained here at these sizes.
 Hardware: as improved64, and one more copy of the weights.
@@ -41,7 +41,7 @@ def get_config(size: str = "released") -> TrainConfig:
         model=replace(model, guidance_input=True),
         prediction="v",
         objective="consistency",
-        distillation=DistillationConfig(guidance=(1.0, 4.0)),
+        distillation=DistillationConfig(guidance_scales=(1.0, 4.0)),
         caption_dropout=0.1,
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000, decay="cosine", ema=0.999),
@@ -60,5 +60,5 @@ def get_config(size: str = "released") -> TrainConfig:
         ),
         sample_steps=4,
         sample_sampler="consistency",
-        sample_spacing="few",
+        sample_spacing="trailing-capped",
     )

@@ -35,7 +35,7 @@ def get_config(size: str = "released") -> TrainConfig:
         schedule="linear",
         prediction="v",
         weighting="min-snr",
-        low_res_noise=0.5,
+        low_res_timestep_share=0.5,
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(
             learning_rate=1e-4, warmup=1000, ema_power=(0.05, 0.10), ema_every=5000

@@ -36,7 +36,7 @@ def get_config(size: str = "released") -> TrainConfig:
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000),
         steps=100_000,
         batch_size=512,
-        mask_all=0.1,
+        mask_all_share=0.1,
         parallelism="fsdp" if paper else "pmap",
         remat=True,
         save_every=5000,

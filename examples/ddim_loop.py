@@ -15,11 +15,11 @@ import glide_jax as glide
 def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
     """Return the image `(1, H, W, 3)` in [-1, 1] that DDIM computes from the noise."""
     network, evaluate = pipe.network, jax.jit(glide.Network.__call__)
-    grid = glide.make_grid(pipe.schedule, steps, "uniform")
-    alpha_bar = np.append(pipe.schedule.alpha_bar_at(grid), 1.0)
+    timesteps = glide.make_timesteps(pipe.schedule, steps, "uniform")
+    alpha_bar = np.append(pipe.schedule.alpha_bar_at(timesteps), 1.0)
     text = pipe.text_features([prompt, ""])
     x = noise
-    for t, now, then in zip(grid, alpha_bar[:-1], alpha_bar[1:], strict=True):
+    for t, now, then in zip(timesteps, alpha_bar[:-1], alpha_bar[1:], strict=True):
         alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
         output = evaluate(network, jnp.concatenate([x, x]), jnp.full(2, t), {"text": text})[..., :3]
         both = output if network.prediction == "eps" else alpha * output + sigma * x
@@ -31,10 +31,10 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
 
 
 def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
-    """Return the same image, computed with `glide.plan` and `glide.sample`."""
-    plan = glide.plan(
+    """Return the same image, computed with `glide.make_plan` and `glide.sample`."""
+    plan = glide.make_plan(
         pipe.schedule,
-        glide.make_grid(pipe.schedule, steps, "uniform"),
+        glide.make_timesteps(pipe.schedule, steps, "uniform"),
         glide.SOLVERS["ddim"],
         [glide.classifier_free(scale), glide.clip_x0()],
     )

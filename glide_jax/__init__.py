@@ -6,7 +6,7 @@ pipe("a red apple", num=4).save("samples")
 """
 
 from glide_jax import weights
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Guidance,
@@ -18,16 +18,16 @@ from glide_jax.diffusion.guidance import (
     autoguidance,
     cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
     dynamic_threshold,
-    gradient,
     guidance,
     image_loss,
     known_pixels,
     rescale,
 )
-from glide_jax.diffusion.sampling import plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, sample, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.errors import GlideError, UsageError
@@ -64,18 +64,18 @@ __all__ = [
     "autoguidance",
     "cfg_plus_plus",
     "classifier_free",
+    "classifier_guidance",
     "clip_x0",
     "compose",
     "dynamic_threshold",
-    "gradient",
     "guidance",
     "image_loss",
     "known_pixels",
     "load",
     "load_clip",
-    "make_grid",
+    "make_plan",
     "make_schedule",
-    "plan",
+    "make_timesteps",
     "repaint",
     "rescale",
     "restart",

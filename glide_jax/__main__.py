@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
-from glide_jax.errors import UsageError, nearest, one_line_errors
+from glide_jax.errors import UsageError, did_you_mean, one_line_errors
 from glide_jax.folders import SCRIPTS
 
 USAGE = """usage: glide-jax COMMAND [OPTIONS]
@@ -86,7 +86,7 @@ def main() -> None:
             COMMANDS[name](arguments)
         else:
             raise UsageError(
-                f"there is no command {name!r}{nearest(name, COMMANDS)}: choose one of "
+                f"there is no command {name!r}{did_you_mean(name, COMMANDS)}: choose one of "
                 f"{', '.join(COMMANDS)}"
             )
 

@@ -28,7 +28,7 @@ class UsageError(GlideError):
     exit_code = 2
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` if a known name is close to `name`, else an empty string."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f", did you mean {close[0]!r}?" if close else ""

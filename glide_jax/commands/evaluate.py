@@ -224,11 +224,11 @@ class Sweep:
         out: Folder for sweep.json, the figures, and a sheet of the images of each point.
         features: Feature spaces for distances between sets of images: scorer, or weight files
             of other networks (Inception v3 of FID, CLIP, DINOv2).
-        images: Images of each point, more than the neighbour; more images make the measures more
+        images: Images of each point, more than `nearest_k`; more images make the measures more
             precise. Only points with equal numbers are comparable.
         captions: Captions to choose from, for each image, the right one included; at least 2. More
             captions make R-precision harder.
-        neighbour: The k of precision and recall, at least 1 and below the number of images: an
+        nearest_k: The k of precision and recall, at least 1 and below the number of images: an
             image lies among others within the distance of their k-th neighbour. A larger k raises
             both; with few images use 1.
     """
@@ -239,7 +239,7 @@ class Sweep:
     features: tuple[str, ...] = (SCORER,)
     images: int = 64
     captions: int = 100
-    neighbour: int = 3
+    nearest_k: int = 3
     scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
     model: OmitArgPrefixes[ModelOptions] = ModelOptions()
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
@@ -261,7 +261,7 @@ class Sweep:
             captions=self.captions,
             seed=self.dataset.seed,
             batch_size=self.model.batch_size,
-            neighbour=self.neighbour,
+            nearest_k=self.nearest_k,
         )
         found = experiment.run(shared, todo, self.out)
         for path in figures.write_figures(found, self.out):
@@ -395,6 +395,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `glide-jax evaluate`, with the arguments of this process by default."""
     with one_line_errors("stopped; the same command continues a sweep or a curve"):
         command = read(sys.argv[1:] if arguments is None else arguments)
-        getattr(command, "share", None)  # before jax starts: it may choose this process's GPUs
+        getattr(command, "own_process", None)  # before jax starts: it may choose the GPUs
         prepare()
         command.run()

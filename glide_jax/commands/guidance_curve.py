@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from glide_jax.devices.processes import own_share
+from glide_jax.devices.processes import own_process
 from glide_jax.errors import UsageError
 from glide_jax.evaluation.captioned_sets import BESIDE, clip_score, read_captions
 from glide_jax.evaluation.extractors import Extractor, open_extractor
@@ -56,7 +56,7 @@ class Curve:
             free guidance is off, and the sampler is ddpm unless --sampler is set.
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
-        neighbour: The k of precision and recall.
+        nearest_k: The k of precision and recall.
         allow_few_images: Accept sets that have no more images than the network has dimensions. FID
             is then too large.
         shard_size: Images of a shard.
@@ -76,7 +76,7 @@ class Curve:
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
     clip_scales: tuple[float, ...] = ()
     size: Annotated[int | None, HIDDEN] = None
-    neighbour: int = 3
+    nearest_k: int = 3
     allow_few_images: bool = False
     shard_size: int = 1000
     processes: Annotated[int | None, HIDDEN] = None
@@ -121,9 +121,9 @@ class Curve:
         print(f"curve.json and curve.png in {self.out}")
 
     @cached_property
-    def share(self) -> tuple[int, int]:
-        """The index of this process, and the number of processes; see `own_share`."""
-        return own_share(self.processes, self.process)
+    def own_process(self) -> tuple[int, int]:
+        """The index of this process, and the number of processes; see `own_process`."""
+        return own_process(self.process, self.processes)
 
     def _prompts(self) -> list[str]:
         prompts = read_prompt_file(self.prompts_file, self.prompts_field)
@@ -156,7 +156,7 @@ class Curve:
             prompts,
             folder,
             shard_size=self.shard_size,
-            share=self.share,
+            process=self.own_process,
             seed=self.seed,
             batch_size=self.model.batch_size,
             upsampler={name: value for name, value in upsampler.items() if value is not None},
@@ -178,7 +178,7 @@ class Curve:
         """Return the measures of a point."""
         images = open_images(folder)
         generated = self._measure(images, inception, str(folder))
-        found = compare(real, generated, inception, path=self.real, neighbour=self.neighbour)
+        found = compare(real, generated, inception, path=self.real, nearest_k=self.nearest_k)
         assert generated.features is not None
         # The class probabilities come from the same features: no image is read a second time.
         logits = generated.features @ np.asarray(inception.params["fc"]["kernel"])

@@ -54,7 +54,7 @@ class Fid:
             weights, or a run of train.py.
         views: Views of each image whose embeddings the scorer averages: 10 crops, or 1, the image
             alone.
-        neighbour: The k of precision and recall, at least 1 and below the number of images. A
+        nearest_k: The k of precision and recall, at least 1 and below the number of images. A
             larger k raises both.
         allow_few_images: Accept a set that has no more images than the network has dimensions.
             The Frechet distance is then too large.
@@ -72,7 +72,7 @@ class Fid:
     score_clip: Annotated[Path | None, HIDDEN] = None
     scorer: str = "emoji_scorer64"
     views: Literal[10, 1] = 10
-    neighbour: int = 3
+    nearest_k: int = 3
     allow_few_images: bool = False
     save_statistics: Annotated[Path | None, HIDDEN] = None
     out: Path = Path("evaluation/fid.json")
@@ -145,8 +145,8 @@ class Fid:
             raise UsageError("--score-clip is for the CLIP score: give --captions")
         if self.out.suffix != ".json":
             raise UsageError(f"--out is a .json file, not {self.out}")
-        if self.neighbour < 1:
-            raise UsageError(f"--neighbour must be at least 1, not {self.neighbour}")
+        if self.nearest_k < 1:
+            raise UsageError(f"--nearest-k must be at least 1, not {self.nearest_k}")
 
     def _open(self, path: str | None) -> ImageSet | Moments | None:
         if path is None:
@@ -177,7 +177,7 @@ class Fid:
         if generated is None or self.generated is None:
             return None
         right = measure(generated, space, self._folder, path=self.generated, allow_few=few)
-        found = compare(left, right, space, path=real_path, neighbour=self.neighbour)
+        found = compare(left, right, space, path=real_path, nearest_k=self.nearest_k)
         found["sizes"] = {"real": left.shape, "generated": right.shape}
         if left.shape and right.shape and left.shape != right.shape:
             sides = " and ".join(f"{w} x {h}" for h, w in (left.shape, right.shape))

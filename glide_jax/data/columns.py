@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.records import CAPTION_FIELDS, fields_of
 from glide_jax.data.tables import IMAGE_FIELDS
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 _USUAL_IMAGES = (
     *("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
@@ -92,7 +92,7 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
         usual = [config.caption_field]
     if not usual or usual[0] not in texts:
         what = f"no text {usual[0]!r}" if usual else "no caption"
-        hint = nearest(usual[0], texts) if usual else ""
+        hint = did_you_mean(usual[0], texts) if usual else ""
         choices = (
             f"choose with --data.caption-field from {', '.join(texts)}"
             if texts
@@ -105,7 +105,7 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     own = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
     score = config.score_field
     if score and score not in kinds:
-        hint = nearest(score, list(kinds))
+        hint = did_you_mean(score, list(kinds))
         raise UsageError(f"{where} has no column {score!r}{hint}: choose with --data.score-field")
     paths = (*usual, *others, *((score,) if score else ()))
     columns = tuple(dict.fromkeys(own[path] for path in paths))
@@ -121,7 +121,7 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
         if kind is None:
             choices = ", ".join(found) or ", ".join(schema.names)
             raise UsageError(
-                f"{where} has no column {wanted!r}{nearest(wanted, list(kinds))}: "
+                f"{where} has no column {wanted!r}{did_you_mean(wanted, list(kinds))}: "
                 f"choose with --data.image-field from {choices}"
             )
         lists = {wanted: kind}

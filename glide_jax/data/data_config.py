@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from glide_jax.data.mixture import parse_mixture
-from glide_jax.errors import UsageError, check_finite, nearest
+from glide_jax.errors import UsageError, check_finite, did_you_mean
 
 CROPS = ("centre", "random", "window")
 CAPTION_LINES = ("choose", "join")
@@ -95,10 +95,10 @@ class DataConfig:
         if self.mixture:
             parse_mixture(self.mixture)
         if self.crop not in CROPS:
-            hint = nearest(self.crop, CROPS)
+            hint = did_you_mean(self.crop, CROPS)
             raise UsageError(f"crop is {' or '.join(CROPS)}, not {self.crop!r}{hint}")
         if self.caption_lines not in CAPTION_LINES:
-            hint = nearest(self.caption_lines, CAPTION_LINES)
+            hint = did_you_mean(self.caption_lines, CAPTION_LINES)
             raise UsageError(f"caption_lines is choose or join, not {self.caption_lines!r}{hint}")
         if self.on_device not in ON_DEVICE:
             raise UsageError(f"on_device is {' or '.join(ON_DEVICE)}, not {self.on_device!r}")

@@ -25,7 +25,7 @@ _HOW = (
 
 
 @dataclass(frozen=True, eq=False)
-class BesideRecords:
+class SidecarRecords:
     """Images with captions in files of their own, such as `cat.txt` for `cat.png`.
 
     Attributes:
@@ -151,7 +151,7 @@ def _captioned(
     pairs = pair(names, config.caption_field)
     if not pairs.images:
         raise UsageError(_no_captions(folder, pairs, unused))
-    records = BesideRecords(
+    records = SidecarRecords(
         folder,
         tuple(pairs.images),
         tuple(pairs.sidecars),

@@ -73,14 +73,14 @@ class ResidentBatches:
 
     Attributes:
         data: the images and captions, still on the host.
-        calls: steps in each item.
+        steps_per_item: steps in each item.
         skipped: 0, since all records are whole.
     """
 
     skipped = 0
 
     def __init__(
-        self, prepare: Prepare, batch_size: int, process: tuple[int, int], calls: int
+        self, prepare: Prepare, batch_size: int, process: tuple[int, int], steps_per_item: int
     ) -> None:
         """Read and encode every record.
 
@@ -88,12 +88,12 @@ class ResidentBatches:
             prepare: the order and its choices.
             batch_size: over all processes.
             process: index and number of the processes.
-            calls: steps in each item.
+            steps_per_item: steps in each item.
 
         Raises:
             BrokenRecord: a record is broken, or the images differ in size.
         """
-        self._prepare, self._batch_size, self.calls = prepare, batch_size, calls
+        self._prepare, self._batch_size, self.steps_per_item = prepare, batch_size, steps_per_item
         index, count = process
         self._rows = np.arange(
             index * batch_size // count, (index + 1) * batch_size // count, dtype=np.int32
@@ -123,8 +123,8 @@ class ResidentBatches:
         return self
 
     def __next__(self) -> Picks:
-        starts = [self._position + i * self._batch_size for i in range(self.calls)]
-        self._position += self.calls * self._batch_size
+        starts = [self._position + i * self._batch_size for i in range(self.steps_per_item)]
+        self._position += self.steps_per_item * self._batch_size
         chosen = [[self._choose(start + int(row)) for row in self._rows] for start in starts]
         image, caption, flip, top, left = np.array(chosen, np.int32).transpose(2, 0, 1)
         row = np.broadcast_to(self._rows, image.shape)
@@ -189,14 +189,14 @@ def make_resident(
     tokenizer: Any,
     size: int,
     seed: int,
-    calls: int,
+    steps_per_item: int,
     process: tuple[int, int] = (0, 1),
 ) -> ResidentBatches | None:
     """Return the batches of data on the device, or None if a loader is to make them.
 
     Args:
         source, config, batch_size, tokenizer, size, seed, process: as in `make_batches`.
-        calls: steps in each item.
+        steps_per_item: steps in each item.
 
     Raises:
         UsageError: `on_device` is "yes" and the data cannot be put there.
@@ -208,7 +208,7 @@ def make_resident(
         raise UsageError("data on the device are not scaled: choose --data.crop centre or window")
     prepare = make_prepare(source, config, batch_size, tokenizer, size, seed, process)
     try:
-        return ResidentBatches(prepare, batch_size, process, calls)
+        return ResidentBatches(prepare, batch_size, process, steps_per_item)
     except BrokenRecord as error:
         if asked:
             raise UsageError(

@@ -22,7 +22,7 @@ from glide_jax.data.records import (
 )
 from glide_jax.data.shards import Scan, Shards, in_a_row, index_shards
 from glide_jax.data.storage import BrokenRecord
-from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.errors import GlideError, UsageError, did_you_mean
 
 
 class RawRecords(Protocol):
@@ -159,7 +159,7 @@ def open_tfds(folder: str, config: DataConfig) -> Source:
     splits = list(builder.info.splits)
     for split in re.split(r"\+", config.split):
         if (name := split.split("[")[0]) not in splits:
-            hint = nearest(name, splits)
+            hint = did_you_mean(name, splits)
             raise UsageError(f"{folder} has no split {name!r}{hint}: it has {', '.join(splits)}")
     image, caption = _fields(folder, features, config)
     raw = _raw(builder, folder, config.split, image)
@@ -283,7 +283,7 @@ def _select(records: TfdsRecords, config: DataConfig, folder: str) -> np.ndarray
         values = np.array([text(raw[field], field) for raw in records.raw])
         for value in wanted:
             if value not in values:
-                hint = nearest(value, set(values.tolist()))
+                hint = did_you_mean(value, set(values.tolist()))
                 raise UsageError(f"{folder} has no {field} {value!r}{hint}")
         keep &= np.isin(values, wanted)
     if not keep.any():

@@ -128,13 +128,13 @@ class Call:
             arguments["out"] = str(out)
         for name, value in [*loading.items(), *arguments.items()]:
             words += _option(name, value)
-        if self.method == "between":
-            words.append("--between")
+        if self.method == "interpolate":
+            words.append("--interpolate")
         # Prompts after two dashes: they may begin with one themselves.
         return shlex.join([*words, "--", *self.prompts])
 
     def _named_prompts(self) -> dict[str, Any]:
-        names = {"between": ("start", "end"), "variations": ("prompt",)}
+        names = {"interpolate": ("start", "end"), "variations": ("prompt",)}
         return dict(zip(names.get(self.method, ("prompts",)), self.prompts, strict=True))
 
 
@@ -191,10 +191,10 @@ def edit(
     return Call("", prompts, where | changed | _usual(controls, defaults, more))
 
 
-def path(controls: Controls, defaults: Settings, end: str, **more: Any) -> Call:
-    """Return the call for the path from the prompt to another one."""
+def interpolation(controls: Controls, defaults: Settings, end: str, **more: Any) -> Call:
+    """Return the call for the interpolation from the prompt to another one."""
     prompts = (plain(controls.prompt), plain(end))
-    return Call("between", prompts, _usual(controls, defaults, more))
+    return Call("interpolate", prompts, _usual(controls, defaults, more))
 
 
 def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
@@ -205,9 +205,9 @@ def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
 
 
 def caption_of(metadata: Mapping[str, Any]) -> str:
-    """Return a caption of an image; on a path, that of the nearer end."""
-    if between := metadata.get("between"):
-        return between["prompts"][between["share"] >= 0.5]
+    """Return a caption of an image; of an interpolation, that of the nearer end."""
+    if ends := metadata.get("interpolation"):
+        return ends["prompts"][ends["share"] >= 0.5]
     return metadata["prompt"]
 
 

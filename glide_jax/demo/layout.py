@@ -73,8 +73,10 @@ def _left(found: SimpleNamespace, studio: Studio) -> None:
                 info="The images lead from the prompt above to this one, both included.",
                 elem_id="end",
             )
-            found.path_num = gr.Slider(2, LARGEST_NUM, 6, step=1, label="Images on the path")
-            found.walk = _main_button("Walk the path", "walk")
+            found.interpolation_num = gr.Slider(
+                2, LARGEST_NUM, 6, step=1, label="Images on the path"
+            )
+            found.interpolate = _main_button("Walk the path", "interpolate")
     _run(found)
     _guidance(found, studio)
     _sampling(found, studio.pipe.settings)

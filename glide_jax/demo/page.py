@@ -93,7 +93,7 @@ class Page:
         # The mask is read before the run, since inputs of a run are also read again.
         painted = p.apply.click(self.begin_edit, p.editor, [p.status, p.stop, self.mask], **quick)
         run(None, self.edit, controls + editing, painted)
-        run(p.walk.click, self.walk, [*controls, p.path_num, p.end])
+        run(p.interpolate.click, self.interpolate, [*controls, p.interpolation_num, p.end])
         run(p.like.click, self.more_like_this, [*controls, self.result, self.chosen])
         p.stop.click(self.stop, None, [p.status, p.stop], **quick)
         p.dice.click(lambda: random.randrange(2**32), None, p.seed, **quick)
@@ -145,13 +145,13 @@ class Page:
 
         yield from self._run(request, call)
 
-    def walk(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def interpolate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Images on the path between two prompts."""
         *rest, num, end = values
 
         def call() -> actions.Call:
             controls, defaults, more = self._read(rest, num=num)
-            return actions.path(controls, defaults, end, **more)
+            return actions.interpolation(controls, defaults, end, **more)
 
         yield from self._run(request, call)
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 GIB = 2.0**30
 
@@ -144,7 +144,8 @@ def parse_slice(name: str) -> Slice:
     family, _, shape = single.partition(":")
     if family not in FAMILIES:
         raise UsageError(
-            f"unknown hardware {name!r}{nearest(family, FAMILIES)}: choose for example {EXAMPLES}"
+            f"unknown hardware {name!r}{did_you_mean(family, FAMILIES)}: "
+            f"choose for example {EXAMPLES}"
         )
     kind = FAMILIES[family]
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"\d+(x\d+)+", shape) else ()

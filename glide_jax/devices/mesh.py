@@ -17,7 +17,7 @@ AXIS = "batch"
 # The axis of the copies of a state under hybrid sharding.
 COPIES = "copies"
 # Below this number of values an array is not worth a gather before each use.
-SMALLEST_SHARDED = 2**14
+MIN_SHARDED = 2**14
 
 
 def device_mesh(devices: list[jax.Device]) -> Mesh:
@@ -78,7 +78,7 @@ def whole(mesh: Mesh) -> NamedSharding:
 def shard_spec(shape: tuple[int, ...], count: int) -> PartitionSpec:
     """Split the largest axis that divides by `count`; small arrays stay whole on every device."""
     axes = [axis for axis, size in enumerate(shape) if size % count == 0]
-    if not axes or int(np.prod(shape)) < SMALLEST_SHARDED:
+    if not axes or int(np.prod(shape)) < MIN_SHARDED:
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(AXIS if axis == largest else None for axis in range(len(shape))))

@@ -86,14 +86,14 @@ def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> Links:
     return links
 
 
-def own_share(processes: int | None = None, process: int | None = None) -> tuple[int, int]:
+def own_process(process: int | None = None, processes: int | None = None) -> tuple[int, int]:
     """Return the index of this process and the number of processes, which need not connect.
 
     Call it before anything else of jax: where several processes share a machine, this one is left
     its own GPUs.
 
     Args:
-        processes, process: number and index; None: those that the environment names, or (1, 0).
+        process, processes: index and number; None: those that the environment names, or (0, 1).
 
     Raises:
         UsageError: one of the two is missing, or they contradict each other.

@@ -7,8 +7,15 @@ import numpy as np
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.optimised import optimised_grid
 from glide_jax.diffusion.solvers.table import Solver
-from glide_jax.diffusion.spacings import few, log_snr_uniform, respaced, rho, trailing, uniform
-from glide_jax.errors import UsageError, nearest
+from glide_jax.diffusion.spacings import (
+    log_snr_uniform,
+    respaced,
+    rho,
+    trailing,
+    trailing_capped,
+    uniform,
+)
+from glide_jax.errors import UsageError, did_you_mean
 
 OPTIMISED = "optimised"
 SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
@@ -16,23 +23,23 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "uniform": uniform,
     "rho": rho,
     "trailing": trailing,
-    "few": few,
+    "trailing-capped": trailing_capped,
 }
 """Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
 
 
-def make_grid(
+def make_timesteps(
     schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
 ) -> np.ndarray:
-    """Return the grid of `steps` noise levels, `(steps,)` timesteps, noisiest first.
+    """Return the `(steps,)` timesteps that a sampler visits, noisiest first: its grid.
 
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",
             "10,10,3,2,2". A number as a string is a number.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
             time, as in OpenAI's code), "rho" (EDM), "trailing" (even in time, from the noisiest
-            timestep), "few" (as trailing, without the noisiest timesteps: for few steps), or
-            "optimised" (for the solver). A respacing string ignores it.
+            timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few
+            steps), or "optimised" (for the solver). A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.
 
     Raises:
@@ -46,7 +53,7 @@ def make_grid(
     names = (*SPACINGS, OPTIMISED)
     if spacing not in names:
         raise UsageError(
-            f"unknown spacing {spacing!r}{nearest(spacing, names)}: "
+            f"unknown spacing {spacing!r}{did_you_mean(spacing, names)}: "
             f"choose one of {', '.join(names)}"
         )
     if steps > len(schedule):

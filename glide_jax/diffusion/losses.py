@@ -176,7 +176,7 @@ def hybrid_loss(
     prediction: str = "eps",
     weighting: str = "none",
     gamma: float = MIN_SNR_GAMMA,
-    huber: float = 0.0,
+    huber_width: float = 0.0,
     vlb_weight: float | None = None,
 ) -> Terms:
     """Hybrid loss: `L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
@@ -192,7 +192,7 @@ def hybrid_loss(
             or "x" = `x_0`.
         weighting: weighting of L_simple over noise levels: see `loss_weight`.
         gamma: the gamma of "min-snr".
-        huber: width of the pseudo-Huber loss in the place of the squared error; 0: none.
+        huber_width: width of the pseudo-Huber loss in the place of the squared error; 0: none.
         vlb_weight: weight of L_vlb; None: T / 1000, that is 0.001 times T, since `T L_t` estimates
             the whole bound.
 
@@ -204,7 +204,7 @@ def hybrid_loss(
     alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
     error = predicted - target_of(prediction, x_0, eps, alpha, sigma)
     mse = mean_flat(error**2)
-    simple = mean_flat(pseudo_huber(error, huber)) if huber else mse
+    simple = mean_flat(pseudo_huber(error, huber_width)) if huber_width else mse
     if weighting != "none":
         weight = loss_weight(weighting, prediction, alpha, sigma, gamma)
         simple = simple * weight[:, 0, 0, 0]

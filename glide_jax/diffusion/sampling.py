@@ -1,7 +1,7 @@
 """The sampling loop: one step, one `lax.scan`, and two drivers over it.
 
-`plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample` runs it
-in one compiled call, `stream` a few rows at a time.
+`make_plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample`
+runs it in one compiled call, `stream` a few rows at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ ALWAYS = (0.0, float("inf"))
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["table", "guidance"],
-    meta_fields=["programs"],
+    meta_fields=["guidance_sets"],
 )
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -38,13 +38,13 @@ class Plan:
             row needs no operation on the device.
         guidance: the guidances. Intervals and prompts are removed: the table already holds the
             intervals, and another prompt must not compile again.
-        programs: the sets of guidances that act together, as indices into `guidance`;
-            `table.program` selects one for each row.
+        guidance_sets: the sets of guidances that act together, as indices into `guidance`;
+            `table.guidance_set` selects one for each row.
     """
 
     table: Table
     guidance: tuple[Guidance, ...]
-    programs: tuple[tuple[int, ...], ...]
+    guidance_sets: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
         """The number of rows, that is of network evaluations."""
@@ -69,7 +69,7 @@ class State(NamedTuple):
     x_0: jax.Array
 
 
-def plan(
+def make_plan(
     schedule: Schedule, grid: np.ndarray, solver: Solver, guidance: Sequence[Guidance] = ()
 ) -> Plan:
     """Build the `Plan` of a run, on the host.
@@ -102,15 +102,15 @@ def plan(
         tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
         for level in sigma[:-1] / alpha[:-1]
     ]
-    # Sorted: the compiled program then depends on the set of programs alone.
-    programs = tuple(sorted(set(acting)))
+    # Sorted: the compiled program then depends on these sets alone.
+    guidance_sets = tuple(sorted(set(acting)))
     breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
 
     table = solver(schedule, grid, breaks)
-    _check_programs(guidance, programs, table)
-    program = np.array([programs.index(acting[step]) for step in table.step], np.int32)
-    switched = np.append(False, program[1:] != program[:-1])
-    table = table._replace(program=program, keep=np.where(switched, 0.0, table.keep))
+    _check_guidance_sets(guidance, guidance_sets, table)
+    guidance_set = np.array([guidance_sets.index(acting[step]) for step in table.step], np.int32)
+    switched = np.append(False, guidance_set[1:] != guidance_set[:-1])
+    table = table._replace(guidance_set=guidance_set, keep=np.where(switched, 0.0, table.keep))
     return Plan(
         table=Table(*map(_to_device_dtype, table)),
         guidance=tuple(
@@ -122,15 +122,15 @@ def plan(
             )
             for g in guidance
         ),
-        programs=programs,
+        guidance_sets=guidance_sets,
     )
 
 
-def _check_programs(
-    guidance: Sequence[Guidance], programs: Sequence[Sequence[int]], table: Table
+def _check_guidance_sets(
+    guidance: Sequence[Guidance], guidance_sets: Sequence[Sequence[int]], table: Table
 ) -> None:
-    for program in programs:
-        names = [name for i in program for name in guidance[i].remembers]
+    for guidance_set in guidance_sets:
+        names = [name for i in guidance_set for name in guidance[i].remembers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UsageError(f"two guidances remember {min(twice)!r}: let one act at a time")
     # A row that continues the step of the row before it, rather than restarting it.
@@ -201,8 +201,8 @@ def run_rows(
         conds: conditioning of each branch by its name, arrays batch first.
         noise: `(N, B, H, W, C)`, the noise of each row, or `(B,)` keys.
     """
-    active = [[plan.guidance[i] for i in program] for program in plan.programs]
-    programs = [
+    active = [[plan.guidance[i] for i in members] for members in plan.guidance_sets]
+    predictors = [
         solver_view(apply(noise_predictor(networks, conds, branches_of(guidances)), guidances))
         for guidances in active
     ]
@@ -212,13 +212,15 @@ def run_rows(
         x, y, history, memory, _ = state
         memory = jax.tree.map(lambda m: m * row.keep, memory)
         point = Point(row.t, row.alpha, row.sigma, row.next_alpha, row.next_sigma, memory)
-        if len(programs) == 1:
-            x_0, variance_fraction, score, memory = programs[0](x, point)
+        if len(predictors) == 1:
+            x_0, variance_fraction, gradient, memory = predictors[0](x, point)
         else:
-            x_0, variance_fraction, score, memory = lax.switch(row.program, programs, x, point)
+            x_0, variance_fraction, gradient, memory = lax.switch(
+                row.guidance_set, predictors, x, point
+            )
 
         # The learned variance (2102.09672, eq. 15). Every solver computes it, so that all share one
-        # compiled program; where s_learned and score_mean are zero, it has no effect.
+        # compiled program; where s_learned and gradient_mean are zero, it has no effect.
         variance = jnp.exp(
             variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )
@@ -229,14 +231,14 @@ def run_rows(
                 lambda: jnp.zeros_like(x),
             )
 
-        entry = row.u * x + row.v * (x_0 + row.score_x_0 * score)
+        entry = row.u * x + row.v * (x_0 + row.gradient_x_0 * gradient)
         history = weighted(row.S, jnp.concatenate([entry[None], history]))
         y = row.Py * y + row.Px * x + weighted(row.B, history)
         x = (
             row.Qy * y
             + row.Qx * x
             + weighted(row.E, history)
-            + row.score_mean * variance * score
+            + row.gradient_mean * variance * gradient
             + (row.s + row.s_learned * jnp.sqrt(variance)) * z
         )
         return State(x, y, history, memory, x_0), None
@@ -246,14 +248,14 @@ def run_rows(
 
 
 def solver_view(predict: Predict) -> Callable[[jax.Array, Point], tuple[Any, ...]]:
-    """Reduce a prediction to what the solver reads: x_0, variance fraction, score, memory.
+    """Reduce a prediction to what the solver reads: x_0, variance fraction, gradient, memory.
 
-    All programs then return the same tree, whatever branches they evaluate.
+    All guidance sets then return the same tree, whatever branches they evaluate.
     """
 
     def view(x: jax.Array, point: Point) -> tuple[Any, ...]:
         p = predict(x, point)
-        return p.x_0, p.variance_fraction, p.score, p.memory
+        return p.x_0, p.variance_fraction, p.guidance_gradient, p.memory
 
     return view
 

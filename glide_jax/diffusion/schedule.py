@@ -14,7 +14,7 @@ from glide_jax.errors import UsageError
 
 # The cap of both schedules (2102.09672, sec. 3.2): with beta 1 nothing of x_0 would be left, and no
 # step could reverse that.
-MOST_BETA = 0.999
+MAX_BETA = 0.999
 
 
 def linear_betas(steps: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def linear_betas(steps: int) -> np.ndarray:
     """
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
-    return np.minimum(betas, MOST_BETA)
+    return np.minimum(betas, MAX_BETA)
 
 
 def cosine_betas(steps: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def cosine_betas(steps: int) -> np.ndarray:
         return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
 
     i = np.arange(steps, dtype=np.float64)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MOST_BETA)
+    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MAX_BETA)
 
 
 BETAS: dict[str, Callable[[int], np.ndarray]] = {"cosine": cosine_betas, "linear": linear_betas}
@@ -62,28 +62,27 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def log_snr(self, t: ArrayLike) -> np.ndarray:
-        """Return `log(alpha / sigma)` at `t`: half of `log(alpha^2 / sigma^2)`.
+    def half_log_snr(self, t: ArrayLike) -> np.ndarray:
+        """Return `log(alpha / sigma)` at `t`: half of the log-SNR `log(alpha^2 / sigma^2)`.
 
-        Many papers call the latter log-SNR. The value is linear between integers, and constant
-        beyond the ends.
+        The value is linear between integers, and constant beyond the ends.
         """
         levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
         return np.interp(np.asarray(t), np.arange(len(self)), levels)
 
-    def at_log_snr(self, log_snr: ArrayLike) -> np.ndarray:
-        """Return the fractional `t` with this log(alpha / sigma): the inverse of `log_snr`.
+    def at_half_log_snr(self, half_log_snr: ArrayLike) -> np.ndarray:
+        """Return the fractional `t` with this log(alpha / sigma): the inverse of `half_log_snr`.
 
         A value beyond the ends of the schedule gives the end: 0 or T - 1.
         """
-        levels = self.log_snr(np.arange(len(self)))
-        return np.interp(-np.asarray(log_snr), -levels, np.arange(len(self)))
+        levels = self.half_log_snr(np.arange(len(self)))
+        return np.interp(-np.asarray(half_log_snr), -levels, np.arange(len(self)))
 
     def alpha_bar_at(self, t: ArrayLike) -> np.ndarray:
-        """Return `alpha_bar` at `t`: exact at integers, from `log_snr` between them."""
+        """Return `alpha_bar` at `t`: exact at integers, from `half_log_snr` between them."""
         t = np.asarray(t, np.float64)
         exact = self.alpha_bar[np.clip(np.round(t).astype(int), 0, len(self) - 1)]
-        between = 1 / (1 + np.exp(-2 * self.log_snr(t)))
+        between = 1 / (1 + np.exp(-2 * self.half_log_snr(t)))
         return np.where(t == np.round(t), exact, between)
 
 

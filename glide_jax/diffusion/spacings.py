@@ -78,21 +78,21 @@ def respaced(schedule: Schedule, spec: str) -> np.ndarray:
 
 # The cosine schedule is capped at its noisy end: there the error of x_0 is 20,291 times that of
 # eps at t = 999, 71 times at t = 990.
-NOISIEST_LOG_SNR = -5.1
+NOISIEST_HALF_LOG_SNR = -5.1
 # Below sigma / alpha ~ 0.006 nothing is left to remove from an 8-bit image.
-CLEANEST_LOG_SNR = 5.05
+CLEANEST_HALF_LOG_SNR = 5.05
 
 
 def end_levels(schedule: Schedule) -> tuple[float, float]:
     """Return log(alpha / sigma) of the noisiest and of the cleanest level of logsnr and rho."""
-    low = max(schedule.log_snr(len(schedule) - 1), NOISIEST_LOG_SNR)
-    high = min(schedule.log_snr(0), CLEANEST_LOG_SNR)
+    low = max(schedule.half_log_snr(len(schedule) - 1), NOISIEST_HALF_LOG_SNR)
+    high = min(schedule.half_log_snr(0), CLEANEST_HALF_LOG_SNR)
     return float(low), float(high)
 
 
 def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
-    return schedule.at_log_snr(np.linspace(*end_levels(schedule), steps))
+    return schedule.at_half_log_snr(np.linspace(*end_levels(schedule), steps))
 
 
 def uniform(schedule: Schedule, steps: int) -> np.ndarray:
@@ -108,7 +108,7 @@ def uniform(schedule: Schedule, steps: int) -> np.ndarray:
 def rho(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
     roots = np.exp(-np.array(end_levels(schedule)) / 7)
-    return schedule.at_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
+    return schedule.at_half_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
 
 
 def trailing(schedule: Schedule, steps: int) -> np.ndarray:
@@ -123,10 +123,10 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 def noisiest_timestep(schedule: Schedule) -> float:
     """Return the timestep, maybe fractional, of the noisiest level of `end_levels`."""
-    return float(schedule.at_log_snr(end_levels(schedule)[0]))
+    return float(schedule.at_half_log_snr(end_levels(schedule)[0]))
 
 
-def few(schedule: Schedule, steps: int) -> np.ndarray:
+def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
     """`T k / N - 1` for k = N ... 1, `T - 1` the `noisiest_timestep`.
 
     Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the

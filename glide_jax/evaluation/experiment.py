@@ -61,7 +61,7 @@ class Experiment:
         captions: captions to choose from, for each image.
         seed: selects the captions and seeds the images.
         batch_size: images generated at a time; see `Pipeline`.
-        neighbour: the k of precision and recall; see `precision_recall`.
+        nearest_k: the k of precision and recall; see `precision_recall`.
     """
 
     pipe: Pipeline
@@ -72,7 +72,7 @@ class Experiment:
     captions: int = 100
     seed: int = 0
     batch_size: int | None = None
-    neighbour: int = 3
+    nearest_k: int = 3
 
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:
@@ -108,10 +108,10 @@ class Experiment:
         Raises:
             UsageError, GlideError: the data or the captions cannot be read.
         """
-        if not 1 <= self.neighbour < self.images:
+        if not 1 <= self.nearest_k < self.images:
             raise UsageError(
-                f"precision and recall use neighbour {self.neighbour}: it must be at least 1 and "
-                f"below the number of images of a point, {self.images}"
+                f"nearest_k is {self.nearest_k}: it must be at least 1 and below the number of "
+                f"images of a point, {self.images}"
             )
         upsampler, weak_model = self.pipe.upsampler, self.pipe.weak_model
         return {
@@ -128,7 +128,7 @@ class Experiment:
             "real_images": len(self.reference),
             "captions": len(self.choices[0]),
             "seed": self.seed,
-            "neighbour": self.neighbour,
+            "nearest_k": self.nearest_k,
             "choices": digest([caption for row in self.choices for caption in row]),
         }
 
@@ -194,7 +194,7 @@ class Experiment:
         for space in self.spaces:
             real = self.features[space.name]
             generated, classes = space.both(images)
-            precision, recall = precision_recall(real, generated, self.neighbour)
+            precision, recall = precision_recall(real, generated, self.nearest_k)
             found[space.name] = {
                 "frechet_distance": frechet_distance(real, generated),
                 "kernel_distance": kernel_distance(real, generated),

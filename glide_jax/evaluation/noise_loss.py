@@ -85,7 +85,7 @@ def noise_loss(
         model=model.config,
         prediction="eps",
         weighting="none",
-        low_res_noise=config.low_res_noise if model.config.low_res_level else 0.0,
+        low_res_timestep_share=config.low_res_timestep_share if model.config.low_res_level else 0.0,
         caption_dropout=0.0,
         train_size=0,
         batch_size=size,

@@ -90,7 +90,7 @@ def _check_source(found: Moments, own: tuple[tuple[str, str], ...], path: str) -
 
 
 def compare(
-    real: Side, generated: Side, space: FeatureSpace, *, path: str, neighbour: int = 3
+    real: Side, generated: Side, space: FeatureSpace, *, path: str, nearest_k: int = 3
 ) -> dict[str, Any]:
     """Return the scores of one feature space.
 
@@ -99,7 +99,7 @@ def compare(
 
     Args:
         path: of the real set, for messages.
-        neighbour: the k of precision and recall.
+        nearest_k: the k of precision and recall.
 
     Raises:
         UsageError: the numbers of dimensions differ, or a set has k images or fewer.
@@ -121,8 +121,8 @@ def compare(
     }
     if real.features is not None and generated.features is not None:
         found["kernel_distance"] = kernel_distance(real.features, generated.features)
-        precision, recall = precision_recall(real.features, generated.features, neighbour)
-        found |= {"precision": precision, "recall": recall, "neighbour": neighbour}
+        precision, recall = precision_recall(real.features, generated.features, nearest_k)
+        found |= {"precision": precision, "recall": recall, "nearest_k": nearest_k}
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 # Higher than any noise level: JSON has no infinity.
 EVERYWHERE = (0.0, 1e9)
@@ -118,7 +118,7 @@ def tasks(
     for name in names:
         if name not in SWEEPS:
             raise UsageError(
-                f"there is no sweep {name!r}{nearest(name, SWEEPS)}: choose from "
+                f"there is no sweep {name!r}{did_you_mean(name, SWEEPS)}: choose from "
                 f"{', '.join(SWEEPS)}"
             )
         sweep = SWEEPS[name]

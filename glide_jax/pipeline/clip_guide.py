@@ -11,7 +11,7 @@ import numpy as np
 
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.guidance import Guidance, Network, gradient
+from glide_jax.diffusion.guidance import Guidance, Network, classifier_guidance
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.presets import CLIPConfig
@@ -92,7 +92,7 @@ class CLIP:
             prompts: one for each image.
             scale: s; larger follows the prompts more closely.
             limit: largest change of x_0 in a step, for samplers that are not ancestral: see
-                `glide_jax.diffusion.guidance.score.limited`; None: no limit.
+                `glide_jax.diffusion.guidance.gradients.limited`; None: no limit.
         """
 
         def encode(texts: list[str]) -> np.ndarray:
@@ -105,7 +105,7 @@ class CLIP:
         for parts in zip(*(prompt.padded(count).parts for prompt in parsed), strict=True):
             weights = np.array([part.weight for part in parts], np.float32)
             cond = cond + weights[:, None] * encode_parts(encode, parts)
-        return gradient(log_prob=self.network, cond=cond, scale=scale, limit=limit)
+        return classifier_guidance(log_prob=self.network, cond=cond, scale=scale, limit=limit)
 
 
 def load_clip(

@@ -98,9 +98,9 @@ class EditingOptions:
             reconstruction) to 1 (an unrelated image).
         init_caption: Caption of the input image, for the inversion of --variation, if it differs
             from the prompt.
-        between: Interpolate: generate --num images (2 or more) from one prompt to another, from
+        interpolate: Generate --num images (2 or more) from one prompt to another, from
             one seed to another (--seed to --to-seed), or both.
-        to_seed: The seed at the end of --between.
+        to_seed: The seed at the end of --interpolate.
     """
 
     init_image: Annotated[Path | None, HIDDEN] = None
@@ -110,7 +110,7 @@ class EditingOptions:
     fit: Fit = "crop"
     variation: Annotated[float | None, HIDDEN] = None
     init_caption: Annotated[str | None, HIDDEN] = None
-    between: Annotated[bool, HIDDEN] = False
+    interpolate: Annotated[bool, HIDDEN] = False
     to_seed: Annotated[int | None, HIDDEN] = None
 
 
@@ -128,8 +128,8 @@ class SamplingOptions:
             sa (with noise at each step); consistency (for few-step students).
         spacing: Spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
-            optimised (for the sampler and the number of steps).
+            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
+            steps), or optimised (for the sampler and the number of steps).
         eta: Noise added at each step by ddim (default 0), dpm++2m-sde and sa (default 1), from 0
             to 1.
         temperature: Factor on the initial noise; below 1 gives smoother, less varied images.
@@ -150,8 +150,8 @@ class SamplingOptions:
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
             scale 1 and the sampler ddpm. Samplers other than ddpm limit the change of x_0.
-        threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more.
         repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run
@@ -171,7 +171,7 @@ class SamplingOptions:
     negative_prompt: Annotated[str | None, _default("negative_prompt")] = None
     autoguidance_scale: Annotated[float | None, _default("autoguidance_scale")] = None
     clip_scale: Annotated[float | None, _default("clip_scale")] = None
-    threshold: Annotated[float | None, _default("threshold")] = None
+    dynamic_threshold: Annotated[float | None, _default("dynamic_threshold")] = None
     strength: Annotated[float | None, _default("strength")] = None
     repaint: Annotated[tuple[int, int] | None, _default("repaint")] = None
 
@@ -331,11 +331,14 @@ def check_options(options: Options) -> None:
             "--fit is for --init-image",
         ),
         (e.init_caption is not None and not varies, "--init-caption is for --variation"),
-        (e.to_seed is not None and not e.between, "--to-seed is for --between"),
-        (e.between and e.init_image is not None, "--between takes prompts: it has no --init-image"),
+        (e.to_seed is not None and not e.interpolate, "--to-seed is for --interpolate"),
         (
-            into and (e.between or e.init_image is not None or e.mask is not None),
-            "--shards takes prompts: it has no --init-image, --mask or --between",
+            e.interpolate and e.init_image is not None,
+            "--interpolate takes prompts: it has no --init-image",
+        ),
+        (
+            into and (e.interpolate or e.init_image is not None or e.mask is not None),
+            "--shards takes prompts: it has no --init-image, --mask or --interpolate",
         ),
         (into and options.preview, "--shards has no --preview"),
         (

@@ -340,7 +340,7 @@ class Pipeline(Stage):
 
     @lists_settings
     @in_32_bits
-    def between(
+    def interpolate(
         self,
         start: str | Prompt,
         end: str | Prompt | None = None,
@@ -390,5 +390,5 @@ class Pipeline(Stage):
             **settings,
         )
         path = {"prompts": [first.text, last.text], "seeds": [seed, to_seed]}
-        details = tuple({"between": path | {"share": share}} for share in shares.tolist())
+        details = tuple({"interpolation": path | {"share": share}} for share in shares.tolist())
         return replace(images, details=details)

@@ -11,7 +11,7 @@ from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tables import Row, rows_of
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_home
-from glide_jax.pipeline.prompts import clean, read_prompts_file
+from glide_jax.pipeline.prompts import clean, read_text_prompts
 
 # The suffixes of files with fields. Any other file has a prompt a line.
 JSON = (".json", ".jsonl", ".ndjson")
@@ -37,7 +37,7 @@ def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
     """
     suffix = path.suffix.lower()
     if field is None and suffix not in TABLES:
-        return read_prompts_file(path)
+        return read_text_prompts(path)
     name = str(expand_home(path))
     plain = _plain_texts(name) if field is None and suffix in JSON else None
     found = _captions(name, field) if plain is None else iter(plain)

@@ -180,7 +180,7 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
     return jax.tree.map(mix, features)
 
 
-def read_prompts_file(path: Path) -> tuple[str, ...]:
+def read_text_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a text file, one a line, without empty lines.
 
     UTF-8 with or without a byte-order mark; a file in UTF-16 or UTF-32 is read too, and one line on

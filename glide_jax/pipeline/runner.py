@@ -221,7 +221,7 @@ class _Batch(NamedTuple):
         return networks, placement.split(conds), plan, *placement.split((x, self.keys.steps))
 
     def guidances(self, settings: Settings) -> tuple[Guidance, ...]:
-        """What acts on the prediction: the score of the CLIP last, after all maps of x_0."""
+        """What acts on the prediction: the gradient of the CLIP last, after all maps of x_0."""
         if settings.autoguidance_scale != 1 and self.weak_model is None:
             raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
         guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())

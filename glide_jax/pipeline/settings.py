@@ -10,7 +10,7 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 import jax
 import numpy as np
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
@@ -24,10 +24,10 @@ from glide_jax.diffusion.guidance import (
     dynamic_threshold,
     rescale,
 )
-from glide_jax.diffusion.sampling import Plan, plan
+from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
-from glide_jax.errors import UsageError, check_finite, nearest
+from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -38,7 +38,7 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
-# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
+# The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance has no limit.
 ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 # What `guidance=[...]` replaces.
 GUIDING = (
@@ -48,7 +48,7 @@ GUIDING = (
     "guidance_rescale",
     "negative_prompt",
     "autoguidance_scale",
-    "threshold",
+    "dynamic_threshold",
 )
 
 
@@ -70,8 +70,8 @@ class Settings:
             variance), dpm++2m-sde, sa; consistency, for few-step students.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), few (as trailing, without the very noisiest timesteps: for few steps), or
-            optimised (for the sampler and the number of steps).
+            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
+            steps), or optimised (for the sampler and the number of steps).
         eta: noise added at each step by ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse
             SDE).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
@@ -92,8 +92,8 @@ class Settings:
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
             guidance_scale 1 and sampler ddpm. Other samplers limit the change of x_0.
-        threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
@@ -117,7 +117,7 @@ class Settings:
     negative_prompt: str = ""
     autoguidance_scale: float = 1.0
     clip_scale: float = 0.0
-    threshold: float | None = None
+    dynamic_threshold: float | None = None
     strength: float | None = None
     repaint: tuple[int, int] | None = None
     guidance: Sequence[Guidance] | None = None
@@ -134,7 +134,7 @@ class Settings:
         names = [f.name for f in fields(self)]
         for name in values:
             if name not in names:
-                raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
+                raise UsageError(f"there is no setting {name!r}{did_you_mean(name, names)}")
         values = {name: value for name, value in values.items() if value is not None}
         if isinstance(negative := values.get("negative_prompt"), str):
             values["negative_prompt"] = clean(negative)
@@ -158,7 +158,7 @@ class Settings:
         """
         if self.sampler not in SOLVERS:
             raise UsageError(
-                f"unknown sampler {self.sampler!r}{nearest(self.sampler, SOLVERS)}: "
+                f"unknown sampler {self.sampler!r}{did_you_mean(self.sampler, SOLVERS)}: "
                 f"choose one of {', '.join(SOLVERS)}"
             )
         solver = SOLVERS[self.sampler]
@@ -175,9 +175,9 @@ class Settings:
         """Return the noise levels to visit; with a strength, the last share of them.
 
         Raises:
-            UsageError: see `make_grid`; or the strength is out of its range.
+            UsageError: see `make_timesteps`; or the strength is out of its range.
         """
-        grid = make_grid(schedule, self.steps, self.spacing, solver=self.solver())
+        grid = make_timesteps(schedule, self.steps, self.spacing, solver=self.solver())
         if self.strength is None:
             return grid
         if not 0 < self.strength <= 1:
@@ -196,8 +196,8 @@ class Settings:
 
         Args:
             prompts: one per image, all with the same number of parts.
-            maps: maps of x_0 (known pixels). They act before clipping, but last with a threshold
-                or with `guidance`.
+            maps: maps of x_0 (known pixels). They act before clipping, but last with a dynamic
+                threshold or with `guidance`.
 
         Raises:
             UsageError: the settings contradict each other, or a number is out of its range.
@@ -211,8 +211,8 @@ class Settings:
             linear.append(rescale(self.guidance_rescale))
         if self.guidance_interval is not None:
             linear = [compose(*linear).within(*self.guidance_interval)]
-        if self.threshold is not None:
-            return (*linear, dynamic_threshold(self.threshold), *maps)
+        if self.dynamic_threshold is not None:
+            return (*linear, dynamic_threshold(self.dynamic_threshold), *maps)
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
@@ -270,7 +270,7 @@ class Settings:
             solver: used in place of `sampler`.
 
         Raises:
-            UsageError: the settings contradict each other; or see `plan`.
+            UsageError: the settings contradict each other; or see `make_plan`.
         """
         solver = solver or self.solver()
         if self.restart and self.repaint:
@@ -279,7 +279,7 @@ class Settings:
             solver = restart(solver, [self.restart])
         if self.repaint:
             solver = repaint(solver, *self.repaint)
-        return plan(schedule, self.grid(schedule), solver, guidances)
+        return make_plan(schedule, self.grid(schedule), solver, guidances)
 
 
 class SettingsArguments(TypedDict, total=False):
@@ -298,7 +298,7 @@ class SettingsArguments(TypedDict, total=False):
     negative_prompt: str | None
     autoguidance_scale: float | None
     clip_scale: float | None
-    threshold: float | None
+    dynamic_threshold: float | None
     strength: float | None
     repaint: tuple[int, int] | None
     guidance: Sequence[Guidance] | None

@@ -29,7 +29,7 @@ def sample_shards(
     folder: str | Path,
     *,
     shard_size: int = 1000,
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
     num: int = 1,
     seed: int = 0,
     first_index: int = 0,
@@ -49,7 +49,7 @@ def sample_shards(
         pipe: generates the images.
         folder: gets `000000.tar`, ... and `shards.json`, which describes the run.
         shard_size: images of a shard.
-        share: index of this process and number of processes: it takes each so-manyth shard.
+        process: index of this process and number of processes: it takes each so-manyth shard.
         batch_size, upsampler, **settings: see `Pipeline.stream`.
 
     Raises:
@@ -87,7 +87,7 @@ def sample_shards(
     def spans(number: int) -> range:
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
-    todo = [k for k in range(share[0], count, share[1]) if not shard_path(folder, k).exists()]
+    todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
     size = batch_size
     if size is None:
         size = usual_batch(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size

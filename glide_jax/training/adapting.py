@@ -70,7 +70,7 @@ def with_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) 
     return unflatten(flatten(base) | scaled)
 
 
-def frozen(init: Callable[[jax.Array], Any], dtype: Any, key: jax.Array) -> Any:
+def init_base(init: Callable[[jax.Array], Any], dtype: Any, key: jax.Array) -> Any:
     """Return the random base of a network in the dtypes of training."""
     return cast_trunk(init(key), dtype)
 

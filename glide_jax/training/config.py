@@ -11,7 +11,7 @@ from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.errors import GlideError, UsageError, check_finite, nearest
+from glide_jax.errors import GlideError, UsageError, check_finite, did_you_mean
 from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
@@ -159,16 +159,17 @@ class TrainConfig(RunConfig):
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
-        huber: Width W of the pseudo-Huber loss, which is quadratic for errors of the prediction
-            below W and linear above; smaller is closer to the absolute error; 0: squared error.
+        huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
+            prediction below W and linear above; smaller is closer to the absolute error; 0: squared
+            error.
         levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
             normal in log(alpha/sigma), "log-normal" (EDM, 2206.00364), or more often where the
             loss is large, with smaller weights, "loss-aware" (2102.09672).
         level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
             broader.
-        level_uniform: With log-normal levels, share of the images whose timestep is uniform, from 0
-            to 1; larger trains the extreme levels more.
+        level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
+            from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student that samples in few steps; see `distillation`.
         distillation: Teacher and noise levels of the objective "consistency".
@@ -176,10 +177,11 @@ class TrainConfig(RunConfig):
             are.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
-        low_res_noise: Upsamplers with `model.low_res_level`: noise-conditioning augmentation, which
-            noises the small image at a random timestep below this share of the diffusion process,
-            up to 1 (CDM, 2106.15282); larger tolerates worse small images; 0: none.
-        mask_all: Inpainting: share of images that are masked completely, from 0 to 1; larger
+        low_res_timestep_share: Upsamplers with `model.low_res_level`: noise-conditioning
+            augmentation, which noises the small image at a random timestep of this share of them,
+            counted from the clean end, up to 1 (CDM, 2106.15282); larger tolerates worse small
+            images; 0: none.
+        mask_all_share: Inpainting: share of images that are masked completely, from 0 to 1; larger
             trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
             network is convolutional, so it can learn from crops or smaller images. 0: the size
@@ -205,17 +207,17 @@ class TrainConfig(RunConfig):
     prediction: str = "eps"
     weighting: str = "none"
     snr_gamma: float = 5.0
-    huber: float = 0.0
+    huber_width: float = 0.0
     levels: str = "uniform"
     level_mean: float = 0.0
     level_std: float = 1.0
-    level_uniform: float = 0.1
+    level_uniform_share: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     caption_dropout: float = 0.0
-    low_res_noise: float = 0.0
-    mask_all: float = 0.1
+    low_res_timestep_share: float = 0.0
+    mask_all_share: float = 0.1
     train_size: int = 0
     sample_every: int = 5000
     sample_prompts: tuple[str, ...] = ()
@@ -228,7 +230,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("caption_dropout", "low_res_noise", "mask_all", "level_uniform"):
+        shares = ("low_res_timestep_share", "mask_all_share", "level_uniform_share")
+        for name in ("caption_dropout", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
@@ -245,22 +248,22 @@ class TrainConfig(RunConfig):
         for name in ("snr_gamma", "level_std"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.huber < 0:
-            raise UsageError("huber cannot be negative")
+        if self.huber_width < 0:
+            raise UsageError("huber_width cannot be negative")
         if self.model.residual and self.prediction != "x":
             raise UsageError('model.residual predicts the clean image: prediction must be "x"')
         if self.objective == "consistency":
-            low, high = self.distillation.guidance
+            low, high = self.distillation.guidance_scales
             if low < high and not self.model.guidance_input:
-                raise UsageError("distillation.guidance is a range: set model.guidance_input")
+                raise UsageError("guidance_scales is a range: set model.guidance_input")
             if self.levels == "loss-aware":
                 raise UsageError("loss-aware levels are for the objective denoising")
             if self.validate_every:
                 raise UsageError("a held-out loss is not measured with objective consistency")
         if self.lora.rank:
             self._check_lora()
-        if bool(self.low_res_noise) != self.model.low_res_level:
-            raise UsageError("low_res_noise and model.low_res_level go together")
+        if bool(self.low_res_timestep_share) != self.model.low_res_level:
+            raise UsageError("low_res_timestep_share and model.low_res_level go together")
         # Each level but the last halves the image; the low-resolution one has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
@@ -295,18 +298,18 @@ class CLIPTrainConfig(RunConfig):
 
     Attributes:
         model: Sizes of the CLIP.
-        noise: Share of the diffusion process whose timesteps the images are noised at, counted from
-            its clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
+        timestep_share: Share of the timesteps that the images are noised at, counted from the
+            clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
             that scores clean images needs less.
     """
 
     model: CLIPConfig
-    noise: float = 1.0
+    timestep_share: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.noise <= 1:
-            raise UsageError(f"noise is a share, 0 < noise <= 1, not {self.noise}")
+        if not 0 < self.timestep_share <= 1:
+            raise UsageError(f"timestep_share is above 0 and up to 1, not {self.timestep_share}")
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
 
@@ -383,7 +386,7 @@ def read_config(path: Path) -> RunConfig:
 def _build(kind: type, values: dict[str, Any]) -> Any:
     known = {f.name: f.type for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
+        raise ValueError(f"unknown field {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     built = {}
     for name, value in values.items():
         field_type = known[name]

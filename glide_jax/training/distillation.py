@@ -30,19 +30,19 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
 from glide_jax.diffusion.schedule import to_x_0
-from glide_jax.diffusion.spacings import NOISIEST_LOG_SNR
+from glide_jax.diffusion.spacings import NOISIEST_HALF_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.inputs import Inputs, dropout_keys
 
-# The largest weight of an error of x_0 is 1 / LEAST_SIGMA.
-LEAST_SIGMA = 0.05
+# The largest weight of an error of x_0 is 1 / MIN_SIGMA.
+MIN_SIGMA = 0.05
 # `(x, point) -> x_0`.
 Denoise = Callable[[jax.Array, Point], jax.Array]
 
 
-class Terms(NamedTuple):
+class ConsistencyTerms(NamedTuple):
     """The loss of each image and the mean square by which it misses its target, `(B,)` float32."""
 
     loss: jax.Array
@@ -58,19 +58,19 @@ def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
     They end where the spacings of the sampler do: beyond, nothing is left of the image, and an
     error of eps is an error of x_0 more than 164 times as large.
     """
-    log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
-    usable = int((log_snr >= NOISIEST_LOG_SNR).sum())
-    return max(round(config.distillation.share * usable), 1)
+    half_log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
+    usable = int((half_log_snr >= NOISIEST_HALF_LOG_SNR).sum())
+    return max(round(config.distillation.timestep_share * usable), 1)
 
 
-def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
-    """Return the number of segments: it doubles at equal intervals  (2310.14189, sec. 3.4).
+def teacher_steps_at(done: Any, teacher_steps: tuple[int, int]) -> jax.Array:
+    """Return the number of teacher steps: it doubles at equal intervals  (2310.14189, sec. 3.4).
 
     Args:
         done: share of the training that is done.
-        segments: at the beginning and at the end.
+        teacher_steps: at the beginning and at the end.
     """
-    first, last = segments
+    first, last = teacher_steps
     stages = math.ceil(math.log2(last / first)) + 1
     # A share such as 2 / 6 is rounded down as often as up.
     stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
@@ -78,17 +78,17 @@ def segments_at(done: Any, segments: tuple[int, int]) -> jax.Array:
 
 
 def earlier(
-    t: jax.Array, gap: jax.Array | int, length: int, parts: int
+    t: jax.Array, gap: jax.Array | int, length: int, student_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the earlier timestep of each record, and the end of its part; -1: the clean image.
+    """Return the earlier timestep of each record, and the end of its interval; -1: the clean image.
 
     Args:
         t: `(B,)` timesteps below `length`.
-        gap: timesteps from t to the earlier one, if the part does not end before.
+        gap: timesteps from t to the earlier one, if the interval does not end before.
         length: number of timesteps that are distilled.
-        parts: number of parts of equal length.
+        student_steps: number of intervals, which are equally long.
     """
-    end = (t * parts // length) * length // parts - 1
+    end = (t * student_steps // length) * length // student_steps - 1
     return jnp.maximum(t - gap, end), end
 
 
@@ -174,7 +174,7 @@ def consistency_target(
     """Return the clean image that x_t should have, by the student's at x_r  (2403.06807, alg. 1).
 
     From it, one step of DDIM leads from x_t to where the student leads from x_r: the end of the
-    part. With one part the end is the clean image, and the target is the student's x_0 itself.
+    interval. With one interval it is the clean image, and the target is the student's x_0 itself.
 
     Args:
         student: without gradient.
@@ -189,7 +189,9 @@ def consistency_target(
     return (x_end - ratio * x_t) / (here.next_alpha - ratio * here.alpha)
 
 
-def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: float) -> Terms:
+def image_pseudo_huber(
+    x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber_constant: float
+) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
 
     The gap in time is the same everywhere, and so is the weight of an error of v: that of the
@@ -197,22 +199,22 @@ def pseudo_huber(x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber: flo
     weights of consistency training do (there `1 / gap` in units of noise).
 
     Args:
-        sigma: `(B, 1, 1, 1)`; below `LEAST_SIGMA` the weight grows no further, since a network that
+        sigma: `(B, 1, 1, 1)`; below `MIN_SIGMA` the weight grows no further, since a network that
             predicts x_0 or eps has errors there that do not fall with the noise.
-        huber: the constant, over the square root of the number of pixels.
+        huber_constant: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
-    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], LEAST_SIGMA) ** 2
-    return Terms(jnp.sqrt(of_v + huber**2) - huber, mse)
+    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2
+    return ConsistencyTerms(jnp.sqrt(of_v + huber_constant**2) - huber_constant, mse)
 
 
 def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
-    """Sample a guidance scale: 1 for the share `unguided`, otherwise uniform in the range."""
-    low, high = config.guidance
+    """Sample a guidance scale: 1 for the share `unguided_share`, otherwise uniform in the range."""
+    low, high = config.guidance_scales
     if low == high:
         return jnp.float32(low)
     which, where = jax.random.uniform(key, (2,))
-    return jnp.where(which < config.unguided, 1.0, low + (high - low) * where)
+    return jnp.where(which < config.unguided_share, 1.0, low + (high - low) * where)
 
 
 def consistency(
@@ -223,9 +225,9 @@ def consistency(
     *,
     tables: LossTables,
     config: TrainConfig,
-    segments: jax.Array | int,
+    teacher_steps: jax.Array | int,
     **options: Any,
-) -> Terms:
+) -> ConsistencyTerms:
     """Return the consistency loss of a batch.
 
     Args:
@@ -233,13 +235,13 @@ def consistency(
         still: the same function of weights without gradient.
         teacher: the teacher as a function of its inputs; None: the images take its place, and x_r
             is the image with the same noise  (2303.01469, algorithm 3).
-        segments: of the whole range of timesteps.
+        teacher_steps: of the whole range of timesteps.
         options: of the student: dropout.
     """
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
     length = timesteps_of(config, tables)
-    gap = jnp.maximum(jnp.round(length / segments), 1).astype(t.dtype)
-    r, end = earlier(t, gap, length, c.parts)
+    gap = jnp.maximum(jnp.round(length / teacher_steps), 1).astype(t.dtype)
+    r, end = earlier(t, gap, length, c.student_steps)
     point = point_at(tables, t, r)
     scale = jax.vmap(lambda key: sample_scale(key, c))(inputs.key)
     if teacher is None:
@@ -251,8 +253,8 @@ def consistency(
             inputs.tokens,
             inputs.mask,
             inputs.conditioning,
-            None if c.guidance == (1, 1) else scale,
-            c.clip,
+            None if c.guidance_scales == (1, 1) else scale,
+            c.clip_x0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
@@ -262,10 +264,10 @@ def consistency(
         given = given | {"guidance": scale}
     at_r = given | {"text": jax.lax.stop_gradient(text)}
     target = consistency_target(
-        tables, student_of(still, config.prediction, at_r, c.clip), x_t, x_r, t, r, end
+        tables, student_of(still, config.prediction, at_r, c.clip_x0), x_t, x_r, t, r, end
     )
     x_0 = student_of(student, config.prediction, given | {"text": text})(x_t, point)
-    return pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber)
+    return image_pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
 
 
 def teacher_model(student: GLIDE) -> GLIDE:
@@ -284,8 +286,8 @@ def consistency_terms(
     teacher: Any,
     done: Any,
     train: bool = False,
-) -> tuple[Terms, jax.Array]:
-    """Return the consistency loss of a batch at a share of the run, and the number of segments.
+) -> tuple[ConsistencyTerms, jax.Array]:
+    """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
 
     Args:
         teacher: its weights; {}: none.
@@ -294,7 +296,7 @@ def consistency_terms(
     def network(model: GLIDE, params: Any) -> Callable[..., Any]:
         return partial(model.apply, {"params": params})
 
-    segments = segments_at(done, config.distillation.segments)
+    teacher_steps = teacher_steps_at(done, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     terms = consistency(
@@ -304,7 +306,7 @@ def consistency_terms(
         inputs,
         tables=tables,
         config=config,
-        segments=segments,
+        teacher_steps=teacher_steps,
         **dropout,
     )
-    return terms, segments
+    return terms, teacher_steps

@@ -13,48 +13,55 @@ class DistillationConfig:
         teacher: Weights to distil: a name, a folder, a `.pt` file or a run. The student starts from
             them unless `init_from` is set. Empty: no teacher; the training images take its place,
             as in consistency tuning (2406.14548), and no guidance is distilled.
-        guidance: Lowest and highest scale of the teacher's classifier-free guidance, at least 0; 1
-            is off. With `model.guidance_input` each training image has a random scale between them,
-            and any such scale can be chosen for sampling. Otherwise the two must be equal.
-        unguided: Share of the images with scale 1, from 0 to 1, if `guidance` is a range; larger
-            trains the student more without guidance.
-        segments: Number of teacher steps from noise to image, at the beginning and at the end of
-            the training; it doubles at equal intervals in between. More is more accurate, and takes
-            longer to learn.
-        parts: Intervals of time in each of which the student is consistent (2403.06807). 1: it
-            predicts the clean image from any noise level, for the sampler consistency. N: it
-            predicts the beginning of its interval, for N steps of ddim with spacing few; easier to
-            learn.
-        share: Share of the diffusion process that is distilled, from its clean end, above 0 and up
+        guidance_scales: Lowest and highest scale of the teacher's classifier-free guidance, at
+            least 0; 1 is off. With `model.guidance_input` each training image has a random scale
+            between them, and any such scale can be chosen for sampling. Otherwise the two must be
+            equal.
+        unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
+            range; larger trains the student more without guidance.
+        teacher_steps: Number of the teacher's steps from noise to image, at the beginning and at
+            the end of the training; it doubles at equal intervals in between. More is more
+            accurate, and takes longer to learn.
+        student_steps: Number of equal intervals of time, within which the student is
+            consistent (2403.06807). 1: it predicts the clean image from any noise level, for the
+            sampler consistency. N: it predicts the beginning of its interval, for N steps of ddim
+            with spacing trailing-capped; easier to learn.
+        timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
-        clip: Whether estimates of the clean image, of teacher and student, are clipped to [-1, 1].
-        huber: Constant of the pseudo-Huber loss, in units of the root mean square error of an image
-            in v, above 0; the loss is linear in errors well above it, and quadratic in errors well
-            below. Larger is closer to the squared error, and learns faster; in 2310.14189 it
-            is 0.00054, for long trainings without a teacher.
+        clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
+            to [-1, 1].
+        huber_constant: Constant of the pseudo-Huber loss, in units of the root mean square error of
+            an image in v, above 0; the loss is linear in errors well above it, and quadratic in
+            errors well below. Larger is closer to the squared error, and learns faster; in
+            2310.14189 it is 0.00054, for long trainings without a teacher.
     """
 
     teacher: str = ""
-    guidance: tuple[float, float] = (1.0, 1.0)
-    unguided: float = 0.1
-    segments: tuple[int, int] = (8, 64)
-    parts: int = 1
-    share: float = 1.0
-    clip: bool = True
-    huber: float = 0.1
+    guidance_scales: tuple[float, float] = (1.0, 1.0)
+    unguided_share: float = 0.1
+    teacher_steps: tuple[int, int] = (8, 64)
+    student_steps: int = 1
+    timestep_share: float = 1.0
+    clip_x0: bool = True
+    huber_constant: float = 0.1
 
     def __post_init__(self):
         check_finite(vars(self))
-        low, high = self.guidance
+        low, high = self.guidance_scales
         if not 0 <= low <= high:
-            raise UsageError(f"guidance is a range of scales from 0 on, not {low:g} to {high:g}")
-        if not 1 <= self.segments[0] <= self.segments[1]:
-            raise UsageError(f"segments grow from 1 or more, not {self.segments}")
-        if self.parts < 1 or self.segments[0] < self.parts:
-            raise UsageError(f"parts is from 1 to the number of segments, not {self.parts}")
-        for name in ("unguided", "share"):
+            raise UsageError(
+                f"guidance_scales is a range of scales from 0 on, not {low:g} to {high:g}"
+            )
+        first, last = self.teacher_steps
+        if not 1 <= first <= last:
+            raise UsageError(f"teacher_steps grow from 1 or more, not {self.teacher_steps}")
+        if not 1 <= self.student_steps <= first:
+            raise UsageError(
+                f"student_steps is from 1 to the number of teacher_steps, not {self.student_steps}"
+            )
+        for name in ("unguided_share", "timestep_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name in ("share", "huber"):
+        for name in ("timestep_share", "huber_constant"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

@@ -19,7 +19,7 @@ from glide_jax.training.objectives import Batch, to_batch
 from glide_jax.training.step import Control, scan_steps
 
 # More steps in a call gain nothing once the host keeps up.
-MOST_STEPS = 20
+MAX_STEPS = 20
 
 
 def steps_per_call(config: RunConfig) -> int:
@@ -31,7 +31,7 @@ def steps_per_call(config: RunConfig) -> int:
     if config.optimiser.ema_power:
         events.append(config.optimiser.ema_every)
     common = math.gcd(*events)
-    return max(k for k in range(1, MOST_STEPS + 1) if common % k == 0)
+    return max(k for k in range(1, MAX_STEPS + 1) if common % k == 0)
 
 
 def open_batches(
@@ -49,8 +49,8 @@ def open_batches(
         "seed": config.seed,
         "process": process,
     }
-    calls = steps_per_call(config)
-    resident = make_resident(source, config.data, calls=calls, **common)
+    steps = steps_per_call(config)
+    resident = make_resident(source, config.data, steps_per_item=steps, **common)
     return make_batches(source, config.data, **common) if resident is None else resident
 
 
@@ -61,8 +61,8 @@ def align(batches: Batches | ResidentBatches, first: int) -> int:
     """
     if not isinstance(batches, ResidentBatches):
         return 1
-    batches.calls = math.gcd(batches.calls, first)
-    return batches.calls
+    batches.steps_per_item = math.gcd(batches.steps_per_item, first)
+    return batches.steps_per_item
 
 
 def compile_steps(
@@ -88,7 +88,7 @@ def compile_steps(
         return lambda state, item, control: program(state, parallel.put_items(item), control)
 
     def one(state: Any, batch: Batch, control: Control, *, axis: str | None) -> tuple[Any, Any]:
-        return step(state, batch, control.key, rate=control.rate, axis=axis)
+        return step(state, batch, control.key, lr_factor=control.lr_factor, axis=axis)
 
     single = parallel.compile(one)
 

@@ -82,7 +82,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         return {}
     name = config.distillation.teacher
     if not name:
-        if config.model.guidance_input or config.distillation.guidance != (1, 1):
+        if config.model.guidance_input or config.distillation.guidance_scales != (1, 1):
             raise UsageError("guidance is distilled from a teacher: set distillation.teacher")
         return {}
     model = open_model(name)
@@ -90,7 +90,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         if (have := getattr(model, what)) != (wanted := getattr(config, what)):
             raise GlideError(f"{name} cannot be the teacher: its {what} is {have}, not {wanted}")
     found = flatten(model.params)
-    wanted = jax.eval_shape(objective.init_teacher, jax.random.key(0))
+    wanted = jax.eval_shape(objective.init_frozen_params, jax.random.key(0))
     if wrong := differences(found, wanted):
         raise GlideError(f"{name} cannot be the teacher: {_other(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})

@@ -17,15 +17,15 @@ class Levels:
 
     Attributes:
         steps: timesteps are below this number.
-        log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it; None:
-            all timesteps alike.
+        half_log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it;
+            None: all timesteps alike.
         mean, std: of the normal distribution.
         uniform: share of timesteps that are sampled from all alike.
         probability: `(T,)` of each timestep; None: as above.
     """
 
     steps: int
-    log_snr: np.ndarray | None = None
+    half_log_snr: np.ndarray | None = None
     mean: float = 0.0
     std: float = 1.0
     uniform: float = 0.0
@@ -35,12 +35,12 @@ class Levels:
         """Return one timestep, int32."""
         if self.probability is not None:
             return sample_timestep(key, self.probability)
-        if self.log_snr is None:
+        if self.half_log_snr is None:
             return jax.random.randint(key, (), 0, self.steps)
         normal_key, share_key, t_key = jax.random.split(key, 3)
-        log_snr = self.mean + self.std * jax.random.normal(normal_key)
-        # np.interp needs increasing points; log_snr falls with t.
-        t = jnp.interp(-log_snr, -self.log_snr, np.arange(self.steps, dtype=np.float32))
+        half_log_snr = self.mean + self.std * jax.random.normal(normal_key)
+        # np.interp needs increasing points; half_log_snr falls with t.
+        t = jnp.interp(-half_log_snr, -self.half_log_snr, np.arange(self.steps, dtype=np.float32))
         t = jnp.round(t).astype(jnp.int32)
         everywhere = jax.random.uniform(share_key) < self.uniform
         return jnp.where(everywhere, jax.random.randint(t_key, (), 0, self.steps), t)
@@ -54,11 +54,11 @@ def make_levels(config: TrainConfig) -> Levels:
     steps = config.diffusion_steps
     if config.levels != "log-normal":
         return Levels(steps)
-    log_snr = make_schedule(config.schedule, steps).log_snr(np.arange(steps))
+    half_log_snr = make_schedule(config.schedule, steps).half_log_snr(np.arange(steps))
     return Levels(
         steps,
-        log_snr.astype(np.float32),
+        half_log_snr.astype(np.float32),
         config.level_mean,
         config.level_std,
-        config.level_uniform,
+        config.level_uniform_share,
     )

@@ -21,7 +21,7 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.training.adapting import adapted_loss, frozen, init_pairs, with_pairs
+from glide_jax.training.adapting import adapted_loss, init_base, init_pairs, with_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
 from glide_jax.training.freezing import frozen_labels
@@ -84,8 +84,8 @@ class Objective:
             which the batch is split, if any. With loss-aware levels it takes the `loss_history` of
             the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
-        init_teacher: `key -> params`, random, of the teacher, or of the base in its dtypes; {}
-            without one.
+        init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
+            {} without one.
         lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen weights
             that the loss also takes; 0: the parameters are the network's own.
     """
@@ -94,18 +94,20 @@ class Objective:
     init: Callable[[jax.Array], Params]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     distils: bool = False
-    init_teacher: Callable[[jax.Array], Params] = lambda key: {}
+    init_frozen_params: Callable[[jax.Array], Params] = lambda key: {}
     lora_scale: float = 0.0
 
-    def whole(self, params: Params, teacher: Params) -> Params:
+    def whole(self, params: Params, frozen_params: Params) -> Params:
         """Return the parameters of the network: those trained, or these beside their base."""
-        return with_pairs(params, teacher, self.lora_scale) if self.lora_scale else params
+        return with_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
-    def of_run(self, teacher: Params, step: jax.Array | int, done: Any = None) -> dict[str, Any]:
+    def of_run(
+        self, frozen_params: Params, step: jax.Array | int, done: Any = None
+    ) -> dict[str, Any]:
         """Return the arguments of the loss that say where a run stands, and its teacher or base."""
         if self.lora_scale:
-            return {"base": teacher}
-        return {"teacher": teacher, "step": step, "done": done} if self.distils else {}
+            return {"base": frozen_params}
+        return {"teacher": frozen_params, "step": step, "done": done} if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -113,10 +115,10 @@ def make_objective(config: RunConfig) -> Objective:
     dtype = trunk_dtype(config.dtype)
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
-    distils, init_teacher, scale = False, Objective.init_teacher, 0.0
+    distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        highest = max(round(config.noise * config.diffusion_steps), 1)
+        highest = max(round(config.timestep_share * config.diffusion_steps), 1)
         loss = partial(contrastive_loss, model=model, tables=tables, levels=highest)
         init = partial(clip.init_params, model)
     else:
@@ -124,7 +126,7 @@ def make_objective(config: RunConfig) -> Objective:
         model = GLIDE(config.model, dtype, config.remat)
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
-            init_teacher = partial(unet.init_params, teacher_model(model))
+            init_frozen_params = partial(unet.init_params, teacher_model(model))
         options = {"model": model, "tables": tables, "config": config}
         if distils:
             loss = partial(distillation_loss, **options)
@@ -134,9 +136,10 @@ def make_objective(config: RunConfig) -> Objective:
     if config.optimiser.freeze:
         loss = partial(_without_gradient, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
-        loss, init_teacher = partial(adapted_loss, loss, scale), partial(frozen, init, dtype)
+        loss = partial(adapted_loss, loss, scale)
+        init_frozen_params = partial(init_base, init, dtype)
         init = partial(init_pairs, base=init, config=config.lora)
-    return Objective(model, init, loss, distils, init_teacher, scale)
+    return Objective(model, init, loss, distils, init_frozen_params, scale)
 
 
 def _without_gradient(
@@ -254,7 +257,7 @@ def denoising_loss(
         prediction=config.prediction,
         weighting=config.weighting,
         gamma=config.snr_gamma,
-        huber=config.huber,
+        huber_width=config.huber_width,
     )
     found: dict[str, Any] = {}
     weight = None
@@ -285,11 +288,11 @@ def distillation_loss(
     Args:
         teacher: its weights; {}: none, the images take its place.
         step: of the run.
-        done: share of the time limit that is used up, if there is one. The number of segments
+        done: share of the time limit that is used up, if there is one. The number of teacher steps
             depends on it or on the share of the steps, whichever is larger.
     """
     inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
-    terms, segments = consistency_terms(
+    terms, teacher_steps = consistency_terms(
         params,
         inputs,
         model=model,
@@ -300,7 +303,7 @@ def distillation_loss(
         done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
         train=train,
     )
-    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "segments": segments}
+    metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
     return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
 
 
@@ -319,11 +322,12 @@ def prepare(
     if config.model.upsamples:
         low_res = conditioning["low_res"] = to_range(shrink(batch.image))
         if config.model.low_res_level:
-            noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_noise)
+            noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_timestep_share)
             conditioning["low_res"], conditioning["low_res_level"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]
-        known = jax.vmap(partial(random_mask, size=size, share_all=config.mask_all))(keys[:, 2])
+        one = partial(random_mask, size=size, share_all=config.mask_all_share)
+        known = jax.vmap(one)(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
     # A key of its own: the three above are those of denoising.
     key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)

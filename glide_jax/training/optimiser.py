@@ -85,7 +85,7 @@ def _muon(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTransf
     Its updates have the root mean square 0.2, as those of AdamW, so one learning rate serves both.
     """
     return muon(
-        lambda step: rate(step) * config.muon_rate,
+        lambda step: rate(step) * config.muon_lr_ratio,
         weight_decay=config.weight_decay,
         weight_decay_mask=kernels,
         mu_dtype=jnp.dtype(config.moments),

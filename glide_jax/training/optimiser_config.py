@@ -28,7 +28,7 @@ class OptimiserConfig:
         kind: "adamw", or "muon" (2502.16982), which makes the updates of convolutions and linear
             layers orthogonal and leaves the rest to AdamW.
         learning_rate: Peak learning rate, 0 or more; larger learns faster and less stably.
-        muon_rate: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
+        muon_lr_ratio: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
         decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the last
             step; or "linear", constant and then falling to 0 over the last `decay_share` of the
             run (warm-up-stable-decay, 2405.18392).
@@ -58,7 +58,7 @@ class OptimiserConfig:
 
     kind: str = "adamw"
     learning_rate: float = 1e-4
-    muon_rate: float = 1.0
+    muon_lr_ratio: float = 1.0
     decay: str = "constant"
     decay_share: float = 0.4
     warmup: int = 0
@@ -82,8 +82,8 @@ class OptimiserConfig:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         if not 0 < self.decay_share <= 1:
             raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
-        if not self.muon_rate > 0:
-            raise UsageError(f"muon_rate must be above 0, not {self.muon_rate}")
+        if not self.muon_lr_ratio > 0:
+            raise UsageError(f"muon_lr_ratio must be above 0, not {self.muon_lr_ratio}")
         if self.moments not in ("float32", "bfloat16"):
             raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
         for width in self.ema_power:

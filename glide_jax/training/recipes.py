@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 from glide_jax.folders import RECIPES, expand_home
 from glide_jax.models.presets import toy_clip, toy_model
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
@@ -43,7 +43,7 @@ def load_recipe(name: str | Path) -> RunConfig:
         return toy(module.get_config())
     sizes = (*getattr(module, "SIZES", ()), TOY)
     if size not in sizes or not inspect.signature(module.get_config).parameters:
-        hint = nearest(size, sizes)
+        hint = did_you_mean(size, sizes)
         choose = f"choose one of {', '.join(sizes)}"
         raise UsageError(f"{text} has no size {size!r}{hint or ':'} {choose}")
     return module.get_config(size)
@@ -63,7 +63,7 @@ def find_recipe(name: str) -> Path:
     known = sorted(p.name if by_path else p.stem for p in folder.glob("*.py"))
     if not known:
         raise UsageError(f"there is no recipe {name}: name one (cfg64), or the path of a .py file")
-    hint = nearest(Path(name).name, known)
+    hint = did_you_mean(Path(name).name, known)
     choose = f"choose one of {', '.join(known)}"
     where = f" in {folder}" if by_path else ", or name a .py file"
     raise UsageError(f"there is no recipe {name}{hint or ':'} {choose}{where}")
@@ -92,7 +92,7 @@ def toy(config: RunConfig) -> RunConfig:
             "steps": 300 if late or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
-            "distillation": replace(config.distillation, teacher="", segments=(4, 16)),
+            "distillation": replace(config.distillation, teacher="", teacher_steps=(4, 16)),
         }
     return replace(
         config,

@@ -24,8 +24,8 @@ from glide_jax.training.optimiser_config import OptimiserConfig
         "power_emas",
         "opt_state",
         "loss_mean",
-        "loss_scale",
-        "teacher",
+        "log2_loss_scale",
+        "frozen_params",
         "loss_history",
     ],
     meta_fields=[],
@@ -41,9 +41,10 @@ class TrainState:
         power_emas: power-function EMAs, one for each of `OptimiserConfig.ema_power`.
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
-        loss_scale: power of two by which a float16 loss is multiplied; 0 for other dtypes.
-        teacher: frozen parameters that the loss takes too: of the teacher that is distilled, or of
-            the base of LoRA, in the dtype of the trunk; {} for other objectives.
+        log2_loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
+        frozen_params: parameters of another network that the loss takes too, and that are never
+            updated: of the teacher that is distilled, or of the base of LoRA, in the dtype of the
+            trunk; {} for other objectives.
         loss_history: the last losses at each timestep, for loss-aware levels; None for others.
     """
 
@@ -53,13 +54,13 @@ class TrainState:
     power_emas: tuple[Params, ...]
     opt_state: optax.OptState
     loss_mean: jax.Array
-    loss_scale: jax.Array
-    teacher: Params = field(default_factory=dict)
+    log2_loss_scale: jax.Array
+    frozen_params: Params = field(default_factory=dict)
     loss_history: LossHistory | None = None
 
 
 # The first scale of ADM's code: without one, gradients of float16 activations would underflow.
-FIRST_LOSS_SCALE = 20.0
+INITIAL_LOG2_LOSS_SCALE = 20.0
 
 
 def init_state(
@@ -68,7 +69,7 @@ def init_state(
     config: OptimiserConfig,
     *,
     float16: bool = False,
-    teacher: Params | None = None,
+    frozen_params: Params | None = None,
     loss_history: LossHistory | None = None,
 ) -> TrainState:
     """Return the state before the first step; every EMA starts as a copy of `params`."""
@@ -79,14 +80,14 @@ def init_state(
         power_emas=tuple(jax.tree.map(jnp.copy, params) for _ in config.ema_power),
         opt_state=optimiser.init(params),
         loss_mean=jnp.zeros(()),
-        loss_scale=jnp.float32(FIRST_LOSS_SCALE if float16 else 0.0),
-        teacher=teacher or {},
+        log2_loss_scale=jnp.float32(INITIAL_LOG2_LOSS_SCALE if float16 else 0.0),
+        frozen_params=frozen_params or {},
         loss_history=loss_history,
     )
 
 
 def new_state(
-    config: RunConfig, objective: Objective, params: Params, teacher: Params | None = None
+    config: RunConfig, objective: Objective, params: Params, frozen_params: Params | None = None
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
@@ -96,7 +97,7 @@ def new_state(
         optimiser,
         config.optimiser,
         float16=_in_float16(objective),
-        teacher=teacher,
+        frozen_params=frozen_params,
         loss_history=empty_history(config.diffusion_steps) if aware else None,
     )
 
@@ -111,20 +112,22 @@ def fit_loss_scale(state: TrainState, objective: Objective) -> TrainState:
     "auto" is another dtype on another device: float16 needs a scale, which a run that began in
     bfloat16 or float32 does not have; the others need none.
     """
-    scaled = float(state.loss_scale) > 0
+    scaled = float(state.log2_loss_scale) > 0
     if scaled == _in_float16(objective):
         return state
-    return replace(state, loss_scale=np.float32(0.0 if scaled else FIRST_LOSS_SCALE))
+    return replace(state, log2_loss_scale=np.float32(0.0 if scaled else INITIAL_LOG2_LOSS_SCALE))
 
 
 def saved_part(state: TrainState, objective: Objective) -> TrainState:
     """Return what a checkpoint holds of a state: all but the base of LoRA, which never changes."""
-    return replace(state, teacher={}) if objective.lora_scale else state
+    return replace(state, frozen_params={}) if objective.lora_scale else state
 
 
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:
     """Return the shapes and dtypes of a recipe's state, without memory."""
     return jax.eval_shape(
-        lambda key: new_state(config, objective, objective.init(key), objective.init_teacher(key)),
+        lambda key: new_state(
+            config, objective, objective.init(key), objective.init_frozen_params(key)
+        ),
         jax.random.key(0),
     )

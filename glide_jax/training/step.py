@@ -22,7 +22,7 @@ from glide_jax.training.state import TrainState
 SPIKE_MEMORY, SPIKE_WARMUP = 0.99, 100
 # Dynamic loss scaling of float16, as a power of two: the growth per step is that of ADM's code, an
 # overflow lowers it by one. An overflow at the lowest scale has another cause than the scale.
-LOSS_SCALE_GROWTH, LOWEST_LOSS_SCALE = 1e-3, 1.0
+LOG2_LOSS_SCALE_GROWTH, MIN_LOG2_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -33,7 +33,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         of_run=objective.of_run,
         config=config.optimiser,
-        schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
+        lr_schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
         spike=config.spike,
     )
@@ -44,12 +44,12 @@ class Control(NamedTuple):
 
     Attributes:
         key: of the run.
-        rate: factor of the learning rate; None: 1.
+        lr_factor: factor of the learning rate; None: 1.
         done: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
-    rate: jax.Array | np.ndarray | None = None
+    lr_factor: jax.Array | np.ndarray | None = None
     done: jax.Array | np.ndarray | None = None
 
 
@@ -80,7 +80,9 @@ def scan_steps(
 
     def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
         batch = read(data, item)
-        return step(state, batch, control.key, rate=control.rate, done=control.done, axis=axis)
+        return step(
+            state, batch, control.key, lr_factor=control.lr_factor, done=control.done, axis=axis
+        )
 
     if jax.tree.leaves(items)[0].shape[0] == 1:
         return one(state, jax.tree.map(lambda x: x[0], items))
@@ -95,11 +97,11 @@ def train_step(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
-    schedule: optax.Schedule | None = None,
+    lr_schedule: optax.Schedule | None = None,
     of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
-    rate: jax.Array | np.ndarray | None = None,
+    lr_factor: jax.Array | np.ndarray | None = None,
     done: jax.Array | np.ndarray | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -116,11 +118,11 @@ def train_step(
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.state.make_optimiser`.
         config: rates and widths of the EMAs.
-        schedule: the optimiser's learning rate, for the metrics; None: they have none.
+        lr_schedule: the optimiser's learning rate, for the metrics; None: they have none.
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
-        rate: factor of this step's learning rate; None: 1.
+        lr_factor: factor of this step's learning rate; None: 1.
         done: see `Control`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
@@ -130,11 +132,11 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     record_key, _ = jax.random.split(key)
-    scale = 2.0**state.loss_scale
+    scale = 2.0**state.log2_loss_scale
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
-        params, teacher = weights
-        more = of_run(teacher, state.step, done)
+        params, frozen_params = weights
+        more = of_run(frozen_params, state.step, done)
         if state.loss_history is not None:
             more["loss_history"] = state.loss_history
 
@@ -148,7 +150,7 @@ def train_step(
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
-    weights = (state.params, state.teacher)
+    weights = (state.params, state.frozen_params)
     (grads, metrics), records = _accumulate(gradient, weights, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
@@ -161,9 +163,9 @@ def train_step(
         metrics,
         optimiser=optimiser,
         config=config,
-        schedule=schedule,
+        lr_schedule=lr_schedule,
         spike=spike,
-        rate=rate,
+        lr_factor=lr_factor,
         loss_history=history,
     )
 
@@ -175,9 +177,9 @@ def apply_gradient(
     *,
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
-    schedule: optax.Schedule | None = None,
+    lr_schedule: optax.Schedule | None = None,
     spike: float = 0.0,
-    rate: jax.Array | np.ndarray | None = None,
+    lr_factor: jax.Array | np.ndarray | None = None,
     loss_history: LossHistory | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Return the end of `train_step`: what is done once, however many microbatches there are.
@@ -187,19 +189,19 @@ def apply_gradient(
         metrics: averaged over the batch.
         loss_history: with the losses of this step; None: as it was.
     """
-    grads = jax.tree.map(lambda g: g / 2.0**state.loss_scale, grads)
+    grads = jax.tree.map(lambda g: g / 2.0**state.log2_loss_scale, grads)
     norm = optax.tree.norm(grads)
-    overflow = ~jnp.isfinite(norm) & (state.loss_scale > LOWEST_LOSS_SCALE)
+    overflow = ~jnp.isfinite(norm) & (state.log2_loss_scale > MIN_LOG2_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
         warm = state.step >= SPIKE_WARMUP
         bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
     metrics |= {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
-    if schedule is not None:
-        factor = 1.0 if rate is None else rate
+    if lr_schedule is not None:
+        factor = 1.0 if lr_factor is None else lr_factor
         # Steps without an update do not count.
-        metrics["learning_rate"] = factor * jnp.float32(schedule(updates_made(state.opt_state)))
-    new = _update(state, grads, metrics["loss"], optimiser, config, rate)
+        metrics["learning_rate"] = factor * jnp.float32(lr_schedule(updates_made(state.opt_state)))
+    new = _update(state, grads, metrics["loss"], optimiser, config, lr_factor)
     if loss_history is not None:
         new = replace(new, loss_history=loss_history)
     state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
@@ -242,17 +244,17 @@ def _update(
     loss: jax.Array,
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
-    factor: jax.Array | np.ndarray | None,
+    lr_factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
     whole = with_frozen(grads, state.params, fill=jnp.zeros_like)
     updates, opt_state = optimiser.update(whole, state.opt_state, state.params)
-    if factor is not None:
-        updates = jax.tree.map(lambda x: x * factor, updates)
+    if lr_factor is not None:
+        updates = jax.tree.map(lambda x: x * lr_factor, updates)
     params = optax.apply_updates(state.params, updates)
     trained = without_frozen(params, config.freeze)
     params = with_frozen(trained, state.params)
     step = state.step + 1
-    rate = jnp.minimum(config.ema, (1 + step) / (10 + step))
+    decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(
         _decay(ema, trained, power_rate(step, width))
         for ema, width in zip(state.power_emas, config.ema_power, strict=True)
@@ -261,25 +263,26 @@ def _update(
     return TrainState(
         step=step,
         params=params,
-        ema=_decay(state.ema, trained, rate),
+        ema=_decay(state.ema, trained, decay),
         power_emas=power_emas,
         opt_state=opt_state,
         loss_mean=loss + memory * (state.loss_mean - loss),
-        loss_scale=state.loss_scale + LOSS_SCALE_GROWTH * (state.loss_scale > 0),
-        teacher=state.teacher,
+        log2_loss_scale=state.log2_loss_scale
+        + LOG2_LOSS_SCALE_GROWTH * (state.log2_loss_scale > 0),
+        frozen_params=state.frozen_params,
         loss_history=state.loss_history,
     )
 
 
 def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
     """Return the state after a step without an update."""
-    return replace(state, step=state.step + 1, loss_scale=state.loss_scale - overflow)
+    return replace(state, step=state.step + 1, log2_loss_scale=state.log2_loss_scale - overflow)
 
 
-def _decay(ema: Params, trained: Params, rate: jax.Array) -> Params:
-    """`ema <- rate ema + (1 - rate) params`; frozen parameters are their own average."""
+def _decay(ema: Params, trained: Params, decay: jax.Array) -> Params:
+    """`ema <- decay ema + (1 - decay) params`; frozen parameters are their own average."""
     return jax.tree.map(
-        lambda p, e: e if p is None else e + (1 - rate) * (p - e),
+        lambda p, e: e if p is None else e + (1 - decay) * (p - e),
         trained,
         ema,
         is_leaf=lambda x: x is None,

@@ -119,7 +119,7 @@ class Wandb:
         self._run.finish()
 
 
-class Silent:
+class NullWriter:
     """Writes nothing: for all processes but the first."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -132,7 +132,7 @@ class Silent:
         pass
 
 
-class Both:
+class MultiWriter:
     """Several writers as one."""
 
     def __init__(self, *writers: Writer):
@@ -158,6 +158,6 @@ def open_writer(config: RunConfig, *, first_process: bool = True) -> Writer:
         UsageError: it asks for wandb, which is not installed.
     """
     if not first_process:
-        return Silent()
+        return NullWriter()
     board = TensorBoard(config.folder / "logs")
-    return Both(board, Wandb(config)) if config.wandb else board
+    return MultiWriter(board, Wandb(config)) if config.wandb else board

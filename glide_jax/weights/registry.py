@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.errors import GlideError, UsageError, nearest
+from glide_jax.errors import GlideError, UsageError, did_you_mean
 from glide_jax.folders import expand_home
 from glide_jax.models.presets import PRESETS, ModelConfig, model_config
 from glide_jax.weights.choosing import read_released, split_choice
@@ -113,7 +113,7 @@ def load_model(name: str | Path) -> Model:
     if folder.is_dir():
         return _load_exported(str(name), folder)
     known = (*EMBEDDED, *PRESET_OF)
-    hint = nearest(str(name), known) or f"; names are {', '.join(known)}"
+    hint = did_you_mean(str(name), known) or f"; names are {', '.join(known)}"
     raise UsageError(f"there are no weights {str(name)!r}, by name or as a folder or file{hint}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import tqdm
 
-from glide_jax.errors import GlideError, nearest
+from glide_jax.errors import GlideError, did_you_mean
 from glide_jax.folders import cache_folder
 from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.weights.store import whole_files
@@ -71,7 +71,7 @@ def fetch(name: str, server: str = SERVER) -> Path:
             the cache was changed.
     """
     if name not in FILES:
-        raise GlideError(f"OpenAI released no file {name!r}{nearest(name, FILES)}")
+        raise GlideError(f"OpenAI released no file {name!r}{did_you_mean(name, FILES)}")
     path = cache_folder() / "released" / FILES[name]
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):

@@ -172,7 +172,7 @@ def test_what_is_missing_is_said(place):
     (place / "empty").mkdir(exist_ok=True)
     assert "empty has no images" in refused("--real", "empty", *generated, *features, *out)
     assert "--out is a .json file, not report" in refused(*BOTH, *features, "--out", "report")
-    assert "--neighbour must be at least 1, not 0" in refused(*BOTH, *features, "--neighbour", 0)
+    assert "--nearest-k must be at least 1, not 0" in refused(*BOTH, *features, "--nearest-k", 0)
     two = ("--features", "clip.pth", "dino.pth")
     assert "name one in --features" in refused(*BOTH, *two, "--save-statistics", "s.npz")
     assert "name one in --features" in refused("--reference", "s.npz", *generated, *two)

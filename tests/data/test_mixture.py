@@ -101,7 +101,9 @@ def test_a_broken_record_is_replaced_by_one_of_the_same_source(tmp_path):
 def test_data_on_the_device_have_the_same_order(config):
     source = open_source(config)
     config = replace(config, on_device="yes")
-    made = make_resident(source, config, batch_size=4, tokenizer=TOKENIZER, size=8, seed=5, calls=6)
+    made = make_resident(
+        source, config, batch_size=4, tokenizer=TOKENIZER, size=8, seed=5, steps_per_item=6
+    )
     assert made is not None
     picks = next(made)
     found = made.data.image[np.asarray(picks.image).ravel(), 0, 0, 0].tolist()

@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_the_rounds_that_it_began_with(kind):
         if kind == "loader":
             return make_batches(source, config, **common)
         on_device = replace(config, on_device="yes")
-        return make_resident(source, on_device, calls=1, **common)
+        return make_resident(source, on_device, steps_per_item=1, **common)
 
     def records(batches):
         item = next(batches)

@@ -45,7 +45,7 @@ def test_equals_the_loader(crop: str, group_by: str) -> None:
         "seed": 3,
     }
     loader = make_batches(records(10), config, **common)
-    resident = make_resident(records(10), config, calls=2, **common)
+    resident = make_resident(records(10), config, steps_per_item=2, **common)
     assert resident is not None
     for _ in range(3):
         picks = next(resident)
@@ -60,7 +60,13 @@ def test_equals_the_loader(crop: str, group_by: str) -> None:
 
 def test_resumes_and_shares_like_the_loader() -> None:
     config = DataConfig(captions=TEMPLATES, on_device="yes")
-    common = {"batch_size": 4, "tokenizer": GPT2Tokenizer(16), "size": 8, "seed": 3, "calls": 1}
+    common = {
+        "batch_size": 4,
+        "tokenizer": GPT2Tokenizer(16),
+        "size": 8,
+        "seed": 3,
+        "steps_per_item": 1,
+    }
     whole = make_resident(records(10), config, **common)
     next(whole)
     second = next(whole)
@@ -74,7 +80,13 @@ def test_resumes_and_shares_like_the_loader() -> None:
 
 
 def test_refuses_what_it_cannot_hold(monkeypatch, capsys) -> None:
-    common = {"batch_size": 2, "tokenizer": GPT2Tokenizer(16), "size": 8, "seed": 0, "calls": 1}
+    common = {
+        "batch_size": 2,
+        "tokenizer": GPT2Tokenizer(16),
+        "size": 8,
+        "seed": 0,
+        "steps_per_item": 1,
+    }
     with pytest.raises(UsageError, match="choose --data.crop"):
         make_resident(records(4), DataConfig(crop="random", on_device="yes"), **common)
     broken = Source([*records(3).records, {"image": np.zeros((4, 4)), "caption": "x"}])

@@ -16,8 +16,8 @@ from glide_jax.demo.actions import (
     caption_of,
     edit,
     generate,
+    interpolation,
     loading_arguments,
-    path,
     read_steps,
 )
 from glide_jax.pipeline.options import WeightsOptions, read_options
@@ -59,7 +59,9 @@ CALLS = {
     "vary": lambda: edit(
         replace(CONTROLS, num=2), DEFAULTS, "Vary", "image.png", "mask.png", 0.3, batch_size=1
     ),
-    "path": lambda: path(replace(CONTROLS, num=3), DEFAULTS, "a rocket", batch_size=1),
+    "interpolation": lambda: interpolation(
+        replace(CONTROLS, num=3), DEFAULTS, "a rocket", batch_size=1
+    ),
 }
 
 
@@ -139,8 +141,8 @@ def test_steps_are_a_number_or_a_respacing(text, steps):
     assert read_steps(text, DEFAULTS) == steps
 
 
-def test_an_image_of_a_path_has_the_caption_of_the_nearer_end():
-    between = {"prompts": ["a", "b"]}
+def test_an_image_of_an_interpolation_has_the_caption_of_the_nearer_end():
+    ends = {"prompts": ["a", "b"]}
     assert caption_of({"prompt": "x"}) == "x"
-    assert caption_of({"prompt": "a -> b", "between": between | {"share": 0.4}}) == "a"
-    assert caption_of({"prompt": "a -> b", "between": between | {"share": 0.6}}) == "b"
+    assert caption_of({"prompt": "a -> b", "interpolation": ends | {"share": 0.4}}) == "a"
+    assert caption_of({"prompt": "a -> b", "interpolation": ends | {"share": 0.6}}) == "b"

@@ -264,7 +264,7 @@ def test_more_like_this_and_a_path_between_prompts(page):
     assert page.locator("#gallery img").count() == 4
     page.click("button[role=tab][data-tab-id=path]")
     page.fill("#end input, #end textarea", "a rocket")
-    finish(page, "#walk")
+    finish(page, "#interpolate")
     assert page.locator("#gallery img").count() == 6
     page.locator("#gallery img").nth(5).click()
     page.wait_for_timeout(1000)

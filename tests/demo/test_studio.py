@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.demo.actions import Controls, edit, generate, path
+from glide_jax.demo.actions import Controls, edit, generate, interpolation
 from glide_jax.demo.studio import Studio
 from glide_jax.diffusion.sampling import run_rows
 from glide_jax.pipeline.options import WeightsOptions
@@ -115,7 +115,7 @@ def test_the_programs_that_are_prepared_are_those_of_the_page(studio):
     size = run_rows._cache_size()
     run(studio, call(studio, seed=3))
     run(studio, call(studio, guidance_scale=1))
-    run(studio, path(replace(CONTROLS, num=3), studio.pipe.settings, "blue", batch_size=1))
+    run(studio, interpolation(replace(CONTROLS, num=3), studio.pipe.settings, "blue", batch_size=1))
     studio.pipe("red", **given, every=1, progress=True)
     assert run_rows._cache_size() == size
 

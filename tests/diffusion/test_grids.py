@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import SPACINGS, make_grid
+from glide_jax.diffusion.grids import SPACINGS, make_timesteps
 from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, optimised, restart
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
@@ -36,7 +36,7 @@ def test_every_spacing_falls_strictly_within_the_process(name, spacing):
     # Grids that are not shipped take a while to optimise.
     numbers = (1, *SHIPPED_STEPS) if spacing == "optimised" else (1, 2, 3, 8, 27, 250, 999, 1000)
     for steps in numbers:
-        grid = make_grid(make_schedule(name), steps, spacing)
+        grid = make_timesteps(make_schedule(name), steps, spacing)
         assert grid.shape == (steps,) and grid.dtype == np.float64
         assert (np.diff(grid) < 0).all()
         assert grid.max() <= 999 and grid.min() >= 0
@@ -47,7 +47,7 @@ def test_short_processes_are_spaced_too(length):
     schedule = make_schedule("cosine", length)
     for spacing in SPACINGS:
         for steps in range(1, length + 1):
-            grid = make_grid(schedule, steps, spacing)
+            grid = make_timesteps(schedule, steps, spacing)
             assert len(grid) == steps and (np.diff(grid) < 0).all()
             assert grid.min() >= 0 and grid.max() <= length - 1
 
@@ -56,10 +56,10 @@ def test_short_processes_are_spaced_too(length):
 def test_rho_grid(name):
     """`(sigma / alpha)^(1/7)` in even steps, between the ends of the log-SNR grid (EDM, eq. 5)."""
     schedule = make_schedule(name)
-    log_snr = schedule.log_snr(make_grid(schedule, 12, "rho"))
-    roots = np.exp(-log_snr / 7)
+    half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12, "rho"))
+    roots = np.exp(-half_log_snr / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-8)
-    assert (log_snr[0], log_snr[-1]) == pytest.approx(end_levels(schedule), abs=1e-9)
+    assert (half_log_snr[0], half_log_snr[-1]) == pytest.approx(end_levels(schedule), abs=1e-9)
 
 
 def test_trailing_grid():
@@ -74,20 +74,22 @@ def test_trailing_grid():
 @pytest.mark.parametrize("spacing", [*SPACINGS, "optimised"])
 def test_a_single_step_starts_in_noise(name, spacing):
     schedule = make_schedule(name)
-    (level,) = make_grid(schedule, 1, spacing)
-    assert schedule.log_snr(level) < (-2 if spacing == "optimised" else -5)
+    (level,) = make_timesteps(schedule, 1, spacing)
+    assert schedule.half_log_snr(level) < (-2 if spacing == "optimised" else -5)
 
 
 @each_schedule
 def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
     schedule = make_schedule(name)
     for steps in (1, 2, 4, 8):
-        grid = make_grid(schedule, steps, "few")
+        grid = make_timesteps(schedule, steps, "trailing-capped")
         np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
-        assert schedule.log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
+        assert schedule.half_log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
     # The linear schedule is usable to its last timestep.
     if name == "linear":
-        np.testing.assert_array_equal(make_grid(schedule, 4, "few"), trailing(schedule, 4))
+        np.testing.assert_array_equal(
+            make_timesteps(schedule, 4, "trailing-capped"), trailing(schedule, 4)
+        )
 
 
 @each_spacing
@@ -96,7 +98,7 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
 )
 def test_refused_numbers_of_steps(spacing, steps, message):
     with pytest.raises(UsageError, match=message) as caught:
-        make_grid(make_schedule("cosine", 40), steps, spacing)
+        make_timesteps(make_schedule("cosine", 40), steps, spacing)
     assert str(caught.value).isprintable()
 
 
@@ -105,7 +107,7 @@ def test_refused_numbers_of_steps(spacing, steps, message):
 )
 def test_an_unknown_spacing_names_the_nearest(name, nearest):
     with pytest.raises(UsageError, match=f"unknown spacing {name!r}, did you mean {nearest!r}"):
-        make_grid(SCHEDULE, 10, name)
+        make_timesteps(SCHEDULE, 10, name)
 
 
 # --- exact statistics of images
@@ -139,7 +141,7 @@ def test_natural_images_have_a_standard_deviation_of_one_half():
 )  # fmt: skip
 def test_errors_on_natural_images(steps, spacing, errors):
     """In 1/1000; the values are from a separate implementation with other formulas."""
-    grid = make_grid(SCHEDULE, steps, spacing)
+    grid = make_timesteps(SCHEDULE, steps, spacing)
     for name, wanted in errors.items():
         found = 1000 * image_error(SCHEDULE, grid, SOLVERS[name])
         assert found == pytest.approx(wanted, rel=0.03), name
@@ -148,7 +150,7 @@ def test_errors_on_natural_images(steps, spacing, errors):
 @pytest.mark.parametrize("name", ["unipc2", "sa", "ddpm-small", "heun", "restart"])
 def test_standard_deviations_equal_those_of_the_oracle(name):
     solver = restart(SOLVERS["ddim"], [(0.2, 3.0, 2)]) if name == "restart" else SOLVERS[name]
-    table = table_of(solver, make_grid(SCHEDULE, 8))
+    table = table_of(solver, make_timesteps(SCHEDULE, 8))
     found = standard_deviations(table, NATURAL)
     for i in (0, 3, 100, -1):
         std = np.sqrt(NATURAL.variance[i])
@@ -159,7 +161,7 @@ def test_standard_deviations_equal_those_of_the_oracle(name):
 def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
     """On one Gaussian the learned variance is exact: only the starting level adds an error."""
     one = optimised.Spectrum(np.array([0.25]), np.array([1.0]))
-    grid = make_grid(SCHEDULE, 10)
+    grid = make_timesteps(SCHEDULE, 10)
     errors = {
         name: image_error(SCHEDULE, grid, SOLVERS[name], one)
         for name in ("ddpm", "ddpm-small", "ddpm-large")
@@ -176,8 +178,8 @@ def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
 def test_shipped_grids_have_small_errors(name, steps):
     """With 8 steps or more, less than a tenth of a level of an 8-bit image, 1/255."""
     schedule = make_schedule(name)
-    error = image_error(schedule, make_grid(schedule, steps, "optimised"), dpm_solver_2m)
-    even = image_error(schedule, make_grid(schedule, steps), dpm_solver_2m)
+    error = image_error(schedule, make_timesteps(schedule, steps, "optimised"), dpm_solver_2m)
+    even = image_error(schedule, make_timesteps(schedule, steps), dpm_solver_2m)
     assert error < even / 4
     if steps >= 8:
         assert error < 0.1 / 255
@@ -190,7 +192,9 @@ def test_the_optimiser_reproduces_the_shipped_grids(name, steps):
     schedule = make_schedule(name)
     made, shipped = optimise_grid(schedule, steps), optimised_grid(schedule, steps)
     # The minimum is flat: with other rounding (jax 0.11) the optimiser ends elsewhere in it.
-    np.testing.assert_allclose(schedule.log_snr(made), schedule.log_snr(shipped), atol=0.3)
+    np.testing.assert_allclose(
+        schedule.half_log_snr(made), schedule.half_log_snr(shipped), atol=0.3
+    )
     errors = [image_error(schedule, grid, dpm_solver_2m) for grid in (made, shipped)]
     assert errors[0] < 1.1 * errors[1]
 
@@ -201,30 +205,30 @@ def test_other_solvers_and_schedules_are_optimised_on_the_fly():
         (SCHEDULE, partial(sa_solver, eta=0.5)),
         (make_schedule("cosine", 200), SOLVERS["dpm++2m"]),
     ):
-        grid = make_grid(schedule, 6, "optimised", solver=solver)
+        grid = make_timesteps(schedule, 6, "optimised", solver=solver)
         assert (np.diff(grid) < 0).all() and grid.max() <= len(schedule) - 1
-        even = image_error(schedule, make_grid(schedule, 6), solver)
+        even = image_error(schedule, make_timesteps(schedule, 6), solver)
         assert image_error(schedule, grid, solver) < even / 2
 
 
 def test_a_grid_is_optimised_once():
     """Also where its solver is a new object, as settings make one."""
-    first = make_grid(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
+    first = make_timesteps(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
     before = optimised._optimised.cache_info().misses
-    again = make_grid(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
+    again = make_timesteps(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
     np.testing.assert_array_equal(first, again)
     assert optimised._optimised.cache_info().misses == before
 
 
 def test_many_steps_are_not_optimised():
     with pytest.raises(UsageError, match="1 to 50 steps, not 51: choose spacing logsnr"):
-        make_grid(SCHEDULE, 51, "optimised")
+        make_timesteps(SCHEDULE, 51, "optimised")
 
 
 def test_scipy_is_not_imported_for_a_shipped_grid():
     code = (
-        "import sys, glide_jax as g; from glide_jax.diffusion.grids import make_grid\n"
-        "make_grid(g.make_schedule('cosine'), 10, 'optimised')\n"
+        "import sys, glide_jax as g; from glide_jax.diffusion.grids import make_timesteps\n"
+        "make_timesteps(g.make_schedule('cosine'), 10, 'optimised')\n"
         "assert 'scipy.optimize' not in sys.modules"
     )
     result = subprocess.run(
@@ -241,7 +245,7 @@ def test_short_linear_schedules_are_capped(steps):
     """With 20 steps the last beta would be 1, with fewer even more."""
     schedule = make_schedule("linear", steps)
     assert schedule.betas.max() <= 0.999 and schedule.alpha_bar.min() > 0
-    grid = make_grid(schedule, steps)
+    grid = make_timesteps(schedule, steps)
     for name in ("dpm++2m", "ddpm", "ipndm"):
         table = SOLVERS[name](schedule, grid, np.zeros(steps, bool))
         assert all(np.isfinite(column).all() for column in table)
@@ -262,5 +266,5 @@ def test_a_beta_of_one_is_refused():
 def test_respacing_strings_ignore_the_spacing():
     for spacing in (*SPACINGS, "optimised"):
         np.testing.assert_array_equal(
-            make_grid(SCHEDULE, "fast27", spacing), respaced(SCHEDULE, "fast27")
+            make_timesteps(SCHEDULE, "fast27", spacing), respaced(SCHEDULE, "fast27")
         )

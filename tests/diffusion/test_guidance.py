@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Network,
@@ -18,7 +18,7 @@ from glide_jax.diffusion.guidance import (
     compose,
     guidance,
 )
-from glide_jax.diffusion.sampling import noise_at, plan, run_rows, sample, start, stream
+from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -53,7 +53,7 @@ def keys(seed=0, some=slice(None)):
 
 
 def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
-    return plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_timesteps(SCHEDULE, steps, spacing), solver, guidances)
 
 
 # --- the drivers
@@ -168,10 +168,10 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
 
     networks = {"main": Network(counting, np.float32(0.9))}
     run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL)], steps=8)
-    assert run.programs == ((), (0,))
+    assert run.guidance_sets == ((), (0,))
     jax.block_until_ready(sample(networks, CONDS, run, X, keys()))
     jax.effects_barrier()
-    noise_level = np.exp(-SCHEDULE.log_snr(run.table.t))
+    noise_level = np.exp(-SCHEDULE.half_log_snr(run.table.t))
     wanted = np.where((noise_level > INTERVAL[0]) & (noise_level <= INTERVAL[1]), 8, 4)
     assert {4, 8} == set(wanted.tolist())
     assert sorted(batches, reverse=True) == list(zip(run.table.t.tolist(), wanted, strict=True))
@@ -188,8 +188,8 @@ def test_one_conditional_in_the_program(interval, conditionals):
 def test_a_change_of_guidance_resets_the_solver():
     """At both ends of the interval; the memory of guidance is reset there too."""
     run = run_of(dpm_solver_2m, [classifier_free(3.0).within(*INTERVAL)], steps=12)
-    program = run.table.program
-    switched = np.append(False, program[1:] != program[:-1])
+    chosen = run.table.guidance_set
+    switched = np.append(False, chosen[1:] != chosen[:-1])
     assert switched.sum() == 2
     looks_back = run.table.E[:, 1] != 0
     last = np.arange(12) == 11
@@ -208,8 +208,8 @@ def test_the_memory_of_guidance():
     run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL), counts()], steps=12)
     found = [state.memory["rows"].max().item() for _, state in stream(TOY, CONDS, run, X, keys())]
     wanted, since = [], 0
-    for i, program in enumerate(run.table.program):
-        since = 1 if i and program != run.table.program[i - 1] else since + 1
+    for i, chosen in enumerate(run.table.guidance_set):
+        since = 1 if i and chosen != run.table.guidance_set[i - 1] else since + 1
         wanted.append(since)
     assert found == wanted and wanted.count(1) == 3
 
@@ -255,7 +255,7 @@ def test_numbers_and_tables_do_not_compile_again():
     ):
         guidances = [classifier_free(scale).within(*interval), clip_x0(high=clipped)]
         made = run_of(solver, guidances, steps=12, spacing=spacing)
-        assert made.programs == ((0, 1), (1,))
+        assert made.guidance_sets == ((0, 1), (1,))
         sample(TOY, conds, made, X, keys(seed))
         return run_rows._cache_size()
 
@@ -318,7 +318,7 @@ def test_one_run_has_one_negative_prompt(other):
 )
 def test_grids_that_cannot_be_sampled(grid, message):
     with pytest.raises(UsageError, match=message):
-        plan(SCHEDULE, grid, ddim)
+        make_plan(SCHEDULE, grid, ddim)
 
 
 @pytest.mark.parametrize("interval", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])

@@ -14,10 +14,10 @@ from glide_jax.diffusion.guidance import (
     autoguidance,
     cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
     dynamic_threshold,
-    gradient,
     guidance,
     image_loss,
     rescale,
@@ -47,7 +47,7 @@ from tests.support.guidances import (
 
 
 def evaluations(guidances, solver=ddim):
-    """List `(network, images in units of the batch)` for each evaluation of each program."""
+    """List `(network, images in units of the batch)` for each evaluation of each guidance set."""
     seen = []
 
     def counting(name, fn):
@@ -80,8 +80,8 @@ COSTS = {
     "apg": ([apg(3.0)], [("main", 2)]),
     "autoguidance": ([autoguidance(2.0)], [("main", 1), ("weak", 1)]),
     "both": ([FREE, autoguidance(2.0)], [("main", 2), ("weak", 1)]),
-    "gradient": (
-        lambda other: [FREE, gradient(other, CONDS["cond"], 1.0)],
+    "classifier_guidance": (
+        lambda other: [FREE, classifier_guidance(other, CONDS["cond"], 1.0)],
         [("main", 2), ("other", 1)],
     ),
     "image_loss": (
@@ -102,7 +102,7 @@ COSTS = {
 
 @pytest.mark.parametrize("name", COSTS)
 def test_evaluations_of_each_program(name):
-    """One batched pass per network and program, with the branches that it needs and no others."""
+    """One batched pass per network and set, with the branches that it needs and no others."""
     guidances, wanted = COSTS[name]
     assert sorted(evaluations(guidances)) == sorted(wanted)
 
@@ -161,7 +161,7 @@ def test_no_number_and_no_prompt_compiles_again():
             rescale(n["amount"]),
             dynamic_threshold(n["quantile"]),
             clip_x0(high=n["high"]),
-            gradient(BOWL, CONDS["cond"], n["slope"]),
+            classifier_guidance(BOWL, CONDS["cond"], n["slope"]),
             image_loss(BOWL, CONDS["cond"], n["slope"]),
         ]
         made = run_of(guidances, solver, steps=8, spacing=spacing)
@@ -190,7 +190,7 @@ def test_no_number_and_no_prompt_compiles_again():
 
 def test_networks_of_guidance_keep_their_weights():
     weights = {"half": jnp.ones(3, jnp.bfloat16), "count": np.arange(3)}
-    run = run_of([gradient(Network(bowl, weights), CONDS["cond"], 1)])
+    run = run_of([classifier_guidance(Network(bowl, weights), CONDS["cond"], 1)])
     kept = run.guidance[0].args["log_prob"].params
     assert kept is weights
     assert run.guidance[0].args["scale"].dtype == jnp.float32

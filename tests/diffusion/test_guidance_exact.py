@@ -16,16 +16,16 @@ from glide_jax.diffusion.guidance import (
     all_of,
     autoguidance,
     classifier_free,
-    gradient,
+    classifier_guidance,
     image_loss,
 )
-from glide_jax.diffusion.sampling import plan, sample
+from glide_jax.diffusion.sampling import make_plan, sample
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
 from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_grid
 
-LOG_SNR = SCHEDULE.log_snr(np.arange(len(SCHEDULE)))
+HALF_LOG_SNR = SCHEDULE.half_log_snr(np.arange(len(SCHEDULE)))
 # Even quantiles of the standard normal distribution; their mean is zero.
 QUANTILES = ndtri((np.arange(40) + 0.5) / 40)
 
@@ -38,13 +38,15 @@ def double(monkeypatch):
         yield
 
 
-def alpha_sigma(log_snr):
-    return (1 + jnp.exp(-2 * log_snr)) ** -0.5, (1 + jnp.exp(2 * log_snr)) ** -0.5
+def alpha_sigma(half_log_snr):
+    return (1 + jnp.exp(-2 * half_log_snr)) ** -0.5, (1 + jnp.exp(2 * half_log_snr)) ** -0.5
 
 
-def levels_of(log_snr, t):
+def levels_of(half_log_snr, t):
     """`alpha, sigma` of each image, `(B, 1, 1, 1)`."""
-    return alpha_sigma(jnp.interp(t, jnp.arange(len(log_snr)), log_snr)[:, None, None, None])
+    return alpha_sigma(
+        jnp.interp(t, jnp.arange(len(half_log_snr)), half_log_snr)[:, None, None, None]
+    )
 
 
 def log_densities(x, alpha, sigma):
@@ -53,9 +55,9 @@ def log_densities(x, alpha, sigma):
     return jnp.log(WEIGHTS) - jnp.log(variance) / 2 - (x - alpha * MEANS) ** 2 / variance / 2
 
 
-def noise_of_mixture(log_snr, x, t, cond):
+def noise_of_mixture(half_log_snr, x, t, cond):
     """`-sigma grad log p(x_t)`: of the mixture (cond 0), or of component 1, 2 or 3."""
-    alpha, sigma = levels_of(log_snr, t)
+    alpha, sigma = levels_of(half_log_snr, t)
     logs = log_densities(x, alpha, sigma)
     chosen = cond[:, None, None, None] == jnp.arange(1, 4)
     logs = jnp.where((cond == 0)[:, None, None, None] | chosen, logs, -jnp.inf)
@@ -64,28 +66,28 @@ def noise_of_mixture(log_snr, x, t, cond):
     return sigma * jnp.sum(shares * (x - alpha * MEANS) / variance, axis=-1, keepdims=True)
 
 
-def log_class(log_snr, x, t, cond):
+def log_class(half_log_snr, x, t, cond):
     """`log p(y | x_t)`, exact."""
-    logs = jax.nn.log_softmax(log_densities(x, *levels_of(log_snr, t)), axis=-1)
+    logs = jax.nn.log_softmax(log_densities(x, *levels_of(half_log_snr, t)), axis=-1)
     return jnp.take_along_axis(logs[:, 0, 0], cond[:, None] - 1, axis=1)[:, 0]
 
 
-MIXTURE = {"main": Network(noise_of_mixture, LOG_SNR)}
-CLASSIFIER = Network(log_class, LOG_SNR)
+MIXTURE = {"main": Network(noise_of_mixture, HALF_LOG_SNR)}
+CLASSIFIER = Network(log_class, HALF_LOG_SNR)
 
 
 def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
-    """Take `x (B,)` from one log-SNR to another, along the flow of the guided prediction."""
+    """Take `x (B,)` from one half log-SNR to another, along the flow of the guided prediction."""
     grid = log_snr_grid(low, high, steps)
-    run = rows(plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
+    run = rows(make_plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
     tape = jnp.zeros((len(run), *x.shape))
     return np.asarray(sample(networks, conds, run, x, tape).x).ravel()
 
 
-def gaussian(log_snr, mean, std):
+def gaussian(half_log_snr, mean, std):
     """Return the quantiles of a Gaussian noised to a level."""
-    alpha, sigma = map(float, alpha_sigma(log_snr))
+    alpha, sigma = map(float, alpha_sigma(half_log_snr))
     return alpha * mean + np.sqrt(alpha**2 * std**2 + sigma**2) * QUANTILES
 
 
@@ -98,7 +100,7 @@ def test_classifier_guidance_samples_from_the_posterior(chosen):
     """The unconditional flow, guided, gives the mean and each quantile of the class."""
     mean, std = MEANS[chosen - 1], STDS[chosen - 1]
     x = gaussian(-4.0, mean, std)
-    guided = gradient(CLASSIFIER, everywhere(chosen), 1.0)
+    guided = classifier_guidance(CLASSIFIER, everywhere(chosen), 1.0)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)})
     assert_close(found.mean(), gaussian(5.0, mean, std).mean(), 2e-4)
     assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 2e-3)
@@ -108,7 +110,7 @@ def test_classifier_guidance_is_the_conditional_network():
     """At any scale it equals classifier-free guidance with exact networks, by Bayes' rule."""
     chosen = everywhere(2)
     x = gaussian(-4.0, 0.0, 0.7)
-    guided = gradient(CLASSIFIER, chosen, 2.5)
+    guided = classifier_guidance(CLASSIFIER, chosen, 2.5)
     found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)}, steps=20)
     free = classifier_free(2.5)
     wanted = solve(MIXTURE, x, [free], {"cond": chosen, "null": everywhere(0)}, steps=20)
@@ -121,19 +123,19 @@ def test_classifier_guidance_of_ancestral_sampling():
     gain = std**2 / (std**2 + blur**2)
     posterior = mean + gain * (y - mean)
 
-    def noise(log_snr, x, t, cond):
-        alpha, sigma = levels_of(log_snr, t)
+    def noise(half_log_snr, x, t, cond):
+        alpha, sigma = levels_of(half_log_snr, t)
         return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
 
-    def log_likelihood(log_snr, x, t, cond):
-        alpha, sigma = levels_of(log_snr, t)
+    def log_likelihood(half_log_snr, x, t, cond):
+        alpha, sigma = levels_of(half_log_snr, t)
         variance = alpha**2 * std**2 + sigma**2
         clean = mean + alpha * std**2 / variance * (x - alpha * mean)
         width = blur**2 + std**2 * sigma**2 / variance
         return -(((cond[:, None, None, None] - clean) ** 2) / width / 2)[:, 0, 0, 0]
 
-    networks = {"main": Network(noise, LOG_SNR)}
-    observed = gradient(Network(log_likelihood, LOG_SNR), np.array([y]), 1.0)
+    networks = {"main": Network(noise, HALF_LOG_SNR)}
+    observed = classifier_guidance(Network(log_likelihood, HALF_LOG_SNR), np.array([y]), 1.0)
 
     def error(steps):
         # Without noise the linear recursion maps the mean.
@@ -150,8 +152,8 @@ def test_classifier_guidance_of_ancestral_sampling():
 
 def shifted(params, x, t, cond):
     """The exact noise of a Gaussian whose mean is the condition."""
-    log_snr, std = params
-    alpha, sigma = levels_of(log_snr, t)
+    half_log_snr, std = params
+    alpha, sigma = levels_of(half_log_snr, t)
     mean = cond[:, None, None, None]
     return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
 
@@ -168,7 +170,7 @@ def shifted(params, x, t, cond):
 def test_linear_guidance_of_gaussians(guidances, mean):
     """For Gaussians of one width, the result is a Gaussian with the weighted mean."""
     std = 0.4
-    networks = {name: Network(shifted, (LOG_SNR, std)) for name in ("main", "weak")}
+    networks = {name: Network(shifted, (HALF_LOG_SNR, std)) for name in ("main", "weak")}
     means = {"cond": 0.7, "null": 0.2, "prompt 0": 1.1, "weak": -0.1}
     conds = {name: everywhere(value, float) for name, value in means.items()}
     x = gaussian(-4.0, mean, std)
@@ -187,7 +189,7 @@ def test_a_loss_on_the_clean_image_of_gaussians(through):
     loss = image_loss(
         loss=Network(half_square, None), cond=everywhere(y, float), scale=scale, through=through
     )
-    networks = {"main": Network(shifted, (LOG_SNR, std))}
+    networks = {"main": Network(shifted, (HALF_LOG_SNR, std))}
     x = QUANTILES + 0.2
     found = solve(
         networks, x, [loss], {"cond": everywhere(mean, float)}, low=-1.0, high=1.0, steps=1
@@ -195,6 +197,6 @@ def test_a_loss_on_the_clean_image_of_gaussians(through):
     (a, s), (next_a, next_s) = (map(float, alpha_sigma(level)) for level in (-1.0, 1.0))
     slope = a * std**2 / (a**2 * std**2 + s**2)
     clean = mean + slope * (x - a * mean)
-    score = -scale * (clean - y) * (slope if through else 1 / a)
-    moved = clean + s**2 / a * score
+    gradient = -scale * (clean - y) * (slope if through else 1 / a)
+    moved = clean + s**2 / a * gradient
     assert_close(found, next_s / s * x + (next_a - next_s / s * a) * moved, 1e-9)

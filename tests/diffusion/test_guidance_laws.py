@@ -16,15 +16,15 @@ from glide_jax.diffusion.guidance import (
     branches_of,
     cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
     dynamic_threshold,
-    gradient,
     image_loss,
     known_pixels,
     rescale,
 )
-from glide_jax.diffusion.guidance.score import limited
+from glide_jax.diffusion.guidance.gradients import limited
 from glide_jax.diffusion.sampling import sample, stream
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from tests.support.golden import assert_close, rows
@@ -67,23 +67,25 @@ def test_a_limited_score_changes_x_0_by_at_most_what_x_t_leaves_open(alpha, sigm
     direction = np.asarray(X) / np.sqrt((X**2).mean(axis=(1, 2, 3), keepdims=True))
     # One image below the limit, one at ten times, one with an own limit of its size.
     sizes = np.array([0.1, 10, 1])[:, None, None, None]
-    score = jnp.asarray(direction * sizes * left_open / to_x_0, jnp.float32)
+    gradient = jnp.asarray(direction * sizes * left_open / to_x_0, jnp.float32)
     limits = np.float32([0.2, 0.2, 3])
-    found = np.asarray(limited(score, point, limits))
-    np.testing.assert_array_equal(found[[0, 2]], np.asarray(score)[[0, 2]])
-    np.testing.assert_allclose(found[1], np.asarray(score)[1] * 0.02, rtol=1e-4)
+    found = np.asarray(limited(gradient, point, limits))
+    np.testing.assert_array_equal(found[[0, 2]], np.asarray(gradient)[[0, 2]])
+    np.testing.assert_allclose(found[1], np.asarray(gradient)[1] * 0.02, rtol=1e-4)
     change = to_x_0 * np.sqrt((found**2).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(change, np.array([0.1, 0.2, 1]) * left_open, rtol=1e-4)
-    np.testing.assert_array_equal(limited(score, point, np.inf), score)
-    np.testing.assert_array_equal(limited(0 * score, point, 0.2), 0 * score)
+    np.testing.assert_array_equal(limited(gradient, point, np.inf), gradient)
+    np.testing.assert_array_equal(limited(0 * gradient, point, 0.2), 0 * gradient)
 
 
 def test_gradient_guidance_limits_its_own_score_alone():
     network, cond = Network(bowl, {}), np.float32([0.1, -2, 30])
-    free, bounded = (predicted(gradient(network, cond, 5.0, limit)) for limit in (None, 0.5))
+    free, bounded = (
+        predicted(classifier_guidance(network, cond, 5.0, limit)) for limit in (None, 0.5)
+    )
     point = Point(*map(np.float32, (0, ALPHA, SIGMA, 0, 0)), memory={})
-    assert_close(bounded.score, limited(free.score, point, 0.5), 1e-6)
-    assert (np.abs(bounded.score) < np.abs(free.score)).any()
+    assert_close(bounded.guidance_gradient, limited(free.guidance_gradient, point, 0.5), 1e-6)
+    assert (np.abs(bounded.guidance_gradient) < np.abs(free.guidance_gradient)).any()
     np.testing.assert_array_equal(bounded.x_0, free.x_0)
 
 
@@ -181,10 +183,10 @@ def test_cfg_plus_plus_is_the_update_of_its_paper():
 
 def test_a_gradient_changes_the_score_alone():
     """Two of them add up."""
-    once, plain = made("gradient"), predicted()
+    once, plain = made("classifier_guidance"), predicted()
     wanted = 0.3 * (GOAL[:, None, None, None] - X)
-    assert_close(predicted(once).score, wanted, 1e-6)
-    assert_close(predicted(once, once).score, 2 * wanted, 1e-6)
+    assert_close(predicted(once).guidance_gradient, wanted, 1e-6)
+    assert_close(predicted(once, once).guidance_gradient, 2 * wanted, 1e-6)
     assert_close(predicted(once).x_0, plain.x_0, 0)
 
 
@@ -204,10 +206,10 @@ def test_a_loss_on_the_clean_image(through):
     # The bowl is a loss with the sign reversed.
     guided = image_loss(BOWL, GOAL, -2.0, through=through)
     p = predicted(free, guided)
-    assert_close(p.score, -2 * slope, 1e-4)
+    assert_close(p.guidance_gradient, -2 * slope, 1e-4)
     assert_close(p.x_0, clean, 1e-5)
     # Two add up.
-    assert_close(predicted(free, guided, guided).score, -4 * slope, 2e-4)
+    assert_close(predicted(free, guided, guided).guidance_gradient, -4 * slope, 2e-4)
 
 
 def test_no_gradient_where_the_clean_image_is_clipped():
@@ -215,9 +217,9 @@ def test_no_gradient_where_the_clean_image_is_clipped():
     low = clip_x0(-0.5, 0.5)
     pixelwise = {"main": Network(lambda params, x, t, cond: jnp.tanh(x), None)}
     clipped = np.abs(predicted(networks=pixelwise).x_0) > 0.5
-    found = predicted(low, loss, networks=pixelwise).score
+    found = predicted(low, loss, networks=pixelwise).guidance_gradient
     assert not found[clipped].any() and found[~clipped].all()
-    assert predicted(loss, low, networks=pixelwise).score[clipped].all()
+    assert predicted(loss, low, networks=pixelwise).guidance_gradient[clipped].all()
 
 
 # --- laws
@@ -230,7 +232,7 @@ NEUTRAL = {
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
     "clip_x0": {"low": -1e9, "high": 1e9},
-    "gradient": {"scale": 0},
+    "classifier_guidance": {"scale": 0},
     "image_loss": {"scale": 0},
     "image_loss beside": {"scale": 0},
 }
@@ -239,7 +241,7 @@ NEUTRAL = {
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_the_neutral_number_changes_nothing(name):
     p, plain = predicted(made(name, **NEUTRAL[name])), predicted()
-    np.testing.assert_array_equal(p.score, plain.score)
+    np.testing.assert_array_equal(p.guidance_gradient, plain.guidance_gradient)
     # Bit for bit, where nothing is differentiated.
     assert_close(p.x_0, plain.x_0, 1e-6 if name == "image_loss" else 0)
     assert_close(p.eps, plain.eps, 1e-6)
@@ -296,7 +298,7 @@ def test_guidance_acts_within_its_interval_alone():
     every = compose(*(made(name) for name in EACH if name not in ("negative", "cfg_plus_plus")))
     run = run_of([every.within(0.3, np.inf)], ddpm, steps=8)
     guided = int((run.table.sigma / run.table.alpha > 0.3).sum())
-    assert 0 < guided < 8 and (run.table.program[:guided] != run.table.program[-1]).all()
+    assert 0 < guided < 8 and (run.table.guidance_set[:guided] != run.table.guidance_set[-1]).all()
     states = [state.x for _, state in stream(NETWORKS, CONDS, run, X, keys())]
     whole = run_of([every], ddpm, steps=8)
     wanted = [state.x for _, state in stream(NETWORKS, CONDS, whole, X, keys())]
@@ -316,15 +318,17 @@ def test_numbers_for_each_image(name):
             alone = made(name, **{number: one}, **only(name, i))
             p = predicted(alone, some=slice(i, i + 1))
             assert_close(together.x_0[i], p.x_0[0], 1e-5)
-            assert_close(together.score[i], p.score[0], 1e-5)
+            assert_close(together.guidance_gradient[i], p.guidance_gradient[0], 1e-5)
         middle = predicted(made(name))
-        moved = np.abs(together.x_0 - middle.x_0) + np.abs(together.score - middle.score)
+        moved = np.abs(together.x_0 - middle.x_0) + np.abs(
+            together.guidance_gradient - middle.guidance_gradient
+        )
         assert moved[0].max() > 1e-3 and moved[2].max() > 1e-3 and moved[1].max() < 1e-5
 
 
 def only(name, i):
     """Return the conditioning of one image, for guidances that carry their own."""
-    own = name.startswith(("gradient", "image_loss"))
+    own = name.startswith(("classifier_guidance", "image_loss"))
     return {"cond": GOAL[i : i + 1]} if own else {}
 
 
@@ -350,7 +354,7 @@ def test_known_pixels_are_kept_whatever_came_before():
 
 def test_composition_is_a_guidance():
     """Compositions nest, and have an interval of their own beside those of their members."""
-    free, loud, last = classifier_free(3.0), made("gradient"), clip_x0()
+    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clip_x0()
     flat = [free.within(0.3, 5.0), loud, last]
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):
@@ -366,7 +370,7 @@ def test_composition_is_a_guidance():
 
 
 def test_momentum_is_reset_where_guidance_changes():
-    """Each row adds the push of the row before, unless another program ran there."""
+    """Each row adds the push of the row before, unless another guidance set acted there."""
     free = classifier_free(1.0).within(*INTERVAL)
     run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
     table = run.table
@@ -376,8 +380,8 @@ def test_momentum_is_reset_where_guidance_changes():
             toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1] for name in ("cond", "null")
         )
         push = table.sigma[i] / table.alpha[i] * (null - cond)
-        reset = i > 0 and table.program[i] != table.program[i - 1]
+        reset = i > 0 and table.guidance_set[i] != table.guidance_set[i - 1]
         memory = push - 0.5 * memory * (not reset)
         assert_close(state.memory["apg"], memory, 1e-5 * max(1, np.abs(memory).max()))
         x = state.x
-    assert (np.diff(table.program) != 0).sum() == 2
+    assert (np.diff(table.guidance_set) != 0).sum() == 2

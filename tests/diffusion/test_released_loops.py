@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Network,
     classifier_free,
+    classifier_guidance,
     clip_x0,
-    gradient,
     known_pixels,
 )
-from glide_jax.diffusion.sampling import plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse
@@ -48,7 +48,7 @@ def conditions(name: str, **images) -> dict:
 def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
     """Return x after each step (not each row), `(steps, B, H, W, C)`, and the last state."""
     schedule = make_schedule(schedule)
-    p = plan(schedule, make_grid(schedule, str(steps), "uniform"), solver, guidance)
+    p = make_plan(schedule, make_timesteps(schedule, str(steps), "uniform"), solver, guidance)
     x = jnp.asarray(x)
     tape = jnp.zeros((len(p), *x.shape)) if noise is None else jnp.asarray(noise)
     networks = {"main": golden.network(name)}
@@ -86,7 +86,7 @@ def test_pseudo_linear_multistep_on_the_tiny_model(solver):
 def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
     reference, key = load("plms_math"), f"{name}|{steps}|{solver}"
     schedule = make_schedule(golden.SCHEDULES[name])
-    p = plan(schedule, make_grid(schedule, steps, "uniform"), SOLVERS[solver])
+    p = make_plan(schedule, make_timesteps(schedule, steps, "uniform"), SOLVERS[solver])
     np.testing.assert_allclose(p.table.t, reference[f"{key}|t_seen"], atol=4e-3)
 
     def eps(_, x, t, cond):
@@ -138,7 +138,7 @@ def clip_guidance(scale: float):
     model = NoisedCLIP(clip_config())
     tokens, lengths = (loops[f"clipguided.clip_{k}"].astype(np.int32) for k in ("tokens", "lens"))
     text = model.apply({"params": clip_params()}, tokens, lengths, method="encode_text")
-    return gradient(Network(Similarity(model), clip_params()), text, scale)
+    return classifier_guidance(Network(Similarity(model), clip_params()), text, scale)
 
 
 def test_clip_guidance_moves_the_mean_by_the_learned_variance():
@@ -150,7 +150,7 @@ def test_clip_guidance_moves_the_mean_by_the_learned_variance():
 def test_clip_guidance_of_the_deterministic_sampler():
     solver = partial(ddim, released=True)
     found, _ = run("base", "cosine", 4, solver, [clip_x0(), clip_guidance(3.0)], start()[0])
-    # x_0 is not clipped again after the score: the noisiest step grows huge, as in the original.
+    # x_0 is not clipped again after the gradient: the noisiest step grows huge, as in the original.
     assert_relative(found, steps_nhwc(load("loops")["clipguided_ddim.steps"]), 2e-4)
 
 

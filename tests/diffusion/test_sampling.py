@@ -9,7 +9,7 @@ import pytest
 
 from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0, guidance
 from glide_jax.diffusion.losses import make_tables, q_sample
-from glide_jax.diffusion.sampling import plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, sample, stream
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.table import step_betas
@@ -36,9 +36,9 @@ ETAS = {0.0: 1e-5, 0.5: 1e-5, 1.0: 1e-3}
 
 
 @guidance()
-def pushed(predict, x, point, *, score):
-    """Set the score: gradient guidance with a fixed gradient."""
-    return predict(x, point)._replace(score=score)
+def pushed(predict, x, point, *, gradient):
+    """Set a fixed guidance gradient."""
+    return predict(x, point)._replace(guidance_gradient=gradient)
 
 
 @guidance()
@@ -76,9 +76,9 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
     found = []
     for i, t in enumerate(reference(process, "t")):
         one = slice(i, i + 1)
-        scores = [pushed(score=reference(process, "grad")[one])] if push else []
+        pushes = [pushed(gradient=reference(process, "grad")[one])] if push else []
         row = len(grid) - 1 - t
-        part = rows(plan(schedule, grid, solver, [*guidances, *scores]), slice(row, row + 1))
+        part = rows(make_plan(schedule, grid, solver, [*guidances, *pushes]), slice(row, row + 1))
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
         conds = {"cond": reference(process, "model_output")[one]}
@@ -139,7 +139,7 @@ def test_ddim_step(process, kind, eta):
 
 @each_process
 def test_a_score_moves_the_mean_of_ancestral_sampling(process):
-    """It adds variance times score after clipping, also in the last step."""
+    """It adds variance times the gradient after clipping, also in the last step."""
     x, x_0 = step_each(process, ddpm, [clip_x0()], push=True)
     assert_relative(x, reference(process, "p_sample_cond"), 5e-6, floor=1)
     assert_close(x_0, reference(process, "pmv_clip_pred_xstart"), 1e-5)
@@ -147,7 +147,7 @@ def test_a_score_moves_the_mean_of_ancestral_sampling(process):
 
 @each_process
 def test_a_score_moves_the_prediction_of_ddim(process):
-    """It adds sigma^2 / alpha times score, beyond the range of images (4.7e4 at t = 999)."""
+    """It adds sigma^2 / alpha times the gradient, beyond the range of images (4.7e4 at t = 999)."""
     x, _ = step_each(process, partial(ddim, released=True), [clip_x0()], push=True)
     assert_relative(x, reference(process, "ddim_cond"), 1e-5, floor=1)
 
@@ -170,7 +170,7 @@ def base_run(spec, solver, guidances):
         name: (jax.tree.map(lambda array: array[rows], text), {})  # noqa: B023
         for name, rows in (("cond", slice(0, 2)), ("null", slice(2, 4)))
     }
-    run = plan(schedule, respaced(schedule, spec), solver, guidances)
+    run = make_plan(schedule, respaced(schedule, spec), solver, guidances)
     x, tape = nhwc(loops["base.x_T"][:2]), steps_nhwc(loops["base.noise"][: len(run), :2])
     return {"main": network("base")}, conds, run, x, tape
 
@@ -203,7 +203,7 @@ def test_ddim_run_of_the_upsampler():
     loops, schedule = load("loops"), make_schedule("linear")
     text = encode("superres", loops["tokens"][:2], loops["mask"][:2])
     conds = {"cond": (text, {"low_res": nhwc(loops["up.low_res"])})}
-    run = plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
+    run = make_plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)
     states = stream({"main": network("superres")}, conds, run, x, tape)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import CONDITIONAL, Network, Point, noise_predictor
 from glide_jax.diffusion.schedule import (
     PREDICTIONS,
@@ -68,13 +68,15 @@ def test_respaced_process(name, spacing):
 def test_the_levels_that_solvers_read(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
     grid = respaced(schedule, string(spacing))
-    alpha, sigma, log_snr = (column[-2::-1] for column in levels(schedule, grid))
+    alpha, sigma, half_log_snr = (column[-2::-1] for column in levels(schedule, grid))
     same(alpha, wanted["sqrt_alphas_cumprod"])
     same(sigma, wanted["sqrt_one_minus_alphas_cumprod"])
     same(2 * np.log(sigma), wanted["log_one_minus_alphas_cumprod"], atol=1e-15)
     same(1 / alpha, wanted["sqrt_recip_alphas_cumprod"])
     same(sigma / alpha, wanted["sqrt_recipm1_alphas_cumprod"])
-    np.testing.assert_allclose(np.exp(-log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10)
+    np.testing.assert_allclose(
+        np.exp(-half_log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10
+    )
     q = posterior(step_betas(schedule, grid))
     same(q.log_beta, np.log(wanted["betas"]))
     same(q.beta_tilde, wanted["posterior_variance"])
@@ -128,10 +130,12 @@ def test_refused_betas(betas):
 def test_log_snr_and_its_inverse(name):
     schedule = make_schedule(SCHEDULES[name])
     t = np.append(np.random.default_rng(0).uniform(0, 999, 200), [0, 1, 500, 998, 999])
-    np.testing.assert_allclose(schedule.at_log_snr(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        schedule.at_half_log_snr(schedule.half_log_snr(t)), t, rtol=1e-9, atol=1e-9
+    )
     alpha_bar = schedule.alpha_bar_at(t)
-    log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
-    np.testing.assert_allclose(schedule.log_snr(t), log_snr, rtol=1e-9, atol=1e-9)
+    half_log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+    np.testing.assert_allclose(schedule.half_log_snr(t), half_log_snr, rtol=1e-9, atol=1e-9)
     same(schedule.alpha_bar_at(np.arange(1000)), schedule.alpha_bar)
 
 
@@ -152,7 +156,7 @@ def test_halves_are_rounded_to_even_steps():
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
 def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
-    grid = make_grid(make_schedule(SCHEDULES[name]), steps, spacing)
+    grid = make_timesteps(make_schedule(SCHEDULES[name]), steps, spacing)
     assert grid.shape == (steps,) and grid.dtype == np.float64
     assert (np.diff(grid) < 0).all()
     assert grid.max() <= 999 and grid.min() >= 0
@@ -162,20 +166,20 @@ def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
 def test_log_snr_grid(name):
     """Even steps in log-SNR; float32 sets the noisiest level (cosine has -5.77 at t = 997)."""
     schedule = make_schedule(SCHEDULES[name])
-    log_snr = schedule.log_snr(make_grid(schedule, 12))
-    np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-9)
-    assert log_snr[0] == pytest.approx(max(-5.1, schedule.log_snr(999)), abs=1e-9)
-    assert log_snr[-1] == pytest.approx(min(5.05, schedule.log_snr(0)), abs=1e-9)
+    half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12))
+    np.testing.assert_allclose(np.diff(half_log_snr), np.diff(half_log_snr)[0], rtol=1e-9)
+    assert half_log_snr[0] == pytest.approx(max(-5.1, schedule.half_log_snr(999)), abs=1e-9)
+    assert half_log_snr[-1] == pytest.approx(min(5.05, schedule.half_log_snr(0)), abs=1e-9)
 
 
 def test_a_number_in_a_string_is_a_number():
     schedule = make_schedule("cosine")
-    np.testing.assert_array_equal(make_grid(schedule, "25"), make_grid(schedule, 25))
+    np.testing.assert_array_equal(make_timesteps(schedule, "25"), make_timesteps(schedule, 25))
     np.testing.assert_array_equal(
-        make_grid(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
+        make_timesteps(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
     )
     # A respacing string ignores the spacing.
-    np.testing.assert_array_equal(make_grid(schedule, "fast27"), respaced(schedule, "fast27"))
+    np.testing.assert_array_equal(make_timesteps(schedule, "fast27"), respaced(schedule, "fast27"))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_a_number_in_a_string_is_a_number():
 )
 def test_refused_grids(steps, spacing, message):
     with pytest.raises(UsageError, match=message) as caught:
-        make_grid(make_schedule("cosine"), steps, spacing)
+        make_timesteps(make_schedule("cosine"), steps, spacing)
     assert str(caught.value).isprintable()
 
 

@@ -49,12 +49,12 @@ def even_in_noise(steps):
     return -np.log(np.linspace(1.5, 0.25, steps + 1))
 
 
-def exact_history(table: Table, log_snr: np.ndarray, known: int) -> np.ndarray:
+def exact_history(table: Table, half_log_snr: np.ndarray, known: int) -> np.ndarray:
     """Return the history before row `known` that the exact flow leaves."""
     history = np.zeros((HISTORY, len(mixture_at(0.0))))
     for back in range(known):
         row = table.rows(known - 1 - back)
-        x = mixture_at(log_snr[known - 1 - back])
+        x = mixture_at(half_log_snr[known - 1 - back])
         history[back] = row.u * x + row.v * denoise_mixture(x, row)
     return history
 
@@ -88,14 +88,14 @@ def test_order_of_convergence(name, expected, levels, known, coarse):
     """The flow of a mixture keeps quantiles: `F_t(x_t) = F_s(x_s)`."""
 
     def error(steps):
-        log_snr = levels(steps)
-        table = table_of(FLOW[name], SCHEDULE.at_log_snr(log_snr))
+        half_log_snr = levels(steps)
+        table = table_of(FLOW[name], SCHEDULE.at_half_log_snr(half_log_snr))
         # PLMS and PRK start at the second level and end before the clean image.
         table = table if name in ("plms", "prk") else without_last_step(table)
-        start = mixture_at(log_snr[table.step[0] + known])
-        history = exact_history(table, log_snr, known)
+        start = mixture_at(half_log_snr[table.step[0] + known])
+        history = exact_history(table, half_log_snr, known)
         found = interpret(table, denoise_mixture, start, history=history, first=known)
-        return rms(found.x[-1] - mixture_at(log_snr[-1]))
+        return rms(found.x[-1] - mixture_at(half_log_snr[-1]))
 
     assert order(error, coarse) == pytest.approx(expected, abs=0.15)
 
@@ -111,10 +111,12 @@ def test_the_published_third_order_formula_is_of_second_order():
         return table._replace(E=np.pad(half, ((0, 0), (0, 1))))
 
     def error(steps):
-        log_snr = short_and_long_in_turn(steps)
-        table = without_last_step(table_of(published, SCHEDULE.at_log_snr(log_snr)))
-        history = exact_history(table, log_snr, 2)
-        found = interpret(table, denoise_mixture, mixture_at(log_snr[2]), history=history, first=2)
+        half_log_snr = short_and_long_in_turn(steps)
+        table = without_last_step(table_of(published, SCHEDULE.at_half_log_snr(half_log_snr)))
+        history = exact_history(table, half_log_snr, 2)
+        found = interpret(
+            table, denoise_mixture, mixture_at(half_log_snr[2]), history=history, first=2
+        )
         return rms(found.x[-1] - mixture_at(2.0))
 
     assert order(error, 128) == pytest.approx(2, abs=0.15)
@@ -137,8 +139,10 @@ def predicted_polynomial(p):
 def exact_data(p, x, start, end):
     """`x' / sigma' = x / sigma + int e^lambda p(lambda) dlambda`, by parts."""
 
-    def integral(log_snr):
-        return np.exp(log_snr) * sum((-1) ** k * p.deriv(k)(log_snr) for k in range(p.degree() + 1))
+    def integral(half_log_snr):
+        return np.exp(half_log_snr) * sum(
+            (-1) ** k * p.deriv(k)(half_log_snr) for k in range(p.degree() + 1)
+        )
 
     (_, s), (_, t) = alpha_sigma(start), alpha_sigma(end)
     return t * (x / s + integral(end) - integral(start))
@@ -146,7 +150,7 @@ def exact_data(p, x, start, end):
 
 def after_one_step(solver, denoise, entry, x, at):
     """Return x after step `at` of an uneven grid and y of the next row, from an exact history."""
-    table = table_of(solver, SCHEDULE.at_log_snr(UNEVEN))
+    table = table_of(solver, SCHEDULE.at_half_log_snr(UNEVEN))
     history = np.zeros((HISTORY, 1))
     for back in range(HISTORY):
         history[back] = entry(table.rows(at - 1 - back))
@@ -198,7 +202,7 @@ def test_polynomials_that_each_solver_integrates(name, exact, corrected, degree)
 def test_polynomials_of_the_noise(variable, order, degree):
     """In sigma / alpha (LMS), in time (DEIS), in the step's number (iPNDM)."""
     p, at = of_degree(degree), 4
-    table = table_of(SOLVERS["ddim"], SCHEDULE.at_log_snr(UNEVEN))
+    table = table_of(SOLVERS["ddim"], SCHEDULE.at_half_log_snr(UNEVEN))
     rho = table.sigma / table.alpha
     place = {"rho": rho, "t": table.t / 1000, "step": np.arange(len(rho)) / 4}[variable]
 
@@ -214,7 +218,7 @@ def test_polynomials_of_the_noise(variable, order, degree):
     fine = np.linspace(rho[at], rho[at + 1], 200001)
     along = {
         "rho": fine,
-        "t": SCHEDULE.at_log_snr(-np.log(fine)) / 1000,
+        "t": SCHEDULE.at_half_log_snr(-np.log(fine)) / 1000,
         "step": (at + (fine - rho[at]) / (rho[at + 1] - rho[at])) / 4,
     }[variable]
     wanted = table.alpha[at + 1] * (0.7 / table.alpha[at] + np.trapezoid(p(along), fine))
@@ -224,7 +228,7 @@ def test_polynomials_of_the_noise(variable, order, degree):
 
 
 def test_ipndm_has_the_weights_of_adams_and_bashforth():
-    table = table_of(SOLVERS["ipndm"], SCHEDULE.at_log_snr(UNEVEN))
+    table = table_of(SOLVERS["ipndm"], SCHEDULE.at_half_log_snr(UNEVEN))
     a, b = table.alpha[4:6]
     change = b * (table.sigma[5] / b - table.sigma[4] / a)
     np.testing.assert_allclose(table.E[4], change * np.array([55, -59, 37, -9]) / 24, rtol=1e-12)
@@ -244,7 +248,7 @@ def test_classifier_free_guidance_of_equal_gaussians_flows_as_one():
         with_caption, without = (denoise_gaussian(mean, STD)(x, row) for mean in (cond, null))
         return without + scale * (with_caption - without)
 
-    table = table_of(SOLVERS["unipc3"], SCHEDULE.at_log_snr(np.linspace(-2.5, 2.0, 401)))
+    table = table_of(SOLVERS["unipc3"], SCHEDULE.at_half_log_snr(np.linspace(-2.5, 2.0, 401)))
     found = interpret(without_last_step(table), denoise, x).x[-1]
     wanted = gaussian_flow(x, null + scale * (cond - null), STD, -2.5, 2.0)
     np.testing.assert_allclose(found, wanted, atol=2e-9)
@@ -282,7 +286,7 @@ def interval_error(solver, reset):
 
     def error(steps):
         switches = np.array([steps * 2 // 8, steps * 6 // 8])
-        grid = SCHEDULE.at_log_snr(np.linspace(low, high, steps + 1))
+        grid = SCHEDULE.at_half_log_snr(np.linspace(low, high, steps + 1))
         table = without_last_step(table_of(solver, grid, switches if reset else ()))
 
         def denoise(x, row):

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import sa_solver, sde_dpm_solver_2m
@@ -48,7 +48,7 @@ def assert_gaussian_at_each_row(table, mean, std, rtol=1e-11, **more):
 @pytest.mark.parametrize("name", ON_A_POINT)
 def test_a_point_is_exact_in_any_number_of_steps(name, steps):
     """`x_t = alpha_t c + sigma_t / sigma_s (x_s - alpha_s c)`, or as much fresh noise."""
-    table = table_of(ON_A_POINT[name], make_grid(SCHEDULE, steps))
+    table = table_of(ON_A_POINT[name], make_timesteps(SCHEDULE, steps))
     assert_gaussian_at_each_row(table, POINT, 0.0)
 
 
@@ -56,7 +56,7 @@ def test_a_point_is_exact_in_any_number_of_steps(name, steps):
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("plms", "prk")])
 def test_the_last_step_returns_the_prediction(name, steps):
     """It adds no noise, also in a run of a single step."""
-    table = table_of(SOLVERS[name], make_grid(SCHEDULE, steps))
+    table = table_of(SOLVERS[name], make_timesteps(SCHEDULE, steps))
     noise = np.random.default_rng(0).normal(size=len(table.t))
     predictions = []
 
@@ -69,7 +69,7 @@ def test_the_last_step_returns_the_prediction(name, steps):
 
 
 def test_plms_leaves_the_noise_of_the_cleanest_level():
-    table = table_of(SOLVERS["plms"], make_grid(SCHEDULE, 9))
+    table = table_of(SOLVERS["plms"], make_timesteps(SCHEDULE, 9))
     alpha, sigma = levels_after(table)
     assert (alpha[-1], sigma[-1]) == pytest.approx(tuple(alpha_sigma(5.047)), rel=1e-3)
 
@@ -92,7 +92,7 @@ def test_ancestral_sampling_of_a_gaussian_is_exact_in_any_number_of_steps(
 
 def test_a_fixed_variance_scales_the_score_too():
     """The network's variance output has no effect."""
-    grid = make_grid(SCHEDULE, 6)
+    grid = make_timesteps(SCHEDULE, 6)
     learned, small, large = (
         table_of(SOLVERS[name], grid) for name in ("ddpm", "ddpm-small", "ddpm-large")
     )
@@ -137,7 +137,7 @@ def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
 
 @pytest.mark.parametrize("name", ["dpm++2m-sde", "sa"])
 def test_without_noise_they_solve_the_flow(name):
-    grid = make_grid(SCHEDULE, 9)
+    grid = make_timesteps(SCHEDULE, 9)
     table = table_of(partial(SOLVERS[name], eta=0.0), grid)
     other = table_of(SOLVERS["dpm++2m"], grid)
     assert not table.s.any()
@@ -158,7 +158,7 @@ def test_sa_solver_adds_noise_in_the_middle_of_the_process():
 
 
 def test_repaint_takes_each_jump_so_many_times():
-    table = table_of(repaint(SOLVERS["ddim"], jump=2, times=3), make_grid(SCHEDULE, 6))
+    table = table_of(repaint(SOLVERS["ddim"], jump=2, resamplings=3), make_timesteps(SCHEDULE, 6))
     assert table.step.tolist() == [0, 1, 2, *[1, 2] * 2, 3, 4, *[3, 4] * 2, 5]
     np.testing.assert_array_equal(table.index, np.arange(14))
     assert np.flatnonzero(table.keep == 0).tolist() == [3, 5, 9, 11]
@@ -166,7 +166,7 @@ def test_repaint_takes_each_jump_so_many_times():
 
 def test_restart_uses_the_nearest_levels_of_the_grid():
     """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
-    grid = SCHEDULE.at_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
+    grid = SCHEDULE.at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
     intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
     table = table_of(restart(SOLVERS["ddim"], intervals), grid)
     assert table.step.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]
@@ -177,18 +177,18 @@ def test_restart_uses_the_nearest_levels_of_the_grid():
 
 @pytest.mark.parametrize("name", ON_A_POINT)
 @pytest.mark.parametrize(
-    "wrap", [partial(restart, intervals=[INTERVAL]), partial(repaint, jump=3, times=2)]
+    "wrap", [partial(restart, intervals=[INTERVAL]), partial(repaint, jump=3, resamplings=2)]
 )
 def test_jumps_end_at_the_right_noise_level(wrap, name):
-    table = table_of(wrap(ON_A_POINT[name]), make_grid(SCHEDULE, 8))
-    plain = table_of(ON_A_POINT[name], make_grid(SCHEDULE, 8))
+    table = table_of(wrap(ON_A_POINT[name]), make_timesteps(SCHEDULE, 8))
+    plain = table_of(ON_A_POINT[name], make_timesteps(SCHEDULE, 8))
     assert len(table.t) > len(plain.t) and (np.diff(table.alpha) < 0).any()
     assert_gaussian_at_each_row(table, POINT, 0.0)
 
 
 def test_a_jump_resets_the_history():
     """The rows after a jump are those of a solver that starts there."""
-    grid = make_grid(SCHEDULE, 8)
+    grid = make_timesteps(SCHEDULE, 8)
     table = table_of(restart(SOLVERS["unipc3"], [INTERVAL]), grid)
     jump = int(np.flatnonzero(np.diff(table.step) < 0)[-1]) + 1
     top = table.step[jump]
@@ -200,8 +200,8 @@ def test_a_jump_resets_the_history():
 
 
 def test_breaks_stay_when_their_step_is_repeated():
-    grid = make_grid(SCHEDULE, 8)
-    again = repaint(SOLVERS["dpm++2m"], jump=4, times=2)
+    grid = make_timesteps(SCHEDULE, 8)
+    again = repaint(SOLVERS["dpm++2m"], jump=4, resamplings=2)
     first_order = table_of(again, grid, breaks=[5])
     second = first_order.E[:, 1] != 0
     assert not second[first_order.step == 5].any() and second[first_order.step == 6].all()
@@ -213,18 +213,20 @@ def test_breaks_stay_when_their_step_is_repeated():
 )
 def test_a_learned_variance_and_the_noise_of_a_jump_add_up(std, steps, rtol):
     """Exact at both ends of the learned range; between them a logarithm is taken as linear."""
-    table = table_of(repaint(SOLVERS["ddpm"], jump=2, times=3), make_grid(SCHEDULE, steps))
+    table = table_of(
+        repaint(SOLVERS["ddpm"], jump=2, resamplings=3), make_timesteps(SCHEDULE, steps)
+    )
     table = without_last_step(table)
     assert_gaussian_at_each_row(table, 0.0, std, rtol, variance_fraction=best_fraction(std))
 
 
 def test_a_jump_scales_the_score_by_the_learned_variance():
     """It is scaled like the mean; the fresh noise has no effect."""
-    grid = make_grid(SCHEDULE, 9)
+    grid = make_timesteps(SCHEDULE, 9)
     plain = table_of(SOLVERS["ddpm"], grid)
-    table = table_of(repaint(SOLVERS["ddpm"], jump=1, times=2), grid)
+    table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), grid)
     for i in np.flatnonzero(np.diff(table.step) == 0):
         row, other = table.rows(i), plain.rows(table.step[i])
-        moved = row.score_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)
+        moved = row.gradient_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)
         pushed = np.exp((other.log_beta + other.log_beta_tilde) / 2)
         assert moved / pushed == pytest.approx(table.alpha[i + 1] / row.next_alpha, rel=1e-12)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion import sampling
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import Network, classifier_free
-from glide_jax.diffusion.sampling import plan, run_rows, stream
+from glide_jax.diffusion.sampling import make_plan, run_rows, stream
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import unipc
@@ -24,7 +24,7 @@ from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 
 EVERY = SOLVERS | {
     "restart": restart(SOLVERS["unipc3"], [(0.05, 20.0, 2)]),
-    "repaint": repaint(SOLVERS["ddpm"], jump=3, times=2),
+    "repaint": repaint(SOLVERS["ddpm"], jump=3, resamplings=2),
     "released": partial(ddim, eta=1.0, released=True),
 }
 
@@ -62,10 +62,10 @@ def double(monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     """With guidance in an interval (of whole steps), a learned variance, and noise."""
-    grid = make_grid(SCHEDULE, 8)
-    run = plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
+    grid = make_timesteps(SCHEDULE, 8)
+    run = make_plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
-    level = np.exp(-SCHEDULE.log_snr(grid))
+    level = np.exp(-SCHEDULE.half_log_snr(grid))
 
     def denoise(x, row):
         eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
@@ -87,7 +87,7 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_consistency_table(steps):
     """`x' = alpha' x_0 + sigma' z`: no memory of x, and no noise in the last row."""
-    table = table_of(SOLVERS["consistency"], make_grid(SCHEDULE, steps, "few"))
+    table = table_of(SOLVERS["consistency"], make_timesteps(SCHEDULE, steps, "trailing-capped"))
     assert len(table.t) == steps
     assert not any(c.any() for c in (table.Qx, table.Qy, table.Py, table.Px, table.s_learned))
     np.testing.assert_array_equal(table.E[:, 0], np.append(table.alpha[1:], 1))
@@ -100,7 +100,9 @@ def test_samplers_share_a_compiled_program():
     x, keys = jnp.asarray(X, jnp.float32), jax.random.split(jax.random.key(0), 5)
 
     def generate(name):
-        run = plan(SCHEDULE, make_grid(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)])
+        run = make_plan(
+            SCHEDULE, make_timesteps(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)]
+        )
         return list(stream(TOY, conds(), run, x, keys))[-1][1].x
 
     generate("dpm++2m")
@@ -118,20 +120,20 @@ def test_samplers_share_a_compiled_program():
 def test_tables_are_finite_and_have_the_same_columns(name, steps):
     if name == "repaint":
         steps += 1
-    table = table_of(EVERY[name], make_grid(SCHEDULE, steps))
+    table = table_of(EVERY[name], make_timesteps(SCHEDULE, steps))
     assert isinstance(table, Table)
     n = len(table.t)
     for field, column in table._asdict().items():
         shape = {"S": (HISTORY, HISTORY + 1), "B": (HISTORY,), "E": (HISTORY,)}.get(field, ())
         assert column.shape == (n, *shape) and np.isfinite(column).all(), field
-        integer = field in ("index", "step", "program")
+        integer = field in ("index", "step", "guidance_set")
         assert column.dtype == (int if integer else np.float64), field
     np.testing.assert_array_equal(table.index, np.arange(n))
-    # A score moves x_0 at the row's own level, or the mean of ancestral sampling.
+    # A gradient moves x_0 at the row's own level, or the mean of ancestral sampling.
     ancestral = name.startswith("ddpm") or name == "repaint"
     wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
-    np.testing.assert_allclose(table.score_x_0, wanted, rtol=1e-12)
-    assert (table.score_mean > 0).all() if ancestral else not table.score_mean.any()
+    np.testing.assert_allclose(table.gradient_x_0, wanted, rtol=1e-12)
+    assert (table.gradient_mean > 0).all() if ancestral else not table.gradient_mean.any()
 
 
 @pytest.mark.parametrize(
@@ -140,12 +142,12 @@ def test_tables_are_finite_and_have_the_same_columns(name, steps):
      ("prk", 28), ("restart", 17), ("repaint", 15)],
 )  # fmt: skip
 def test_evaluations_of_nine_levels(name, evaluations):
-    assert len(table_of(EVERY[name], make_grid(SCHEDULE, 9)).t) == evaluations
+    assert len(table_of(EVERY[name], make_timesteps(SCHEDULE, 9)).t) == evaluations
 
 
 def test_all_evaluations_of_a_step_have_its_next_level():
     for name in ("heun", "dpm++2s", "prk"):
-        table = table_of(SOLVERS[name], make_grid(SCHEDULE, 5))
+        table = table_of(SOLVERS[name], make_timesteps(SCHEDULE, 5))
         for step in set(table.step):
             assert len(set(table.next_alpha[table.step == step])) == 1
 
@@ -156,11 +158,11 @@ def test_2m_is_the_published_midpoint_form():
     The order of convergence cannot show it: with r inverted the errors would cancel from step to
     step, and the order would still be 2.
     """
-    log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
-    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_log_snr(log_snr))
-    alpha, sigma = alpha_sigma(log_snr)
+    half_log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
+    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, sigma = alpha_sigma(half_log_snr)
     for i in range(1, 5):
-        h, before = log_snr[i + 1] - log_snr[i], log_snr[i] - log_snr[i - 1]
+        h, before = half_log_snr[i + 1] - half_log_snr[i], half_log_snr[i] - half_log_snr[i - 1]
         half = 1 / (2 * before / h)
         weight = alpha[i + 1] * (1 - np.exp(-h))
         wanted = [weight * (1 + half), -weight * half, 0, 0]
@@ -175,9 +177,9 @@ def test_unipc_is_the_published_form(p):
     The rho solve the paper's linear system in phi functions; a single rho, that of the predictor of
     order 2 and of the first corrector, is 1/2.
     """
-    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
-    table = table_of(partial(unipc, order=p), SCHEDULE.at_log_snr(log_snr))
-    alpha, _ = alpha_sigma(log_snr)
+    half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
+    table = table_of(partial(unipc, order=p), SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, _ = alpha_sigma(half_log_snr)
 
     def rho(r, h):
         """For data prediction, where h has the opposite sign."""
@@ -195,8 +197,8 @@ def test_unipc_is_the_published_form(p):
         return np.append(-alpha[to] * B - each.sum(), each)
 
     for i in range(p - 1, 4):
-        h = log_snr[i + 1] - log_snr[i]
-        r = (log_snr[i - np.arange(1, p)] - log_snr[i]) / h
+        h = half_log_snr[i + 1] - half_log_snr[i]
+        r = (half_log_snr[i - np.arange(1, p)] - half_log_snr[i]) / h
         step = weights(r, h, i + 1)
         np.testing.assert_allclose(table.E[i, :p], step, rtol=1e-8)
         again = np.roll(weights(np.append(r, 1.0), h, i + 1), 1)  # D' first.
@@ -206,10 +208,10 @@ def test_unipc_is_the_published_form(p):
 
 def test_3m_is_the_parabola_through_three_predictions():
     """In phi functions, with the factor 2 that the published formula lacks."""
-    log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
-    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_log_snr(log_snr))
-    alpha, _ = alpha_sigma(log_snr)
-    h0, h1, h = np.diff(log_snr)[:3]
+    half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
+    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    alpha, _ = alpha_sigma(half_log_snr)
+    h0, h1, h = np.diff(half_log_snr)[:3]
     fall = 1 - np.exp(-h)
     phi = 1 - fall / h
     r0, r1 = h1 / h, h0 / h
@@ -252,19 +254,19 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
         ),
         (lambda: restart(ddim, [(2.0, 1.0, 1)]), "0 < low < high"),
         (lambda: restart(ddim, [(0.0, 1.0, 1)]), "0 < low < high"),
-        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "times of at least 1"),
+        (lambda: restart(ddim, [(1.0, 2.0, 0)]), "repeats of at least 1"),
         (
             lambda: table_of(restart(ddim, [(1.0, 1.1, 1)]), [900.0, 500, 9]),
             "no step lies between them",
         ),
-        (lambda: repaint(ddim, jump=0), "jump and times of at least 1"),
-        (lambda: repaint(ddim, times=0), "jump and times of at least 1"),
+        (lambda: repaint(ddim, jump=0), "jump and resamplings of at least 1"),
+        (lambda: repaint(ddim, resamplings=0), "jump and resamplings of at least 1"),
         (lambda: table_of(repaint(ddim, jump=3), [900.0, 500, 9]), "take more steps than 3"),
         (
             lambda: table_of(repaint(SOLVERS["plms"], 1, 2), [900.0, 800, 500, 9]),
             "no step between the two levels of a jump",
         ),
-        (lambda: plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
+        (lambda: make_plan(SCHEDULE, [9, 9, 1], ddim), "two of them are equal"),
     ],
 )
 def test_refused_samplers(make, message):

@@ -72,12 +72,12 @@ def test_every_point_uses_the_same_captions(config, tmp_path):
     assert many.real()["r_precision"] == 1 and "distances_of_others" not in many.real()
 
 
-def test_precision_and_recall_use_the_neighbour_that_is_set(config, tmp_path):
-    """Fewer images lie among others at a smaller neighbour."""
+def test_precision_and_recall_use_the_k_that_is_set(config, tmp_path):
+    """Fewer images lie among others at a smaller k."""
     shares = {}
     for k in (1, 3):
         todo = tasks(("guidance-scale",), ("0.1",))
-        found = run(experiment(config, neighbour=k), todo, tmp_path / str(k))
+        found = run(experiment(config, nearest_k=k), todo, tmp_path / str(k))
         space = found["points"][0]["distances"]["colours"]
         shares[k] = space["precision"] + space["recall"]
     assert shares[1] < shares[3]
@@ -157,7 +157,7 @@ def test_sweeps_share_a_folder_and_the_points_that_they_have_in_common(config, t
         ({"seed": 6}, "seed"),
         ({"images": 15}, "images"),
         ({"captions": 50}, "captions"),
-        ({"neighbour": 1}, "neighbour"),
+        ({"nearest_k": 1}, "nearest k"),
         ({"spaces": (replace(ColourScorer(), checksum="1"),)}, "feature weights"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_broken_file_and_impossible_settings_fail_before_generation(config, tm
     ):
         with pytest.raises(UsageError, match=message):
             run(experiment(config, idle), todo, tmp_path / "a")
-    with pytest.raises(UsageError, match="neighbour 3: .* images of a point, 3"):
+    with pytest.raises(UsageError, match="nearest_k is 3: .* images of a point, 3"):
         run(experiment(config, images=3), tasks(("steps",)), tmp_path / "b")
     for text in ("{", "[]", '{"points": 3}'):
         (tmp_path / "sweep.json").write_text(text)

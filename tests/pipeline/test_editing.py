@@ -251,12 +251,12 @@ def test_the_arc_between_two_noises():
 
 
 def test_between_seeds(pipe):
-    found = pipe.between("red", seed=1, to_seed=2, num=5)
+    found = pipe.interpolate("red", seed=1, to_seed=2, num=5)
     for i, seed in ((0, 1), (-1, 2)):
         assert np.array_equal(found.images[i], pipe("red", seed=seed).images[0])
     steps = np.abs(np.diff(pixels(found.images), axis=0)).mean(axis=(1, 2, 3))
     assert steps.max() < 1.2 * steps.min()
-    assert found.metadata(1)["between"] == {
+    assert found.metadata(1)["interpolation"] == {
         "prompts": ["red", "red"],
         "seeds": [1, 2],
         "share": 0.25,
@@ -264,7 +264,7 @@ def test_between_seeds(pipe):
 
 
 def test_between_prompts(pipe):
-    found = pipe.between("red", "blue", num=5, seed=3)
+    found = pipe.interpolate("red", "blue", num=5, seed=3)
     for i, prompt in ((0, "red"), (-1, "blue")):
         assert np.array_equal(found.images[i], pipe(prompt, seed=3).images[0])
     wanted = np.linspace(pixels(found.images[0]), pixels(found.images[-1]), 5)
@@ -273,14 +273,14 @@ def test_between_prompts(pipe):
 
 
 def test_between_prompts_of_several_parts(pipe):
-    found = pipe.between("red AND blue :0.5", "green", num=3, guidance_scale=1.0)
+    found = pipe.interpolate("red AND blue :0.5", "green", num=3, guidance_scale=1.0)
     ends = [pipe(p).images[0] for p in ("red AND blue :0.5", "green")]
     assert np.abs(pixels(found.images[0]) - pixels(ends[0])).max() < 1.5 * LEVEL
     assert np.abs(pixels(found.images[-1]) - pixels(ends[1])).max() < 1.5 * LEVEL
 
 
 def test_the_noise_of_the_steps_is_the_same_along_an_interpolation(pipe):
-    found = pipe.between("red", num=3, sampler="ddpm")
+    found = pipe.interpolate("red", num=3, sampler="ddpm")
     assert np.array_equal(found.images[0], found.images[1])
     alone = pipe("red", sampler="ddpm")
     assert np.array_equal(found.images[2], alone.images[0])
@@ -316,7 +316,7 @@ def test_what_interpolation_inversion_and_variations_refuse(pipe, photo):
     for call, message in (
         (lambda: pipe.variations(photo, "red", amount=1.1), "between 0 and 1"),
         (lambda: pipe.variations(np.stack([photo] * 2), "red"), "2 images for 1"),
-        (lambda: pipe.between("red", "blue", num=1), "at least 2"),
+        (lambda: pipe.interpolate("red", "blue", num=1), "at least 2"),
         (lambda: pipe.invert(photo, "red", strength=0.5), "takes no strength"),
         (lambda: exact_pipeline("superres").invert(photo, "red"), "an upsampler"),
     ):

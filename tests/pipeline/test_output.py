@@ -148,7 +148,7 @@ def test_a_locale_of_ascii_names_gets_them(monkeypatch):
         (["--preview", "a"], ("a",)),
         (["--guidance-interval", "0.3", "5", "a"], ("a",)),
         (["--guidance_interval", "0.3", "5", "a"], ("a",)),
-        (["--restart", "0.3", "2", "3", "a", "--between", "b"], ("a", "b")),
+        (["--restart", "0.3", "2", "3", "a", "--interpolate", "b"], ("a", "b")),
         (["--repaint", "5", "4", "- a", "-1 apple"], ("- a", "-1 apple")),
         (["--steps=4", "a", "", "--seed", "3"], ("a", "")),
         (["--negative-prompt", "~ x", "~/a prompt"], ("~/a prompt",)),

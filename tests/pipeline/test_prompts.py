@@ -11,7 +11,7 @@ from glide_jax.pipeline.prompts import (
     interpolated,
     read_prompt,
     read_prompts,
-    read_prompts_file,
+    read_text_prompts,
 )
 from glide_jax.pipeline.runner import captions_of
 from glide_jax.pipeline.settings import Settings
@@ -97,7 +97,7 @@ LINES = "a red apple\r\n\n \ufeff \n  a rocket \rcaf\u00e9 \u2028x"
 def test_files_of_prompts_in_unicode_are_read(tmp_path, capsys, encoding, mark, said):
     path = tmp_path / "p.txt"
     path.write_bytes((mark + LINES).encode(encoding))
-    assert read_prompts_file(path) == ("a red apple", "a rocket", "caf\u00e9 \u2028x")
+    assert read_text_prompts(path) == ("a red apple", "a rocket", "caf\u00e9 \u2028x")
     wanted = f"note: {path} is {said}: read as such\n" if said else ""
     assert capsys.readouterr().err == wanted
 
@@ -113,7 +113,7 @@ def test_files_of_prompts_that_cannot_be_read_are_named(tmp_path):
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(glide.UsageError) as caught:
-            read_prompts_file(path)
+            read_text_prompts(path)
         assert str(caught.value) == f"cannot read the prompts in {path}: {reason}"
 
 

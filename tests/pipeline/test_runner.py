@@ -112,7 +112,9 @@ def test_guidance_parameters_are_selected_by_image():
     network = glide.Network(lambda *_: None, np.ones(7))
     whole = [
         glide.compose(glide.classifier_free(scale=[1.0, 2.0, 3.0]), glide.clip_x0()),
-        glide.gradient(log_prob=network, cond={"y": np.arange(3.0), "z": np.ones((1, 4))}, scale=2),
+        glide.classifier_guidance(
+            log_prob=network, cond={"y": np.arange(3.0), "z": np.ones((1, 4))}, scale=2
+        ),
     ]
     scale, clip, gradient = select_images(whole, np.array([2, 0]), 3)
     assert scale.args["scale"].tolist() == [3, 1] and clip.args == {"low": -1.0, "high": 1.0}
@@ -148,7 +150,7 @@ def bowl(params, x, t, cond):
 guidance = [
     glide.classifier_free(scale=[1, 2, 3]),
     glide.clip_x0(),
-    glide.gradient(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
+    glide.classifier_guidance(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
 ]
 differences(pipes, "red", num=3, image=photo, mask=mask, strength=0.9, guidance=guidance)
 """
@@ -192,8 +194,8 @@ HALF = np.arange(8)[:, None] + np.zeros(8) > 3
         ("red", {"guidance_scale": 3.0, "negative_prompt": "blue"}, 20, 0),
         ("red", {"guidance_scale": 3.0, "guidance_method": "apg"}, 20, 0),
         ("red", {"guidance_scale": 0.5, "guidance_method": "cfg++", "sampler": "ddim"}, 20, 0),
-        ("red", {"guidance_scale": 3.0, "guidance_rescale": 0.7, "threshold": 0.99}, 20, 0),
-        # Unguided steps take one evaluation: of log-SNR -5.1, -3.97, ... 5.05 three lie inside.
+        ("red", {"guidance_scale": 3.0, "guidance_rescale": 0.7, "dynamic_threshold": 0.99}, 20, 0),
+        # Unguided steps take one evaluation: three of the half log-SNRs -5.1 ... 5.05 lie inside.
         ("red", {"guidance_scale": 3.0, "guidance_interval": (0.1, 3.5)}, 10 + 3, 0),
         ("red AND blue NOT green", {"guidance_scale": 3.0}, 40, 0),
         ("red", {"autoguidance_scale": 2.0}, 10, 10),
@@ -247,13 +249,13 @@ def test_no_setting_with_as_many_rows_compiles_again(pipe):
     generate(guidance_interval=(0.3, 5.0))
     generate(prompts="red AND blue")
     generate(guidance_method="apg")
-    generate(threshold=0.9)
+    generate(dynamic_threshold=0.9)
     between = run_rows._cache_size()
     assert between == before + 4
     generate(guidance_interval=(0.2, 2.0), guidance_scale=2.0)
     generate(prompts="green :0.3 NOT red :2", guidance_scale=5.0)
     generate(guidance_method="apg", guidance_scale=8.0, negative_prompt="blue")
-    generate(threshold=0.5)
+    generate(dynamic_threshold=0.5)
     assert run_rows._cache_size() == between
 
 

@@ -179,10 +179,10 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
         (("--init-caption", "blue"), "for --variation"),
         (("--init-image", "photo.png", "--invert-mask"), "are for --mask"),
         (("--fit", "pad"), "for --init-image"),
-        (("--between",), "two prompts, or one and --to-seed"),
-        (("blue", "--between"), "at least 2"),
-        (("blue", "--between", "--init-image", "photo.png"), "no --init-image"),
-        (("--to-seed", "3"), "for --between"),
+        (("--interpolate",), "two prompts, or one and --to-seed"),
+        (("blue", "--interpolate"), "at least 2"),
+        (("blue", "--interpolate", "--init-image", "photo.png"), "no --init-image"),
+        (("--to-seed", "3"), "for --interpolate"),
         (("--repaint", "2", "2"), "give a mask"),
         (("--autoguidance-scale", "2"), "load one with weak_model="),
         (("--clip-scale", "2"), "load one with clip="),
@@ -261,12 +261,12 @@ def test_variations_from_the_command_line(weights, editing, tmp_path):
 
 def test_interpolation_from_the_command_line(weights, tmp_path):
     generate(
-        "red", "blue", "--between", "--num", 3, "--seed", 1, "--to-seed", 2, "--weights", weights,
-        "--out", tmp_path, "--preview", "--batch-size", 2,
+        "red", "blue", "--interpolate", "--num", 3, "--seed", 1, "--to-seed", 2,
+        "--weights", weights, "--out", tmp_path, "--preview", "--batch-size", 2,
     )  # fmt: skip
     _, metadata = made(tmp_path)
-    assert [m["between"]["share"] for m in metadata] == [0, 0.5, 1]
-    assert metadata[0]["between"]["seeds"] == [1, 2]
+    assert [m["interpolation"]["share"] for m in metadata] == [0, 0.5, 1]
+    assert metadata[0]["interpolation"]["seeds"] == [1, 2]
     assert (tmp_path / "preview.png").is_file() and (tmp_path / "00000-00002_grid.png").is_file()
 
 
@@ -276,14 +276,14 @@ def test_every_flag_reaches_the_image(weights, tmp_path):
         "--steps", 6, "--sampler", "sa", "--spacing", "rho", "--eta", 0.5, "--temperature", 0.9,
         "--restart", 0.3, 3, 1, "--guidance-scale", 2, "--guidance-interval", 0.2, 9,
         "--guidance-rescale", 0.5, "--negative-prompt", "green", "--autoguidance-scale", 1.5,
-        "--threshold", 0.99, "--guidance-method", "cfg",
+        "--dynamic-threshold", 0.99, "--guidance-method", "cfg",
     )  # fmt: skip
     _, (metadata,) = made(tmp_path)
     wanted = {
         "prompt": "red AND blue :0.5", "steps": 6, "sampler": "sa", "spacing": "rho", "eta": 0.5,
         "temperature": 0.9, "restart": [0.3, 3.0, 1], "guidance_scale": 2.0,
         "guidance_interval": [0.2, 9.0], "guidance_rescale": 0.5, "negative_prompt": "green",
-        "autoguidance_scale": 1.5, "threshold": 0.99, "guidance_method": "cfg",
+        "autoguidance_scale": 1.5, "dynamic_threshold": 0.99, "guidance_method": "cfg",
     }  # fmt: skip
     assert {name: metadata[name] for name in wanted} == wanted
 

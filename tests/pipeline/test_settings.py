@@ -63,8 +63,8 @@ def test_the_samplers_whose_mean_a_score_moves():
     tables = {
         name: Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table for name in glide.SOLVERS
     }
-    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.score_mean.any()}
-    assert not any(tables[name].score_x_0.any() for name in ANCESTRAL)
+    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.gradient_mean.any()}
+    assert not any(tables[name].gradient_x_0.any() for name in ANCESTRAL)
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])
@@ -99,7 +99,7 @@ def test_what_acts_and_in_which_order():
         "known_pixels",
         "clip_x0",
     ]
-    assert names(full.changed(threshold=0.99), PLAIN, known)[3:] == [
+    assert names(full.changed(dynamic_threshold=0.99), PLAIN, known)[3:] == [
         "dynamic_threshold",
         "known_pixels",
     ]
@@ -194,7 +194,7 @@ def test_arguments_and_settings_have_the_same_names_and_types():
         assert found[name] == kind | None, name
 
 
-@pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "between"])
+@pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "interpolate"])
 def test_the_signature_of_the_pipeline_lists_every_setting(method):
     parameters = inspect.signature(getattr(glide.Pipeline, method)).parameters
     assert {f.name for f in fields(Settings)} < set(parameters)
@@ -223,7 +223,7 @@ def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so(
         ({"guidance_scale": 1.0, "negative_prompt": "green"}, "needs a guidance_scale"),
         ({"guidance_interval": (5.0, 0.3)}, "an interval needs"),
         ({"guidance_rescale": 1.5}, "amount"),
-        ({"threshold": 2.0}, "quantile"),
+        ({"dynamic_threshold": 2.0}, "quantile"),
         ({"sampler": "ddim", "eta": 1.5}, "between 0 and 1"),
         ({"strength": -0.5}, "strength must be above 0"),
         ({"restart": (0.3, 3.0, 1), "repaint": (2, 2)}, "choose one"),
@@ -242,7 +242,7 @@ def test_impossible_settings_are_refused(settings, message):
     ("changes", "message"),
     [
         ({"guidance_scal": 3.0}, "did you mean 'guidance_scale'"),
-        ({"guidance": [], "threshold": 0.9}, "replaces threshold"),
+        ({"guidance": [], "dynamic_threshold": 0.9}, "replaces dynamic_threshold"),
     ],
 )
 def test_impossible_changes_are_refused(changes, message):
@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value):
         ("guidance_rescale", value),
         ("autoguidance_scale", value),
         ("clip_scale", value),
-        ("threshold", value),
+        ("dynamic_threshold", value),
         ("strength", value),
     ):
         with pytest.raises(glide.UsageError, match=rf"^{name} must be finite, not "):

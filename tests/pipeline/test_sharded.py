@@ -12,7 +12,7 @@ from PIL import Image
 import glide_jax as glide
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.sources import open_source
-from glide_jax.devices.processes import own_share
+from glide_jax.devices.processes import own_process
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.captioned_sets import read_captions
 from glide_jax.evaluation.image_sets import open_images
@@ -99,9 +99,9 @@ def test_an_interrupted_run_continues_to_the_same_bytes(whole, pipe, tmp_path, m
 
 
 def test_processes_share_the_shards(whole, pipe, tmp_path):
-    line = sample_shards(pipe, PROMPTS, tmp_path, share=(1, 2), **CALL)
+    line = sample_shards(pipe, PROMPTS, tmp_path, process=(1, 2), **CALL)
     assert line == f"1 of 3 shards of 12 images are in {tmp_path}"
-    sample_shards(pipe, PROMPTS, tmp_path, share=(0, 2), **CALL)
+    sample_shards(pipe, PROMPTS, tmp_path, process=(0, 2), **CALL)
     assert contents(tmp_path) == contents(whole)
 
 
@@ -200,7 +200,7 @@ def test_training_and_evaluation_read_the_shards(whole, capsys):
 
 
 def test_an_unfinished_folder_is_not_scored(pipe, tmp_path):
-    sample_shards(pipe, PROMPTS, tmp_path, share=(0, 2), **CALL)
+    sample_shards(pipe, PROMPTS, tmp_path, process=(0, 2), **CALL)
     with pytest.raises(GlideError) as error:
         open_images(tmp_path)
     assert str(error.value) == (
@@ -208,17 +208,17 @@ def test_an_unfinished_folder_is_not_scored(pipe, tmp_path):
     )
 
 
-def test_the_share_of_a_process(monkeypatch):
-    assert own_share(4, 3) == (3, 4)
-    for wrong in ((4, None), (None, 1), (2, 2), (0, 0)):
+def test_the_index_of_a_process(monkeypatch):
+    assert own_process(3, 4) == (3, 4)
+    for wrong in ((None, 4), (1, None), (2, 2), (0, 0)):
         with pytest.raises(UsageError, match="give --processes N and --process I"):
-            own_share(*wrong)
+            own_process(*wrong)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
-    assert own_share() == (2, 3)
+    assert own_process() == (2, 3)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
-    assert own_share() == (0, 1)
+    assert own_process() == (0, 1)
 
 
 def test_as_a_command(whole, weights, tmp_path):

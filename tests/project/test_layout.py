@@ -93,7 +93,7 @@ def documented(tree, name):
 
 
 # Their methods are documented by the protocols `Parallel` and `Writer`.
-PROTOCOLS = ("PMap.", "FSDP.", "TensorBoard.", "Wandb.", "Both.", "Silent.")
+PROTOCOLS = ("PMap.", "FSDP.", "TensorBoard.", "Wandb.", "MultiWriter.", "NullWriter.")
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))

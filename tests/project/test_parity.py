@@ -22,7 +22,7 @@ def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool =
     schedule, grid = grid_of(process)
     one, t = slice(i, i + 1), reference(process, "t")[i]
     row = t if backwards else len(grid) - 1 - t
-    part = rows(glide.plan(schedule, grid, solver, guidances), slice(row, row + 1))
+    part = rows(glide.make_plan(schedule, grid, solver, guidances), slice(row, row + 1))
     conds = {"cond": reference(process, "model_output")[one]}
     x, tape = reference(process, "x")[one], reference(process, "noise")[one][None]
     return glide.sample({"main": glide.Network(echo, None)}, conds, part, x, tape)
@@ -73,16 +73,16 @@ def test_the_noise_that_agrees_with_an_image(process):
 
 @glide.guidance()
 def scored(predict, x, point):
-    """Return the score as x_0."""
+    """Return the gradient as x_0."""
     p = predict(x, point)
-    return p._replace(x_0=p.score)
+    return p._replace(x_0=p.guidance_gradient)
 
 
 @each_process
 def test_gradient_guidance_sees_timesteps_of_the_training_process(process):
     # The gradient of this log-probability is the timestep.
     log_prob = glide.Network(lambda _, x, t, cond: jnp.sum(x, axis=(1, 2, 3)) * t, None)
-    guidances = [glide.gradient(log_prob, (), 1.0), scored()]
+    guidances = [glide.classifier_guidance(log_prob, (), 1.0), scored()]
     found = np.concatenate([step(process, i, ddpm, guidances).x_0[:, 0, 0, 0] for i in range(6)])
     np.testing.assert_array_equal(found, reference(process, "t_seen_by_cond"))
 

@@ -36,7 +36,7 @@ def colour(caption: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Oracle:
-    """`E[eps | x_t]` of the images of a caption; params: the schedule's log-SNR.
+    """`E[eps | x_t]` of the images of a caption; params: the schedule's half log-SNR.
 
     With a small image, the mean is that image enlarged, rather than the colour.
     """
@@ -48,8 +48,11 @@ class Oracle:
     def __call__(self, params, x, t, cond):
         if self.count:
             jax.debug.callback(self.counted, x.shape[0])
-        log_snr = jnp.interp(t, jnp.arange(len(params)), params)[:, None, None, None]
-        alpha, sigma = jnp.sqrt(jax.nn.sigmoid(2 * log_snr)), jnp.sqrt(jax.nn.sigmoid(-2 * log_snr))
+        half_log_snr = jnp.interp(t, jnp.arange(len(params)), params)[:, None, None, None]
+        alpha, sigma = (
+            jnp.sqrt(jax.nn.sigmoid(2 * half_log_snr)),
+            jnp.sqrt(jax.nn.sigmoid(-2 * half_log_snr)),
+        )
         mean = cond["text"][:, None, None, :] + self.shift
         if "low_res" in cond:
             mean = jax.image.resize(cond["low_res"], x.shape, "nearest")
@@ -67,7 +70,7 @@ class ExactPipeline(Pipeline):
 
     @cached_property
     def network(self) -> Network:
-        levels = jnp.float32(self.schedule.log_snr(np.arange(len(self.schedule))))
+        levels = jnp.float32(self.schedule.half_log_snr(np.arange(len(self.schedule))))
         return Network(self.oracle, Placement(self.devices).replicate(levels))
 
     def text_features(self, captions):

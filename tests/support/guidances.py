@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
@@ -20,15 +20,15 @@ from glide_jax.diffusion.guidance import (
     branches_of,
     cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
     dynamic_threshold,
-    gradient,
     image_loss,
     noise_predictor,
     rescale,
 )
-from glide_jax.diffusion.sampling import Plan, plan
+from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim
 
@@ -73,7 +73,7 @@ EACH: dict[str, tuple[Any, dict[str, float]]] = {
     "rescale": (lambda **a: compose(classifier_free(5.0), rescale(**a)), {"amount": 0.7}),
     "dynamic_threshold": (dynamic_threshold, {"quantile": 0.6}),
     "clip_x0": (clip_x0, {"low": -0.3, "high": 0.4}),
-    "gradient": (partial(gradient, log_prob=BOWL, cond=GOAL), {"scale": 0.3}),
+    "classifier_guidance": (partial(classifier_guidance, log_prob=BOWL, cond=GOAL), {"scale": 0.3}),
     "image_loss": (partial(image_loss, loss=BOWL, cond=GOAL), {"scale": -0.3}),
     "image_loss beside": (
         partial(image_loss, loss=BOWL, cond=GOAL, through=False),
@@ -95,7 +95,7 @@ def keys(seed: int = 0) -> jax.Array:
 
 def run_of(guidances=(), solver=ddim, steps=6, spacing="logsnr") -> Plan:
     """Return the plan of a short run."""
-    return plan(SCHEDULE, make_grid(SCHEDULE, steps, spacing), solver, guidances)
+    return make_plan(SCHEDULE, make_timesteps(SCHEDULE, steps, spacing), solver, guidances)
 
 
 def predicted(

@@ -90,7 +90,7 @@ def sampled(config: TrainConfig, host: Any, spread: Any) -> dict[str, Any]:
 def main() -> None:
     """Run the command line."""
     images, report = map(Path, sys.argv[1:])
-    mesh.SMALLEST_SHARDED = 1
+    mesh.MIN_SHARDED = 1
     found = {}
     for name in ("pmap", "fsdp", "clip-pmap", "clip-fsdp"):
         config = recipe(name, images)

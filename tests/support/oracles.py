@@ -80,13 +80,13 @@ def without_last_step(table: Table) -> Table:
 
 def log_snr_grid(low: float, high: float, steps: int) -> np.ndarray:
     """Return the `steps + 1` levels of `steps` even steps in log-SNR."""
-    return SCHEDULE.at_log_snr(np.linspace(low, high, steps + 1))
+    return SCHEDULE.at_half_log_snr(np.linspace(low, high, steps + 1))
 
 
-def alpha_sigma(log_snr: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def alpha_sigma(half_log_snr: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return alpha and sigma of variance-preserving diffusion."""
-    log_snr = np.asarray(log_snr, np.float64)
-    return (1 + np.exp(-2 * log_snr)) ** -0.5, (1 + np.exp(2 * log_snr)) ** -0.5
+    half_log_snr = np.asarray(half_log_snr, np.float64)
+    return (1 + np.exp(-2 * half_log_snr)) ** -0.5, (1 + np.exp(2 * half_log_snr)) ** -0.5
 
 
 def order(error: Callable[[int], float], coarse: int) -> float:
@@ -119,9 +119,9 @@ def denoise_mixture(x: np.ndarray, row: Table) -> np.ndarray:
     return (likely * mean).sum(-1) / likely.sum(-1)
 
 
-def mixture_at(log_snr: float, quantiles: np.ndarray = QUANTILES) -> np.ndarray:
+def mixture_at(half_log_snr: float, quantiles: np.ndarray = QUANTILES) -> np.ndarray:
     """Return the quantiles of the mixture noised to a level, by bisection."""
-    alpha, sigma = alpha_sigma(log_snr)
+    alpha, sigma = alpha_sigma(half_log_snr)
     std = np.sqrt(alpha**2 * STDS**2 + sigma**2)
     low, high = np.full_like(quantiles, -20.0), np.full_like(quantiles, 20.0)
     for _ in range(80):
@@ -145,7 +145,7 @@ def denoise_gaussian(mean: float, std: float) -> Denoise:
 
 
 def gaussian_flow(x: np.ndarray, mean: float, std: float, start: float, end: float) -> np.ndarray:
-    """Return the point that the flow takes x to, from one log-SNR to another."""
+    """Return the point that the flow takes x to, from one half log-SNR to another."""
     (a, s), (b, t) = alpha_sigma(start), alpha_sigma(end)
     growth = np.sqrt((b**2 * std**2 + t**2) / (a**2 * std**2 + s**2))
     return b * mean + (x - a * mean) * growth

@@ -84,7 +84,7 @@ def first_update(config, params, pairs=None):
         else:
             lora = glide.weights.lora.LoRA("", to_pairs(s.params), config.lora.rank, 1.0)
             lora = replace(lora, alpha=config.lora.alpha)
-            whole.append(flatten(merge(s.teacher, [(lora, 1.0)])))
+            whole.append(flatten(merge(s.frozen_params, [(lora, 1.0)])))
     return whole, after
 
 
@@ -200,7 +200,7 @@ def size(folder):
 
 def test_a_run_learns_and_saves_the_pairs_alone(whole_run, folder, base):
     config, state = restore_run(whole_run)
-    assert state.teacher == {}
+    assert state.frozen_params == {}
     # Pairs, EMA, and two moments, in float32.
     pairs = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert pairs == sum(

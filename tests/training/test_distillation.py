@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.diffusion.grids import make_grid
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
@@ -17,10 +17,10 @@ from glide_jax.pipeline.settings import Settings
 from glide_jax.training import distillation, objectives
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
-    Terms,
+    ConsistencyTerms,
     earlier,
     sample_scale,
-    segments_at,
+    teacher_steps_at,
 )
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
@@ -36,52 +36,52 @@ from tests.support.commands import TINY, make_weights
 
 SCHEDULE = make_schedule("cosine")
 TABLES = make_tables(SCHEDULE)
-LENGTH = 996  # timesteps up to a log-SNR of -5.1
+LENGTH = 996  # timesteps up to a half log-SNR of -5.1
 
 
 # --- noise levels, scales, settings
 
 
-def test_the_number_of_segments_doubles_at_equal_intervals():
-    found = [float(segments_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
+def test_the_number_of_teacher_steps_doubles_at_equal_intervals():
+    found = [float(teacher_steps_at(step / 400, (8, 64))) for step in range(0, 400, 50)]
     assert found == [8, 8, 16, 16, 32, 32, 64, 64]
-    assert float(segments_at(1.2, (8, 64))) == 64
-    assert {float(segments_at(s / 9, (10, 10))) for s in range(9)} == {10}
-    assert float(segments_at(8 / 9, (3, 20))) == 20
+    assert float(teacher_steps_at(1.2, (8, 64))) == 64
+    assert {float(teacher_steps_at(s / 9, (10, 10))) for s in range(9)} == {10}
+    assert float(teacher_steps_at(8 / 9, (3, 20))) == 20
 
 
-@pytest.mark.parametrize("parts", [1, 3, 4])
-def test_an_earlier_timestep_stays_in_its_part(parts):
+@pytest.mark.parametrize("student_steps", [1, 3, 4])
+def test_an_earlier_timestep_stays_in_its_interval(student_steps):
     t = jnp.arange(LENGTH)
-    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, parts))
-    # The levels of the spacing `few` are the borders, down to the clean image.
-    borders = [k * LENGTH // parts - 1 for k in range(parts)]
+    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, student_steps))
+    # The levels of the spacing `trailing-capped` are the borders, down to the clean image.
+    borders = [k * LENGTH // student_steps - 1 for k in range(student_steps)]
     assert np.unique(end).tolist() == borders
     assert (end < t).all() and (r == np.maximum(np.asarray(t) - 100, end)).all()
-    levels = make_grid(SCHEDULE, parts, "few")[1:][::-1]
+    levels = make_timesteps(SCHEDULE, student_steps, "trailing-capped")[1:][::-1]
     np.testing.assert_allclose(levels, borders[1:], atol=1)
 
 
 def test_scales_are_uniform_besides_those_without_guidance():
-    config = DistillationConfig(guidance=(1.5, 4.0), unguided=0.2)
+    config = DistillationConfig(guidance_scales=(1.5, 4.0), unguided_share=0.2)
     keys = jax.random.split(jax.random.key(0), 5000)
     found = np.asarray(jax.vmap(partial(sample_scale, config=config))(keys))
     assert (found == 1).mean() == pytest.approx(0.2, abs=0.02)
     rest = (found[found != 1] - 1.5) / 2.5
     assert rest.min() >= 0 and rest.max() <= 1
     assert np.histogram(rest, 5, (0, 1))[0] / len(rest) == pytest.approx(0.2, abs=0.03)
-    assert float(sample_scale(keys[0], DistillationConfig(guidance=(3.0, 3.0)))) == 3
+    assert float(sample_scale(keys[0], DistillationConfig(guidance_scales=(3.0, 3.0)))) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance": (2.0, 1.0)}, "range of scales"),
-        ({"segments": (8, 4)}, "segments grow"),
-        ({"parts": 9}, "parts is from 1"),
-        ({"share": 0.0}, "share must be above 0"),
-        ({"unguided": 1.5}, "share from 0 to 1"),
-        ({"huber": 0.0}, "huber must be above 0"),
+        ({"guidance_scales": (2.0, 1.0)}, "range of scales"),
+        ({"teacher_steps": (8, 4)}, "teacher_steps grow"),
+        ({"student_steps": 9}, "student_steps is from 1"),
+        ({"timestep_share": 0.0}, "timestep_share must be above 0"),
+        ({"unguided_share": 1.5}, "share from 0 to 1"),
+        ({"huber_constant": 0.0}, "huber_constant must be above 0"),
     ],
 )
 def test_fields_that_are_refused(options, message):
@@ -109,7 +109,7 @@ def student_config(teacher="teacher", **options):
         name="x",
         model=replace(SMALL, guidance_input=True),
         objective="consistency",
-        distillation=DistillationConfig(teacher=str(teacher), guidance=(1.0, 4.0)),
+        distillation=DistillationConfig(teacher=str(teacher), guidance_scales=(1.0, 4.0)),
         batch_size=4,
         caption_dropout=0.1,
         **options,
@@ -148,7 +148,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     compiled = parallel.compile(step)
     state, metrics = compiled(state, parallel.put_batch(batch_of(config)), jax.random.key(0))
     after = jax.device_get(parallel.for_checkpoint(state))
-    for tree in (first.teacher, after.teacher):
+    for tree in (first.frozen_params, after.frozen_params):
         for path, array in flatten(tree).items():
             np.testing.assert_array_equal(array, wanted[path])
     # The student starts as its teacher, and has the layers of the scale besides.
@@ -162,12 +162,12 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (after.params, after.opt_state)]
     assert sizes[1] < 2 * sizes[0] + 10
     metrics = finish(jax.device_get(parallel.gather(metrics)))
-    assert np.isfinite(metrics["loss"]) and metrics["segments"] == 8
+    assert np.isfinite(metrics["loss"]) and metrics["teacher_steps"] == 8
 
 
 def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
     config = student_config(teacher)
-    shapes = abstract_state(config, make_objective(config)).teacher
+    shapes = abstract_state(config, make_objective(config)).frozen_params
     assert {p: x.shape for p, x in flatten(shapes).items()} == {
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }
@@ -185,16 +185,16 @@ def test_several_steps_in_one_program(dtype, teacher):
         after, metrics = jax.eval_shape(steps, state, items, control)
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert metrics["segments"].shape == (2,)
+        assert metrics["teacher_steps"].shape == (2,)
 
 
-def test_the_number_of_segments_follows_the_nearer_limit(monkeypatch):
+def test_the_number_of_teacher_steps_follows_the_nearer_limit(monkeypatch):
     config = replace(student_config(), steps=100)
     found = []
 
     def terms(*_, done, **__):
         found.append(float(done))
-        return Terms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
+        return ConsistencyTerms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
 
     monkeypatch.setattr(objectives, "consistency_terms", terms)
     loss = make_objective(config).loss
@@ -224,7 +224,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
         model=model,
         prediction="x",
         objective="consistency",
-        low_res_noise=0.3,
+        low_res_timestep_share=0.3,
         batch_size=4,
     )
     batch, key = batch_of(config), jax.random.key(0)
@@ -241,10 +241,12 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
 
 
 def test_the_sampler_and_its_spacing_come_with_the_weights():
-    config = student_config(sample_sampler="consistency", sample_spacing="few", sample_steps=4)
+    config = student_config(
+        sample_sampler="consistency", sample_spacing="trailing-capped", sample_steps=4
+    )
     found = description(config, 10)["defaults"]
     assert found == {
-        "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "few"
+        "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "trailing-capped"
     }  # fmt: skip
     assert Settings().changed(**found).grid(SCHEDULE)[0] == pytest.approx(LENGTH - 1, abs=1)
     for name, value in (("sampler", "consistncy"), ("spacing", "fw")):

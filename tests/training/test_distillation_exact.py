@@ -13,7 +13,7 @@ from glide_jax.training.distillation import (
     consistency,
     earlier,
     point_at,
-    segments_at,
+    teacher_steps_at,
     timesteps_of,
 )
 from glide_jax.training.distillation_config import DistillationConfig
@@ -22,7 +22,7 @@ from tests.support.commands import TINY
 
 SCHEDULE = make_schedule("cosine")
 TABLES = make_tables(SCHEDULE)
-LENGTH = 996  # timesteps up to a log-SNR of -5.1
+LENGTH = 996  # timesteps up to a half log-SNR of -5.1
 # One Gaussian for the caption, one without it; guidance of scale w makes another mean of them.
 MEAN, NULL_MEAN, STD = 0.3, -0.1, 0.2
 ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in
@@ -30,7 +30,7 @@ ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in
 
 
 def config_of(prediction="v", scale=1.0, **options):
-    options = {"clip": False, "guidance": (scale, scale), "teacher": "gaussian"} | options
+    options = {"clip_x0": False, "guidance_scales": (scale, scale), "teacher": "gaussian"} | options
     return TrainConfig(
         name="x",
         model=TINY,
@@ -66,15 +66,15 @@ def gaussian(x, t, mean):
     return mean + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * mean)
 
 
-def path_map(gap, scale, parts=1, share=1.0):
+def path_map(gap, scale, student_steps=1, timestep_share=1.0):
     """Return (gain, offset) of the student at every timestep, exactly, by steps of the teacher.
 
     From each timestep t the teacher takes steps of DDIM to t - gap, t - 2 gap, ... and the end of
     its part. The student's x_0 is the one from which a single step leads to the same point.
     """
-    length = timesteps_of(config_of(share=share), TABLES)
+    length = timesteps_of(config_of(timestep_share=timestep_share), TABLES)
     t = np.arange(length)
-    r, end = (np.asarray(a) for a in earlier(jnp.asarray(t), gap, length, parts))
+    r, end = (np.asarray(a) for a in earlier(jnp.asarray(t), gap, length, student_steps))
     mean = NULL_MEAN + scale * (MEAN - NULL_MEAN)
     gain, offset = np.zeros(length), np.zeros(length)
     for i in t:
@@ -107,11 +107,17 @@ def inputs_at(t, seed=0):
     return Inputs(x_0, q_sample(TABLES, x_0, t, eps), eps, t, mask, mask, {}, key)
 
 
-def loss_of(student, config, segments, t=range(LENGTH), teacher=gaussian):
+def loss_of(student, config, teacher_steps, t=range(LENGTH), teacher=gaussian):
     made = None if teacher is None else as_network(teacher, config.prediction)
     student = as_network(student, config.prediction)
     return consistency(
-        student, student, made, inputs_at(t), tables=TABLES, config=config, segments=segments
+        student,
+        student,
+        made,
+        inputs_at(t),
+        tables=TABLES,
+        config=config,
+        teacher_steps=teacher_steps,
     )
 
 
@@ -127,16 +133,22 @@ def linear(gain, offset):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize(("segments", "parts"), [(1, 1), (8, 1), (64, 1), (16, 4)])
-def test_the_loss_is_zero_at_the_map_of_the_teachers_steps(prediction, scale, segments, parts):
-    gain, offset = path_map(round(LENGTH / segments), scale, parts)
-    config = config_of(prediction, scale, parts=parts)
-    right = loss_of(linear(gain, offset), config, segments)
+@pytest.mark.parametrize(("teacher_steps", "student_steps"), [(1, 1), (8, 1), (64, 1), (16, 4)])
+def test_the_loss_is_zero_at_the_map_of_the_teachers_steps(
+    prediction, scale, teacher_steps, student_steps
+):
+    gain, offset = path_map(round(LENGTH / teacher_steps), scale, student_steps)
+    config = config_of(prediction, scale, student_steps=student_steps)
+    right = loss_of(linear(gain, offset), config, teacher_steps)
     assert np.sqrt(right.mse).max() < 2e-4 * (10 if prediction == "eps" else 1)
     # Neither the teacher itself nor the map of another scale is consistent.
-    wrong = loss_of(gaussian, config, segments)
-    other = loss_of(linear(*path_map(round(LENGTH / segments), scale + 1, parts)), config, segments)
-    for terms in (other, *([] if segments == scale == 1 else [wrong])):
+    wrong = loss_of(gaussian, config, teacher_steps)
+    other = loss_of(
+        linear(*path_map(round(LENGTH / teacher_steps), scale + 1, student_steps)),
+        config,
+        teacher_steps,
+    )
+    for terms in (other, *([] if teacher_steps == scale == 1 else [wrong])):
         assert terms.loss.mean() > 50 * right.loss.mean()
 
 
@@ -164,7 +176,7 @@ def fit(params, loss, steps, rate=3e-3):
 
 def test_a_linear_student_learns_the_known_map_from_its_teacher():
     """Each timestep has a gain and an offset of its own; the first student is the teacher."""
-    config = config_of(scale=2.0, parts=1)
+    config = config_of(scale=2.0, student_steps=1)
     t = jnp.arange(LENGTH)
     zero, one = (gaussian(jnp.full((LENGTH, 1, 1, 1), v), t, MEAN).ravel() for v in (0.0, 1.0))
     wanted = path_map(LENGTH // 4, 2.0)
@@ -181,7 +193,7 @@ def test_a_linear_student_learns_the_known_map_from_its_teacher():
             inputs,
             tables=TABLES,
             config=config,
-            segments=4,
+            teacher_steps=4,
         ).loss.mean()
 
     def error(params):
@@ -226,7 +238,7 @@ def test_one_step_of_a_student_samples_a_mixture_where_its_teacher_returns_the_m
         (jax.random.normal(k, s) / np.sqrt(s[0]), jnp.zeros(s[1]))
         for k, s in zip(keys, sizes, strict=True)
     ]
-    config, steps = config_of(huber=0.2), 2000
+    config, steps = config_of(huber_constant=0.2), 2000
 
     def inputs_of(key, count=256):
         a, b, c, d = jax.random.split(key, 4)
@@ -245,7 +257,7 @@ def test_one_step_of_a_student_samples_a_mixture_where_its_teacher_returns_the_m
             inputs_of(key),
             tables=TABLES,
             config=config,
-            segments=segments_at(step / steps, (4, 32)),
+            teacher_steps=teacher_steps_at(step / steps, (4, 32)),
         ).loss.mean()
 
     found = fit(params, loss, steps)

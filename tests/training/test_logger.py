@@ -94,8 +94,8 @@ def test_a_step_without_an_update_does_not_advance_the_learning_rate(kind, freez
             loss=lambda params, *more, **options: scaled(jnp.nan)(params, *more, **options),
             optimiser=optimiser,
             config=settings,
-            schedule=learning_rate(settings, 100),
-            rate=np.float32(0.5),
+            lr_schedule=learning_rate(settings, 100),
+            lr_factor=np.float32(0.5),
         )
     )
     batch, rates = make_batch(), []

@@ -285,7 +285,8 @@ def test_other_levels_have_no_history_and_the_checkpoints_of_before(tmp_path):
     tree = json.loads((tmp_path / "1" / "state" / "_METADATA").read_text())["tree_metadata"]
     fields = {entry["key_metadata"][0]["key"] for entry in tree.values()}
     assert fields == {
-        "step", "params", "ema", "power_emas", "opt_state", "loss_mean", "loss_scale", "teacher"
+        "step", "params", "ema", "power_emas", "opt_state", "loss_mean", "log2_loss_scale",
+        "frozen_params",
     }  # fmt: skip
     with Checkpoints(tmp_path, 1) as checkpoints:
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state, "data").state, state)

@@ -113,15 +113,20 @@ def test_pseudo_huber_is_squared_near_zero_and_absolute_far_away():
 
 
 def test_log_normal_levels_have_their_mean_and_spread():
-    log_snr = make_schedule("cosine").log_snr(np.arange(1000))
+    half_log_snr = make_schedule("cosine").half_log_snr(np.arange(1000))
     config = TrainConfig(
-        name="x", model=TINY, levels="log-normal", level_mean=0.5, level_std=0.8, level_uniform=0.0
+        name="x",
+        model=TINY,
+        levels="log-normal",
+        level_mean=0.5,
+        level_std=0.8,
+        level_uniform_share=0.0,
     )
     levels = make_levels(config)
     t = np.asarray(jax.vmap(levels.sample)(jax.random.split(KEY, 20_000)))
-    assert log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
-    assert log_snr[t].std() == pytest.approx(0.8, abs=0.02)
-    everywhere = make_levels(replace(config, level_uniform=1.0))
+    assert half_log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
+    assert half_log_snr[t].std() == pytest.approx(0.8, abs=0.02)
+    everywhere = make_levels(replace(config, level_uniform_share=1.0))
     t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
     assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)
 
@@ -203,7 +208,7 @@ def test_the_small_image_of_an_upsampler_is_means_of_four_by_four_pixels():
 
 def test_a_noised_small_image_comes_with_its_level():
     batch = make_batch(count=500, size=4)
-    found = recorded(batch, "superres", low_res_level=True, low_res_noise=0.3)[0]
+    found = recorded(batch, "superres", low_res_level=True, low_res_timestep_share=0.3)[0]
     level = found["low_res_level"]
     assert level.min() < 15 and 285 < level.max() < 300
     noise = found["low_res"] - at(TABLES.alpha, level) * to_range(shrink(jnp.asarray(batch.image)))
@@ -215,7 +220,7 @@ def test_a_noised_small_image_comes_with_its_level():
     assert abs(np.corrcoef(own.ravel(), noise.ravel())[0, 1]) < 0.1
 
 
-def test_the_least_share_of_low_res_noise_is_one_level():
+def test_the_least_timestep_share_of_low_res_noising_is_one_level():
     _, t = noise_low_res(TABLES, jnp.zeros((50, 1, 1, 3)), jax.random.split(KEY, 50), 1e-6)
     assert (np.asarray(t) == 0).all()
 
@@ -223,7 +228,7 @@ def test_the_least_share_of_low_res_noise_is_one_level():
 @pytest.mark.parametrize("variant", ["inpaint", "superres_inpaint"])
 def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
     batch = make_batch(count=64)
-    found = recorded(batch, variant, mask_all=0.25)[0]
+    found = recorded(batch, variant, mask_all_share=0.25)[0]
     mask = found["inpaint_mask"]
     assert mask.shape == (64, 16, 16, 1) and ((mask == 0) | (mask == 1)).all()
     known = to_range(batch.image) * mask
@@ -237,10 +242,10 @@ def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
         np.testing.assert_allclose(found["low_res"], low, atol=1e-6)
 
 
-def test_low_res_noise_and_the_layers_of_its_level_go_together():
+def test_low_res_noising_and_the_layers_of_its_level_go_together():
     model = replace(TINY, variant="superres")
     with pytest.raises(UsageError, match="go together"):
-        TrainConfig(name="x", model=model, low_res_noise=0.5)
+        TrainConfig(name="x", model=model, low_res_timestep_share=0.5)
     with pytest.raises(UsageError, match="go together"):
         TrainConfig(name="x", model=replace(model, low_res_level=True))
 
@@ -362,7 +367,7 @@ def test_a_clip_refuses_gradient_accumulation():
 def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     """With a single noise level the images are nearly clean."""
     _, params = clip
-    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, noise=1e-3))
+    objective = make_objective(CLIPTrainConfig(name="x", model=CLIP, timestep_share=1e-3))
     batch = make_batch(size=8)
 
     @jax.jit
@@ -378,7 +383,7 @@ def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     assert float(loss) == pytest.approx(np.mean(own), rel=1e-5)
 
 
-@pytest.mark.parametrize("noise", [0, 1.5])
-def test_noise_is_a_share(noise):
-    with pytest.raises(UsageError, match="noise is a share"):
-        CLIPTrainConfig(name="x", model=CLIP, noise=noise)
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_the_timestep_share_of_a_clip_is_a_share(share):
+    with pytest.raises(UsageError, match="timestep_share is above 0 and up to 1"):
+        CLIPTrainConfig(name="x", model=CLIP, timestep_share=share)

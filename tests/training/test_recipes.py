@@ -189,7 +189,8 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
     assert not small.init_from
     same = ["schedule", "parallelism", "diffusion_steps"]
     if not isinstance(whole, CLIPTrainConfig):
-        same += ["prediction", "weighting", "caption_dropout", "low_res_noise", "mask_all"]
+        same += ["prediction", "weighting", "caption_dropout"]
+        same += ["low_res_timestep_share", "mask_all_share"]
         assert small.model.variant == whole.model.variant
         assert small.model.low_res_level == whole.model.low_res_level
     for field in same:
@@ -277,7 +278,7 @@ def test_a_student_is_nearer_to_its_images_in_one_step_than_its_teacher(tmp_path
         return np.sqrt(((found - wanted) ** 2).mean())
 
     for scale in (1.0, 3.0):
-        few = {"guidance_scale": scale, "sampler": "ddim", "spacing": "few"}
+        few = {"guidance_scale": scale, "sampler": "ddim", "spacing": "trailing-capped"}
         assert distance("student", steps=1, guidance_scale=scale) < 0.75 * distance(
             "teacher", steps=1, **few
         )

@@ -177,7 +177,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value, config):
         (lambda: replace(config, caption_dropout=value), "caption_dropout"),
         (lambda: replace(config, model=replace(config.model, dropout=value)), "model.dropout"),
         (lambda: DataConfig(min_crop=value), "min_crop"),
-        (lambda: DistillationConfig(guidance=(1.0, value)), "guidance"),
+        (lambda: DistillationConfig(guidance_scales=(1.0, value)), "guidance_scales"),
     ):
         with pytest.raises(UsageError, match=rf"^{name} must be finite, not "):
             make()

@@ -14,7 +14,7 @@ from glide_jax.training import step as steps
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.state import FIRST_LOSS_SCALE, init_state
+from glide_jax.training.state import INITIAL_LOG2_LOSS_SCALE, init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 
@@ -121,8 +121,8 @@ def test_the_running_mean_begins_at_the_first_loss():
 def test_scaling_a_loss_changes_no_update():
     ((plain, _),), ((half, _),) = run(bowl, [0]), run(bowl, [0], float16=True)
     assert_equal(half.params, plain.params)
-    assert float(plain.loss_scale) == 0
-    assert float(half.loss_scale) == pytest.approx(FIRST_LOSS_SCALE + 1e-3)
+    assert float(plain.log2_loss_scale) == 0
+    assert float(half.log2_loss_scale) == pytest.approx(INITIAL_LOG2_LOSS_SCALE + 1e-3)
 
 
 def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
@@ -134,13 +134,13 @@ def test_an_overflow_halves_the_scale_and_skips_the_update_without_being_bad():
         return value, {"loss": value}
 
     found = run(loss, [0] * 12, float16=True)
-    scales = [FIRST_LOSS_SCALE] + [float(state.loss_scale) for state, _ in found]
+    scales = [INITIAL_LOG2_LOSS_SCALE] + [float(state.log2_loss_scale) for state, _ in found]
     skipped = [after < before for before, after in pairwise(scales)]
     assert skipped[0] and not skipped[-1]
     for (state, metrics), skip, scale in zip(found, skipped, scales, strict=False):
         assert float(metrics["bad"]) == 0 and np.isfinite(metrics["loss"])
         if skip:
-            assert float(state.loss_scale) == scale - 1
+            assert float(state.log2_loss_scale) == scale - 1
             assert (np.asarray(state.params["w"]) == 1).all()
     assert not (np.asarray(found[-1][0].params["w"]) == 1).all()
 
@@ -156,14 +156,14 @@ _as_half.defvjp(lambda w: (w, None), lambda _, g: (g.astype(jnp.float16).astype(
 def test_an_overflow_at_the_lowest_scale_is_bad():
     optimiser = make_optimiser(OPTIMISER, 100)
     state = init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=True)
-    state = replace(state, loss_scale=jnp.float32(steps.LOWEST_LOSS_SCALE))
+    state = replace(state, log2_loss_scale=jnp.float32(steps.MIN_LOG2_LOSS_SCALE))
     batch = make_batch()
     batch = batch._replace(image=batch.image * np.uint8(0))
     after, metrics = train_step(
         state, batch, KEY, loss=scaled(jnp.nan), optimiser=optimiser, config=OPTIMISER
     )
     assert float(metrics["bad"]) == 1
-    assert float(after.loss_scale) == steps.LOWEST_LOSS_SCALE
+    assert float(after.log2_loss_scale) == steps.MIN_LOG2_LOSS_SCALE
 
 
 # --- gradient accumulation

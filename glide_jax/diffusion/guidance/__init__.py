@@ -9,16 +9,17 @@ List them in this order:
    `classifier_free`, `all_of`, `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
-3. scores (`score.py`): `gradient` reads `x_t`; `image_loss` reads the `x_0` that results from the
-   guidances listed before it. The sampler adds their gradient after clipping.
+3. gradients (`gradients.py`): `classifier_guidance` reads `x_t`; `image_loss` reads the `x_0` that
+   results from the guidances listed before it. The sampler adds their gradient after clipping.
 
-CLIP guidance is `gradient` with the noised CLIP of `glide_jax.pipeline.clip_guide`:
+CLIP guidance is `classifier_guidance` with the noised CLIP of `glide_jax.pipeline.clip_guide`:
 `mu + s Sigma grad(k f(x_t) . g(c))` with ancestral samplers, where k is the CLIP's logit scale.
 Other samplers add `s sigma^2 / alpha` times the gradient to `x_0`.
 
 Every parameter may be a scalar or have one value per image, `(B,)`.
 """
 
+from glide_jax.diffusion.guidance.gradients import classifier_guidance, image_loss
 from glide_jax.diffusion.guidance.image import clip_x0, dynamic_threshold, known_pixels, rescale
 from glide_jax.diffusion.guidance.linear import (
     all_of,
@@ -47,7 +48,6 @@ from glide_jax.diffusion.guidance.record import (
     guidance,
     per_image,
 )
-from glide_jax.diffusion.guidance.score import gradient, image_loss
 
 __all__ = [
     "CONDITIONAL",
@@ -67,10 +67,10 @@ __all__ = [
     "branches_of",
     "cfg_plus_plus",
     "classifier_free",
+    "classifier_guidance",
     "clip_x0",
     "compose",
     "dynamic_threshold",
-    "gradient",
     "guidance",
     "image_loss",
     "known_pixels",

@@ -47,7 +47,8 @@ class Prediction(NamedTuple):
         eps, x_0: noise and clean image, always in agreement.
         variance_fraction: the learned variance of branch "cond", as a fraction between
             `beta_tilde` (0) and `beta` (1) on a log scale.
-        score: gradient of a log-probability, added by gradient guidance; else zero.
+        guidance_gradient: sum of the gradients of log-probabilities by which guidances shift the
+            step; zero without such a guidance.
         branches: eps of each evaluated branch, by name.
         memory: see `Point`.
     """
@@ -55,7 +56,7 @@ class Prediction(NamedTuple):
     eps: jax.Array
     x_0: jax.Array
     variance_fraction: jax.Array
-    score: jax.Array
+    guidance_gradient: jax.Array
     branches: dict[str, jax.Array]
     memory: dict[str, jax.Array]
 
@@ -103,7 +104,7 @@ class Network:
     Attributes:
         fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, if the variance is
             learned, the variance output in [-1, 1]. It must be hashable: another `fn` compiles
-            again. For `gradient` and `image_loss` the output is `(B,)`.
+            again. For `classifier_guidance` and `image_loss` the output is `(B,)`.
         params: its weights.
         prediction: meaning of the first C channels, "eps", "v" or "x".
     """

@@ -13,7 +13,7 @@ from glide_jax.diffusion.solvers.table import (
     one_row_per_step,
     step_betas,
 )
-from glide_jax.errors import UsageError, nearest
+from glide_jax.errors import UsageError, did_you_mean
 
 VARIANCES = ("learned", "small", "large")
 
@@ -34,22 +34,22 @@ def ddpm(
     """
     if variance not in VARIANCES:
         raise UsageError(
-            f"unknown variance {variance!r}{nearest(variance, VARIANCES)}: "
+            f"unknown variance {variance!r}{did_you_mean(variance, VARIANCES)}: "
             f"choose one of {', '.join(VARIANCES)}"
         )
     table = one_row_per_step(schedule, grid)
     q = posterior(step_betas(schedule, grid))
     noisy = (np.arange(len(grid)) < len(grid) - 1).astype(float)
     if variance != "learned":
-        # Equal ends of the learned range: a score is scaled by the fixed variance too.
+        # Equal ends of the learned range: a gradient is scaled by the fixed variance too.
         fixed = table.log_beta_tilde if variance == "small" else table.log_beta
         table = table._replace(log_beta=fixed, log_beta_tilde=fixed, s=np.exp(fixed / 2) * noisy)
     return table._replace(
         E=on_history(q.mean_x_0[::-1]),
         Qx=q.mean_x_t[::-1],
         s_learned=noisy * (variance == "learned"),
-        score_x_0=np.zeros(len(grid)),
-        score_mean=np.ones(len(grid)),
+        gradient_x_0=np.zeros(len(grid)),
+        gradient_mean=np.ones(len(grid)),
     )
 
 

@@ -14,41 +14,42 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
     """Restart: a solver that repeats intervals of noise levels with fresh noise  (2306.14878).
 
     Args:
-        intervals: `(low, high, times)`, low and high as noise levels sigma / alpha. Each is moved
+        intervals: `(low, high, repeats)`, low and high as noise levels sigma / alpha. Each is moved
             to the nearest level of the grid. When x reaches low, fresh noise brings it back to
-            high, and the steps from high to low are run again. `times` is the number of these
+            high, and the steps from high to low are run again. `repeats` is the number of these
             repetitions.
 
     Raises:
-        UsageError: not `0 < low < high`, or `times` is below 1. The solver raises it too, where the
-            grid has no step between low and high.
+        UsageError: not `0 < low < high`, or `repeats` is below 1. The solver raises it too, where
+            the grid has no step between low and high.
     """
-    for low, high, times in intervals:
-        if not (0 < low < high and times >= 1):
+    for low, high, repeats in intervals:
+        if not (0 < low < high and repeats >= 1):
             raise UsageError(
-                f"a restart needs 0 < low < high and times of at least 1, not {(low, high, times)}"
+                "a restart needs 0 < low < high and repeats of at least 1, "
+                f"not {(low, high, repeats)}"
             )
 
     def restarted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-        rising = levels(schedule, grid).log_snr[:-1]
+        rising = levels(schedule, grid).half_log_snr[:-1]
 
         def nearest_step(level: float) -> int:
             return int(np.abs(rising + np.log(level)).argmin())
 
         jumps = []
-        for low, high, times in intervals:
+        for low, high, repeats in intervals:
             bottom, top = nearest_step(low), nearest_step(high)
             if bottom == top:
                 raise UsageError(
                     f"restart from {low} to {high}: no step lies between them, take more steps"
                 )
-            jumps += [(bottom, top)] * times
+            jumps += [(bottom, top)] * repeats
         return with_jumps(solver, schedule, grid, breaks, sorted(jumps, key=lambda jump: jump[0]))
 
     return restarted
 
 
-def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
+def repaint(solver: Solver, jump: int = 10, resamplings: int = 10) -> Solver:
     """RePaint: run each block of `jump` steps several times  (2201.09865, sec. 4.2).
 
     Fresh noise brings x back between the repetitions. They make the generated region agree with the
@@ -56,22 +57,23 @@ def repaint(solver: Solver, jump: int = 10, times: int = 10) -> Solver:
 
     Args:
         jump: jump length in steps.
-        times: how often each block is run in all (the paper's number of resamplings); 1 repeats
-            none.
+        resamplings: how often each block is run in all; 1 repeats none.
 
     Raises:
-        UsageError: `jump` or `times` is below 1. The solver raises it too, where the grid has no
-            more than `jump` levels.
+        UsageError: `jump` or `resamplings` is below 1. The solver raises it too, where the grid has
+            no more than `jump` levels.
     """
-    if jump < 1 or times < 1:
-        raise UsageError(f"repaint needs a jump and times of at least 1, not {jump} and {times}")
+    if jump < 1 or resamplings < 1:
+        raise UsageError(
+            f"repaint needs a jump and resamplings of at least 1, not {jump} and {resamplings}"
+        )
 
     def repainted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
         if len(grid) <= jump:
             raise UsageError(f"repaint jumps back {jump} steps: take more steps than {len(grid)}")
         # Jumps are counted back from the cleanest level, so that the last block is repeated too.
         bottoms = range(jump + (len(grid) - 1) % jump, len(grid), jump)
-        jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(times - 1)]
+        jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(resamplings - 1)]
         return with_jumps(solver, schedule, grid, breaks, jumps)
 
     return repainted
@@ -116,7 +118,7 @@ def with_jumps(
 
 
 # The columns that a jump changes in the row before it.
-CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "score_mean", "log_beta", "log_beta_tilde")
+CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "gradient_mean", "log_beta", "log_beta_tilde")
 
 
 def jump_back(segment: Table, after: Table) -> Table:
@@ -132,12 +134,12 @@ def jump_back(segment: Table, after: Table) -> Table:
     last = {name: column[-1] for name, column in columns.items()}
     g = after.alpha[0] / segment.next_alpha[-1]
     fresh = after.sigma[0] ** 2 - (g * segment.next_sigma[-1]) ** 2
-    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "score_mean")}
+    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "gradient_mean")}
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
         changed |= {name: np.log(g**2 * np.exp(last[name]) + fresh) for name in ends}
-        # The score is still scaled by the learned variance alone, without the fresh noise.
-        changed["score_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
+        # The gradient is still scaled by the learned variance alone, without the fresh noise.
+        changed["gradient_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
         changed["s"] = np.hypot(g * last["s"], np.sqrt(fresh))
     for name, value in changed.items():

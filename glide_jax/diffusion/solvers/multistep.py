@@ -1,10 +1,10 @@
 """Multistep samplers: a polynomial through the last predictions, integrated over the step.
 
 Every step takes one network evaluation. There are two families: `exponential` interpolates the
-prediction of the clean image over the log-SNR, here log(alpha/sigma) (half of the usual
-log(alpha^2/sigma^2)); `noise_multistep` interpolates the noise. At the start and after a break, the
-polynomial has only as many nodes as there are predictions since then. The last step, to the clean
-image, is infinitely long in log-SNR and uses the newest prediction alone.
+prediction of the clean image over the half log-SNR, log(alpha/sigma); `noise_multistep`
+interpolates the noise. At the start and after a break, the polynomial has only as many nodes as
+there are predictions since then. The last step, to the clean image, is infinitely long in log-SNR
+and uses the newest prediction alone.
 """
 
 import numpy as np
@@ -103,9 +103,9 @@ def exponential(
             f"not {predictor} and {corrector}"
         )
     table = one_row_per_step(schedule, grid)
-    alpha, sigma, log_snr = levels(schedule, grid)
+    alpha, sigma, half_log_snr = levels(schedule, grid)
     # The last step, to the clean image, is the prediction itself.
-    alpha, ratio, h = alpha[1:-1, None], sigma[1:-1] / sigma[:-2], np.diff(log_snr[:-1])
+    alpha, ratio, h = alpha[1:-1, None], sigma[1:-1] / sigma[:-2], np.diff(half_log_snr[:-1])
     tau = np.broadcast_to(tau, len(grid))[:-1]
     fall = (1 + tau**2) * h
     weights = fall[:, None] * WEIGHTS * np.exp(-fall[:, None] * NODES)
@@ -113,8 +113,8 @@ def exponential(
 
     def weigh(newest: np.ndarray, counts: np.ndarray) -> np.ndarray:
         nodes = np.where(midpoint & (counts == 2)[:, None], 0.5, NODES)
-        points = log_snr[1:-1, None] - h[:, None] * nodes
-        return alpha * history_weights(log_snr, newest, counts, points, weights)
+        points = half_log_snr[1:-1, None] - h[:, None] * nodes
+        return alpha * history_weights(half_log_snr, newest, counts, points, weights)
 
     E, B = np.zeros((2, len(grid), HISTORY))
     E[-1, 0] = 1.0
@@ -161,7 +161,7 @@ def noise_multistep(
     points = rho[:-1, None] + change * NODES
     nodes, points = {
         "rho": (rho, points),
-        "t": (table.t, schedule.at_log_snr(-np.log(points))),
+        "t": (table.t, schedule.at_half_log_snr(-np.log(points))),
         "step": (steps, steps[:, None] + NODES),
     }[variable]
     counts = np.minimum(order, ages(breaks) + 1)

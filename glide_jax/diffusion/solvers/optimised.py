@@ -23,7 +23,7 @@ from glide_jax.diffusion.spacings import end_levels
 from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
-MOST_STEPS = 50
+MAX_STEPS = 50
 SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
@@ -126,12 +126,12 @@ def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m
     Raises:
         UsageError: there is no step, or there are more than 50 or than the schedule's timesteps.
     """
-    if not 1 <= steps <= min(MOST_STEPS, len(schedule)):
-        most = min(MOST_STEPS, len(schedule))
+    if not 1 <= steps <= min(MAX_STEPS, len(schedule)):
+        most = min(MAX_STEPS, len(schedule))
         raise UsageError(
             f"spacing optimised takes 1 to {most} steps, not {steps}: choose spacing logsnr"
         )
-    return schedule.at_log_snr(_optimised(schedule.betas.tobytes(), steps, *_key(solver)))
+    return schedule.at_half_log_snr(_optimised(schedule.betas.tobytes(), steps, *_key(solver)))
 
 
 def _key(solver: Solver) -> tuple[Solver, tuple]:
@@ -155,7 +155,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
         return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
-        grid = schedule.at_log_snr(levels_of(logits))
+        grid = schedule.at_half_log_snr(levels_of(logits))
         table = solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
@@ -186,7 +186,7 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
     if _key(solver) == (dpm_solver_2m, ()) and steps in SHIPPED_STEPS:
         for name, grids in _shipped().items():
             if np.array_equal(schedule.betas, make_schedule(name).betas):
-                return schedule.at_log_snr(grids[str(steps)])
+                return schedule.at_half_log_snr(grids[str(steps)])
     return optimise_grid(schedule, steps, solver)
 
 
@@ -195,7 +195,7 @@ def main() -> None:
     found = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)
-        grids = {n: schedule.log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
+        grids = {n: schedule.half_log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
         found[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
     SHIPPED.write_text(json.dumps(found) + "\n", encoding="utf-8")
 

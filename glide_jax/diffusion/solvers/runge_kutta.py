@@ -33,8 +33,8 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[again] = values
         table = table._replace(**{name: column})
-    score_x_0 = table.sigma**2 / table.alpha
-    table = table._replace(Px=1.0 - again, Py=1.0 * again, score_x_0=score_x_0, index=row)
+    gradient_x_0 = table.sigma**2 / table.alpha
+    table = table._replace(Px=1.0 - again, Py=1.0 * again, gradient_x_0=gradient_x_0, index=row)
     return table, again
 
 
@@ -61,10 +61,10 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     A first-order step leads to the middle of the step in log(alpha/sigma), where the second
     evaluation is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
     """
-    alpha, sigma, log_snr = levels(schedule, grid)
-    middle = (log_snr[1:-1] + log_snr[:-2]) / 2
+    alpha, sigma, half_log_snr = levels(schedule, grid)
+    middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, again = two_rows_per_step(schedule, grid, (schedule.at_log_snr(middle), a, s))
+    table, again = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
     # The level that each row leads to: the middle, then the end.
     to_a, to_s = table.next_alpha.copy(), table.next_sigma.copy()
     to_a[:-1:2], to_s[:-1:2] = a, s
@@ -160,14 +160,14 @@ def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> lis
 def _table(rows: list[dict[str, Any]]) -> Table:
     """Return a table of rows whose history holds noise; columns that a row leaves out are zero."""
     empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
-    whole = {"keep": 1.0, "index": 0, "step": 0, "program": 0}
+    whole = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
     columns = {
         name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
         for name in Table._fields
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        score_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
+        gradient_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
     )
 
 

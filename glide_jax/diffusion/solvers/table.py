@@ -2,12 +2,12 @@
 
 One linear recursion runs every sampler (`glide_jax.diffusion.sampling.run_rows`). With the guided
 prediction x_0, the history H of earlier predictions (newest first), the anchor y (x at the start
-of a step), a score g and fresh noise z, each row does:
+of a step), a guidance gradient g and fresh noise z, each row does:
 
-    H <- S [u x + v (x_0 + score_x_0 g), *H]          store x_0 or eps, shift the history
-    y <- Py y + Px x + B H                            keep or correct the anchor
-    x <- Qy y + Qx x + E H + score_mean variance g    the solver's step
-         + (s + s_learned sqrt(variance)) z           noise, fixed or learned
+    H <- S [u x + v (x_0 + gradient_x_0 g), *H]          store x_0 or eps, shift the history
+    y <- Py y + Px x + B H                               keep or correct the anchor
+    x <- Qy y + Qx x + E H + gradient_mean variance g    the solver's step
+         + (s + s_learned sqrt(variance)) z              noise, fixed or learned
 """
 
 from collections.abc import Callable
@@ -35,10 +35,11 @@ class Table(NamedTuple, Generic[Column]):
         Py, Px, B (N, 4): the anchor's update. Qy, Qx, E (N, 4): the update of x.
         log_beta, log_beta_tilde: the two ends of a learned variance.
         s, s_learned: noise, fixed or in units of the learned standard deviation.
-        score_x_0, score_mean: how a score enters: `score_x_0 score` is added to x_0 (all but
-            ancestral rows), or `score_mean variance score` to x (ancestral, ADM algorithm 1).
+        gradient_x_0, gradient_mean: how a guidance gradient g enters: `gradient_x_0 g` is added to
+            x_0 (all but ancestral rows), or `gradient_mean variance g` to x (ancestral, ADM
+            algorithm 1).
         keep: 0 where the memory of guidance is reset, else 1.
-        index, step, program: int; the row's number, the step it belongs to, and the set of
+        index, step, guidance_set: int; the row's number, the step it belongs to, and the set of
             guidances that acts in it.
     """
 
@@ -60,12 +61,12 @@ class Table(NamedTuple, Generic[Column]):
     log_beta_tilde: Column
     s: Column
     s_learned: Column
-    score_x_0: Column
-    score_mean: Column
+    gradient_x_0: Column
+    gradient_mean: Column
     keep: Column
     index: Column
     step: Column
-    program: Column
+    guidance_set: Column
 
     def rows(self, some: np.ndarray | slice | int) -> "Table[Column]":
         """Return some rows, or, for an integer, one row as a table of scalars."""
@@ -81,12 +82,12 @@ class Levels(NamedTuple):
 
     Attributes:
         alpha, sigma: `x_t = alpha x_0 + sigma eps`.
-        log_snr: `log(alpha / sigma)`, half of `log(alpha^2 / sigma^2)`.
+        half_log_snr: `log(alpha / sigma)`, half of `log(alpha^2 / sigma^2)`.
     """
 
     alpha: np.ndarray
     sigma: np.ndarray
-    log_snr: np.ndarray
+    half_log_snr: np.ndarray
 
 
 def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Levels:
@@ -95,8 +96,8 @@ def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Leve
     if released:
         alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
     with np.errstate(divide="ignore"):
-        log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
-    return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), log_snr)
+        half_log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
+    return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), half_log_snr)
 
 
 def ages(breaks: np.ndarray) -> np.ndarray:
@@ -145,12 +146,12 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         log_beta_tilde=q.log_beta_tilde[::-1],
         s=zero,
         s_learned=zero,
-        score_x_0=sigma[:-1] ** 2 / alpha[:-1],
-        score_mean=zero,
+        gradient_x_0=sigma[:-1] ** 2 / alpha[:-1],
+        gradient_mean=zero,
         keep=one,
         index=rows,
         step=rows,
-        program=np.zeros(n, int),
+        guidance_set=np.zeros(n, int),
     )
 
 

@@ -1,6 +1,6 @@
 """Guidance by gradients of a log-probability of x_t: classifiers, noised CLIP, image losses.
 
-A score moves the mean of a step in ancestral samplers (ADM, algorithm 1), and x_0 in all others
+A gradient moves the mean of a step in ancestral samplers (ADM, algorithm 1), and x_0 in all others
 (ADM, algorithm 2); the sampler's table has the coefficients.
 """
 
@@ -17,7 +17,7 @@ DATA_STD = 0.5
 
 
 @guidance()
-def gradient(
+def classifier_guidance(
     predict: Predict,
     x: jax.Array,
     point: Point,
@@ -27,7 +27,7 @@ def gradient(
     scale: Number,
     limit: Number | None = None,
 ) -> Prediction:
-    """Classifier guidance and CLIP guidance: `score + s grad log p(y | x_t)`  (ADM, 2105.05233).
+    """Classifier guidance and CLIP guidance: `gradient + s grad log p(y | x_t)`  (ADM, 2105.05233).
 
     ADM's algorithms 1 and 2, for any noised classifier, and for the noised CLIP
     (`glide_jax.load_clip`), where `log p = k f(x_t, t) . g(c)`, k the CLIP's logit scale
@@ -42,32 +42,32 @@ def gradient(
     """
     p = predict(x, point)
     slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
-    score = per_image(scale) * slope
+    gradient = per_image(scale) * slope
     if limit is not None:
-        score = limited(score, point, limit)
-    return p._replace(score=p.score + score)
+        gradient = limited(gradient, point, limit)
+    return p._replace(guidance_gradient=p.guidance_gradient + gradient)
 
 
-def limited(score: jax.Array, point: Point, limit: Number) -> jax.Array:
-    """Shorten a score, so that `rms(sigma^2 / alpha score) <= limit sd(x_0 | x_t)`.
+def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
+    """Shorten a gradient, so that `rms(sigma^2 / alpha gradient) <= limit sd(x_0 | x_t)`.
 
     `sd(x_0 | x_t) = 1 / sqrt(1 / 0.5^2 + (alpha / sigma)^2)`, for Gaussian pixels of standard
-    deviation 0.5: the noise level in little noise, and never more than 0.5. The true score obeys
+    deviation 0.5: the noise level in little noise, and never more than 0.5. The true gradient obeys
     such a law: it changes x_0 by `Cov(x_0 | x_t) grad_{x_0} log p`. A network's gradient does not,
     and in much noise `sigma^2 / alpha` multiplies it by more than a hundred.
 
     Args:
-        score: `(B, H, W, C)`; each image has its own factor, of at most 1.
+        gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.
         limit: above 0.
     """
     left_open = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
-    rms = jnp.sqrt((score**2).mean(axis=(1, 2, 3), keepdims=True))
+    rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
     change = jnp.maximum(point.sigma**2 / point.alpha * rms, jnp.finfo(rms.dtype).tiny)
-    return score * jnp.minimum(1, per_image(limit) * left_open / change)
+    return gradient * jnp.minimum(1, per_image(limit) * left_open / change)
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
-    """Image loss: `score - s grad loss(x_0(x_t))`, loss on clean images  (2209.14687; 2302.07121).
+    """Image loss: `gradient - s grad loss(x_0(x_t))` on clean images  (2209.14687; 2302.07121).
 
     Args:
         loss: a network with `fn(params, x_0, t, cond) -> (B,)`. Its `x_0` is the result of the
@@ -89,7 +89,7 @@ def _image_loss_through(
         return _total(loss, p.x_0, point, cond), p
 
     slope, p = jax.grad(value, has_aux=True)(x)
-    return p._replace(score=p.score - per_image(scale) * slope)
+    return p._replace(guidance_gradient=p.guidance_gradient - per_image(scale) * slope)
 
 
 def _image_loss(
@@ -97,7 +97,7 @@ def _image_loss(
 ) -> Prediction:
     p = predict(x, point)
     slope = jax.grad(lambda x_0: _total(loss, x_0, point, cond))(p.x_0) / point.alpha
-    return p._replace(score=p.score - per_image(scale) * slope)
+    return p._replace(guidance_gradient=p.guidance_gradient - per_image(scale) * slope)
 
 
 def _total(network: Network, x: jax.Array, point: Point, cond: Any) -> jax.Array:
