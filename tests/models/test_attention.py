@@ -44,7 +44,7 @@ def test_a_masked_position_is_ignored():
     assert_close(found, attend(query, key[:, :3], value[:, :3]), 1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 5e-2)])
 def test_on_a_cpu_long_attention_goes_head_by_head(monkeypatch, dtype, tolerance):
     arrays = inputs(dtype, pixels=48, text=8)
 
