@@ -88,7 +88,7 @@ def compile_steps(
         return lambda state, item, control: program(state, parallel.put_items(item), control)
 
     def one(state: Any, batch: Batch, control: Control, *, axis: str | None) -> tuple[Any, Any]:
-        return step(state, batch, control.key, rate=control.rate, axis=axis)
+        return step(state, batch, *control, axis=axis)
 
     single = parallel.compile(one)
 
