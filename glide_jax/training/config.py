@@ -16,11 +16,11 @@ from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.lora_config import LoRAConfig
+from glide_jax.training.objective_fields import OBJECTIVES, check_objective
 from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp", "hybrid")
 LEVELS = ("uniform", "log-normal", "loss-aware")
-OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
 
 
@@ -170,8 +170,9 @@ class TrainConfig(RunConfig):
         level_uniform: With log-normal levels, share of the images whose timestep is uniform, from 0
             to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
-            student that samples in few steps; see `distillation`.
-        distillation: Teacher and noise levels of the objective "consistency".
+            student that samples in few steps, which uses `distillation` in place of the fields from
+            `weighting` to `level_uniform`.
+        distillation: Teacher, noise levels and loss of the objective "consistency".
         lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
             are.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
@@ -249,14 +250,7 @@ class TrainConfig(RunConfig):
             raise UsageError("huber cannot be negative")
         if self.model.residual and self.prediction != "x":
             raise UsageError('model.residual predicts the clean image: prediction must be "x"')
-        if self.objective == "consistency":
-            low, high = self.distillation.guidance
-            if low < high and not self.model.guidance_input:
-                raise UsageError("distillation.guidance is a range: set model.guidance_input")
-            if self.levels == "loss-aware":
-                raise UsageError("loss-aware levels are for the objective denoising")
-            if self.validate_every:
-                raise UsageError("a held-out loss is not measured with objective consistency")
+        check_objective(self)
         if self.lora.rank:
             self._check_lora()
         if bool(self.low_res_noise) != self.model.low_res_level:
@@ -309,6 +303,8 @@ class CLIPTrainConfig(RunConfig):
             raise UsageError(f"noise is a share, 0 < noise <= 1, not {self.noise}")
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
+        if self.sample_every:
+            raise UsageError("a noised CLIP makes no grids of samples: sample_every must be 0")
 
 
 def adapts(config: RunConfig) -> bool:
