@@ -24,7 +24,7 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
 def make_grid(
     schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
 ) -> np.ndarray:
-    """Return the grid of `steps` noise levels, `(steps,)` timesteps, noisiest first.
+    """Return the grid: `(steps,)` timesteps of the noise levels to visit, noisiest first.
 
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",

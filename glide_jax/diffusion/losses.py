@@ -34,7 +34,7 @@ class Terms(NamedTuple):
     """The loss of each image and its two terms, `(B,)` float32.
 
     Attributes:
-        loss: the weighted `mse` plus `vlb`.
+        loss: the weighted squared or pseudo-Huber error, plus `vlb`.
         mse: the squared error of the prediction, not weighted.
         vlb: the variational bound times its weight; zero where no variance is learned.
     """

@@ -91,7 +91,8 @@ class Settings:
             stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
-            guidance_scale 1 and sampler ddpm. Other samplers limit the change of x_0.
+            guidance_scale 1 and sampler ddpm. Samplers other than ddpm, ddpm-small and ddpm-large
+            limit the change of x_0.
         threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
             to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
@@ -172,7 +173,7 @@ class Settings:
         return partial(noisy, eta=self.eta)
 
     def grid(self, schedule: Schedule) -> np.ndarray:
-        """Return the noise levels to visit; with a strength, the last share of them.
+        """Return the timesteps to visit; with a strength, the last share of them.
 
         Raises:
             UsageError: see `make_grid`; or the strength is out of its range.
@@ -216,7 +217,7 @@ class Settings:
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether `guidance_scale` is all that guides, so that a network can take it as an input.
+        """Whether classifier-free guidance is by the scale alone: a network can take it as an input.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
         """

@@ -255,7 +255,7 @@ class TrainConfig(RunConfig):
             self._check_lora()
         if bool(self.low_res_noise) != self.model.low_res_level:
             raise UsageError("low_res_noise and model.low_res_level go together")
-        # Each level but the last halves the image; the low-resolution one has side / 4.
+        # Each resolution of the UNet but the last halves the image; the small image has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")

@@ -32,7 +32,9 @@ from glide_jax.training.optimiser_config import OptimiserConfig
 )
 @dataclass(frozen=True, eq=False)
 class TrainState:
-    """Parameters, EMAs and optimiser state: float32, except `step` and bfloat16 moments.
+    """Parameters, EMAs and optimiser state.
+
+    All is float32, except counters, bfloat16 moments, and a base of LoRA in `teacher`.
 
     Attributes:
         step: int32 scalar, the number of steps done.
@@ -41,7 +43,7 @@ class TrainState:
         power_emas: power-function EMAs, one for each of `OptimiserConfig.ema_power`.
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
-        loss_scale: power of two by which a float16 loss is multiplied; 0 for other dtypes.
+        loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
         teacher: frozen parameters that the loss takes too: of the teacher that is distilled, or of
             the base of LoRA, in the dtype of the trunk; {} for other objectives.
         loss_history: the last losses at each timestep, for loss-aware levels; None for others.

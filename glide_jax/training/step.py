@@ -115,7 +115,7 @@ def train_step(
         rate: factor of this step's learning rate; None: 1.
         done: see `Control`.
         loss: see `glide_jax.training.objectives.Objective`.
-        optimiser: see `glide_jax.training.state.make_optimiser`.
+        optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
         schedule: the optimiser's learning rate, for the metrics; None: they have none.
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.

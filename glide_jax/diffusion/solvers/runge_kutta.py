@@ -176,9 +176,10 @@ def plms(
 ) -> Table:
     """Pseudo linear multistep on the noise, warmed up by Runge-Kutta  (PNDM, 2202.09778).
 
-    As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, and the
-    first and the last level of the grid are left out. So N levels make N - 2 steps, and the image
-    keeps the noise of the cleanest level. The first three steps take four evaluations each.
+    As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, the first
+    level of the grid is left out, and so is the step from the last level to the clean image. So N
+    levels make N - 2 steps, and the image keeps the noise of the cleanest level. The first three
+    steps take four evaluations each.
 
     Args:
         runge_kutta: every step by Runge-Kutta (PRK), with four evaluations each.
