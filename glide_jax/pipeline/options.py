@@ -120,9 +120,9 @@ class SamplingOptions:
 
     Attributes:
         steps: Number of noise levels N, from 1 to 1000, or a respacing string of OpenAI's code,
-            such as ddim50, fast27 or 10,10,3,2,2; more is slower and more accurate. Without
-            --restart and --repaint, N levels need N network evaluations; heun and dpm++2s need
-            2N - 1, plms N + 7 (for N of 5 or more), and prk 4(N - 2).
+            such as ddim50, fast27 or 10,10,3,2,2; more is slower and more accurate. N levels need N
+            network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (for N of 5 or more), and
+            prk 4(N - 2); restart and repaint add to them.
         sampler: One of dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms,
             prk, ddim (deterministic); ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde,
             sa (with noise at each step); consistency (for few-step students).

@@ -38,8 +38,6 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
-# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
-ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -217,7 +215,7 @@ class Settings:
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether classifier-free guidance is by the scale alone: a network can take it as an input.
+        """Whether classifier-free guidance has a scale alone, which can be an input of a network.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
         """

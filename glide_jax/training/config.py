@@ -170,8 +170,8 @@ class TrainConfig(RunConfig):
         level_uniform: With log-normal levels, share of the images whose timestep is uniform, from 0
             to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
-            student that samples in few steps, which uses `distillation` in place of the fields from
-            `weighting` to `level_uniform`.
+            student that samples in few steps, with the fields of `distillation` in place of those
+            from `weighting` to `level_uniform`.
         distillation: Teacher, noise levels and loss of the objective "consistency".
         lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
             are.

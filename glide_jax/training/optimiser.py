@@ -19,7 +19,8 @@ _ENDS = ("unet/down_0", "unet/head")
 def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> optax.Schedule:
     """Return the learning rate as a function of the updates made.
 
-    It warms up, and is then constant or falls to 0. The first of W updates of the warm-up has the W-th part of the peak, the last one the peak.
+    It warms up, and is then constant or falls to 0. The first of W updates of the warm-up has the
+    W-th part of the peak, the last one the peak.
 
     Args:
         config: the settings.

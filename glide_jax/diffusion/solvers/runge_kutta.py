@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from glide_jax.diffusion.guidance.score import x_0_weight
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
@@ -33,7 +34,7 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[again] = values
         table = table._replace(**{name: column})
-    score_x_0 = table.sigma**2 / table.alpha
+    score_x_0 = x_0_weight(table.alpha, table.sigma)
     table = table._replace(Px=1.0 - again, Py=1.0 * again, score_x_0=score_x_0, index=row)
     return table, again
 
@@ -167,7 +168,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        score_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
+        score_x_0=x_0_weight(table.alpha, table.sigma), index=np.arange(len(rows))
     )
 
 

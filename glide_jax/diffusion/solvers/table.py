@@ -16,6 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from glide_jax.diffusion.guidance.score import x_0_weight
 from glide_jax.diffusion.schedule import Schedule, posterior
 
 # Number of predictions that the history holds.
@@ -145,7 +146,7 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         log_beta_tilde=q.log_beta_tilde[::-1],
         s=zero,
         s_learned=zero,
-        score_x_0=sigma[:-1] ** 2 / alpha[:-1],
+        score_x_0=x_0_weight(alpha[:-1], sigma[:-1]),
         score_mean=zero,
         keep=one,
         index=rows,
