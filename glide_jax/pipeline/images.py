@@ -247,7 +247,7 @@ def png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
 
 
 def _claim(folder: Path, number: int, pattern: str, data: bytes) -> Path:
-    """Write a file under the first number from `number` on whose name is free."""
+    """Write a file under the first free number, starting at `number`."""
     while True:
         path = folder / pattern.format(number=number)
         try:

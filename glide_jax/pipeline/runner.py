@@ -173,7 +173,7 @@ def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
 
 
 class _Batch(NamedTuple):
-    """What one batch is sampled from."""
+    """The inputs of one batch."""
 
     stage: Stage
     prompts: Sequence[Prompt]

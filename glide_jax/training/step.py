@@ -179,7 +179,7 @@ def apply_gradient(
     rate: jax.Array | np.ndarray | None = None,
     loss_history: LossHistory | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the end of `train_step`: what is done once, however many microbatches there are.
+    """Apply a gradient: the part of `train_step` after all microbatches.
 
     Args:
         grads: of the scaled loss, averaged over the batch; without frozen parameters.

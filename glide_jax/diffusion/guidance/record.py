@@ -60,7 +60,7 @@ class Guidance:
     def within(self, low: float, high: float) -> "Guidance":
         """Restrict it to noise levels `low < sigma / alpha <= high`  (2404.07724).
 
-        It then acts where the interval that it had before holds too.
+        A previous interval still applies: the result is the intersection.
 
         Raises:
             UsageError: not `0 <= low < high`.

@@ -120,7 +120,7 @@ def on_history(first: np.ndarray, *older: np.ndarray) -> np.ndarray:
 
 
 def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
-    """Return a table that shifts a history of x_0; its update of x is still zero."""
+    """Return a table that shifts a history of x_0; the caller fills in the update of x."""
     n = len(grid)
     alpha, sigma, _ = levels(schedule, grid)
     zero, one = np.zeros(n), np.ones(n)
