@@ -22,7 +22,7 @@ def frequency_scales(predict, x, point, *, low, high):
     small = jax.image.resize(push, (batch, side // 4, side // 4, channels), "linear")
     coarse = jax.image.resize(small, x.shape, "cubic")
     push = (per_image(low) - 1) * coarse + (per_image(high) - 1) * (push - coarse)
-    return p.plus_eps(push, point)
+    return p.with_eps(p.eps + push, x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

@@ -30,7 +30,7 @@ def in_situ(predict, x, point, *, scale, rate=0.1):
     p = predict(x, point)
     with nn.intercept_methods(dropout):
         weak = predict(x, point)
-    return p.plus_eps((per_image(scale) - 1) * (p.eps - weak.eps), point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * (p.eps - weak.eps), x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

@@ -29,7 +29,7 @@ def perturbed_attention(predict, x, point, *, scale):
     p = predict(x, point)
     with nn.intercept_methods(identity):
         weak = predict(x, point)
-    return p.plus_eps((per_image(scale) - 1) * (p.eps - weak.eps), point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * (p.eps - weak.eps), x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

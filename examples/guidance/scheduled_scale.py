@@ -20,7 +20,7 @@ def scheduled_scale(predict, x, point, *, scale, growth=1.0):
     p = predict(x, point)
     push = p.branches["cond"] - p.branches["null"]
     weight = 1 + per_image(growth) * (1 - 2 * point.t / LAST)
-    return p.plus_eps((per_image(scale) - 1) * weight * push, point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * weight * push, x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

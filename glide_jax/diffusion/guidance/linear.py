@@ -1,7 +1,8 @@
 """Guidance by differences of branches: classifier-free guidance and its relatives.
 
 All but `apg` add multiples of differences of branches to the current eps. In this form
-several of them add up, and scale 1 of `classifier_free` changes no bit of eps and x_0:
+several of them add up, and scale 1 of `classifier_free` changes no bit of eps (x_0 of a network
+that predicts v or x_0 changes by rounding, since `with_eps` computes it from eps):
 `eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
 `apg` adds to x_0 instead: it projects the difference, and remembers that of the step before.
 """
@@ -38,7 +39,7 @@ def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Numb
     """
     p = predict(x, point)
     push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
-    return p.plus_eps((per_image(scale) - 1) * push, point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
 def all_of(
@@ -78,7 +79,7 @@ def _all_of(
     p = predict(x, point)
     null = p.branches[NULL.name]
     push = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
-    return p.plus_eps(push, point)
+    return p.with_eps(p.eps + push, x, point)
 
 
 @guidance(NULL, looks_ahead=True)
@@ -92,7 +93,7 @@ def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number
     p = predict(x, point)
     gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
     push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
-    return p.plus_eps((per_image(scale) / gain - 1) * push, point)
+    return p.with_eps(p.eps + (per_image(scale) / gain - 1) * push, x, point)
 
 
 @guidance(WEAK)
@@ -103,7 +104,7 @@ def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number)
     """
     p = predict(x, point)
     push = p.branches[CONDITIONAL.name] - p.branches[WEAK.name]
-    return p.plus_eps((per_image(scale) - 1) * push, point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
 
 
 # The paper recommends eta 0 and a negative momentum. The radius depends on the model and on the

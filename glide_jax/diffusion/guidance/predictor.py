@@ -63,15 +63,6 @@ class Prediction(NamedTuple):
         """Replace the noise, and the clean image that follows from it (`Point.to_x_0`)."""
         return self._replace(eps=eps, x_0=point.to_x_0(eps, x))
 
-    def plus_eps(self, change: jax.Array, point: Point) -> "Prediction":
-        """Add to the noise, and `-sigma / alpha` times that to the clean image.
-
-        A change of zero changes no bit, and x_0 keeps the precision of a network that predicts it.
-        """
-        return self._replace(
-            eps=self.eps + change, x_0=self.x_0 - point.sigma / point.alpha * change
-        )
-
     def with_x_0(self, x_0: jax.Array, x: jax.Array, point: Point) -> "Prediction":
         """Replace the clean image, and the noise: `eps = (x_t - alpha x_0) / sigma`."""
         return self._replace(x_0=x_0, eps=(x - point.alpha * x_0) / point.sigma)
