@@ -25,6 +25,7 @@ def get_config() -> TrainConfig:
         name="emoji_fewstep256",
         init_from="",
         objective="consistency",
+        huber_width=0.0,  # of the teacher's loss
         distillation=DistillationConfig(teacher="runs/emoji_upsample256", teacher_steps=(4, 16)),
         optimiser=replace(
             base.optimiser, learning_rate=3e-4, warmup=100, decay="cosine", ema=0.995

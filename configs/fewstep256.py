@@ -2,7 +2,8 @@
 
 Consistency distillation (2303.01469) of upsample256 or improved256 without guidance, as OpenAI's
 upsampler has none. The noise levels are the first half of the diffusion process: sampling starts
-from the enlarged small image, noised to there, so that two steps remain of the four.
+from the enlarged small image, noised to the middle of the process, so that two of the four steps
+remain.
 
 Sizes as upsample256. The teacher has the sizes, the noise schedule and the prediction of the
 recipe; for improved256 set --schedule cosine, --model.low-res-level and

@@ -79,7 +79,7 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
     an escape.
 
     Args:
-        stopped: the line to print after an interrupt from the keyboard that has none of its own.
+        stopped: line printed after Ctrl-C if the exception has no message.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

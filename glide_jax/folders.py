@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def _private_folder(folder: Path) -> Path:
-    """Return a folder that is this user's alone: compiled programs are run."""
+    """Return a folder only this user can write: programs in it are executed."""
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     with suppress(OSError):

@@ -373,7 +373,7 @@ def make_prepare(
     seed: int,
     process: tuple[int, int],
 ) -> Prepare:
-    """Return the order of a run; arguments and errors are those of `make_batches`."""
+    """Return the `Prepare` of a run; arguments and errors as in `make_batches`."""
     if not len(source):
         raise UsageError(f"there are no records in {source}")
     index, count = process

@@ -113,7 +113,7 @@ def _tables(
 
 
 def _file(path: str, config: DataConfig) -> Source:
-    """Open a file that is neither .npz nor called a tar: a metadata file, or a tar in fact."""
+    """Open a single file without a known ending: a metadata file, or a tar by content."""
     folder, _, name = path.rpartition("/")
     if is_table_name(name) and not is_listing(path):
         return open_tables(path, [path], config)

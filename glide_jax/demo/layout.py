@@ -1,4 +1,4 @@
-"""The look of the page: its controls, in the order in which one reads them."""
+"""The look of the page: its controls, in reading order."""
 
 from html import escape
 from pathlib import Path

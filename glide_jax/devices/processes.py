@@ -87,7 +87,7 @@ def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> Links:
 
 
 def own_process(process: int | None = None, processes: int | None = None) -> tuple[int, int]:
-    """Return the index of this process and the number of processes, which need not connect.
+    """Return the index of this process and the number of processes, without connecting them.
 
     Call it before anything else of jax: where several processes share a machine, this one is left
     its own GPUs.

@@ -80,8 +80,8 @@ def _of_google(vendor: Path) -> bool:
 def _leave_out_tpu() -> None:
     """Keep jax from starting libtpu, which without a TPU fills the terminal with its errors.
 
-    jax offers no other way that leaves the platforms of a GPU as they are. Where this one is gone,
-    the errors are printed, and all works.
+    jax offers no other way that leaves the platforms of a GPU as they are. If
+    jax drops this private attribute, libtpu's errors are printed and nothing else changes.
     """
     from jax._src import xla_bridge
 
@@ -92,7 +92,7 @@ def _leave_out_tpu() -> None:
 def in_32_bits(function: F) -> F:
     """Make a function, or a generator, compute in 32 bits whatever `jax_enable_x64` says.
 
-    Otherwise its random numbers would be others, and so would the images of a seed.
+    With x64 on, the random numbers differ, and a seed gives other images.
     """
     if inspect.isgeneratorfunction(function):
 

@@ -34,7 +34,7 @@ class Terms(NamedTuple):
     """The loss of each image and its two terms, `(B,)` float32.
 
     Attributes:
-        loss: the weighted `mse` plus `vlb`.
+        loss: the weighted squared or pseudo-Huber error, plus `vlb`.
         mse: the squared error of the prediction, not weighted.
         vlb: the variational bound times its weight; zero where no variance is learned.
     """
@@ -192,7 +192,7 @@ def hybrid_loss(
             or "x" = `x_0`.
         weighting: weighting of L_simple over noise levels: see `loss_weight`.
         gamma: the gamma of "min-snr".
-        huber_width: width of the pseudo-Huber loss in the place of the squared error; 0: none.
+        huber_width: width of the pseudo-Huber loss instead of the squared error; 0: none.
         vlb_weight: weight of L_vlb; None: T / 1000, that is 0.001 times T, since `T L_t` estimates
             the whole bound.
 

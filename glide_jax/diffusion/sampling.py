@@ -20,7 +20,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
 
-# An interval that restricts nothing.
+# The interval of all noise levels.
 ALWAYS = (0.0, float("inf"))
 
 

@@ -92,7 +92,7 @@ def clip_score(
 ) -> dict[str, Any]:
     """Return the CLIP score of images under its three usual definitions.
 
-    `clip_score` is the mean of `s f(image) . g(caption)`, s the logit scale  (GLIDE, sec. 5.2);
+    `clip_score` is the mean of `k f(image) . g(caption)`, k the logit scale  (GLIDE, sec. 5.2);
     `clip_score_100` the mean of `100 max(cos, 0)`, as torchmetrics has it; `clip_s` the mean of
     `2.5 max(cos, 0)`  (CLIPScore, 2104.08718, eq. 1), without a prefix before the caption.
 

@@ -277,7 +277,7 @@ class NoisedCLIP(nn.Module):
         return jnp.exp(self.log_scale + jax.lax.stop_gradient(limit - self.log_scale))
 
     def similarity(self, x: jax.Array, t: jax.Array | None, text: jax.Array) -> jax.Array:
-        """`scale f(x_t, t) . g(c)` for each image and its caption; CLIP guidance differentiates it.
+        """`k f(x_t, t) . g(c)` of each image and its caption, k the logit scale  (GLIDE, sec. 2.4).
 
         Args:
             x: `(B, S, S, 3)` float32.
@@ -297,7 +297,7 @@ class NoisedCLIP(nn.Module):
     def __call__(
         self, x: jax.Array, t: jax.Array | None, tokens: jax.Array, lengths: jax.Array
     ) -> jax.Array:
-        """Return the logits `scale f(x_t, t) . g(c)` of every image with every caption.
+        """Return the logits `k f(x_t, t) . g(c)` of every image with every caption.
 
         Args:
             x, t: B noised images and their timesteps.

@@ -22,7 +22,7 @@ def suits(query: jax.Array, key: jax.Array) -> bool:
     (_, length, heads, head), keys = query.shape, key.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
-        # Nobody said over which devices the batch is split, if it is.
+        # Without a mesh the kernel cannot know how the batch is sharded.
         return False
     parts = math.prod(mesh.shape[axis] for axis in _split_axes())
     whole = query.shape[0] % parts == 0 and LANES % head == 0 and heads * head % LANES == 0

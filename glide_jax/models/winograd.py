@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
 
 
 def scales(config: ModelConfig) -> dict[str, int]:
-    """Return by how much the image is reduced where each residual block convolves, by its name."""
+    """Return the downsampling factor of each residual block, by name."""
     last = len(config.channel_mult) - 1
     found, scale, i = {}, 1, 1
     for level in range(last + 1):
@@ -84,7 +84,7 @@ def scales(config: ModelConfig) -> dict[str, int]:
 def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return the parameters of a network with the kernels of its residual blocks transformed.
 
-    Those of a network of fewer than 128 channels stay.
+    Networks with fewer than 128 channels are returned unchanged.
 
     Args:
         params: of `GLIDE`, float32.

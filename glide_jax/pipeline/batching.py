@@ -16,7 +16,7 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 64}
 
 
 def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
-    """Return the indices of `count` images, in batches of few lengths, the longest first.
+    """Return the indices of `count` images, in batches of a few fixed sizes, largest first.
 
     The lengths are `size` and the powers of 4 below it, each for one device: a run of another
     number of images then uses programs that are compiled already. A batch takes the longest that

@@ -1,4 +1,9 @@
-"""CLIP guidance: a noised CLIP with its tokenizer, ready to guide."""
+"""CLIP guidance: `--clip-scale s` adds `g = s grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
+
+Ancestral samplers move their mean by `Sigma g`; all others move x_0 by `sigma^2/alpha g`, limited
+(`LIMIT`). f and g are the embeddings of image and caption, of length 1, and k is the logit scale.
+`glide_jax.diffusion.guidance.score` has the gradient, the limit, and how the sampler adds them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +17,30 @@ import numpy as np
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Guidance, Network, classifier_guidance
+from glide_jax.errors import UsageError
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.models.tokenizers import CLIPTokenizer
 from glide_jax.pipeline.prompts import Prompt, encode_parts, read_prompt
+from glide_jax.pipeline.settings import Settings
 from glide_jax.training.runs import open_clip
 from glide_jax.weights.clip_registry import RELEASED
+from glide_jax.weights.registry import Model
 
 # Limit of the pipeline where the sampler is not ancestral. With the embedded models at 8 steps and
 # scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
 LIMIT = 0.25
+# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
+ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """`Network.fn` of a noised CLIP: `scale f(x_t, t) . g(c)`, conditioned on `g(c)`."""
+    """The log-probability of a caption, up to a constant: `k sum_i f(x_t, round(t))_i g(c)_i`.
+
+    A `Network.fn`, conditioned on `g(c)`. t is rounded, since a CLIP knows whole timesteps.
+    """
 
     model: NoisedCLIP
 
@@ -106,6 +119,31 @@ class CLIP:
             weights = np.array([part.weight for part in parts], np.float32)
             cond = cond + weights[:, None] * encode_parts(encode, parts)
         return classifier_guidance(log_prob=self.network, cond=cond, scale=scale, limit=limit)
+
+
+def clip_guidance(
+    clip: CLIP | None, model: Model, prompts: Sequence[Prompt], settings: Settings
+) -> tuple[Guidance, ...]:
+    """Return the CLIP guidance of a batch, to be listed last; none for `clip_scale` 0.
+
+    Raises:
+        UsageError: there is no CLIP, or it sees other images or noise levels than the model.
+    """
+    if not settings.clip_scale:
+        return ()
+    if clip is None:
+        raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
+    sides = clip.config.image_size, model.config.image_size
+    timesteps = clip.config.n_timestep, model.diffusion_steps
+    what = ""
+    if sides[0] != sides[1]:
+        what = f"{clip.name} sees images of {sides[0]} pixels, {model.name} generates {sides[1]}"
+    elif timesteps[0] not in (0, timesteps[1]):
+        what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
+    if what:
+        raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
+    limit = None if settings.sampler in ANCESTRAL else LIMIT
+    return (clip.guidance(prompts, settings.clip_scale, limit),)
 
 
 def load_clip(

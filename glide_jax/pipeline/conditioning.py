@@ -1,4 +1,4 @@
-"""What images are made from besides their caption.
+"""Inputs of sampling other than captions: image, mask, small image, noise.
 
 An image to edit, the pixels of it that stay, a small image to enlarge, a noise to start from. A
 user's mask is white where the image is regenerated; inside the program there is one convention,
@@ -147,7 +147,7 @@ def read_sources(
 ) -> Sources:
     """Read images and masks, and print one note on stderr: what was changed in them.
 
-    Nothing is printed of what was read before.
+    Inputs that are already decoded are not mentioned again.
 
     Args:
         side: of the result; of a cascade, that of its last stage.

@@ -13,7 +13,7 @@ from glide_jax.pipeline.runner import run
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
-# Off by default: DDIM inversion follows the flow of the prompt alone.
+# Guidance is off by default in inversion, which follows the unguided ODE.
 UNGUIDED: SettingsArguments = {"guidance_scale": 1.0, "clip_scale": 0.0}
 
 

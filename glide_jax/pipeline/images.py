@@ -75,9 +75,9 @@ class Images:
         return Image.fromarray(image_grid(self.images, columns))
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """Return what is needed to reproduce image i: prompt, seed, index, weights, settings.
+        """Return prompt, seed, index, weights and settings of image i.
 
-        The dtype and the names of the CLIP and of the weak model are not in it.
+        To reproduce it, also give the same dtype, CLIP and weak model.
         """
         return {
             "prompt": self.prompts[i],
@@ -247,7 +247,7 @@ def png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
 
 
 def _claim(folder: Path, number: int, pattern: str, data: bytes) -> Path:
-    """Write a file under the first number from `number` on whose name is free."""
+    """Write a file under the first free number, starting at `number`."""
     while True:
         path = folder / pattern.format(number=number)
         try:

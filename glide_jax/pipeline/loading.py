@@ -128,7 +128,7 @@ def _weighted(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, 
 
 
 def _kind(model: Model) -> tuple[Any, ...]:
-    """What two models share that predict the same noise."""
+    """What must be equal for two models to guide each other."""
     return model.config.variant, model.config.image_size, model.schedule, model.diffusion_steps
 
 

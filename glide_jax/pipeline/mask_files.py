@@ -224,7 +224,7 @@ def _square(region: np.ndarray, size: int, fit: Fit) -> np.ndarray:
 def _scaled(
     region: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """Return a part of a mask at another size: where half of a pixel is masked, all of it is."""
+    """Return a part of a mask at another size: a pixel that is at least half masked is masked."""
     image = Image.fromarray(region.astype(np.uint8) * 255)
     shrinks = box[2] - box[0] > size[0] or box[3] - box[1] > size[1]
     # A mask has no grey: it is enlarged without, as in OpenAI's code.

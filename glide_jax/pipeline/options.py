@@ -122,7 +122,7 @@ class SamplingOptions:
         steps: Number of noise levels N, from 1 to 1000, or a respacing string of OpenAI's code,
             such as ddim50, fast27 or 10,10,3,2,2; more is slower and more accurate. N levels need N
             network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (for N of 5 or more), and
-            prk 4(N - 2).
+            prk 4(N - 2); restart and repaint add to them.
         sampler: One of dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms,
             prk, ddim (deterministic); ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde,
             sa (with noise at each step); consistency (for few-step students).
@@ -149,9 +149,10 @@ class SamplingOptions:
             is stronger.
         clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
-            scale 1 and the sampler ddpm. Samplers other than ddpm limit the change of x_0.
-        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
-            clipped to [-1, 1].
+            scale 1 and the sampler ddpm. Samplers other than
+            ddpm, ddpm-small and ddpm-large limit the change of x_0.
+        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
+            to [-1, 1].
         strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more.
         repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run

@@ -23,13 +23,12 @@ from glide_jax.diffusion.sampling import State, stream
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, select_images, usual_batch
-from glide_jax.pipeline.clip_guide import CLIP, LIMIT
+from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.images import from_uint8
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
-from glide_jax.pipeline.settings import ANCESTRAL, Settings
+from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
-from glide_jax.weights.registry import Model
 
 
 class BatchState(NamedTuple):
@@ -174,7 +173,7 @@ def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
 
 
 class _Batch(NamedTuple):
-    """What one batch is sampled from."""
+    """The inputs of one batch."""
 
     stage: Stage
     prompts: Sequence[Prompt]
@@ -225,35 +224,12 @@ class _Batch(NamedTuple):
         if settings.autoguidance_scale != 1 and self.weak_model is None:
             raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
         guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())
-        if not settings.clip_scale:
-            return guidances
-        if self.clip is None:
-            raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
-        check_clip(self.clip, self.stage.model)
-        limit = None if settings.sampler in ANCESTRAL else LIMIT
-        return (*guidances, self.clip.guidance(self.prompts, settings.clip_scale, limit))
+        return (*guidances, *clip_guidance(self.clip, self.stage.model, self.prompts, settings))
 
 
 def is_network(node: Any) -> bool:
     """Whether a node of a tree is a network, whose weights are not batched."""
     return isinstance(node, Network)
-
-
-def check_clip(clip: CLIP, model: Model) -> None:
-    """Check that a noised CLIP sees the images and noise levels of a model.
-
-    Raises:
-        UsageError: image sizes or numbers of timesteps differ.
-    """
-    sides = clip.config.image_size, model.config.image_size
-    timesteps = clip.config.n_timestep, model.diffusion_steps
-    if sides[0] != sides[1]:
-        what = f"{clip.name} sees images of {sides[0]} pixels, {model.name} generates {sides[1]}"
-    elif timesteps[0] not in (0, timesteps[1]):
-        what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
-    else:
-        return
-    raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
 
 
 def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:

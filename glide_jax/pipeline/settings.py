@@ -38,8 +38,6 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
-# The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance has no limit.
-ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -91,9 +89,10 @@ class Settings:
             stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
-            guidance_scale 1 and sampler ddpm. Other samplers limit the change of x_0.
-        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
-            clipped to [-1, 1].
+            guidance_scale 1 and sampler ddpm. Samplers other than ddpm, ddpm-small and ddpm-large
+            limit the change of x_0.
+        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
+            to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
@@ -172,7 +171,7 @@ class Settings:
         return partial(noisy, eta=self.eta)
 
     def grid(self, schedule: Schedule) -> np.ndarray:
-        """Return the noise levels to visit; with a strength, the last share of them.
+        """Return the timesteps to visit; with a strength, the last share of them.
 
         Raises:
             UsageError: see `make_timesteps`; or the strength is out of its range.
@@ -216,7 +215,7 @@ class Settings:
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether `guidance_scale` is all that guides, so that a network can take it as an input.
+        """Whether classifier-free guidance has a scale alone, which can be an input of a network.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
         """

@@ -49,7 +49,8 @@ def sample_shards(
         pipe: generates the images.
         folder: gets `000000.tar`, ... and `shards.json`, which describes the run.
         shard_size: images of a shard.
-        process: index of this process and number of processes: it takes each so-manyth shard.
+        process: (i, n), index of this process and number of processes: it writes the shards i, i + n,
+            i + 2n, ...
         batch_size, upsampler, **settings: see `Pipeline.stream`.
 
     Raises:
@@ -130,7 +131,7 @@ def sample_shards(
 
 
 def _unpadded(prompt: Prompt) -> Prompt:
-    """Return a prompt without the parts of weight 0 that make all of a file as long.
+    """Remove the weight-0 parts that pad all prompts to one length.
 
     A plain caption then costs what it costs alone.
     """

@@ -54,7 +54,7 @@ def encode_text(model: GLIDE, params: Any, tokens: jax.Array, mask: jax.Array) -
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A model with everything that a run of the sampler needs of it.
+    """A model on its devices, with tokenizer and noise schedule.
 
     Attributes:
         model: sizes and weights.

@@ -16,11 +16,11 @@ from glide_jax.folders import expand_home, write_whole
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.lora_config import LoRAConfig
+from glide_jax.training.objective_fields import OBJECTIVES, check_objective
 from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp", "hybrid")
 LEVELS = ("uniform", "log-normal", "loss-aware")
-OBJECTIVES = ("denoising", "consistency")
 ON_BAD_STEP = ("stop", "skip")
 
 
@@ -171,8 +171,9 @@ class TrainConfig(RunConfig):
         level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
             from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
-            student that samples in few steps; see `distillation`.
-        distillation: Teacher and noise levels of the objective "consistency".
+            student that samples in few steps, with the fields of `distillation` in place of those
+            from `weighting` to `level_uniform_share`.
+        distillation: Teacher, noise levels and loss of the objective "consistency".
         lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
             are.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
@@ -252,19 +253,12 @@ class TrainConfig(RunConfig):
             raise UsageError("huber_width cannot be negative")
         if self.model.residual and self.prediction != "x":
             raise UsageError('model.residual predicts the clean image: prediction must be "x"')
-        if self.objective == "consistency":
-            low, high = self.distillation.guidance_scales
-            if low < high and not self.model.guidance_input:
-                raise UsageError("guidance_scales is a range: set model.guidance_input")
-            if self.levels == "loss-aware":
-                raise UsageError("loss-aware levels are for the objective denoising")
-            if self.validate_every:
-                raise UsageError("a held-out loss is not measured with objective consistency")
+        check_objective(self)
         if self.lora.rank:
             self._check_lora()
         if bool(self.low_res_timestep_share) != self.model.low_res_level:
             raise UsageError("low_res_timestep_share and model.low_res_level go together")
-        # Each level but the last halves the image; the low-resolution one has side / 4.
+        # Each resolution of the UNet but the last halves the image; the small image has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:
             raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
@@ -312,6 +306,8 @@ class CLIPTrainConfig(RunConfig):
             raise UsageError(f"timestep_share is above 0 and up to 1, not {self.timestep_share}")
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
+        if self.sample_every:
+            raise UsageError("a noised CLIP makes no grids of samples: sample_every must be 0")
 
 
 def adapts(config: RunConfig) -> bool:

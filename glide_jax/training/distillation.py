@@ -72,7 +72,7 @@ def teacher_steps_at(done: Any, teacher_steps: tuple[int, int]) -> jax.Array:
     """
     first, last = teacher_steps
     stages = math.ceil(math.log2(last / first)) + 1
-    # A share such as 2 / 6 is rounded down as often as up.
+    # The epsilon keeps float32 rounding of `done * stages` from falling below an integer.
     stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
     return jnp.minimum(first * 2.0**stage, last)
 
@@ -182,7 +182,7 @@ def consistency_target(
     """
     here, there = point_at(tables, t, end), point_at(tables, r, end)
     arrived = (r == end)[:, None, None, None]
-    # A finite stand-in where it has arrived: sigma is 0 at the clean image.
+    # Avoid division by sigma = 0 where r is the clean image; the result is not used there.
     there = there._replace(sigma=jnp.where(arrived, 1.0, there.sigma))
     x_end = jnp.where(arrived, x_r, ddim_step(x_r, student(x_r, there), there))
     ratio = here.next_sigma / here.sigma

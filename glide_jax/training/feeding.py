@@ -55,9 +55,10 @@ def open_batches(
 
 
 def align(batches: Batches | ResidentBatches, first: int) -> int:
-    """Make calls from step `first` on end where something is due, and return their steps.
+    """Shorten the calls of a run that resumes at step `first`; return the steps per call.
 
-    A run that was stopped between two such steps, with a loader, continues in shorter calls.
+    So calls end where a checkpoint or a sample is due. A run that was stopped between two
+    such steps, with a loader, continues in shorter calls.
     """
     if not isinstance(batches, ResidentBatches):
         return 1
@@ -88,7 +89,7 @@ def compile_steps(
         return lambda state, item, control: program(state, parallel.put_items(item), control)
 
     def one(state: Any, batch: Batch, control: Control, *, axis: str | None) -> tuple[Any, Any]:
-        return step(state, batch, control.key, lr_factor=control.lr_factor, axis=axis)
+        return step(state, batch, *control, axis=axis)
 
     single = parallel.compile(one)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-# Tells the keys of dropout from what else a record's key is used for.
+# Folded into a record's key to derive its dropout key.
 DROPOUT = 1
 
 

@@ -82,7 +82,7 @@ def add_losses(history: LossHistory, records: Records, axis: str | None = None) 
         records = jax.lax.all_gather(records, axis, tiled=True)
     order = jnp.lexsort((records.row, records.t))
     t, loss = records.t[order], records.loss[order]
-    # The how-manieth loss at its timestep each is, and how many follow it there.
+    # Rank of each loss among those at its timestep, and how many come after it.
     before = jnp.arange(len(t)) - jnp.searchsorted(t, t, side="left")
     after = jnp.searchsorted(t, t, side="right") - 1 - jnp.arange(len(t))
     slot = (history.count[t] + before) % MEMORY

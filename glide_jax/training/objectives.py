@@ -33,7 +33,7 @@ from glide_jax.training.quartiles import by_quartile
 
 Params = Any
 Metrics = dict[str, jax.Array]
-# The metric that is no mean: `Records`, which the training step takes out.
+# Key under which the loss returns its `Records`; the step removes them from the metrics.
 RECORDS = "records"
 
 
@@ -104,7 +104,7 @@ class Objective:
     def of_run(
         self, frozen_params: Params, step: jax.Array | int, done: Any = None
     ) -> dict[str, Any]:
-        """Return the arguments of the loss that say where a run stands, and its teacher or base."""
+        """Return the loss's extra arguments: teacher, step and time done, or the base of LoRA."""
         if self.lora_scale:
             return {"base": frozen_params}
         return {"teacher": frozen_params, "step": step, "done": done} if self.distils else {}
@@ -184,7 +184,7 @@ def sample_noise(key: jax.Array, batch: Batch, levels: Levels | int) -> Noise:
     Args:
         key: of the step.
         batch: its images and rows.
-        levels: distribution of the timesteps; a number T for all timesteps below it alike.
+        levels: distribution of the timesteps; an integer T: uniform over 0..T-1.
     """
     levels = Levels(levels) if isinstance(levels, int) else levels
 

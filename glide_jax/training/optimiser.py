@@ -17,15 +17,16 @@ _ENDS = ("unet/down_0", "unet/head")
 
 
 def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> optax.Schedule:
-    """Return the learning rate by number of updates before: warm-up, then constant or falling to 0.
+    """Return the learning rate as a function of the updates made.
 
-    The first of W updates of the warm-up has the W-th part of the peak, the last one the peak.
+    It warms up, and is then constant or falls to 0. The first of W updates of the warm-up has the
+    W-th part of the peak, the last one the peak.
 
     Args:
         config: the settings.
-        steps: of the whole run.
-        clock: whether the decay follows the clock: the schedule here is then constant, and
-            `clock_rate` multiplies the updates.
+        steps: number of steps of the whole run.
+        clock: whether the decay follows the clock: the schedule here is then constant after the
+            warm-up, and `Clock.factor` multiplies the updates.
     """
     # A cosine's warm-up ends before the run does.
     warmup = config.warmup if config.decay != "cosine" else min(config.warmup, steps - 1)

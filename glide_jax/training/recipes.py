@@ -92,8 +92,9 @@ def toy(config: RunConfig) -> RunConfig:
             "steps": 300 if late or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
-            "distillation": replace(config.distillation, teacher="", teacher_steps=(4, 16)),
         }
+        if config.objective == "consistency":
+            own["distillation"] = replace(config.distillation, teacher="", teacher_steps=(4, 16))
     return replace(
         config,
         name=f"{config.name}-toy",

@@ -1,4 +1,4 @@
-"""What a resumed run says where its recipe is no longer that of the run before."""
+"""Notes of a resumed run on changes of its recipe."""
 
 import sys
 
@@ -24,7 +24,7 @@ def say_changes(config: RunConfig, step: int, seconds: float = 0.0) -> None:
 
 
 def changes(before: RunConfig, config: RunConfig, step: int, seconds: float = 0.0) -> list[str]:
-    """Return what a run says that resumes after `step` steps with another recipe."""
+    """Return one note for each change that affects a run resumed after `step` steps."""
     found = []
     if config.steps < step:
         found.append(

@@ -32,7 +32,9 @@ from glide_jax.training.optimiser_config import OptimiserConfig
 )
 @dataclass(frozen=True, eq=False)
 class TrainState:
-    """Parameters, EMAs and optimiser state: float32, except `step` and bfloat16 moments.
+    """Parameters, EMAs and optimiser state.
+
+    All is float32, except counters, bfloat16 moments, and a base of LoRA in `teacher`.
 
     Attributes:
         step: int32 scalar, the number of steps done.
@@ -42,9 +44,8 @@ class TrainState:
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
         log2_loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
-        frozen_params: parameters of another network that the loss takes too, and that are never
-            updated: of the teacher that is distilled, or of the base of LoRA, in the dtype of the
-            trunk; {} for other objectives.
+        frozen_params: parameters that the loss takes too: of the teacher that is distilled, or of
+            the base of LoRA, in the dtype of the trunk; {} for other objectives.
         loss_history: the last losses at each timestep, for loss-aware levels; None for others.
     """
 

@@ -26,7 +26,7 @@ LOG2_LOSS_SCALE_GROWTH, MIN_LOG2_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Return a recipe's `train_step`, a function of `state`, `batch`, `key` and `axis`."""
+    """Return a recipe's `train_step`, of state, batch, the fields of `Control` and axis."""
     return partial(
         train_step,
         loss=objective.loss,
@@ -40,10 +40,10 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
 
 
 class Control(NamedTuple):
-    """What the host tells a program of several steps.
+    """What the host tells a program of several steps: arguments of `train_step`, in its order.
 
     Attributes:
-        key: of the run.
+        key: key of the run.
         lr_factor: factor of the learning rate; None: 1.
         done: share of the time limit that is used up; None: there is no limit.
     """
@@ -68,7 +68,7 @@ def scan_steps(
     Args:
         state: before the first step.
         items: what `read` needs of each step; every array begins with the step.
-        control: the key of the run, and the factor of the learning rate.
+        control: what the host tells each step.
         data: arrays that all steps share.
         step: from `make_step`.
         read: `(data, item) -> Batch`.
@@ -79,10 +79,7 @@ def scan_steps(
     """
 
     def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
-        batch = read(data, item)
-        return step(
-            state, batch, control.key, lr_factor=control.lr_factor, done=control.done, axis=axis
-        )
+        return step(state, read(data, item), *control, axis=axis)
 
     if jax.tree.leaves(items)[0].shape[0] == 1:
         return one(state, jax.tree.map(lambda x: x[0], items))
@@ -93,6 +90,8 @@ def train_step(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
+    lr_factor: jax.Array | np.ndarray | None = None,
+    done: jax.Array | np.ndarray | None = None,
     *,
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
@@ -101,8 +100,6 @@ def train_step(
     of_run: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
-    lr_factor: jax.Array | np.ndarray | None = None,
-    done: jax.Array | np.ndarray | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
@@ -114,16 +111,16 @@ def train_step(
     Args:
         state: before the step.
         batch: this device's part, or the whole batch if `axis` is None.
-        key: of the run; the step and each record's row are folded in here.
+        key: key of the run; the step and each record's row are folded in here.
+        lr_factor: factor of this step's learning rate; None: 1.
+        done: see `Control`.
         loss: see `glide_jax.training.objectives.Objective`.
-        optimiser: see `glide_jax.training.state.make_optimiser`.
+        optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
         lr_schedule: the optimiser's learning rate, for the metrics; None: they have none.
         of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
-        lr_factor: factor of this step's learning rate; None: 1.
-        done: see `Control`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -182,7 +179,7 @@ def apply_gradient(
     lr_factor: jax.Array | np.ndarray | None = None,
     loss_history: LossHistory | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the end of `train_step`: what is done once, however many microbatches there are.
+    """Apply a gradient: the part of `train_step` after all microbatches.
 
     Args:
         grads: of the scaled loss, averaged over the batch; without frozen parameters.

@@ -114,5 +114,20 @@ def test_two_intervals_hold_together():
     assert free.within(0.1, 5.0).within(0.3, 9.0).interval == (0.3, 5.0)
     composed = compose(free.within(0.1, 5.0)).within(0.3, 9.0)
     assert [part.interval for part in composed.parts()] == [(0.3, 5.0)]
-    never = free.within(0.1, 1.0).within(2.0, 3.0)
-    assert not any(never.acts_at(level) for level in (0.5, 1.5, 2.5))
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        lambda: classifier_free(2.0).within(0.3, 1.0),
+        lambda: compose(clip_x0(), classifier_free(2.0).within(0.3, 1.0)),
+    ],
+)
+def test_intervals_without_a_common_level_are_refused(guided):
+    assert guided().within(0.5, 3.0).parts()[-1].interval == (0.5, 1.0)
+    message = (
+        r"^classifier_free would act nowhere within \(1\.0, 3\.0\): "
+        r"an earlier interval has no level in common with it$"
+    )
+    with pytest.raises(UsageError, match=message):
+        guided().within(1.0, 3.0)

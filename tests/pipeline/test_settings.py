@@ -13,10 +13,10 @@ import pytest
 import glide_jax as glide
 from glide_jax.diffusion.grids import SPACINGS
 from glide_jax.diffusion.guidance import branches_of
+from glide_jax.pipeline.clip_guide import ANCESTRAL
 from glide_jax.pipeline.options import SamplingOptions, read_options
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import (
-    ANCESTRAL,
     METHODS,
     WITH_ETA,
     Settings,

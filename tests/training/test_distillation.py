@@ -1,6 +1,7 @@
 """Consistency distillation: noise levels, scales, and the teacher in the training step."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training import distillation, objectives
-from glide_jax.training.config import TrainConfig
+from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.distillation import (
     ConsistencyTerms,
     earlier,
@@ -26,6 +27,7 @@ from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.initial import begin_state, teacher_params
+from glide_jax.training.objective_fields import DENOISING
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.quartiles import finish
 from glide_jax.training.state import abstract_state
@@ -89,6 +91,46 @@ def test_fields_that_are_refused(options, message):
         DistillationConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "default"),
+    [
+        ("weighting", "v", "'none'"),
+        ("snr_gamma", 4.0, "5.0"),
+        ("huber_width", 0.05, "0.0"),
+        ("levels", "log-normal", "'uniform'"),
+        ("levels", "loss-aware", "'uniform'"),
+        ("level_mean", 1.0, "0.0"),
+        ("level_std", 2.0, "1.0"),
+        ("level_uniform_share", 0.0, "0.1"),
+    ],
+)
+def test_fields_of_the_denoising_loss_are_refused(field, value, default):
+    assert getattr(replace(denoising_config(), **{field: value}), field) == value
+    message = f"{field} is for objective denoising: choose that, or set it to {default}"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        replace(student_config(), **{field: value})
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(DistillationConfig)])
+def test_fields_of_distillation_are_refused_in_denoising(field):
+    set_ = {"teacher": "runs/x", "guidance_scales": (2.0, 2.0), "teacher_steps": (4, 16),
+            "student_steps": 2, "clip_x0": False}  # fmt: skip
+    value, default = set_.get(field, 0.3), getattr(DistillationConfig(), field)
+    message = (
+        f"distillation.{field} is for objective consistency: choose that, or set it to {default!r}"
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        replace(denoising_config(), distillation=DistillationConfig(**{field: value}))
+
+
+def test_every_field_has_an_objective():
+    """A new field of the loss is noticed here: sort it into those of one objective or of both."""
+    loss = set(f.name for f in fields(TrainConfig)) - {f.name for f in fields(RunConfig)}
+    of_both = {"prediction", "objective", "distillation", "lora", "caption_dropout"}
+    of_both |= {"low_res_timestep_share", "mask_all_share", "train_size"}
+    assert {name for name in loss - of_both if not name.startswith("sample_")} == set(DENOISING)
+
+
 def test_a_range_of_scales_needs_the_input_and_a_teacher():
     with pytest.raises(UsageError, match=r"set model\.guidance_input"):
         replace(student_config(), model=SMALL)
@@ -114,6 +156,10 @@ def student_config(teacher="teacher", **options):
         caption_dropout=0.1,
         **options,
     )
+
+
+def denoising_config(**options):
+    return TrainConfig(name="x", model=SMALL, **options)
 
 
 def batch_of(config):
@@ -171,7 +217,8 @@ def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
     assert {p: x.shape for p, x in flatten(shapes).items()} == {
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }
-    assert flops_per_image(config) > flops_per_image(replace(config, objective="denoising"))
+    denoising = replace(config, objective="denoising", distillation=DistillationConfig())
+    assert flops_per_image(config) > flops_per_image(denoising)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,6 +13,7 @@ from glide_jax.training import clock as clocks
 from glide_jax.training import feeding
 from glide_jax.training.clock import Clock
 from glide_jax.training.config import OptimiserConfig, TrainConfig
+from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.feeding import align, compile_steps, open_batches, steps_per_call
 from glide_jax.training.initial import begin_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
@@ -97,3 +98,25 @@ def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
     now[0] += 16
     assert clock.over and clock.factor() == 0
     assert Clock(replace(config, minutes=0)).factor() is None
+
+
+@pytest.mark.parametrize("on_device", ["yes", "no"])
+def test_the_teacher_steps_of_distillation_follow_the_clock(on_device):
+    config = replace(
+        CONFIG,
+        objective="consistency",
+        distillation=DistillationConfig(teacher_steps=(2, 16)),
+        data=replace(CONFIG.data, on_device=on_device),
+        minutes=1,
+        steps=1000,
+    )
+    objective = make_objective(config)
+    parallel = make_parallel("pmap", config.batch_size)
+    batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
+    run = compile_steps(config, make_step(config, objective), batches, parallel)
+    state, found = begin_state(config, objective, parallel), []
+    for done in (0.0, 0.3, 0.9):  # two, four and sixteen steps: a quarter of the time each
+        control = Control(jax.random.key(1), np.float32(1), np.float32(done))
+        state, metrics = run(state, next(batches), control)
+        found.append(float(parallel.gather(metrics)["teacher_steps"]))
+    assert found == [2, 4, 16]

@@ -12,7 +12,7 @@ import pytest
 from glide_jax.devices.parallel import make_parallel
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.errors import GlideError, UsageError
+from glide_jax.errors import GlideError
 from glide_jax.training import loss_aware
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import name_of
@@ -299,8 +299,6 @@ def test_a_recipe_chooses_them():
     assert abstract.loss_history.losses.shape == (STEPS, 10)
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(abstract)]
     assert sum("loss_history" in name for name in names) == 2
-    with pytest.raises(UsageError, match="loss-aware levels are for the objective denoising"):
-        TrainConfig(name="x", model=TINY, levels="loss-aware", objective="consistency")
     # Held-out losses have no history: every timestep alike, and no weights.
     batch = make_batch()
     plain, _ = LOSS({"w": jnp.ones(3)}, batch, KEY)

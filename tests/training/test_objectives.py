@@ -364,6 +364,11 @@ def test_a_clip_refuses_gradient_accumulation():
         CLIPTrainConfig(name="x", model=CLIP, accumulate=2)
 
 
+def test_a_clip_refuses_grids_of_samples():
+    with pytest.raises(UsageError, match="no grids of samples: sample_every must be 0"):
+        CLIPTrainConfig(name="x", model=CLIP, sample_every=100)
+
+
 def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     """With a single noise level the images are nearly clean."""
     _, params = clip

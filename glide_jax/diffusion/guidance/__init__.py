@@ -16,7 +16,7 @@ CLIP guidance is `classifier_guidance` with the noised CLIP of `glide_jax.pipeli
 `mu + s Sigma grad(k f(x_t) . g(c))` with ancestral samplers, where k is the CLIP's logit scale.
 Other samplers add `s sigma^2 / alpha` times the gradient to `x_0`.
 
-Every parameter may be a scalar or have one value per image, `(B,)`.
+Every number may be a scalar or have one value per image, `(B,)`.
 """
 
 from glide_jax.diffusion.guidance.gradients import classifier_guidance, image_loss

@@ -1,7 +1,12 @@
 """Guidance by gradients of a log-probability of x_t: classifiers, noised CLIP, image losses.
 
-A gradient moves the mean of a step in ancestral samplers (ADM, algorithm 1), and x_0 in all others
-(ADM, algorithm 2); the sampler's table has the coefficients.
+The functions here compute a gradient g, already times its scale. The loop over the sampler's table
+(`run_rows` in `sampling.py`) adds it in one of two ways:
+
+    mean + Sigma g                  ancestral samplers  (ADM, 2105.05233, algorithm 1)
+    x_0 + x_0_weight(...) g         all other samplers  (ADM, algorithm 2)
+
+The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_weight`) choose between them.
 """
 
 from typing import Any
@@ -14,6 +19,14 @@ from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
 DATA_STD = 0.5
+
+
+def x_0_weight(alpha: Any, sigma: Any) -> Any:
+    """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
+
+    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
+    """
+    return sigma**2 / alpha
 
 
 @guidance()
@@ -62,7 +75,8 @@ def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
     """
     left_open = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
-    change = jnp.maximum(point.sigma**2 / point.alpha * rms, jnp.finfo(rms.dtype).tiny)
+    change = x_0_weight(point.alpha, point.sigma) * rms
+    change = jnp.maximum(change, jnp.finfo(rms.dtype).tiny)
     return gradient * jnp.minimum(1, per_image(limit) * left_open / change)
 
 

@@ -1,7 +1,8 @@
 """Guidance by differences of branches: classifier-free guidance and its relatives.
 
 All but `apg` add multiples of differences of branches to the current eps. In this form
-several of them add up, and scale 1 of `classifier_free` changes no bit:
+several of them add up, and scale 1 of `classifier_free` changes no bit of eps (x_0 of a network
+that predicts v or x_0 changes by rounding, since `with_eps` computes it from eps):
 `eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
 `apg` adds to x_0 instead: it projects the difference, and remembers that of the step before.
 """
@@ -61,7 +62,7 @@ def all_of(
     """
     if len(prompts) != len(weights):
         raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
-    # Added to eps, which is already eps(c): so the caption starts at weight -1.
+    # The sum is added to eps = eps(c), so the caption's own weight is reduced by 1.
     names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
     total: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):

@@ -60,15 +60,22 @@ class Guidance:
     def within(self, low: float, high: float) -> "Guidance":
         """Restrict it to noise levels `low < sigma / alpha <= high`  (2404.07724).
 
-        It then acts where the interval that it had before holds too.
+        A previous interval still applies: the result is the intersection.
 
         Raises:
-            UsageError: not `0 <= low < high`.
+            UsageError: not `0 <= low < high`; or it, or a part of it, would then act nowhere.
         """
         if not 0 <= low < high:
             raise UsageError(f"an interval needs 0 <= low < high, not ({low}, {high})")
         interval = max(float(low), self.interval[0]), min(float(high), self.interval[1])
-        return replace(self, interval=interval)
+        result = replace(self, interval=interval)
+        for part in result.parts():
+            if not part.interval[0] < part.interval[1]:
+                raise UsageError(
+                    f"{part.name} would act nowhere within ({low}, {high}): "
+                    "an earlier interval has no level in common with it"
+                )
+        return result
 
     def against(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.

@@ -90,7 +90,7 @@ def with_jumps(
 
     Args:
         jumps: `(bottom, top)`, indices of steps, in the order of the run: from the level that step
-            `bottom` starts at, back to the level that step `top` starts at. Bottoms never fall.
+            `bottom` starts at, back to the level that step `top` starts at. Sorted by `bottom`.
 
     Raises:
         UsageError: the sampler has no row between two levels of a jump.

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from glide_jax.diffusion.guidance.gradients import x_0_weight
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
@@ -33,7 +34,7 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[again] = values
         table = table._replace(**{name: column})
-    gradient_x_0 = table.sigma**2 / table.alpha
+    gradient_x_0 = x_0_weight(table.alpha, table.sigma)
     table = table._replace(Px=1.0 - again, Py=1.0 * again, gradient_x_0=gradient_x_0, index=row)
     return table, again
 
@@ -167,7 +168,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        gradient_x_0=table.sigma**2 / table.alpha, index=np.arange(len(rows))
+        gradient_x_0=x_0_weight(table.alpha, table.sigma), index=np.arange(len(rows))
     )
 
 
@@ -176,9 +177,10 @@ def plms(
 ) -> Table:
     """Pseudo linear multistep on the noise, warmed up by Runge-Kutta  (PNDM, 2202.09778).
 
-    As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, and the
-    first and the last level of the grid are left out. So N levels make N - 2 steps, and the image
-    keeps the noise of the cleanest level. The first three steps take four evaluations each.
+    As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, the first
+    level of the grid is left out, and so is the step from the last level to the clean image. So N
+    levels make N - 2 steps, and the image keeps the noise of the cleanest level. The first three
+    steps take four evaluations each.
 
     Args:
         runge_kutta: every step by Runge-Kutta (PRK), with four evaluations each.

@@ -16,6 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from glide_jax.diffusion.guidance.gradients import x_0_weight
 from glide_jax.diffusion.schedule import Schedule, posterior
 
 # Number of predictions that the history holds.
@@ -120,7 +121,7 @@ def on_history(first: np.ndarray, *older: np.ndarray) -> np.ndarray:
 
 
 def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
-    """Return a table that shifts a history of x_0; its update of x is still zero."""
+    """Return a table that shifts a history of x_0; the caller fills in the update of x."""
     n = len(grid)
     alpha, sigma, _ = levels(schedule, grid)
     zero, one = np.zeros(n), np.ones(n)
@@ -146,7 +147,7 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         log_beta_tilde=q.log_beta_tilde[::-1],
         s=zero,
         s_learned=zero,
-        gradient_x_0=sigma[:-1] ** 2 / alpha[:-1],
+        gradient_x_0=x_0_weight(alpha[:-1], sigma[:-1]),
         gradient_mean=zero,
         keep=one,
         index=rows,
