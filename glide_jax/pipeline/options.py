@@ -151,8 +151,8 @@ class SamplingOptions:
             follows the prompt more closely. OpenAI's notebook uses 3, with guidance
             scale 1 and the sampler ddpm. Samplers other than
             ddpm, ddpm-small and ddpm-large limit the change of x_0.
-        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more.
         repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run

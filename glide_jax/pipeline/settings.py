@@ -91,8 +91,8 @@ class Settings:
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
             guidance_scale 1 and sampler ddpm. Samplers other than ddpm, ddpm-small and ddpm-large
             limit the change of x_0.
-        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is clipped
-            to [-1, 1].
+        dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
+            clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.

@@ -49,8 +49,8 @@ def sample_shards(
         pipe: generates the images.
         folder: gets `000000.tar`, ... and `shards.json`, which describes the run.
         shard_size: images of a shard.
-        process: (i, n), index of this process and number of processes: it writes the shards i, i + n,
-            i + 2n, ...
+        process: (i, n), index of this process and number of processes: it writes the shards i,
+            i + n, i + 2n, ...
         batch_size, upsampler, **settings: see `Pipeline.stream`.
 
     Raises:

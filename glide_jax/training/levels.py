@@ -17,8 +17,8 @@ class Levels:
 
     Attributes:
         steps: timesteps are below this number.
-        half_log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it; None:
-            uniform timesteps.
+        half_log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it;
+            None: uniform timesteps.
         mean, std: of the normal distribution.
         uniform: share of timesteps that are sampled uniformly.
         probability: `(T,)` of each timestep; None: as above.

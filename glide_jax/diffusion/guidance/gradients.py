@@ -6,7 +6,8 @@ The functions here compute a gradient g, already times its scale. The loop over 
     mean + Sigma g                  ancestral samplers  (ADM, 2105.05233, algorithm 1)
     x_0 + x_0_weight(...) g         all other samplers  (ADM, algorithm 2)
 
-The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_weight`) choose between them.
+The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_weight`) choose between
+them.
 """
 
 from typing import Any
