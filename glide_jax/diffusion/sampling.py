@@ -183,9 +183,35 @@ def is_keys(noise: jax.Array) -> bool:
     return jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
 
 
+@jax.tree_util.register_pytree_node_class
+class Flattened:
+    """A tree of hundreds of arrays that is taken apart once, not in each call of a program."""
+
+    def __init__(self, leaves: Sequence[Any], structure: Any):
+        self._leaves, self._structure = leaves, structure
+
+    @classmethod
+    def of(cls, tree: Any) -> "Flattened":
+        """Take a tree apart."""
+        return cls(*jax.tree.flatten(tree))
+
+    def tree(self) -> Any:
+        """Return the tree."""
+        return jax.tree.unflatten(self._structure, self._leaves)
+
+    def tree_flatten(self) -> tuple[Sequence[Any], Any]:
+        """Return the arrays, and the structure; for jax."""
+        return self._leaves, self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Sequence[Any]) -> "Flattened":
+        """Return the inverse of `tree_flatten`; for jax."""
+        return cls(leaves, structure)
+
+
 @jax.jit
 def run_rows(
-    networks: Mapping[str, Network],
+    networks: Mapping[str, Network] | Flattened,
     conds: Mapping[str, Any],
     plan: Plan,
     state: State,
@@ -201,6 +227,7 @@ def run_rows(
         conds: conditioning of each branch by its name, arrays batch first.
         noise: `(N, B, H, W, C)`, the noise of each row, or `(B,)` keys.
     """
+    networks = networks.tree() if isinstance(networks, Flattened) else networks
     active = [[plan.guidance[i] for i in members] for members in plan.guidance_sets]
     predictors = [
         solver_view(apply(noise_predictor(networks, conds, branches_of(guidances)), guidances))
@@ -281,7 +308,7 @@ def sample(
     Returns:
         The last state; its `x` is the image, nominally in [-1, 1].
     """
-    return run_rows(networks, conds, plan, start(plan, x), noise)
+    return run_rows(Flattened.of(networks), conds, plan, start(plan, x), noise)
 
 
 def stream(
@@ -302,9 +329,9 @@ def stream(
     Yields:
         The number of rows done, and the state after them.
     """
-    state = start(plan, x)
+    state, flat = start(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         some = slice(first, first + rows)
         part = replace(plan, table=Table(*(column[some] for column in plan.table)))
-        state = run_rows(networks, conds, part, state, noise if is_keys(noise) else noise[some])
+        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[some])
         yield min(first + rows, len(plan)), state
