@@ -1,6 +1,6 @@
 """Generate images from text: python sample.py "a red apple"
 
-After `pip install`, `glide-jax sample "a red apple"` is the same command in any folder.
+If glide-jax is installed, write `glide-jax sample` instead of `python sample.py` in the examples.
 
 Without a prompt it generates a few example images. Several prompts give several images. Within one
 prompt, AND and NOT join captions, each with an optional weight. Examples:
@@ -13,9 +13,9 @@ prompt, AND and NOT join captions, each with an optional weight. Examples:
   python sample.py "a red apple" "a rocket" --interpolate --num 8        interpolation
   python sample.py --prompts-file captions.txt --shards out              thousands, in tar shards
 
-Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce it, run
-its prompt alone with the same options, and with --seed and --first-index from its metadata (this
-does not work for --interpolate).
+Each image is a PNG file with its prompt, seed, index and settings as metadata. To reproduce one
+image, repeat the command with only its prompt, and with --seed and --first-index from its metadata.
+Images of --interpolate cannot be reproduced alone.
 """
 
 from pathlib import Path
@@ -81,7 +81,11 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")
-        near = {"amount": editing.variation, "caption": editing.init_caption, "fit": editing.fit}
+        near = {
+            "variation": editing.variation,
+            "init_caption": editing.init_caption,
+            "fit": editing.fit,
+        }
         images = pipe.variations(image, *prompts, **near, **call)
     else:
         reading = {

@@ -1,22 +1,21 @@
 """Train a GLIDE model or its noised CLIP: python train.py --config cfg64 --data.source FOLDER
 
-After `pip install`, `glide-jax train` is the same command in any folder.
+If glide-jax is installed, write `glide-jax train` instead of `train.py` in the examples.
 
 A recipe is a Python file. --config takes the name of a recipe in configs/ (cfg64), or the path of
-your own (my/recipe.py); a size may follow a colon (cfg64:paper). Every field is an option:
+your own (my/recipe.py). A size may follow a colon (cfg64:paper). Every field is an option:
 
   train.py --config cfg64 --data.source images --steps 1000 --optimiser.learning-rate 3e-4
-  train.py --config cfg64 --help              all fields, with the values of this recipe
+  train.py --config cfg64 --help              all options, with the values of this recipe
   train.py --config cfg64 --dry-run v5e:4x4   estimates memory and time for TPUs, without one
   train.py --config cfg64 --dry-run cpu       the same for this machine
 
-The same command resumes a stopped run from its newest checkpoint. On SIGTERM and Ctrl-C the
+Repeat the command to resume a stopped run from its newest checkpoint. On SIGTERM and Ctrl-C the
 training saves a checkpoint and ends with exit code 0.
 
 Several machines: start the same command on each of them, with an --out folder that they share. The
 processes find each other on TPU slices and under Slurm, Open MPI and Kubernetes. On other clusters
-add the options --coordinator HOST:PORT --processes N --process I. With --coordinator none a process
-trains alone.
+add the options --coordinator HOST:PORT --processes N --process I.
 """
 
 import sys

@@ -11,11 +11,11 @@ USAGE = """usage: glide-jax COMMAND [OPTIONS]
 
   sample     generate images: glide-jax sample "a red apple"
   train      train a model: glide-jax train --config cfg64 --data.source FOLDER
-  evaluate   measure images: glide-jax evaluate ranking --data emoji64.npz
+  evaluate   score a model or a folder of images: glide-jax evaluate ranking --data emoji64.npz
   weights    convert, export, average and push: glide-jax weights convert base.pt base
   data       make the emoji data set: glide-jax data fetch --to sources
-  demo       open a page with a brush in a browser: pip install '.[demo]'
-  env        versions, devices and folders, for bug reports
+  demo       generate and edit images in a browser (needs pip install '.[demo]')
+  env        print versions, devices and folders, for bug reports
 
 glide-jax COMMAND --help describes the options of a command."""
 

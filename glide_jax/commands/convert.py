@@ -1,4 +1,4 @@
-"""`glide-jax weights`: convert weights, make an EMA, export a run or its LoRA, push to the Hub."""
+"""Convert weights, make a post-hoc EMA, export a run or its LoRA, push to the Hub."""
 
 import sys
 from collections.abc import Sequence
@@ -59,9 +59,9 @@ def export_run(run: Run, to: To) -> None:
 
 
 def lora(run: Run, to: To) -> None:
-    """Write the pairs of a training run with LoRA as one small safetensors file.
+    """Write the LoRA of a training run as one small safetensors file.
 
-    Sampling takes it beside the weights: glide-jax sample --lora FILE.
+    To sample with it: glide-jax sample --lora FILE.
 
     Args:
         run: Folder of a run of train.py with --lora.rank.
@@ -84,8 +84,8 @@ def ema(run: Run, *, width: float, out: Path, step: int | None = None) -> None:
 
     Args:
         run: Folder of a run of train.py with --optimiser.ema-power.
-        width: Width of the EMA, as a share of the training: above 0 and below 0.28. A larger
-            value averages over more steps. It must be between the saved widths, or near them.
+        width: Width of the EMA, as a share of the training: above 0 and below 0.28. A larger value
+            averages over more steps. It should lie between the saved widths or close to them.
         out: Folder for config.json and model.safetensors; created if needed.
         step: Last training step of the EMA. Default: the last step at which EMAs were saved.
     """

@@ -27,6 +27,11 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
+USAGE = """usage: glide-jax env [-h]
+
+Print what a bug report needs: the versions of glide-jax, Python and the packages it uses; the
+devices, and the dtype of the trunk on them; the cache folder; the embedded weights; and the
+variables that change how jax works. It takes no other options."""
 VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR")
 
 
@@ -59,7 +64,10 @@ def _version(package: str) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Print the environment; it takes no options."""
-    if arguments and arguments[0] not in ("-h", "--help"):
+    """Print the environment, or the help; it takes no other options."""
+    if not arguments:
+        print(describe_environment())
+    elif arguments[0] in ("-h", "--help"):
+        print(USAGE)
+    else:
         raise UsageError(f"glide-jax env takes no options, not {arguments[0]}")
-    print(describe_environment())

@@ -1,7 +1,7 @@
-"""`glide-jax evaluate`: measures images that a model generates, one command per question.
+"""`glide-jax evaluate`: scores a model or a folder of images, one command per question.
 
 glide-jax evaluate ranking --data emoji64.npz
-glide-jax evaluate sweep --data emoji64.npz --sweep guidance-scale
+glide-jax evaluate sweep --data emoji64.npz --vary guidance-scale
 """
 
 import sys
@@ -47,23 +47,21 @@ WEIGHTS = "emoji64"
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model that generates, and where it runs.
+    """The model, and the devices it runs on.
 
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
             train.py.
-        upsampler: Weights of an upsampler, whose enlarged images are then measured. Default: none,
-            even for weights that have one of their own.
+        upsampler: Weights of an upsampler, whose enlarged images are scored. Default: none.
         clip: Weights of a noised CLIP for --clip-scale, or none. Default: the one that belongs to
             the weights (emoji_clip64).
-        weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
+        weak_model: Weights of a weaker model (smaller, or trained less), for --autoguidance-scale.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
             errors only.
         batch_size: Images generated at a time; more needs more memory. It changes an image by
-            rounding errors only. Default for 64x64: 16 on a CPU, 64 on other devices; a quarter of
-            that at 256x256.
+            rounding errors only. Default: 16 on a CPU, else 64; a quarter of that at 256x256.
     """
 
     weights: str = WEIGHTS
@@ -135,7 +133,7 @@ class ScorerOptions:
 class Nearest:
     """Find the training image nearest to each generated image: a test of memorisation.
 
-    Generates ten training captions and five held-out concept-style pairs.
+    Generates images for ten training captions and five held-out concept-style pairs.
 
     Attributes:
         out: Folder for nearest.json and two sheets.
@@ -165,19 +163,19 @@ class Nearest:
 class Ranking:
     """Test whether an independent CLIP ranks an image's caption first among a hundred.
 
-    Generates training concepts and held-out concept-style pairs, and compares with real images.
+    Generates images of training concepts and held-out pairs, and scores real images likewise.
 
     Attributes:
         out: Folder for ranking.json and two sheets with all images.
         images: Images of each kind, from 1 to the number of concepts and of held-out pairs; more
             images give more precise rates.
-        captions: Captions to choose from, for each image, the right one included; at least the
-            number of styles plus 20. More captions make the test harder.
+        choices: Captions to choose from for each image, the correct one included; at least the
+            number of styles plus 20. More make the test harder.
     """
 
     out: Path = Path("evaluation")
     images: int = 50
-    captions: int = 100
+    choices: int = 100
     scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
     model: OmitArgPrefixes[ModelOptions] = ModelOptions()
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
@@ -193,7 +191,7 @@ class Ranking:
             self.out,
             seed=self.dataset.seed,
             images=self.images,
-            captions=self.captions,
+            captions=self.choices,
             batch_size=self.model.batch_size,
             settings=self.sampling.chosen(),
         )
@@ -211,34 +209,33 @@ class Ranking:
 class Sweep:
     """Measure fidelity, diversity and alignment while one setting varies; with figures.
 
-    All points use the same captions and noise. The same command resumes after an interruption.
+    All points use the same captions and noise. Repeat the command to continue where it stopped.
     Sweeps of the same weights, captions and scorer can share a folder and its figures.
 
     Attributes:
-        sweep: What to vary, one or several: guidance-scale, clip-scale, steps, sampler, spacing,
-            guidance-interval. guidance-scale turns CLIP guidance off unless --clip-scale is set;
-            clip-scale uses guidance scale 1 and the sampler ddpm unless these are set.
+        vary: What to vary, one or several of guidance-scale, clip-scale, steps, sampler, spacing,
+            guidance-interval. A sweep of guidance-scale has no CLIP guidance unless --clip-scale is
+            set. One of clip-scale has guidance scale 1 and the sampler ddpm unless set.
         values: Values of a single sweep, in place of its defaults: guidance-scale 1 1.5 2 3 4 6 8,
             clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
             guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
-        out: Folder for sweep.json, the figures, and a sheet of the images of each point.
+        out: Folder for sweep.json, the figures, and a sheet of the images per point.
         features: Feature spaces for distances between sets of images: scorer, or weight files
             of other networks (Inception v3 of FID, CLIP, DINOv2).
-        images: Images of each point, more than `nearest_k`; more images make the measures more
-            precise. Only points with equal numbers are comparable.
-        captions: Captions to choose from, for each image, the right one included; at least 2. More
-            captions make R-precision harder.
-        nearest_k: The k of precision and recall, at least 1 and below the number of images: an
-            image lies among others within the distance of their k-th neighbour. A larger k raises
-            both; with few images use 1.
+        images: Images per point, more than --nearest-k; more images make the measures more precise.
+            Only points with equal numbers are comparable.
+        choices: Captions to choose from for each image, the correct one included; at least 2. More
+            make R-precision harder.
+        nearest_k: k of the k-nearest-neighbour precision and recall (1904.06991), at least 1 and
+            below the number of images. A larger k raises both; with few images use 1.
     """
 
-    sweep: tuple[str, ...]
+    vary: tuple[str, ...]
     values: Annotated[tuple[str, ...], HIDDEN] = ()
     out: Path = Path("evaluation")
     features: tuple[str, ...] = (SCORER,)
     images: int = 64
-    captions: int = 100
+    choices: int = 100
     nearest_k: int = 3
     scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
     model: OmitArgPrefixes[ModelOptions] = ModelOptions()
@@ -247,7 +244,7 @@ class Sweep:
 
     def run(self) -> None:
         """Measure the missing points, and write the figures."""
-        todo = sweep_options.tasks(self.sweep, self.values, self.sampling.chosen())
+        todo = sweep_options.tasks(self.vary, self.values, self.sampling.chosen())
         # A missing matplotlib must fail before the first point, not after the last.
         figures.figure_class()
         config, pipe = self.dataset.config(), self.model.pipeline()
@@ -258,7 +255,7 @@ class Sweep:
             tuple(open_space(name, scorer) for name in self.features),
             config,
             images=self.images,
-            captions=self.captions,
+            captions=self.choices,
             seed=self.dataset.seed,
             batch_size=self.model.batch_size,
             nearest_k=self.nearest_k,
@@ -278,7 +275,7 @@ class Loss:
     Attributes:
         splits: Splits of the data.
         out: Folder for loss.json. Default: the losses are only printed.
-        images: Images of each split, at least 1, in whole batches; more give a more precise loss.
+        images: Images per split, at least 1, in whole batches; more give a more precise loss.
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
             train.py.
         dtype: Dtype of the network: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
@@ -316,12 +313,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Count which details of procedural scenes generated images show correctly.
+    """Count the details of procedural scenes that the images of a model show correctly.
 
     Attributes:
         weights: Weights trained on procedural scenes: a folder, or a run of train.py.
         out: Folder for scenes.json and a sheet.
-        split: train, or test, whose combinations are not in the training split.
+        split: train, or test (combinations that are not in the training split).
         images: Images to generate, at least 1, of scenes 0, 1, ... of the split; more images give
             more precise rates.
         seed: Seed of the images, from 0 to 2^32 - 1.
@@ -375,7 +372,7 @@ def read(arguments: Sequence[str]) -> Command:
     return tyro.cli(
         reduce(or_, kinds),
         prog="glide-jax evaluate",
-        description="Measure images that a model generates.",
+        description="Score a model, or any folder of images.",
         args=words,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
     )

@@ -38,30 +38,35 @@ CLIP_GUIDED = {"guidance_scale": 1.0, "sampler": "ddpm"}
 class Curve:
     """Generate images at several guidance scales, and score each against real images.
 
-    FID, inception score, precision, recall and CLIP score, as in figure 6 of the paper. The same
-    command continues after an interruption: images are tar shards, as of glide-jax sample.
+    FID, inception score, precision, recall and CLIP score, as in figure 6 of the paper. The images
+    are written to tar shards, as by glide-jax sample --shards. Repeat the command to continue after
+    an interruption.
 
     Attributes:
-        prompts_file: Captions: a text file with one a line, a table, or JSON such as COCO's
-            captions_val2014.json.
+        prompts_file: Captions: a text file with one per line, a table, or a JSON file such as
+            COCO's captions_val2014.json.
         real: Folder of real images or of tar shards, or an .npz with images.
-        inception: The Inception of FID, pt_inception-2015-12-05-6726825d.pth.
+        inception: Weight file of the Inception network of FID,
+            pt_inception-2015-12-05-6726825d.pth, from the releases of
+            github.com/mseitzer/pytorch-fid.
         score_clip: The CLIP of the CLIP score, trained on images without noise: a folder of
             transformers (huggingface.co/openai), or a file of a state dict.
-        prompts_field: The column or field of --prompts-file, where its name is unusual.
-        num: Images a point: as many random captions, an image each.
+        prompts_field: The column or field of --prompts-file that has the captions. Default:
+            caption, text, prompt or a similar name.
+        num: Images per point: this many random captions, with one image each.
         seed: Seed of the images and of the choice of captions.
-        scales: Scales of classifier-free guidance, a point each.
-        clip_scales: Scales of CLIP guidance, a point each; the guiding CLIP is --clip. Classifier-
-            free guidance is off, and the sampler is ddpm unless --sampler is set.
+        scales: Scales of classifier-free guidance. Each gives one point of the curve.
+        clip_scales: Scales of CLIP guidance by the CLIP of --clip. Each gives one point of the
+            curve, without classifier-free guidance, and with the sampler ddpm unless --sampler is
+            set.
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
         nearest_k: The k of precision and recall.
         allow_few_images: Accept sets that have no more images than the network has dimensions. FID
             is then too large.
-        shard_size: Images of a shard.
-        processes: Number of processes that share the images, where the environment does not say
-            it.
+        shard_size: Images per shard.
+        processes: Number of processes that share the images. Not needed on TPU slices, under Slurm
+            or under Open MPI.
         process: Index of this process, from 0.
         out: Folder for the shards, curve.json and curve.png.
     """

@@ -51,9 +51,9 @@ def push(
 
     Args:
         source: Folder of weights, run of train.py, name (emoji64), or .pt file.
-        to: Repository, hf://USER/NAME or hf://USER/NAME/FOLDER; created where it does not exist.
+        to: Repository, hf://USER/NAME or hf://USER/NAME/FOLDER. It is created if it does not exist.
         private: Create the repository as private.
-        revision: Branch; created where it does not exist. Default: the main branch.
+        revision: Branch. It is created if it does not exist. Default: the main branch.
         message: Message of the commit. Default: the version of glide-jax.
         license: Licence of the weights in the model card: mit, apache-2.0, cc-by-4.0, ...
         dry_run: Write the folder with the model card, and upload nothing.

@@ -29,25 +29,25 @@ WEIGHTS = (
 class Fid:
     """Score a folder of images against another: FID, FD-DINOv2, kernel distance, precision, recall.
 
-    The feature networks are files that you have. The same command continues after an interruption,
-    and computes nothing twice: the features are kept beside the report.
+    You must have the weight files of the feature networks. Repeat the command to continue after an
+    interruption. It computes nothing twice, since the features are kept beside the report.
 
     Attributes:
         real: Folder of real images or of tar shards, or an .npz with images (arr_0, as ADM writes)
             or with mu and sigma.
         generated: Folder of generated images or of tar shards, or an .npz with images. Without it
             only the statistics of the real images are saved.
-        reference: Statistics in place of the real images, for the Frechet distance only: an .npz
+        reference: Statistics instead of the real images, for the Frechet distance only: an .npz
             with mu and sigma that --save-statistics, ADM or pytorch-fid wrote.
         features: Weight files of the feature networks: the Inception of FID, DINOv2, CLIP; scorer
             means the embeddings of --scorer. Each gives a line of the table.
         size: Side in pixels, such as 256, to which the central square of each image is scaled
             before the network's own resizing. Larger keeps more detail. Default: images are not
             changed, and all images of a set must have one size.
-        captions: Captions of the generated images, for the CLIP score: a text file with one
+        captions: Captions of the generated images, for the CLIP score. Either a text file with one
             caption per line, in the order of the image names (2.png before 10.png), or the word
-            beside: cat.txt for cat.png (also in tar shards), or else the prompt stored by
-            glide-jax sample.
+            beside. With beside, the caption of cat.png is in cat.txt (also in tar shards),
+            otherwise it is the prompt that glide-jax sample stored in the image.
         score_clip: The CLIP of the CLIP score, trained on images without noise: a folder of
             transformers (huggingface.co/openai), or a state dict in a file.
         scorer: The CLIP of the CLIP score without --score-clip, a noised one: a name, a folder of
@@ -56,7 +56,7 @@ class Fid:
             alone.
         nearest_k: The k of precision and recall, at least 1 and below the number of images. A
             larger k raises both.
-        allow_few_images: Accept a set that has no more images than the network has dimensions.
+        allow_few_images: Allow sets with no more images than the network has feature dimensions.
             The Frechet distance is then too large.
         save_statistics: An .npz for mu and sigma of the real images, for --reference; with one
             network in --features.

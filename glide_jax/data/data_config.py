@@ -21,7 +21,7 @@ class DataConfig:
             a folder of `save_to_disk`; a prepared tensorflow-datasets folder, or the name of one
             in the folder `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders,
             shards and parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
-        mixture: Several sources with their weights, in place of `source`: with `images:3 more:1`
+        mixture: Several sources with their weights, instead of `source`: with `images:3 more:1`
             three of four images are of the first. All other options hold for each source.
         split: Part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
             tensorflow-datasets, the split in the names of parquet files, or the subfolder of that
@@ -41,10 +41,10 @@ class DataConfig:
             at random each time. `join`: all lines together are one caption.
         metadata: .jsonl, .json, .csv, .tsv or .parquet file in a folder that lists images and
             captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
-        min_side: Leave out images whose shorter side has fewer pixels. 0: none.
-        max_aspect: Leave out images whose longer side is more than this many times the shorter one.
-            0: none.
-        min_score: Leave out records with a lower score, or without one. None: none.
+        min_side: Leave out images whose shorter side has fewer pixels. 0: no limit.
+        max_aspect: Leave out images whose aspect ratio (longer side / shorter side) is larger, 1 or
+            more. 0: no limit.
+        min_score: Leave out records with a lower score, or without one. None: no limit.
         score_field: Field of the score, with `/` between levels: of metadata files, parquet files,
             tensorflow-datasets, or the JSON beside an image.
         crop: How images become squares: `centre`, the central square; `random`, a square of random
@@ -58,12 +58,14 @@ class DataConfig:
             record are read once at the start. Empty: no groups.
         on_device: Whether all images are kept in device memory, so that nothing is loaded during
             the training. `yes`: always; the data must fit, and the crop be `centre` or `window`.
-            On `auto` they are on GPUs and TPUs, for .npz files that fit. With `no` a loader on the
-            host makes the batches. The order and the random numbers are the same in both cases.
-        workers: Worker processes that read and decode. 0: one thread of the training process.
-        threads: Batches that each process makes at the same time. More than 1 helps if reading
-            waits for a network.
-        prefetch: Batches that each process keeps ready. More need more memory.
+            The value `auto` keeps them on GPUs and TPUs, if the source is an .npz file that fits.
+            With `no` a loader on the host makes the batches. The order and the random numbers are
+            the same in both cases.
+        workers: Number of worker processes that read and decode. 0: one thread of the training
+            process.
+        threads: Batches that each process prepares in parallel, at least 1. More than 1 helps if
+            the data are read over a network.
+        prefetch: Batches that each process keeps ready, at least 1. More need more memory.
     """
 
     source: str = ""

@@ -15,11 +15,7 @@ from glide_jax.pipeline.settings import Settings
 # The upper end of an interval of guidance that has none. The noisiest level is about 20,000.
 NO_LIMIT = 100_000.0
 # Arguments whose option has another name.
-OPTIONS = {
-    "image": "--init-image",
-    "amount": "--variation",
-    "caption": "--init-caption",
-}
+OPTIONS = {"image": "--init-image"}
 FILL, IMG2IMG, VARY = "Fill", "Img2img", "Vary"
 
 
@@ -182,7 +178,7 @@ def edit(
     if mode == VARY:
         run = {"num": controls.num, "seed": controls.seed, **more}
         settings = controls.sampling(defaults)
-        return Call("variations", prompts, where | {"amount": number(amount)} | run | settings)
+        return Call("variations", prompts, where | {"variation": number(amount)} | run | settings)
     if mask is not None:
         where["mask"] = mask
     elif mode == FILL:

@@ -34,12 +34,12 @@ class DemoOptions:
     """What the page runs, and who can open it.
 
     Attributes:
-        out: Folder for the images; no image in it is overwritten. The images and masks that are
-            edited are kept in its folder inputs.
+        out: Folder for the images. No image in it is overwritten. The input images and masks are
+            saved in its subfolder inputs.
         port: Port of the page. Default: the first free one from 7860.
         host: Address to listen on. 0.0.0.0 lets other machines of the network open the page.
         share: Ask Gradio for a public link, valid for up to a week (needs a network connection).
-            Who has the link can use this machine to generate images.
+            Anyone who has the link can generate images on this machine.
         open: Open the page in this machine's browser.
     """
 

@@ -38,29 +38,32 @@ TEXTS = ("--negative-prompt", "--init-caption", "--prompts-field")
 
 @dataclass(frozen=True)
 class WeightsOptions:
-    """What generates, and on which devices.
+    """The model, and the devices it runs on.
 
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
             a training run, or hf://user/name of the Hugging Face Hub.
         upsampler: Weights of the upsampler that enlarges each image, or none. Default: the one
             that belongs to the weights (emoji_upsample256 for emoji64), if any.
-        upsampler_steps: Steps of the upsampler. If its weights have a strength below 1, only that
-            share of the steps is run, the last ones.
-        upsampler_sampler: Sampler of the upsampler; see --sampler.
+        upsampler_steps: Number of sampling steps of the upsampler, as --steps. If its weights have
+            a default strength below 1, the upsampler starts from the enlarged image and runs only
+            that share of the steps, the last ones.
+        upsampler_sampler: Sampler of the upsampler, as --sampler.
         clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
             Default: the one that belongs to the weights (emoji_clip64 for emoji64), if any.
-        weak_model: Weights of a weaker model of the same kind, for --autoguidance-scale.
-        lora: Low-rank pairs to add to the weights: a run with LoRA, or a file of its pairs; then,
-            optionally, a colon and a weight (runs/mine:0.5). Larger changes the images more, a
-            negative weight away from what was learned. May be given several times.
+        weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
+            was trained less. It must have the same variant, image size and noise schedule.
+        lora: LoRA to add to the weights: the folder of a run with LoRA, or a .safetensors file. A
+            weight may follow a colon (runs/mine:0.5). A larger weight changes the images more. A
+            negative one does the opposite of what was learned. The option may be given several
+            times.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
             errors only.
-        batch_size: Images generated at a time, in total over all devices; more needs more memory.
-            It changes an image by rounding errors only. Default per device at 64x64: 16 on a
-            CPU, 64 on other devices; a quarter of that at 256x256.
+        batch_size: Images generated at a time, in total over all devices. More needs more memory.
+            It changes an image by rounding errors only. Default per device at 64x64: 16 on a CPU,
+            64 on other devices; a quarter of that at 256x256.
     """
 
     weights: str = "emoji64"
@@ -87,17 +90,18 @@ class EditingOptions:
     Attributes:
         init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: An image of the region to fill: white is regenerated, black is kept byte for byte. In
-            a transparent layer the painted part is regenerated; in a copy of the image with a part
-            erased, the erased part.
-        invert_mask: Regenerate what the mask keeps, and keep the rest.
+        mask: The mask of --init-image, an image. White is regenerated. Black is kept, exactly if
+            the input has the size of the output. A transparent layer is also accepted: its painted
+            part is regenerated. So is a copy of the image with a part erased: the erased part is
+            regenerated.
+        invert_mask: Regenerate the part that the mask keeps, and keep the other part.
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
             option such a mask is an error.
         fit: How to make an image square. crop takes its central square, pad adds white borders.
         variation: Generate variations of --init-image with this strength, from 0 (its DDIM
             reconstruction) to 1 (an unrelated image).
-        init_caption: Caption of the input image, for the inversion of --variation, if it differs
-            from the prompt.
+        init_caption: Caption of the input image, for --variation, if the prompt does not describe
+            that image.
         interpolate: Generate --num images (2 or more) from one prompt to another, from
             one seed to another (--seed to --to-seed), or both.
         to_seed: The seed at the end of --interpolate.
@@ -119,20 +123,21 @@ class SamplingOptions:
     """How images are sampled. The defaults shown are those of the chosen weights.
 
     Attributes:
-        steps: Number of noise levels N, from 1 to 1000, or a respacing string of OpenAI's code,
-            such as ddim50, fast27 or 10,10,3,2,2; more is slower and more accurate. N levels need N
-            network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (for N of 5 or more), and
-            prk 4(N - 2); restart and repaint add to them.
-        sampler: One of dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm, plms,
-            prk, ddim (deterministic); ddpm (the paper's), ddpm-small, ddpm-large, dpm++2m-sde,
-            sa (with noise at each step); consistency (for few-step students).
+        steps: Number of sampling steps N (noise levels), from 1 to 1000. More is slower and more
+            accurate. A respacing string of OpenAI's code is accepted too, such as ddim50 or fast27.
+            N steps need N network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (if N is 5
+            or more), and prk 4(N - 2). The options --restart and --repaint add evaluations.
+        sampler: Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm,
+            plms, prk, ddim. With noise at each step: ddpm (the paper's, learned variance),
+            ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa. For few-step students:
+            consistency.
         spacing: Spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
             timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
             steps), or optimised (for the sampler and the number of steps).
-        eta: Noise added at each step by ddim (default 0), dpm++2m-sde and sa (default 1), from 0
-            to 1.
-        temperature: Factor on the initial noise; below 1 gives smoother, less varied images.
+        eta: Noise added at each step, from 0 (none) to 1, by the samplers ddim (default 0),
+            dpm++2m-sde and sa (default 1).
+        temperature: Factor of the initial noise. Below 1 the images are smoother and less varied.
         restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At noise level LOW, as
             sigma/alpha, noise is added up to level HIGH, and the steps from HIGH to LOW are run
             again. This happens REPEATS times.
@@ -144,19 +149,19 @@ class SamplingOptions:
             Default: at all levels.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.
-        negative_prompt: Guide away from this prompt, rather than from the empty one.
+        negative_prompt: Guide away from this prompt instead of the empty one.
         autoguidance_scale: Autoguidance scale (weak model from --weak-model); 1 = off, larger
             is stronger.
-        clip_scale: Scale of CLIP guidance, added to classifier-free guidance; 0 = off, larger
-            follows the prompt more closely. OpenAI's notebook uses 3, with guidance
-            scale 1 and the sampler ddpm. Samplers other than
-            ddpm, ddpm-small and ddpm-large limit the change of x_0.
+        clip_scale: Scale of CLIP guidance, which is added to classifier-free guidance; 0 = off,
+            larger follows the prompt more closely. OpenAI's notebook uses 3, with guidance scale 1
+            and the sampler ddpm. With other samplers than ddpm, ddpm-small and ddpm-large, the
+            change of x_0 in each step is limited.
         dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
             clipped to [-1, 1].
-        strength: Strength of img2img (SDEdit): share of the steps that are run, above 0 and up
-            to 1; larger changes the image more.
-        repaint: RePaint: JUMP RESAMPLINGS, the jump length in steps and how often each jump is run
-            in all. On by default (5 4) for inpainting with models not trained to inpaint.
+        strength: Strength of img2img (SDEdit), above 0 and up to 1: the share of the steps that is
+            run. Larger changes the image more.
+        repaint: RePaint: JUMP RESAMPLINGS. Each group of JUMP steps is run RESAMPLINGS times.
+            Default: 5 4 for inpainting with a model that was not trained to inpaint, otherwise off.
     """
 
     steps: Annotated[int | str | None, _default("steps")] = None
@@ -183,15 +188,15 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Thousands of images, into tar shards with their metadata; the same command continues.
+    """Write thousands of images to tar shards. Repeat the command to continue where it stopped.
 
     Attributes:
-        shards: Folder for tar shards in place of --out: for each image a .png, its prompt as .txt,
-            its metadata as .json. Shards that are there are kept; several commands may share the
-            folder.
-        shard_size: Images of a shard. An interruption loses at most one unfinished shard.
-        processes: Number of processes that share the shards, where the environment does not say
-            it (TPU slices, Slurm, Open MPI).
+        shards: Folder for tar shards, instead of --out. For each image they have a .png, its prompt
+            as .txt, and its metadata as .json. Finished shards are kept, and several commands may
+            write to the same folder.
+        shard_size: Images per shard. An interruption loses at most one unfinished shard.
+        processes: Number of processes that share the shards. Not needed on TPU slices, under Slurm
+            or under Open MPI.
         process: Index of this process, from 0.
     """
 
@@ -207,18 +212,20 @@ class Options:
 
     Attributes:
         prompts: Prompts, for example "a red apple" "a rocket, Twitter flat style".
-        prompts_file: A text file with one prompt per line; or a table or JSON with captions: .csv,
-            also .tsv, .parquet, .jsonl, and .json such as COCO's.
-        prompts_field: The column or field of --prompts-file. Default: caption, text, prompt or a
-            like name.
+        prompts_file: A file with prompts: a text file with one per line; or a table or JSON file
+            with captions: .csv, .tsv, .parquet, .jsonl, or .json such as COCO's.
+        prompts_field: The column or field of --prompts-file that has the prompts. Default: caption,
+            text, prompt or a similar name.
         num: Images per prompt.
         seed: Seed from 0 to 2^32 - 1; the same seed and settings give the same images.
-        first_index: Index of the first image; seed and index reproduce an image.
-        out: Folder for the images; no image in it is overwritten.
+        first_index: Index of the first image. Seed and index together reproduce an image.
+        out: Folder for the images. No image in it is overwritten.
         preview: Write intermediate x_0 estimates to preview.png in the --out folder.
     """
 
-    prompts: Annotated[Positional[tuple[str, ...]], HIDDEN] = ()
+    prompts: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]", help_behavior_hint="")
+    ] = ()
     prompts_file: Annotated[Path | None, HIDDEN] = None
     prompts_field: Annotated[str | None, HIDDEN] = None
     num: Annotated[int, arg(aliases=["-n"])] = 1

@@ -281,8 +281,8 @@ class Pipeline(Stage):
         image: ImageLike,
         prompt: str = "",
         *,
-        amount: float = 0.3,
-        caption: str | None = None,
+        variation: float = 0.3,
+        init_caption: str | None = None,
         fit: Fit = "crop",
         num: int = 1,
         seed: int = 0,
@@ -299,23 +299,23 @@ class Pipeline(Stage):
         Args:
             image, fit: one image; see `stream`.
             prompt: the prompt of the variations.
-            amount: variation strength, from 0 (DDIM reconstruction) to 1 (unrelated image).
-            caption: caption of the input image, for inversion, if it differs from the prompt.
+            variation: strength, from 0 (DDIM reconstruction) to 1 (unrelated image).
+            init_caption: caption of the input image, if the prompt does not describe that image.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
                 here. For the other arguments see `__call__` and `stream`.
 
         Raises:
             UsageError, GlideError: see `stream`.
         """
-        if not 0 <= amount <= 1:
-            raise UsageError(f"the amount of a variation must be between 0 and 1, not {amount}")
+        if not 0 <= variation <= 1:
+            raise UsageError(f"variation must be between 0 and 1, not {variation}")
         chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
         sources = read_sources(image, None, None, side, fit=fit)
         assert sources.image is not None
         old = self.invert(
             sources.image.squares(side, 1),
-            prompt if caption is None else caption,
+            prompt if init_caption is None else init_caption,
             batch_size=batch_size,
             progress=progress,
             steps=chosen.get("steps"),
@@ -327,7 +327,7 @@ class Pipeline(Stage):
             num=num,
             seed=seed,
             first_index=first_index,
-            noise=np.asarray(slerp(old, new, amount)),
+            noise=np.asarray(slerp(old, new, variation)),
             upsampler=upsampler,
             batch_size=batch_size,
             progress=progress,
@@ -335,7 +335,7 @@ class Pipeline(Stage):
             every=every,
             **{"sampler": "dpm++2m", **unguided(chosen)},
         )
-        made = {"variation": amount, "caption": caption, **sources.names()}
+        made = {"variation": variation, "caption": init_caption, **sources.names()}
         return replace(images, settings=images.settings | made)
 
     @lists_settings

@@ -84,20 +84,20 @@ class Settings:
         guidance_interval: LOW, HIGH: guide only at noise levels sigma/alpha between them.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.
-        negative_prompt: guide away from this prompt, rather than from the empty one.
+        negative_prompt: guide away from this prompt instead of the empty one.
         autoguidance_scale: scale of guidance away from the weak model; 1 is off, larger is
             stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
             is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
-            guidance_scale 1 and sampler ddpm. Samplers other than ddpm, ddpm-small and ddpm-large
-            limit the change of x_0.
+            guidance_scale 1 and sampler ddpm. With samplers other than ddpm, ddpm-small and
+            ddpm-large, the change of x_0 in each step is limited.
         dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
             clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
-        repaint: RePaint: JUMP, RESAMPLINGS, the jump length in steps and how often each jump is
-            run in all. On by default for inpainting with a model that was not trained to inpaint.
+        repaint: RePaint: JUMP, RESAMPLINGS. Each group of JUMP steps is run RESAMPLINGS times. On
+            by default for inpainting with a model that was not trained to inpaint.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.

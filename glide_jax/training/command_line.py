@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -11,6 +13,30 @@ from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How to start.
+
+    Attributes:
+        config: The recipe: its name in configs/ (cfg64), or the path of your own (my/recipe.py). A
+            size may follow a colon (cfg64:paper).
+        dry_run: Train nothing. Print an estimate of the memory and the time of a training step on
+            this hardware: a TPU slice such as v5e:4x4, or cpu for this machine.
+        coordinator: How several processes find each other. HOST:PORT is the address of process 0,
+            and needs --processes and --process. auto: jax finds the other processes by itself.
+            none: this process trains alone. Default: as the cluster says (TPU slices, Slurm, Open
+            MPI, Kubernetes), otherwise alone.
+        processes: Number of processes, at least 1, with --coordinator HOST:PORT.
+        process: Index of this process, from 0, with --coordinator HOST:PORT.
+    """
+
+    config: Annotated[str, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")] = ""
+    dry_run: Annotated[str, tyro.conf.arg(metavar="HARDWARE", help_behavior_hint="")] = ""
+    coordinator: Annotated[str, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = ""
+    processes: Annotated[str, tyro.conf.arg(metavar="N", help_behavior_hint="")] = ""
+    process: Annotated[str, tyro.conf.arg(metavar="I", help_behavior_hint="")] = ""
 
 
 def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig, str | None]:
@@ -24,7 +50,8 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
         description: text at the top of `--help`.
 
     Raises:
-        UsageError: no recipe is named, or there is none of that name.
+        UsageError: no recipe is named, or there is none of that name; or an option that starts the
+            training is given twice.
     """
     arguments, program = expand_words(arguments), called_as()
     name = _take(arguments, "--config")
@@ -35,14 +62,29 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
             raise SystemExit(0)
         raise UsageError(f"name a recipe: {program} --config emoji64")
     recipe = load_recipe(name)
-    config = tyro.cli(
-        type(recipe),
+    chosen: Any = tyro.cli(
+        _options(recipe),
         prog=f"{program} --config {name}",
         description=description,
-        default=recipe,
         args=arguments,
     )
-    return config, hardware
+    if again := [option for option, value in vars(chosen.start).items() if value]:
+        raise UsageError(f"--{again[0].replace('_', '-')} is given twice")
+    return chosen.recipe, hardware
+
+
+def _options(recipe: RunConfig) -> type:
+    """Return the options of the command line: how to start, and the fields of the recipe."""
+    unprefixed = tyro.conf.arg(name="")
+    return make_dataclass(
+        "Options",
+        [
+            # The caller has taken their values already: here they are for the help.
+            ("start", Annotated[StartOptions, unprefixed], field(default=StartOptions())),
+            ("recipe", Annotated[type(recipe), unprefixed], field(default=recipe)),
+        ],
+        frozen=True,
+    )
 
 
 def called_as() -> str:

@@ -30,14 +30,15 @@ class RunConfig:
 
     Attributes:
         name: Name of the run; its folder is `runs/<name>` unless `out` is set.
-        model: Sizes of the network.
+        model: Architecture of the network.
         schedule: Noise schedule: "cosine" or "linear".
         diffusion_steps: Number of timesteps of the diffusion process; 1000 in the paper.
         data: Source of the images and captions.
         optimiser: The optimiser, its learning rate, and the EMA of the weights.
-        steps: Number of training steps in all, one update each; larger trains longer.
-        minutes: Time limit of the training in minutes, without compilation; 0: none. It is for runs
-            of one process. With a limit, the learning rate of decay "linear" follows the clock.
+        steps: Total number of training steps, at least 1. Each updates the parameters once.
+        minutes: Stop after this many minutes of training, not counting compilation; 0: no limit.
+            Only for a single process. With a limit, the learning-rate decay "linear" follows the
+            time instead of the steps.
         batch_size: Images per step, in total over all devices of all processes; larger gives less
             noisy gradients, and needs more memory.
         accumulate: Gradient accumulation: number of microbatches per step, processed one after the
@@ -50,7 +51,7 @@ class RunConfig:
         seed: Seed of the initial weights, the noise and the order of the data.
         dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
             float32 on CPUs), or one of these dtypes.
-        remat: Activation checkpointing: less memory, a third more time.
+        remat: Activation checkpointing: a step needs less memory and a third more time.
         init_from: Weights to start from: a name, a folder, a `.pt` file, `hf://user/name` or a run;
             empty: random weights. It is ignored when a stopped run is resumed.
         out: Folder of the run; empty: `runs/<name>`.
@@ -59,8 +60,8 @@ class RunConfig:
             update of a bad step is never applied.
         spike: A step is bad if its loss exceeds this multiple of the running mean; larger tolerates
             more; 0: only a loss or gradient that is not finite is bad.
-        save_every: Steps between checkpoints, at least 1; smaller loses less work when a run is
-            killed.
+        save_every: Steps between checkpoints, at least 1. With fewer, less work is lost if the run
+            is killed.
         keep: Number of newest checkpoints that are kept, at least 1.
         keep_every: Checkpoints at multiples of this step are kept for good; 0: none.
         log_every: Steps between log lines, at least 1.
@@ -69,10 +70,10 @@ class RunConfig:
         validation_split: Split of the data source for the held-out loss.
         validation_batches: Batches per measurement of the held-out loss; more is slower and less
             noisy.
-        profile: Steps to trace for TensorBoard's profiler, "first:last"; the first is 2 or more.
-            Empty: none.
-        wandb: Project of Weights & Biases to log to besides TensorBoard; it needs the extra wandb.
-            Empty: none.
+        profile: Steps to trace for TensorBoard's profiler, as "first:last" with first at least 2.
+            Empty: no trace.
+        wandb: Project of Weights & Biases to which the run is logged too, besides TensorBoard. It
+            needs the extra wandb. Empty: none.
     """
 
     name: str
@@ -152,19 +153,19 @@ class TrainConfig(RunConfig):
     """A recipe of a GLIDE model: base, upsampler or inpainting, by its `model.variant`.
 
     Attributes:
-        model: Sizes of the network.
-        prediction: What the network predicts: "eps", the noise (the released models); "v", whose
-            loss trains the noisiest levels as well (2202.00512); or "x", the clean image, for
-            networks with large patches (2511.13720) and `model.residual`.
+        model: Architecture of the network.
+        prediction: What the network predicts: "eps", the noise (the released models); "v", a mix of
+            noise and clean image, which also trains the noisiest levels (2202.00512); or "x", the
+            clean image, for networks with large patches (2511.13720) and `model.residual`.
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
         huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
             prediction below W and linear above; smaller is closer to the absolute error; 0: squared
             error.
-        levels: Distribution of the noise levels: "uniform" in the timestep (the paper), or
-            normal in log(alpha/sigma), "log-normal" (EDM, 2206.00364), or more often where the
-            loss is large, with smaller weights, "loss-aware" (2102.09672).
+        levels: Distribution of the noise levels. "uniform": all timesteps are equally likely (the
+            paper). "log-normal": log(alpha/sigma) is normal (EDM, 2206.00364). "loss-aware":
+            timesteps with a larger loss are sampled more often and weighted less (2102.09672).
         level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
         level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
             broader.
@@ -174,8 +175,8 @@ class TrainConfig(RunConfig):
             student that samples in few steps, with the fields of `distillation` in place of those
             from `weighting` to `level_uniform_share`.
         distillation: Teacher, noise levels and loss of the objective "consistency".
-        lora: Fine-tuning by low-rank pairs beside the weights of `init_from`, which stay as they
-            are.
+        lora: LoRA fine-tuning: low-rank pairs are trained, and the weights of `init_from` are
+            frozen.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
         low_res_timestep_share: Upsamplers with `model.low_res_level`: noise-conditioning
@@ -291,7 +292,7 @@ class CLIPTrainConfig(RunConfig):
     """A recipe of a noised CLIP: captions against images of every noise level.
 
     Attributes:
-        model: Sizes of the CLIP.
+        model: Architecture of the CLIP.
         timestep_share: Share of the timesteps that the images are noised at, counted from the
             clean end, above 0 and up to 1. CLIP guidance needs 1 (every noise level); a CLIP
             that scores clean images needs less.

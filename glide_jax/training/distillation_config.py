@@ -19,21 +19,22 @@ class DistillationConfig:
             equal.
         unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
             range; larger trains the student more without guidance.
-        teacher_steps: Number of the teacher's steps from noise to image, at the beginning and at
-            the end of the training; it doubles at equal intervals in between. More is more
-            accurate, and takes longer to learn.
-        student_steps: Number of equal intervals of time, within which the student is
-            consistent (2403.06807). 1: it predicts the clean image from any noise level, for the
-            sampler consistency. N: it predicts the beginning of its interval, for N steps of ddim
-            with spacing trailing-capped; easier to learn.
+        teacher_steps: Number of teacher steps from noise to image. The first value is for the start
+            of the training, the second for its end. In between the number doubles, at equal
+            intervals. More is more accurate but takes longer to learn.
+        student_steps: Number of equal parts of the diffusion process (2403.06807). 1: the student
+            predicts the clean image from any noise level; sample with the sampler consistency. N:
+            it predicts only the clean end of its own part, which is easier to learn; sample with N
+            steps of ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. Upsamplers: their `sample_strength`.
         clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
-        huber_constant: Constant of the pseudo-Huber loss, in units of the root mean square error of
-            an image in v, above 0; the loss is linear in errors well above it, and quadratic in
-            errors well below. Larger is closer to the squared error, and learns faster; in
-            2310.14189 it is 0.00054, for long trainings without a teacher.
+        huber_constant: Constant of the pseudo-Huber loss, relative to the root mean square error of
+            an image in v; above 0. The loss is quadratic for errors well below it, and linear well
+            above. Larger is closer to the squared error, and learns faster. 2310.14189 uses
+            0.00054, for long trainings without a teacher. It is not `huber_width`, which is for the
+            objective "denoising".
     """
 
     teacher: str = ""

@@ -11,10 +11,10 @@ class LoRAConfig:
     """Fine-tuning by low-rank pairs beside frozen weights  (LoRA, 2106.09685).
 
     Attributes:
-        rank: Rank of the pairs; larger changes the model more freely, and needs more memory; 0:
-            off, the weights themselves are trained.
-        alpha: Factor of the pairs, over the rank: a kernel is `W + alpha / rank * A B`, above 0;
-            larger learns faster.
+        rank: Rank of the pairs. Larger changes the model more freely, and needs more memory. 0: no
+            LoRA, the weights themselves are trained.
+        alpha: Scale of the pairs, above 0: a kernel becomes `W + alpha / rank * A B`. Larger learns
+            faster.
         layers: Layers that get a pair: "attention", those of the UNet (queries, keys, values and
             outputs, of pixels and of text), and "text", those of the text transformer (the same,
             and its MLPs).

@@ -33,7 +33,8 @@ class OptimiserConfig:
             step; or "linear", constant and then falling to 0 over the last `decay_share` of the
             run (warm-up-stable-decay, 2405.18392).
         decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
-        warmup: Steps of linear warm-up; more is more stable at a high rate.
+        warmup: Steps of linear warm-up of the learning rate; 0: none. More is more stable at a high
+            rate.
         beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
         beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
         epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
@@ -42,12 +43,12 @@ class OptimiserConfig:
         moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
         grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
             no clipping.
-        freeze: Parts of the network that keep their initial weights, by the start of their path,
-            for example "text" (the text transformer) or "unet/down". They need neither gradients
-            nor optimiser state. Empty: everything is trained.
-        ema: Decay rate of the EMA that is sampled from, from 0 to 1; larger averages over more
-            steps. It starts lower, as `min(ema, (1 + step) / (10 + step))`, so that short runs
-            forget their first weights.
+        freeze: Parts of the network that are not trained, given by the beginning of their parameter
+            path, for example "text" (the text transformer) or "unet/down". They need no gradients
+            and no optimiser state. Empty: everything is trained.
+        ema: Decay rate of the EMA of the weights, from 0 to 1. Sampling uses the EMA. Larger
+            averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
+            step))`, so that short runs forget their first weights.
         ema_power: Relative widths of power-function EMAs to keep besides it, for example 0.05 0.10,
             each between 0 and 0.28; larger averages over more of the training. The command
             glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:

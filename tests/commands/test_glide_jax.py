@@ -38,6 +38,14 @@ def test_env_says_what_a_bug_report_needs():
     assert "takes no options" in one_line(command("env", "--all"), 2)
 
 
+def test_the_help_of_env_is_help():
+    for option in ("-h", "--help"):
+        result = command("env", option)
+        assert result.returncode == 0
+        assert result.stdout.startswith("usage: glide-jax env [-h]\n")
+        assert "\ndevices  " not in result.stdout
+
+
 def test_sample_runs_in_any_folder(tmp_path):
     weights = make_weights(tmp_path / "tiny")
     result = command("sample", "red", "--weights", weights, "--steps", 1, cwd=tmp_path)

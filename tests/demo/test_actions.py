@@ -128,7 +128,7 @@ def test_what_is_missing_is_named():
 def test_variations_leave_guidance_off():
     call = edit(replace(CONTROLS, guidance_scale=7), DEFAULTS, "Vary", "a.png", None, 0.3)
     assert call == Call(
-        "variations", ("a red apple",), {"image": "a.png", "amount": 0.3, "num": 1, "seed": 3}
+        "variations", ("a red apple",), {"image": "a.png", "variation": 0.3, "num": 1, "seed": 3}
     )
 
 

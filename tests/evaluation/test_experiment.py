@@ -229,14 +229,14 @@ def test_impossible_sweeps_are_refused(names, chosen, settings, message):
 
 
 def test_the_command_line():
-    words = ["--weights", "mine", "--sweep", "guidance-scale", "clip-scale", "--steps", "10"]
+    words = ["--weights", "mine", "--vary", "guidance-scale", "clip-scale", "--steps", "10"]
     found = read(["sweep", *words])
-    assert isinstance(found, Sweep) and found.sweep == ("guidance-scale", "clip-scale")
+    assert isinstance(found, Sweep) and found.vary == ("guidance-scale", "clip-scale")
     assert found.model.weights == "mine" and found.sampling.steps == 10
-    assert read(["sweep", "--sweep", "steps", "--values", "5", "fast27"]).values == ("5", "fast27")
+    assert read(["sweep", "--vary", "steps", "--values", "5", "fast27"]).values == ("5", "fast27")
     found = read(["ranking", "--data", "a.npz", "--guidance-scale", "2"])
     assert isinstance(found, Ranking) and found.dataset.data == "a.npz"
-    for wrong in ([], ["rank"], ["--weights", "mine"], ["--sweep", "steps"], ["sweep"]):
+    for wrong in ([], ["rank"], ["--weights", "mine"], ["--vary", "steps"], ["sweep"]):
         with pytest.raises(SystemExit) as stopped:
             read(wrong)
         assert stopped.value.code == 2

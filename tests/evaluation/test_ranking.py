@@ -252,7 +252,7 @@ def test_data_without_concepts_and_styles_is_refused(config, tmp_path):
 
 
 def test_an_error_of_the_command_is_one_line():
-    error = one_line(run("-m", "glide_jax", "evaluate", "sweep", "--sweep", "guidance"), 2)
+    error = one_line(run("-m", "glide_jax", "evaluate", "sweep", "--vary", "guidance"), 2)
     assert "there is no sweep 'guidance'" in error and "guidance-scale" in error
     error = one_line(run("-m", "glide_jax", "evaluate", "ranking", "--seed", "-1"), 2)
     assert "seed must be between 0 and 2^32 - 1, not -1" in error

@@ -197,17 +197,17 @@ def test_sampling_starts_from_the_noise_of_the_caller(pipe):
 
 def test_variations_range_from_the_image_to_an_unrelated_one(pipe, photo):
     def distances(amount):
-        found = pipe.variations(photo, "red", amount=amount, num=4, steps=50)
+        found = pipe.variations(photo, "red", variation=amount, num=4, steps=50)
         return np.abs(pixels(found.images) - pixels(photo)).mean(axis=(1, 2, 3))
 
     far = [distances(amount) for amount in (0, 0.3, 0.7, 1)]
     assert far[0].max() < 3 * LEVEL
     assert all((a < b).all() for a, b in itertools.pairwise(far[:3]))
     fresh = pipe("red", num=4, seed=7, steps=50)
-    same = pipe.variations(photo, "red", amount=1, num=4, seed=7, steps=50)
+    same = pipe.variations(photo, "red", variation=1, num=4, seed=7, steps=50)
     assert np.array_equal(same.images, fresh.images)
-    alone = pipe.variations(photo, "red", amount=0.3, seed=7, first_index=2)
-    four = pipe.variations(photo, "red", amount=0.3, seed=7, num=4)
+    alone = pipe.variations(photo, "red", variation=0.3, seed=7, first_index=2)
+    four = pipe.variations(photo, "red", variation=0.3, seed=7, num=4)
     assert np.array_equal(alone.images[0], four.images[2])
     assert four.metadata(2)["variation"] == 0.3 and four.metadata(2)["index"] == 2
 
@@ -228,7 +228,7 @@ def test_inversion_and_variations_take_a_list_of_guidances(pipe, photo):
 
 def test_an_image_changes_to_another_caption(pipe, photo):
     """Same noise, another caption: the colour changes, the pattern stays."""
-    found = pipe.variations(photo, "blue", caption="red", amount=0, steps=80)
+    found = pipe.variations(photo, "blue", init_caption="red", variation=0, steps=80)
     change = pixels(found.images[0]) - pixels(photo)
     assert np.abs(change - (colour("blue") - colour("red"))).max() < 4 * LEVEL
 
@@ -314,7 +314,7 @@ def test_inputs_that_do_not_go_together_are_refused(pipe, photo, mask, call, mes
 
 def test_what_interpolation_inversion_and_variations_refuse(pipe, photo):
     for call, message in (
-        (lambda: pipe.variations(photo, "red", amount=1.1), "between 0 and 1"),
+        (lambda: pipe.variations(photo, "red", variation=1.1), "between 0 and 1"),
         (lambda: pipe.variations(np.stack([photo] * 2), "red"), "2 images for 1"),
         (lambda: pipe.interpolate("red", "blue", num=1), "at least 2"),
         (lambda: pipe.invert(photo, "red", strength=0.5), "takes no strength"),

@@ -1,6 +1,7 @@
 """The shape of the house: import directions, circles, names and sizes of files, docstrings."""
 
 import ast
+import re
 from collections import Counter
 
 import pytest
@@ -43,6 +44,60 @@ def test_no_circle_of_imports():
 
 def test_imports_go_one_way():
     assert forbidden(GRAPH, ALLOWED) == []
+
+
+def test_pipeline_reads_runs_and_checksums_of_training_and_nothing_else():
+    pipeline = [module for module in GRAPH if room(module) == "pipeline"]
+    found = {name for module in pipeline for name in GRAPH[module] if room(name) == "training"}
+    assert found == {"glide_jax.training.runs", "glide_jax.training.checksums"}
+
+
+DESIGN = (ROOT / "docs/design/index.md").read_text().split("## Import directions")
+
+
+def test_the_table_of_imports_says_what_is_tested():
+    rows = re.findall(r"^\| (`.*) \| (.*) \|$", DESIGN[1], re.M)
+    table = {
+        name: set(re.findall(r"`(\w+)`", allowed))
+        for names, allowed in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    # The table says this row in words.
+    assert (
+        table.pop("commands")
+        == {"demo"}
+        == set(ALLOWED)
+        - ALLOWED["commands"]
+        - {
+            "commands",
+            "__main__",
+        }
+    )
+    assert table == {name: ALLOWED[name] - FREE for name in table}
+    assert set(table) == {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()} - {
+        "assets",
+        "commands",
+    }
+
+
+def test_the_map_names_every_file_and_no_other():
+    table = re.split(r"^\| \*\*`(\w+)/`\*\* \|", DESIGN[0], flags=re.M)
+    named = {
+        name: set(
+            re.findall(r"`(\w+/|\w+\.py)`", "\n".join(re.findall(r"^\| (`.*?) \|", text, re.M)))
+        )
+        for name, text in zip(table[1::2], table[2::2], strict=True)
+    }
+    assert named.pop("assets") == {"errors.py", "folders.py"}
+    folders = {name: [p for p in (PACKAGE / name).iterdir()] for name in named}
+    there = {
+        name: {p.name for p in paths if p.suffix == ".py" and not p.name.startswith("__")}
+        | {f"{p.name}/" for p in paths if (p / "__init__.py").exists()}
+        for name, paths in folders.items()
+    }
+    missing = {f"{name}/{f}" for name in there for f in there[name] - named[name]}
+    gone = {f"{name}/{f}" for name in there for f in named[name] - there[name]}
+    assert (missing, gone) == (set(), set()), "mend the map in docs/design/index.md"
 
 
 def test_a_planted_circle_and_a_planted_direction_are_found(tmp_path):

@@ -88,6 +88,28 @@ def test_a_size_that_a_recipe_lacks_is_one_line_with_those_it_has():
         load_recipe("finetune64:8gb")
 
 
+def test_help_lists_the_options_that_are_no_fields(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--config", "clip64", "--help"], "About training.")
+    text = capsys.readouterr().out
+    for option in (
+        "--config RECIPE",
+        "--dry-run HARDWARE",
+        "--coordinator ADDRESS",
+        "--processes N",
+        "--process I",
+    ):
+        assert option in text
+
+
+@pytest.mark.parametrize("option", ["--config", "--dry-run"])
+def test_an_option_that_is_no_field_is_given_once(option):
+    words = ["--config", "clip64", "--dry-run", "cpu", option, "clip64"]
+    with pytest.raises(UsageError, match=f"^{option} is given twice$"):
+        parse_recipe(words, "")
+
+
 def test_help_shows_each_field_with_the_value_of_the_recipe(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["glide-jax train"])
     with pytest.raises(SystemExit) as end:
