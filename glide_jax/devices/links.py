@@ -71,18 +71,19 @@ class Links:
     def _watch(self, remedy: str) -> None:
         with selectors.DefaultSelector() as selector:
             for index, peer in self._peers.items():
-                selector.register(peer, selectors.EVENT_READ, index)
+                selector.register(peer, selectors.EVENT_READ, (index, peer))
             while selector.get_map():
                 for key, _ in selector.select():
+                    index, peer = key.data
                     try:
-                        word = key.fileobj.recv(1)
+                        word = peer.recv(1)
                     except OSError:
                         word = b""
                     if word == DONE:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(peer)
                         continue
                     # Where the first process was killed, jax aborts the others: no time is left.
-                    if word == FAILED or key.data != 0:
+                    if word == FAILED or index != 0:
                         time.sleep(GRACE_SECONDS)
-                    self.end(f"process {key.data} has ended or cannot be reached: {remedy}")
+                    self.end(f"process {index} has ended or cannot be reached: {remedy}")
                     return

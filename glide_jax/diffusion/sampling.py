@@ -196,7 +196,7 @@ class Flattened:
         return cls(*jax.tree.flatten(tree))
 
     def tree(self) -> Any:
-        """Return the tree."""
+        """Return the tree itself."""
         return jax.tree.unflatten(self._structure, self._leaves)
 
     def tree_flatten(self) -> tuple[Sequence[Any], Any]:
@@ -227,10 +227,10 @@ def run_rows(
         conds: conditioning of each branch by its name, arrays batch first.
         noise: `(N, B, H, W, C)`, the noise of each row, or `(B,)` keys.
     """
-    networks = networks.tree() if isinstance(networks, Flattened) else networks
+    named = networks.tree() if isinstance(networks, Flattened) else networks
     active = [[plan.guidance[i] for i in members] for members in plan.guidance_sets]
     predictors = [
-        solver_view(apply(noise_predictor(networks, conds, branches_of(guidances)), guidances))
+        solver_view(apply(noise_predictor(named, conds, branches_of(guidances)), guidances))
         for guidances in active
     ]
 
