@@ -95,9 +95,10 @@ def train(config: RunConfig) -> None:
         processes.on_first(partial(source.faults.save, config.folder / "left_out.txt"))
 
         # -- the loop -------------------------------------------------------------------------
-        step = first
+        step, stop = first, clock.over
         with Logger(config, first, len(source), sample_grid) as log:
-            while step + per_call <= config.steps and not clock.over:
+            # The clock is read once a pass: where it stops the run, a checkpoint is saved.
+            while step + per_call <= config.steps and not stop:
                 factor = clock.factor()
                 state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
                 clock.started(metrics)

@@ -40,13 +40,20 @@ SPACED = (
     ("dpm++2m", "rho"),
     ("dpm++2m", "trailing"),
     ("dpm++2m", "uniform"),
-    ("dpm++2m", "few"),
+    ("dpm++2m", "trailing-capped"),
     ("ddim", "uniform"),
-    ("ddim", "few"),
+    ("ddim", "trailing-capped"),
     ("ddpm", "uniform"),
 )
 
-MARKERS = {"logsnr": "o", "optimised": "*", "rho": "v", "trailing": "<", "uniform": "x", "few": "^"}
+MARKERS = {
+    "logsnr": "o",
+    "optimised": "*",
+    "rho": "v",
+    "trailing": "<",
+    "uniform": "x",
+    "trailing-capped": "^",
+}
 
 # Distance by sampler (and spacing) and network evaluations.
 Curves = dict[str, dict[int, float]]

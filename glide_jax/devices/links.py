@@ -8,7 +8,8 @@ import threading
 import time
 from contextlib import suppress
 
-DONE, FAILED, LOST = b"d", b"f", b"l"
+# What a process tells the others: its work is done, it has failed, it has lost another one.
+DONE, FAILED, LOSES = b"d", b"f", b"l"
 # Seconds that a process has to end by itself, with its own message, once another one is gone: the
 # step that it waits in fails, or it meets the same error.
 GRACE_SECONDS = 5
@@ -43,7 +44,7 @@ class Links:
         threading.Thread(target=self._watch, args=(remedy,), daemon=True).start()
 
     def close(self, done: bool) -> None:
-        """Take leave of the others, which then end too unless this process is done.
+        """Tell the others that this process ends. Unless it is done, they end too.
 
         Args:
             done: whether this process has finished its work.
@@ -53,15 +54,16 @@ class Links:
         self._tell(DONE if done else FAILED)
 
     def end(self, line: str) -> None:
-        """End this process with an error; the first call of all threads alone prints its line."""
+        """End this process with an error; only the first call prints its line."""
         if not self._ending.acquire(blocking=False):
             return
-        self._tell(LOST)
+        self._tell(LOSES)
         # Below a progress bar.
-        print(f"\nerror: {line}", file=sys.stderr, flush=True)
-        with suppress(OSError):
+        try:
+            print(f"\nerror: {line}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-        os._exit(1)
+        finally:
+            os._exit(1)  # also where both are closed
 
     def _tell(self, word: bytes) -> None:
         for peer in self._peers.values():
@@ -82,8 +84,9 @@ class Links:
                     if word == DONE:
                         selector.unregister(peer)
                         continue
-                    # Where the first process was killed, jax aborts the others: no time is left.
+                    name = "another process" if word == LOSES else f"process {index}"
+                    # If process 0 was killed, jax aborts the others at once: do not wait.
                     if word == FAILED or index != 0:
                         time.sleep(GRACE_SECONDS)
-                    self.end(f"process {index} has ended or cannot be reached: {remedy}")
+                    self.end(f"{name} has ended or cannot be reached: {remedy}")
                     return

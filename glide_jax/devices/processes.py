@@ -29,7 +29,7 @@ TEXT_BYTES = 1024
 # How long processes wait for each other.
 JOIN_SECONDS = 300
 # Signs in jax's errors that another process is gone: of its transports, and of its coordinator.
-LOST = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE", "reset by peer", "closed by peer")
+SIGNS_OF_LOSS = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE", "reset by peer", "closed by peer")
 
 
 class Peers(NamedTuple):
@@ -153,7 +153,7 @@ def ending_with_peers(links: Links, remedy: str) -> Iterator[None]:
         done = True
     except jax.errors.JaxRuntimeError as error:
         why = one_line(error)
-        if jax.process_count() == 1 or not any(sign in why for sign in LOST):
+        if jax.process_count() == 1 or not any(sign in why for sign in SIGNS_OF_LOSS):
             raise
         # jax names its own call once for each device.
         why = why.rpartition("dispatching computation: ")[2][:200]
@@ -181,7 +181,7 @@ def _started() -> bool:
 
 
 def shared_text(text: str) -> str:
-    """Return the first text that is not empty among those of all processes; "" if all are empty."""
+    """Return the first non-empty text of all processes, cut to 1024 bytes; "" if all are empty."""
     if jax.process_count() == 1:
         return text
     own = np.zeros(TEXT_BYTES, np.uint8)
@@ -196,14 +196,15 @@ def on_first(do: Callable[[], Any]) -> None:
     """Call a function in process 0 alone, while the others wait.
 
     Raises:
-        GlideError: the function raised one; it is raised in every process, so that none waits.
+        GlideError: the function raised an error; it is raised in every process, so that none waits.
+            In process 0 it is the error itself.
     """
-    failed: GlideError | None = None
+    failed: Exception | None = None
     if jax.process_index() == 0:
         try:
             do()
-        except GlideError as error:
+        except Exception as error:
             failed = error
-    if message := shared_text(f"{type(failed).__name__}: {failed}" if failed else ""):
+    if message := shared_text(f"{type(failed).__name__}: {one_line(failed)}" if failed else ""):
         kind, _, text = message.partition(": ")
         raise failed or (UsageError if kind == UsageError.__name__ else GlideError)(text)

@@ -1,6 +1,7 @@
 """All processes in one place before jax connects them, which would abort where one is missing."""
 
 import errno
+import re
 import socket
 import time
 from contextlib import ExitStack
@@ -8,9 +9,10 @@ from contextlib import ExitStack
 from glide_jax.errors import GlideError, one_line
 
 GREETING = "glide-jax process"
+PATTERN = re.compile(rf"{GREETING} ([0-9]{{1,9}}) of ([0-9]{{1,9}})")
 GO = "go"
 RETRY_SECONDS = 0.5
-GRACE_SECONDS = 10
+ANSWER_SECONDS = 10
 
 
 def roll_call(
@@ -44,7 +46,7 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
             try:
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(5)
-                words = _line(peer).removeprefix(GREETING).split()
+                greeting = PATTERN.fullmatch(_line(peer))
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue
@@ -53,13 +55,18 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
                 raise GlideError(why) from None
             except OSError:
                 continue
-            if len(words) != 3 or not words[0].isdigit():
+            if greeting is None:
                 continue  # a stranger
-            if words[2] != str(processes):
-                why = f"process {words[0]} expects {words[2]} processes, process 0 {processes}"
+            index, count = map(int, greeting.groups())
+            why = ""
+            if count != processes:
+                why = f"process {index} expects {count} processes, process 0 {processes}"
+            elif index in there or not 0 < index < processes:
+                why = f"process {index} of {processes} came twice, or is out of range"
+            if why:
                 _tell({**there, -1: peer}, why)
                 raise GlideError(why)
-            there[int(words[0])] = peer
+            there[index] = peer
         _tell(there, GO)
         return {index: peer.dup() for index, peer in there.items()}
 
@@ -72,7 +79,7 @@ def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socke
             with socket.create_connection((host, port), timeout=min(left, 10)) as peer:
                 peer.sendall(f"{greeting}\n".encode())
                 # The first process ends the wait; it knows who is missing.
-                peer.settimeout(seconds + GRACE_SECONDS)
+                peer.settimeout(seconds + ANSWER_SECONDS)
                 answer = _line(peer)
                 if answer == GO:
                     return peer.dup()
@@ -81,7 +88,7 @@ def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socke
         else:
             if answer.startswith("process"):
                 raise GlideError(answer)
-            why = "what answers there is no training"
+            why = "another program answers there"
         time.sleep(RETRY_SECONDS)
     raise GlideError(f"process 0 was not reached in {seconds:g} s: {why}")
 

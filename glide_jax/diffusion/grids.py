@@ -47,6 +47,8 @@ def make_timesteps(
     """
     if isinstance(steps, str) and not steps.isdecimal():
         return respaced(schedule, steps)
+    if not isinstance(steps, str) and steps != int(steps):
+        raise UsageError(f"steps is a whole number, not {steps}")
     steps = int(steps)
     if steps < 1:
         raise UsageError(f"sampling needs at least one step, not {steps}")
@@ -58,7 +60,9 @@ def make_timesteps(
         )
     if steps > len(schedule):
         length = len(schedule)
-        raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")
+        raise UsageError(
+            f"the process has {length} timesteps: take at most that many steps, not {steps}"
+        )
     if spacing == OPTIMISED:
         return optimised_grid(schedule, steps, solver)
     return SPACINGS[spacing](schedule, steps)

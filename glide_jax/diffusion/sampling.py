@@ -56,7 +56,8 @@ class State(NamedTuple):
 
     Attributes:
         x: the noised image; after the last row, the generated image.
-        y: the anchor: x at the start of the step, for solvers that correct or repeat it.
+        y: the anchor: x at the start of the step, for solvers that correct it or start from it
+            again.
         history: `(4, B, H, W, C)`, earlier predictions, newest first.
         memory: what stateful guidance remembers, by name.
         x_0: the latest estimate of the clean image.

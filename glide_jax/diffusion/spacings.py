@@ -127,7 +127,7 @@ def noisiest_timestep(schedule: Schedule) -> float:
 
 
 def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
-    """`T k / N - 1` for k = N ... 1, `T - 1` the `noisiest_timestep`.
+    """`T k / N - 1` for k = N ... 1, where `T - 1` is `noisiest_timestep`.
 
     Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the
     image: for few steps.

@@ -13,7 +13,7 @@ HALF = (jnp.bfloat16, jnp.float16)
 MAX_HEAD = 128
 # Below it, the logits are small, and cuDNN has no kernel in some versions.
 MIN_LENGTH = 64
-# From this number of logits of a head on, those of all heads exceed the caches of a CPU.
+# If one head has this many logits or more, those of all heads exceed the caches of a CPU.
 MANY_LOGITS = 2**19
 
 # The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
@@ -43,7 +43,7 @@ def _device() -> jax.Device:
 
 
 def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
-    """Return which kernel `attend` uses for these arguments: "cudnn", "pallas", or "", none."""
+    """Return which kernel `attend` uses for these arguments: "cudnn", "pallas", or "" for none."""
     if query.dtype not in HALF or mask is not None:
         return ""
     lengths, head = (query.shape[1], key.shape[1]), query.shape[-1]
@@ -61,9 +61,9 @@ def attend(
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
 
-    In bfloat16 and float16, without a mask, this is one kernel that does not write the logits to
-    memory (FlashAttention, 2205.14135): cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. All
-    forms are equal up to rounding.
+    In bfloat16 and float16, without a mask, this is one kernel where `fused_kernel` has one for the
+    sizes: cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. It does not write the logits to
+    memory (FlashAttention, 2205.14135). All forms are equal up to rounding.
 
     Args:
         query: `(B, T, heads, d)`.

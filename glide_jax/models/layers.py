@@ -306,7 +306,7 @@ def drop(x: jax.Array, keys: jax.Array, rate: float, place: str) -> jax.Array:
     Args:
         x: `(B, ...)`.
         keys: `(B,)` keys.
-        rate: from 0 to 1.
+        rate: at least 0 and below 1.
         place: where in the network; each place has masks of its own.
     """
     number = np.uint32(zlib.crc32(place.encode()))

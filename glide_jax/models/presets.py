@@ -3,6 +3,7 @@
 Fields have the names of openai/glide-text2im.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -81,6 +82,13 @@ class ModelConfig:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {self.variant!r}")
         if self.model_channels % 32:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
+        if math.isfinite(self.dropout) and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.num_head_channels > 0 and self.model_channels % self.num_head_channels:
+            raise ValueError(
+                f"model_channels {self.model_channels} is not a multiple of num_head_channels "
+                f"{self.num_head_channels}"
+            )
         if self.low_res_level and not self.upsamples:
             raise ValueError("low_res_level is for upsamplers")
         if self.residual and not self.upsamples:

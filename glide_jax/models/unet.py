@@ -242,6 +242,8 @@ class GLIDE(nn.Module):
             )
         if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
             raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
+        if (inpaint_image is None) != (inpaint_mask is None):
+            raise ValueError("inpaint_image and inpaint_mask go together")
         if low_res_level is not None and not c.low_res_level:
             raise ValueError("this network takes no low_res_level")
         if c.low_res_level and low_res_level is None:

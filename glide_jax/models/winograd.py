@@ -1,4 +1,4 @@
-"""3x3 convolutions on a CPU with fewer products, as of Winograd  (1509.09308).
+"""3x3 convolutions on a CPU with fewer products: Winograd's minimal filtering  (1509.09308).
 
 F(2x2) computes blocks of 2x2 pixels from 4x4 by 16 products, where the plain form has 36; F(4x4)
 blocks of 4x4 from 6x6 by 36 products in place of 144. The kernels are transformed once, when a
@@ -43,7 +43,7 @@ FORMS: dict[int, tuple[list[list[float]], ...]] = {
         ],
     ),
 }
-# From this side on, the blocks of F(2x2) exceed the caches of a CPU, and F(4x4) is faster.
+# At this side and above, the blocks of F(2x2) exceed the caches of a CPU, and F(4x4) is faster.
 F4_SIDE = 64
 # Programs take longer to compile and to load: a small network would lose more than it gains.
 MIN_CHANNELS = 128
@@ -53,8 +53,8 @@ class Kernel(NamedTuple):
     """A transformed kernel, in the place of the kernel in the parameters of a layer.
 
     Attributes:
-        matrices: `U[i][j]`, `(C, F)`, of each place in a block. As one array each call would copy
-            them out of it.
+        matrices: `U[i][j]`, `(C, F)`, of each place in a block. They are separate arrays: out of
+            a single one, each call would copy them.
     """
 
     matrices: tuple[tuple[jax.Array, ...], ...]
@@ -96,12 +96,20 @@ def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, 
     for block, scale in scales(config).items():
         for layer in ("conv_1", "conv_2"):
             kernel = unet.get(block, {}).get(layer, {}).get("kernel")
-            if kernel is not None:
-                kernels[6 if side // scale >= F4_SIDE else 4][block, layer] = kernel
+            length = length_for(side // scale)
+            if kernel is not None and length:
+                kernels[length][block, layer] = kernel
     for length, chosen in kernels.items():
         for (block, layer), kernel in _transformed(chosen, length).items():
             unet[block] = unet[block] | {layer: unet[block][layer] | {"kernel": kernel}}
     return params | {"unet": unet}
+
+
+def length_for(side: int) -> int:
+    """Return the length of the blocks for an image of this side; 0: the plain form."""
+    if side >= F4_SIDE and side % 4 == 0:
+        return 6
+    return 4 if side % 2 == 0 else 0
 
 
 @partial(jax.jit, static_argnums=1)

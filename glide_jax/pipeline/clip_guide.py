@@ -2,7 +2,7 @@
 
 Ancestral samplers move their mean by `Sigma g`; all others move x_0 by `sigma^2/alpha g`, limited
 (`LIMIT`). f and g are the embeddings of image and caption, of length 1, and k is the logit scale.
-`glide_jax.diffusion.guidance.score` has the gradient, the limit, and how the sampler adds them.
+`glide_jax.diffusion.guidance.gradients` has the gradient, the limit, and how the sampler adds them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from glide_jax.weights.registry import Model
 # Limit of the pipeline where the sampler is not ancestral. With the embedded models at 8 steps and
 # scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
 LIMIT = 0.25
-# The samplers whose mean a score moves, exactly as in the paper: their CLIP guidance has no limit.
+# The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance is not limited.
 ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 
 
@@ -122,9 +122,16 @@ class CLIP:
 
 
 def clip_guidance(
-    clip: CLIP | None, model: Model, prompts: Sequence[Prompt], settings: Settings
+    clip: CLIP | None,
+    model: Model,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    reverse: bool = False,
 ) -> tuple[Guidance, ...]:
     """Return the CLIP guidance of a batch, to be listed last; none for `clip_scale` 0.
+
+    Args:
+        reverse: DDIM inversion, whatever the sampler of the settings.
 
     Raises:
         UsageError: there is no CLIP, or it sees other images or noise levels than the model.
@@ -142,7 +149,7 @@ def clip_guidance(
         what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
     if what:
         raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
-    limit = None if settings.sampler in ANCESTRAL else LIMIT
+    limit = None if settings.sampler in ANCESTRAL and not reverse else LIMIT
     return (clip.guidance(prompts, settings.clip_scale, limit),)
 
 

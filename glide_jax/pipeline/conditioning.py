@@ -203,7 +203,8 @@ def read_conditioning(
     """Read and check what `count` images of a model are made from; see `Pipeline.stream`.
 
     Args:
-        side: see `read_sources`, and for `reading`.
+        side: see `read_sources`.
+        **reading: see `Reading`.
 
     Raises:
         UsageError: something is missing, is not what the model takes, or has no effect.

@@ -14,7 +14,14 @@ from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
 # Guidance is off by default in inversion, which follows the unguided ODE.
-UNGUIDED: SettingsArguments = {"guidance_scale": 1.0, "clip_scale": 0.0}
+UNGUIDED: SettingsArguments = {
+    "guidance_scale": 1.0,
+    "guidance_method": "cfg",
+    "guidance_rescale": 0.0,
+    "negative_prompt": "",
+    "autoguidance_scale": 1.0,
+    "clip_scale": 0.0,
+}
 
 
 def unguided(settings: SettingsArguments) -> SettingsArguments:

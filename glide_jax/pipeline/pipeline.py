@@ -309,6 +309,8 @@ class Pipeline(Stage):
         """
         if not 0 <= variation <= 1:
             raise UsageError(f"variation must be between 0 and 1, not {variation}")
+        if settings.get("strength") is not None or settings.get("repaint"):
+            raise UsageError("variations take no strength or repaint: variation is their strength")
         chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
         sources = read_sources(image, None, None, side, fit=fit)

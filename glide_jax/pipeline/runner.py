@@ -82,7 +82,8 @@ def image_keys(
     """
     for name, value in (("seed", seed), *(("first_index", index) for index in indices)):
         check_32_bits(name, value)
-    return _image_keys(np.uint32(operator.index(seed)), np.asarray(indices, np.uint32), upsampler)
+    whole = [operator.index(index) for index in indices]
+    return _image_keys(np.uint32(operator.index(seed)), np.asarray(whole, np.uint32), upsampler)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -121,7 +122,7 @@ def run(
     Args:
         prompts: one per image, all with the same number of parts.
         seed, indices: of the run, and of each image in it: see `image_keys`.
-        clip: guides where the settings have a `clip_scale`.
+        clip: used if the settings have a `clip_scale`.
         weak_model: the weak model of autoguidance.
         every: yield after each `every` evaluations too, not only at the end of a batch.
         reverse: DDIM inversion, from the image to its noise.
@@ -190,7 +191,7 @@ class _Batch(NamedTuple):
         if config.guidance_input and settings.is_scale_alone(self.prompts):
             scale = np.asarray(settings.guidance_scale, np.float32)
             settings = replace(settings, guidance_scale=1.0)
-        guidances = self.guidances(settings)
+        guidances = self.guidances(settings, reverse)
         plan = self.settings.plan(stage.schedule, guidances, ddim_reverse if reverse else None)
         if reverse:
             assert self.conditioning.image is not None
@@ -219,12 +220,13 @@ class _Batch(NamedTuple):
         plan = replace(plan, guidance=placement.split(plan.guidance, unsplit=is_network))
         return networks, placement.split(conds), plan, *placement.split((x, self.keys.steps))
 
-    def guidances(self, settings: Settings) -> tuple[Guidance, ...]:
-        """What acts on the prediction: the gradient of the CLIP last, after all maps of x_0."""
+    def guidances(self, settings: Settings, reverse: bool) -> tuple[Guidance, ...]:
+        """Return what acts on the prediction; CLIP guidance is last, after all maps of x_0."""
         if settings.autoguidance_scale != 1 and self.weak_model is None:
             raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
         guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())
-        return (*guidances, *clip_guidance(self.clip, self.stage.model, self.prompts, settings))
+        model = self.stage.model
+        return *guidances, *clip_guidance(self.clip, model, self.prompts, settings, reverse)
 
 
 def is_network(node: Any) -> bool:

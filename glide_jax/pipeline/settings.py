@@ -57,10 +57,10 @@ class Settings:
     Weights may store defaults for some of these; otherwise the defaults below apply.
 
     Attributes:
-        steps: number of noise levels N, from 1 to 1000 (more is slower and more accurate), or a
-            respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2". N levels give N
-            steps, the last one to the clean image (plms and prk: N - 2 steps), with one network
-            evaluation each. Exceptions: heun and dpm++2s (two, but one in the last step),
+        steps: number of noise levels N, up to the number of timesteps (more is slower and more
+            accurate), or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2".
+            N levels give N steps, the last one to the clean image (plms and prk: N - 2 steps), with
+            one network evaluation each. Exceptions: heun and dpm++2s (two, but one in the last step),
             prk (four) and plms (four in the first three steps).
         sampler: name of the sampler, a key of `SOLVERS`. Deterministic: dpm++2m, dpm++3m, dpm++2s,
             unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim. With added noise: ddpm (the
@@ -256,7 +256,8 @@ class Settings:
                 for c in columns
             ]
             return [all_of([None, *columns[1:]], weights)]
-        if (scales == 1).all() and method != "cfg++":
+        # Scales of several images always guide: an error never depends on the batch.
+        if np.ndim(scale) == 0 and scale == 1 and method != "cfg++":
             return []
         return [METHODS[method](scale)]
 

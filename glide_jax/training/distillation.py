@@ -1,4 +1,4 @@
-"""Consistency distillation: a student whose clean image is the same along a path of its teacher.
+"""Consistency distillation: a student predicts one clean image from all points of a teacher's path.
 
 Each record has a timestep t and an earlier one r < t. The teacher takes x_t to x_r by one step of
 DDIM, with classifier-free guidance; the student's clean image at (x_t, t) learns to equal its own

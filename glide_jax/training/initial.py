@@ -1,4 +1,4 @@
-"""The first state of a run: random weights or given ones, and the teacher's."""
+"""The first state of a run: random weights or given ones, and its frozen parameters."""
 
 from functools import partial
 from typing import Any

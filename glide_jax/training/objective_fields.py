@@ -33,7 +33,7 @@ def check_objective(recipe: Any) -> None:
     if low < high and not recipe.model.guidance_input:
         raise UsageError("distillation.guidance_scales is a range: set model.guidance_input")
     if recipe.validate_every:
-        raise UsageError("a held-out loss is not measured with objective consistency")
+        raise UsageError("objective consistency has no held-out loss: set validate_every to 0")
 
 
 def _check_unset(config: Any, names: list[str] | tuple[str, ...], prefix: str, owner: str) -> None:

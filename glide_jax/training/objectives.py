@@ -83,11 +83,11 @@ class Objective:
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
             which the batch is split, if any. With loss-aware levels it takes the `loss_history` of
             the state, and its metrics have the `RECORDS`.
-        distils: whether the loss also takes `teacher`, frozen weights, `step` and `done`.
+        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `done`.
         init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
             {} without one.
-        lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen weights
-            that the loss also takes; 0: the parameters are the network's own.
+        lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen
+            parameters that the loss also takes; 0: the parameters are the network's own.
     """
 
     model: GLIDE | NoisedCLIP

@@ -34,12 +34,12 @@ from glide_jax.training.optimiser_config import OptimiserConfig
 class TrainState:
     """Parameters, EMAs and optimiser state.
 
-    All is float32, except counters, bfloat16 moments, and a base of LoRA in `teacher`.
+    All is float32, except counters, bfloat16 moments, and a base of LoRA in `frozen_params`.
 
     Attributes:
         step: int32 scalar, the number of steps done.
         params: the parameters.
-        ema: EMA of the parameters, which is sampled from.
+        ema: EMA of the parameters; samples are made with it.
         power_emas: power-function EMAs, one for each of `OptimiserConfig.ema_power`.
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.

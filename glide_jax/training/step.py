@@ -226,7 +226,7 @@ def _accumulate(
     )
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
-        # Otherwise sharded parameters are gathered before the loop and stay whole during it.
+        # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
         held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
         found, records = gradient(held, microbatch)
         return jax.tree.map(jnp.add, total, found), records

@@ -47,8 +47,8 @@ def ends(way):
 
 @pytest.mark.parametrize("way", ["kill", "failed"])
 def test_all_end_with_one_line_when_one_is_gone(way):
-    line = "\nerror: process {} has ended or cannot be reached: start again\n"
-    assert ends(way) == [(1, line.format(2)), (1, line.format(0))]
+    line = "\nerror: {} has ended or cannot be reached: start again\n"
+    assert ends(way) == [(1, line.format("process 2")), (1, line.format("another process"))]
 
 
 def test_the_others_go_on_when_one_is_done():

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from glide_jax.devices import roll_call as roll_call_module
 from glide_jax.devices.roll_call import roll_call
 from glide_jax.errors import GlideError
 from tests.devices.test_parallel import free_port
@@ -41,6 +42,17 @@ def test_all_learn_who_is_missing():
 def test_all_learn_that_they_count_differently():
     errors = call([0, 1], counts={1: 2})
     assert set(errors.values()) == {"process 1 expects 2 processes, process 0 3"}
+
+
+def test_all_learn_that_two_have_one_index():
+    errors = call([0, 1, 1], seconds=5)
+    assert set(errors.values()) == {"process 1 of 3 came twice, or is out of range"}
+
+
+@pytest.mark.parametrize("words", ["1 a b", "1 of b", "² of 2", "GET / HTTP/1.1"])
+def test_only_the_whole_greeting_counts(words):
+    assert not roll_call_module.PATTERN.fullmatch(words)
+    assert roll_call_module.PATTERN.fullmatch("glide-jax process 1 of 2").groups() == ("1", "2")
 
 
 def test_a_missing_first_process_is_named():

@@ -32,6 +32,11 @@ def test_transformed_kernels_give_the_same_convolution(length, tolerance):
     assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize(("side", "length"), [(64, 6), (66, 4), (62, 4), (68, 6), (5, 0), (1, 0)])
+def test_blocks_cover_the_image(side, length):
+    assert winograd.length_for(side) == length
+
+
 def test_every_block_is_found_and_computes_the_same(monkeypatch):
     monkeypatch.setattr(winograd, "F4_SIDE", 16)
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)

@@ -63,7 +63,7 @@ def first_update(config, params, pairs=None):
     objective, descent = make_objective(config), optax.sgd(RATE)
     state = new_state(config, objective, params if pairs is None else pairs, {})
     state = replace(
-        state, opt_state=descent.init(state.params), teacher={} if pairs is None else params
+        state, opt_state=descent.init(state.params), frozen_params={} if pairs is None else params
     )
     with jax.default_matmul_precision("highest"):
         after, _ = jax.jit(

@@ -66,9 +66,9 @@ def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
     """Shorten a gradient, so that `rms(sigma^2 / alpha gradient) <= limit sd(x_0 | x_t)`.
 
     `sd(x_0 | x_t) = 1 / sqrt(1 / 0.5^2 + (alpha / sigma)^2)`, for Gaussian pixels of standard
-    deviation 0.5: the noise level in little noise, and never more than 0.5. The true gradient obeys
-    such a law: it changes x_0 by `Cov(x_0 | x_t) grad_{x_0} log p`. A network's gradient does not,
-    and in much noise `sigma^2 / alpha` multiplies it by more than a hundred.
+    deviation 0.5: about sigma / alpha at low noise, and at most 0.5. The true gradient obeys such
+    a law: it changes x_0 by `Cov(x_0 | x_t) grad_{x_0} log p`. A network's gradient does not,
+    and at high noise `sigma^2 / alpha` multiplies it by more than a hundred.
 
     Args:
         gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.

@@ -83,7 +83,7 @@ class Guidance:
         Costs nothing: branch "null" is evaluated with this caption.
 
         Raises:
-            UsageError: it does not use the empty prompt.
+            UsageError: this guidance does not use the empty prompt.
         """
         if NULL not in self.needs:
             raise UsageError(f"{self.name} has no empty prompt that {prompt!r} could replace")

@@ -161,7 +161,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
         uneven = smoothness * np.diff(logits[:-1], 2)
         return np.append(1000 * np.sqrt(spectrum.share) * error, uneven)
 
-    # Starts from even steps, with the cleanest level a third of a step before the end.
+    # Start with even steps, with the cleanest level a third of a step before the end.
     logits = np.append(np.zeros(steps - 1), np.log(1 / 3))
     for smoothness in SMOOTHNESS:
         logits = least_squares(residuals, logits, max_nfev=100, args=(smoothness,)).x
