@@ -84,11 +84,15 @@ class ModelConfig:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
         if math.isfinite(self.dropout) and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.num_head_channels > 0 and self.model_channels % self.num_head_channels:
-            raise ValueError(
-                f"model_channels {self.model_channels} is not a multiple of num_head_channels "
-                f"{self.num_head_channels}"
-            )
+        head = self.num_head_channels
+        for level, mult in enumerate(self.channel_mult):
+            # There is attention in the middle, too.
+            attends = 2**level in self.attention_ds or level == len(self.channel_mult) - 1
+            if attends and head > 0 and self.model_channels * mult % head:
+                raise ValueError(
+                    f"num_head_channels {head} does not divide the {self.model_channels * mult} "
+                    "channels at an attention block"
+                )
         if self.low_res_level and not self.upsamples:
             raise ValueError("low_res_level is for upsamplers")
         if self.residual and not self.upsamples:

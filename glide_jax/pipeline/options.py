@@ -160,7 +160,7 @@ class SamplingOptions:
             clipped to [-1, 1].
         strength: Strength of img2img (SDEdit), above 0 and up to 1: the share of the steps that is
             run. Larger changes the image more.
-        repaint: RePaint: JUMP RESAMPLINGS. Each group of JUMP steps is run RESAMPLINGS times.
+        repaint: RePaint: JUMP RESAMPLINGS. Groups of JUMP steps are run RESAMPLINGS times each.
             Default: 5 4 for inpainting with a model that was not trained to inpaint, otherwise off.
     """
 
@@ -191,9 +191,9 @@ class ShardOptions:
     """Write thousands of images to tar shards. Repeat the command to continue where it stopped.
 
     Attributes:
-        shards: Folder for tar shards, instead of --out. For each image they have a .png, its prompt
-            as .txt, and its metadata as .json. Finished shards are kept, and several commands may
-            write to the same folder.
+        shards: Folder for tar shards, instead of --out. A shard has three files per image: the
+            .png, the prompt as .txt and the metadata as .json. Finished shards are kept, and
+            several commands may write to the same folder.
         shard_size: Images per shard. An interruption loses at most one unfinished shard.
         processes: Number of processes that share the shards. Not needed on TPU slices, under Slurm
             or under Open MPI.

@@ -51,8 +51,12 @@ def check_32_bits(name: str, value: int) -> None:
     """Check a seed or an image's index.
 
     Raises:
-        UsageError: jax would cut it to 32 bits.
+        UsageError: it is not a whole number, or jax would cut it to 32 bits.
     """
+    try:
+        operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is a whole number, not {value}") from None
     if not 0 <= value < 2**32:
         raise UsageError(f"{name} must be between 0 and 2^32 - 1, not {value}")
 
@@ -82,8 +86,7 @@ def image_keys(
     """
     for name, value in (("seed", seed), *(("first_index", index) for index in indices)):
         check_32_bits(name, value)
-    whole = [operator.index(index) for index in indices]
-    return _image_keys(np.uint32(operator.index(seed)), np.asarray(whole, np.uint32), upsampler)
+    return _image_keys(np.uint32(operator.index(seed)), np.asarray(indices, np.uint32), upsampler)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -60,8 +60,8 @@ class Settings:
         steps: number of noise levels N, up to the number of timesteps (more is slower and more
             accurate), or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2".
             N levels give N steps, the last one to the clean image (plms and prk: N - 2 steps), with
-            one network evaluation each. Exceptions: heun and dpm++2s (two, but one in the last step),
-            prk (four) and plms (four in the first three steps).
+            one network evaluation each. Exceptions: heun and dpm++2s (two, but one in the last
+            step), prk (four) and plms (four in the first three steps).
         sampler: name of the sampler, a key of `SOLVERS`. Deterministic: dpm++2m, dpm++3m, dpm++2s,
             unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim. With added noise: ddpm (the
             paper's ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed

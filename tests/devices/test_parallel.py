@@ -314,6 +314,9 @@ def test_errors_of_the_first_process_keep_their_kind():
     assert done == [1]
     with pytest.raises(UsageError, match="no such folder"):
         on_first(wrong)
+    # Of any kind: the others must not wait. The first process keeps its own.
+    with pytest.raises(FileNotFoundError):
+        on_first(lambda: open("/no/such/file"))
 
 
 def test_peers_are_taken_out_of_the_arguments():

@@ -219,6 +219,8 @@ def test_dropout_acts_only_in_training():
         ("base", {"low_res": (4, 4, 3)}, True, "takes no low_res"),
         ("base", {"inpaint_image": (16, 16, 3)}, True, "takes no inpaint_image"),
         ("superres", {"low_res": (4, 4, 3), "inpaint_mask": (16, 16, 1)}, True, "inpaint_mask"),
+        ("inpaint", {"inpaint_image": (16, 16, 3)}, True, "inpaint_mask go together"),
+        ("inpaint", {"inpaint_mask": (16, 16, 1)}, True, "inpaint_mask go together"),
         ("base", {}, False, "needs text features"),
         ("alt_notext", {}, True, "takes no text features"),
     ],
@@ -246,6 +248,10 @@ def test_sizes_that_do_not_fit():
         ModelConfig(variant="upscale")
     with pytest.raises(ValueError, match="multiple of 32"):
         ModelConfig(model_channels=48)
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, not 1"):
+        ModelConfig(dropout=1)
+    with pytest.raises(ValueError, match="num_head_channels 128 does not divide the 192 channels"):
+        ModelConfig(model_channels=64, num_head_channels=128, channel_mult=(1, 2, 3))
     with pytest.raises(ValueError, match="unknown field chanel_mult"):
         model_config({"chanel_mult": [1, 2]})
 

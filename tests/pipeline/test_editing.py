@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import glide_jax as glide
+from glide_jax.errors import UsageError
 from glide_jax.pipeline.editing import slerp
 from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -182,6 +183,21 @@ def test_several_images_are_inverted_in_batches(pipe, photo):
     assert together.shape == (3, 8, 8, 3) and together.dtype == np.float32
     one_by_one = pipe.invert(images, "red", batch_size=1, progress=True)
     assert np.abs(together - one_by_one).max() < 1e-5
+
+
+def test_inversion_follows_the_unguided_process_whatever_the_weights_store(photo):
+    wanted = exact_pipeline().invert(photo, "red", steps=20, progress=False)
+    stored = {"negative_prompt": "blue", "guidance_scale": 3.0, "guidance_rescale": 0.5}
+    found = exact_pipeline(settings=stored).invert(photo, "red", steps=20, progress=False)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_whole_numbers_are_not_cut(pipe):
+    with pytest.raises(UsageError, match="steps is a whole number, not 20.7"):
+        pipe("red", steps=20.7)
+    for name in ("seed", "first_index"):
+        with pytest.raises(UsageError, match=f"{name} is a whole number, not 1.5"):
+            pipe("red", **{name: 1.5})
 
 
 def test_sampling_starts_from_the_noise_of_the_caller(pipe):

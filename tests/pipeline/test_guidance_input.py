@@ -58,6 +58,15 @@ def test_a_scale_per_image(pipe):
             model(["red"] * 3, guidance_scale=[1.0, 2.0], progress=False)
 
 
+def test_the_batch_size_decides_no_error():
+    """A batch whose images all have scale 1 is sampled as the others are."""
+    options = {"negative_prompt": "blue", "guidance_scale": [1.0, 1.0, 3.0, 3.0], "seed": 3}
+    together, apart = (
+        exact_pipeline()(["red"] * 4, batch_size=size, progress=False, **options) for size in (4, 2)
+    )
+    assert np.abs(together.images.astype(int) - apart.images).max() <= 1
+
+
 @pytest.mark.parametrize(
     "settings",
     [
