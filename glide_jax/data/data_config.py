@@ -54,8 +54,8 @@ class DataConfig:
             image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
         flip: Mirror half of the images, except those whose caption says left, right or clockwise.
         group_by: Text field, such as `concept`. Records with the same value follow each other
-            in every pass, so the images in a batch of a CLIP are similar. The fields of every
-            record are read once at the start. Empty: no groups.
+            in every pass, so the images in a batch are similar (for a noised CLIP). The fields of
+            every record are read once at the start. Empty: no groups.
         on_device: Whether all images are kept in device memory, so that nothing is loaded during
             the training. `yes`: always; the data must fit, and the crop be `centre` or `window`.
             The value `auto` keeps them on GPUs and TPUs, if the source is an .npz file that fits.

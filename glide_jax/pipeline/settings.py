@@ -96,7 +96,7 @@ class Settings:
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
-        repaint: RePaint: JUMP, RESAMPLINGS. Each group of JUMP steps is run RESAMPLINGS times. On
+        repaint: RePaint: JUMP, RESAMPLINGS. Groups of JUMP steps are run RESAMPLINGS times each. On
             by default for inpainting with a model that was not trained to inpaint.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights

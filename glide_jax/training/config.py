@@ -60,8 +60,8 @@ class RunConfig:
             update of a bad step is never applied.
         spike: A step is bad if its loss exceeds this multiple of the running mean; larger tolerates
             more; 0: only a loss or gradient that is not finite is bad.
-        save_every: Steps between checkpoints, at least 1. With fewer, less work is lost if the run
-            is killed.
+        save_every: Steps between checkpoints, at least 1. A smaller number loses less work if the
+            run is killed.
         keep: Number of newest checkpoints that are kept, at least 1.
         keep_every: Checkpoints at multiples of this step are kept for good; 0: none.
         log_every: Steps between log lines, at least 1.

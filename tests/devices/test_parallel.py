@@ -1,6 +1,7 @@
 """The same step over one device, eight, and two processes of two; sharding under `fsdp`."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -316,7 +317,7 @@ def test_errors_of_the_first_process_keep_their_kind():
         on_first(wrong)
     # Of any kind: the others must not wait. The first process keeps its own.
     with pytest.raises(FileNotFoundError):
-        on_first(lambda: open("/no/such/file"))
+        on_first(lambda: os.stat("/no/such/file"))
 
 
 def test_peers_are_taken_out_of_the_arguments():
