@@ -60,9 +60,7 @@ def make_timesteps(
         )
     if steps > len(schedule):
         length = len(schedule)
-        raise UsageError(
-            f"the process has {length} timesteps: take at most that many steps, not {steps}"
-        )
+        raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")
     if spacing == OPTIMISED:
         return optimised_grid(schedule, steps, solver)
     return SPACINGS[spacing](schedule, steps)

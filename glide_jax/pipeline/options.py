@@ -138,8 +138,8 @@ class SamplingOptions:
         eta: Noise added at each step, from 0 (none) to 1, by the samplers ddim (default 0),
             dpm++2m-sde and sa (default 1).
         temperature: Factor of the initial noise. Below 1 the images are smoother and less varied.
-        restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At noise level LOW
-            (sigma/alpha), noise is added up to level HIGH, and the steps from HIGH to LOW are run
+        restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At the noise level
+            LOW (sigma/alpha), noise is added up to level HIGH, and the steps from HIGH to LOW are run
             again. This happens REPEATS times.
         guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
             closely with less variety. For the method cfg++ it is from 0 to 1.
