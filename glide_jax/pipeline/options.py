@@ -139,8 +139,8 @@ class SamplingOptions:
             dpm++2m-sde and sa (default 1).
         temperature: Factor of the initial noise. Below 1 the images are smoother and less varied.
         restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At the noise level
-            LOW (sigma/alpha), noise is added up to level HIGH, and the steps from HIGH to LOW are run
-            again. This happens REPEATS times.
+            LOW (sigma/alpha), noise is added up to level HIGH, and the steps from HIGH to LOW are
+            run again. This happens REPEATS times.
         guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
             closely with less variety. For the method cfg++ it is from 0 to 1.
         guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high
@@ -191,8 +191,8 @@ class ShardOptions:
     """Write thousands of images to tar shards. Repeat the command to continue where it stopped.
 
     Attributes:
-        shards: Folder for tar shards, instead of --out. A shard has three files per image: the
-            .png, the prompt as .txt and the metadata as .json. Finished shards are kept, and
+        shards: Folder for tar shards, instead of --out. A shard has three files per image:
+            the .png, the prompt as .txt and the metadata as .json. Finished shards are kept, and
             several commands may write to the same folder.
         shard_size: Images per shard. An interruption loses at most one unfinished shard.
         processes: Number of processes that share the shards. Not needed on TPU slices, under Slurm
