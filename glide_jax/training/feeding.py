@@ -57,8 +57,8 @@ def open_batches(
 def align(batches: Batches | ResidentBatches, first: int) -> int:
     """Shorten the calls of a run that resumes at step `first`; return the steps per call.
 
-    So calls end where a checkpoint or a sample is due. A run that was stopped between two
-    such steps, with a loader, continues in shorter calls.
+    So calls end where a checkpoint or a sample is due. If a run was stopped between two such
+    steps, all its later calls are shorter.
     """
     if not isinstance(batches, ResidentBatches):
         return 1
