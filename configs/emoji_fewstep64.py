@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
     return replace(
         base,
         name="emoji_fewstep64",
-        model=replace(base.model, guidance_input=True),
+        model=replace(base.model, guidance_scale_input=True),
         init_from="",
         objective="consistency",
         # In so few steps, more teacher steps are not learned.

@@ -6,7 +6,7 @@ from the enlarged small image, noised to the middle of the process, so that two 
 remain.
 
 Sizes as upsample256. The teacher has the sizes, the noise schedule and the prediction of the
-recipe; for improved256 set --schedule cosine, --model.low-res-level and
+recipe; for improved256 set --schedule cosine, --model.low-res-timestep and
 --low-res-timestep-share 0.5. For the rest see fewstep64.
 
 Result:   not trained here at these sizes.

@@ -38,7 +38,7 @@ def get_config(size: str = "released") -> TrainConfig:
     model = presets.base64_paper() if paper else presets.base64()
     return TrainConfig(
         name="fewstep64-paper" if paper else "fewstep64",
-        model=replace(model, guidance_input=True),
+        model=replace(model, guidance_scale_input=True),
         prediction="v",
         objective="consistency",
         distillation=DistillationConfig(guidance_scales=(1.0, 4.0)),

@@ -31,7 +31,7 @@ def get_config(size: str = "released") -> TrainConfig:
     model = presets.upsample256_paper() if paper else presets.upsample256()
     return TrainConfig(
         name="improved256-paper" if paper else "improved256",
-        model=replace(model, low_res_level=True),
+        model=replace(model, low_res_timestep=True),
         schedule="linear",
         prediction="v",
         weighting="min-snr",

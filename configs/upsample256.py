@@ -15,7 +15,7 @@ The paper's upsampler sees only clean small images, so it enlarges the artefacts
 Noise-conditioning augmentation (CDM, 2106.15282, sec. 4.2) adds noise of a random level to the
 small image and conditions the network on that level. The recipe improved256 does so, or here
 
-    --model.low-res-level --low-res-timestep-share 0.5
+    --model.low-res-timestep --low-res-timestep-share 0.5
 
 Result:   not trained here. For GLIDE's see text64.
 Hardware: a TPU or GPU host, bfloat16; what fits where: docs/results/dry_run.md and `--dry-run`.

@@ -80,12 +80,13 @@ def noise_loss(
     tables = make_tables(schedule)
     module = GLIDE(model.config, trunk_dtype(dtype))
     size = min(batch_size, images)
+    share = config.low_res_timestep_share if model.config.low_res_timestep else 0.0
     recipe = replace(
         config,
         model=model.config,
         prediction="eps",
         weighting="none",
-        low_res_timestep_share=config.low_res_timestep_share if model.config.low_res_level else 0.0,
+        low_res_timestep_share=share,
         caption_dropout=0.0,
         train_size=0,
         batch_size=size,

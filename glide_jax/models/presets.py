@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from glide_jax.errors import did_you_mean
+
 # Input channels of each variant: the noised image, and what is concatenated to it.
 VARIANTS = {"base": 3, "superres": 6, "inpaint": 7, "superres_inpaint": 10}
 
@@ -39,7 +41,7 @@ class ModelConfig:
         xf_heads: Attention heads of the text transformer.
         xf_final_ln: Whether the text transformer has a final norm.
         xf_padding: Whether padded positions have a learned embedding.
-        low_res_level: For upsamplers: whether the level of the noise that was added to the
+        low_res_timestep: For upsamplers: whether the timestep of the noise that was added to the
             low-resolution image is an input (CDM, 2106.15282, sec. 4.2). No model of OpenAI's
             has it.
         patch: Side of the blocks of pixels that are one position of the UNet (space-to-depth at the
@@ -48,8 +50,8 @@ class ModelConfig:
             positions, so wider layers at the same cost.
         residual: For upsamplers: whether the network adds its output to the bicubic enlargement of
             the low-resolution image. It then predicts x_0.
-        guidance_input: Whether the scale of classifier-free guidance is an input, for models with
-            distilled guidance (2210.03142). No model of OpenAI's has it.
+        guidance_scale_input: Whether the scale of classifier-free guidance is an input, for models
+            with distilled guidance (2210.03142). No model of OpenAI's has it.
     """
 
     variant: str = "base"
@@ -72,10 +74,10 @@ class ModelConfig:
     xf_heads: int = 8
     xf_final_ln: bool = True
     xf_padding: bool = True
-    low_res_level: bool = False
+    low_res_timestep: bool = False
     patch: int = 1
     residual: bool = False
-    guidance_input: bool = False
+    guidance_scale_input: bool = False
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -93,8 +95,8 @@ class ModelConfig:
                     f"num_head_channels {head} does not divide the {self.model_channels * mult} "
                     "channels at an attention block"
                 )
-        if self.low_res_level and not self.upsamples:
-            raise ValueError("low_res_level is for upsamplers")
+        if self.low_res_timestep and not self.upsamples:
+            raise ValueError("low_res_timestep is for upsamplers")
         if self.residual and not self.upsamples:
             raise ValueError("residual is for upsamplers")
         if self.patch < 1 or self.image_size % self.patch:
@@ -132,8 +134,9 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a field is unknown, or a value is not allowed; the message names it.
     """
-    if unknown := sorted(set(values) - {f.name for f in fields(ModelConfig)}):
-        raise ValueError(f"unknown field {', '.join(unknown)}")
+    known = [f.name for f in fields(ModelConfig)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown field {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return ModelConfig(**plain)
 
@@ -207,7 +210,7 @@ def emoji_upsample256() -> ModelConfig:
         xf_width=64,
         xf_layers=1,
         xf_heads=2,
-        low_res_level=True,
+        low_res_timestep=True,
         patch=4,
         residual=True,
     )

@@ -45,8 +45,8 @@ class UNet(nn.Module):
         t: jax.Array,
         text: TextFeatures | None,
         dropout_keys: jax.Array | None = None,
-        low_res_level: jax.Array | None = None,
-        guidance: jax.Array | None = None,
+        low_res_timestep: jax.Array | None = None,
+        guidance_scale: jax.Array | None = None,
     ) -> jax.Array:
         """Return noise and, with learned variance, the variance output.
 
@@ -55,9 +55,10 @@ class UNet(nn.Module):
             t: `(B,)` timesteps, integer or fractional.
             text: features of the captions, or None.
             dropout_keys: see `GLIDE`.
-            low_res_level: `(B,)` timesteps of the noise in the low-resolution image, for configs
-                with `low_res_level`.
-            guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
+            low_res_timestep: `(B,)` timesteps of the noise in the low-resolution image, for
+                configs with `low_res_timestep`.
+            guidance_scale: `(B,)` scales of classifier-free guidance, for configs with
+                `guidance_scale_input`.
 
         Returns:
             `(B, H, W, out_channels)` float32.
@@ -80,10 +81,11 @@ class UNet(nn.Module):
             # Zero at first: weights that were trained without it keep their outputs.
             return dense(c.embed_width, jnp.float32, f"{name}_2", zero=True)(hidden)
 
-        if low_res_level is not None:
-            emb = emb + embed(low_res_level, "level")
-        if guidance is not None:
-            emb = emb + embed(SCALE_POSITION * (guidance - 1), "guidance")
+        # The names in the weights are "level" and "guidance".
+        if low_res_timestep is not None:
+            emb = emb + embed(low_res_timestep, "level")
+        if guidance_scale is not None:
+            emb = emb + embed(SCALE_POSITION * (guidance_scale - 1), "guidance")
         if text is not None:
             emb = emb + text.pooled
         # Activation checkpointing: the backward pass recomputes all but the input of each block.
@@ -116,14 +118,14 @@ class UNet(nn.Module):
             space_to_depth(x, c.patch).astype(self.dtype)
         )
         skips, ds, i = [h], 1, 1
-        for depth, mult in enumerate(c.channel_mult):
+        for level, mult in enumerate(c.channel_mult):
             for _ in range(c.num_res_blocks):
                 h = res(h, c.model_channels * mult, f"down_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"down_{i}_attn")
                 skips.append(h)
                 i += 1
-            if depth < len(c.channel_mult) - 1:
+            if level < len(c.channel_mult) - 1:
                 if c.resblock_updown:
                     h = res(h, h.shape[-1], f"down_{i}_res", downsample)
                 else:
@@ -207,8 +209,8 @@ class GLIDE(nn.Module):
         low_res: jax.Array | None = None,
         inpaint_image: jax.Array | None = None,
         inpaint_mask: jax.Array | None = None,
-        low_res_level: jax.Array | None = None,
-        guidance: jax.Array | None = None,
+        low_res_timestep: jax.Array | None = None,
+        guidance_scale: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Return the noise prediction and the variance output for noised images.
@@ -221,10 +223,10 @@ class GLIDE(nn.Module):
             inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by the
                 mask here. None: no pixel is known.
             inpaint_mask: `(B, H, W, 1)`, 1 where the pixel is known.
-            low_res_level: `(B,)` timesteps of the noise in `low_res`, for configs with
-                `low_res_level`. None: no noise, t = 0.
-            guidance: `(B,)` scales of classifier-free guidance, for configs with `guidance_input`.
-                None: no guidance, scale 1.
+            low_res_timestep: `(B,)` timesteps of the noise in `low_res`, for configs with
+                `low_res_timestep`. None: no noise, t = 0.
+            guidance_scale: `(B,)` scales of classifier-free guidance, for configs with
+                `guidance_scale_input`. None: no guidance, scale 1.
             dropout_keys: `(B,)` keys of the records, from which the masks of dropout are sampled.
                 None: no dropout, as in sampling.
 
@@ -244,14 +246,14 @@ class GLIDE(nn.Module):
             raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
         if (inpaint_image is None) != (inpaint_mask is None):
             raise ValueError("inpaint_image and inpaint_mask go together")
-        if low_res_level is not None and not c.low_res_level:
-            raise ValueError("this network takes no low_res_level")
-        if c.low_res_level and low_res_level is None:
-            low_res_level = jnp.zeros(x.shape[:1])
-        if guidance is not None and not c.guidance_input:
-            raise ValueError("this network takes no guidance scale")
-        if c.guidance_input and guidance is None:
-            guidance = jnp.ones(x.shape[:1])
+        if low_res_timestep is not None and not c.low_res_timestep:
+            raise ValueError("this network takes no low_res_timestep")
+        if c.low_res_timestep and low_res_timestep is None:
+            low_res_timestep = jnp.zeros(x.shape[:1])
+        if guidance_scale is not None and not c.guidance_scale_input:
+            raise ValueError("this network takes no guidance_scale")
+        if c.guidance_scale_input and guidance_scale is None:
+            guidance_scale = jnp.ones(x.shape[:1])
         if (text is None) == bool(c.xf_width):
             verb = "needs" if text is None else "takes no"
             raise ValueError(f"this network {verb} text features")
@@ -265,7 +267,7 @@ class GLIDE(nn.Module):
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
         h = jnp.concatenate(inputs, axis=-1)
-        output = self.unet(h, t, text, dropout_keys, low_res_level, guidance)
+        output = self.unet(h, t, text, dropout_keys, low_res_timestep, guidance_scale)
         if c.residual:
             assert low_res is not None
             enlarged = jax.image.resize(low_res, shape, "bicubic", antialias=False)

@@ -191,7 +191,7 @@ class _Batch(NamedTuple):
         """The arguments of the sampler, on the devices: networks, conds, plan, x, noise."""
         stage, config = self.stage, self.stage.model.config
         settings, scale = self.settings, np.float32(1)
-        if config.guidance_input and settings.is_scale_alone(self.prompts):
+        if config.guidance_scale_input and settings.is_scale_alone(self.prompts):
             scale = np.asarray(settings.guidance_scale, np.float32)
             settings = replace(settings, guidance_scale=1.0)
         guidances = self.guidances(settings, reverse)
@@ -215,9 +215,9 @@ class _Batch(NamedTuple):
                 rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
                 text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)
                 conds[branch.name] = {"text": text} | inputs
-                if model.model.config.guidance_input:
+                if model.model.config.guidance_scale_input:
                     scales = np.broadcast_to(scale, len(self.prompts))
-                    conds[branch.name] |= {"guidance": scales}
+                    conds[branch.name] |= {"guidance_scale": scales}
 
         placement = Placement(stage.devices)
         plan = replace(plan, guidance=placement.split(plan.guidance, unsplit=is_network))

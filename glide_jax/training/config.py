@@ -179,7 +179,7 @@ class TrainConfig(RunConfig):
             frozen.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
-        low_res_timestep_share: Upsamplers with `model.low_res_level`: noise-conditioning
+        low_res_timestep_share: Upsamplers with `model.low_res_timestep`: noise-conditioning
             augmentation, which noises the small image at a random timestep of this share of them,
             counted from the clean end, up to 1 (CDM, 2106.15282); larger tolerates worse small
             images; 0: none.
@@ -257,8 +257,8 @@ class TrainConfig(RunConfig):
         check_objective(self)
         if self.lora.rank:
             self._check_lora()
-        if bool(self.low_res_timestep_share) != self.model.low_res_level:
-            raise UsageError("low_res_timestep_share and model.low_res_level go together")
+        if bool(self.low_res_timestep_share) != self.model.low_res_timestep:
+            raise UsageError("low_res_timestep_share and model.low_res_timestep go together")
         # Each resolution of the UNet but the last halves the image; the small image has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
         if self.train_size < 0 or self.train_size % step:

@@ -260,8 +260,8 @@ def consistency(
 
     text = student(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
     given = inputs.conditioning | options
-    if config.model.guidance_input:
-        given = given | {"guidance": scale}
+    if config.model.guidance_scale_input:
+        given = given | {"guidance_scale": scale}
     at_r = given | {"text": jax.lax.stop_gradient(text)}
     target = consistency_target(
         tables, student_of(still, config.prediction, at_r, c.clip_x0), x_t, x_r, t, r, end
@@ -272,7 +272,7 @@ def consistency(
 
 def teacher_model(student: GLIDE) -> GLIDE:
     """Return the teacher of a student: the same network without scale and dropout."""
-    config = replace(student.config, guidance_input=False, dropout=0.0)
+    config = replace(student.config, guidance_scale_input=False, dropout=0.0)
     return GLIDE(config, student.dtype)
 
 

@@ -14,9 +14,9 @@ class DistillationConfig:
             them unless `init_from` is set. Empty: no teacher; the training images take its place,
             as in consistency tuning (2406.14548), and no guidance is distilled.
         guidance_scales: Lowest and highest scale of the teacher's classifier-free guidance, at
-            least 0; 1 is off. With `model.guidance_input` each training image has a random scale
-            between them, and any such scale can be chosen for sampling. Otherwise the two must be
-            equal.
+            least 0; 1 is off. With `model.guidance_scale_input` each training image has a random
+            scale between them, and any such scale can be chosen for sampling. Otherwise the two
+            must be equal.
         unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
             range; larger trains the student more without guidance.
         teacher_steps: Number of teacher steps from noise to image. The first value is for the start

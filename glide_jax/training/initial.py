@@ -82,7 +82,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         return {}
     name = config.distillation.teacher
     if not name:
-        if config.model.guidance_input or config.distillation.guidance_scales != (1, 1):
+        if config.model.guidance_scale_input or config.distillation.guidance_scales != (1, 1):
             raise UsageError("guidance is distilled from a teacher: set distillation.teacher")
         return {}
     model = open_model(name)

@@ -30,8 +30,8 @@ def check_objective(recipe: Any) -> None:
         return
     _check_unset(recipe, DENOISING, "", "denoising")
     low, high = recipe.distillation.guidance_scales
-    if low < high and not recipe.model.guidance_input:
-        raise UsageError("distillation.guidance_scales is a range: set model.guidance_input")
+    if low < high and not recipe.model.guidance_scale_input:
+        raise UsageError("distillation.guidance_scales is a range: set model.guidance_scale_input")
     if recipe.validate_every:
         raise UsageError("objective consistency has no held-out loss: set validate_every to 0")
 

@@ -321,9 +321,9 @@ def prepare(
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
         low_res = conditioning["low_res"] = to_range(shrink(batch.image))
-        if config.model.low_res_level:
+        if config.model.low_res_timestep:
             noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_timestep_share)
-            conditioning["low_res"], conditioning["low_res_level"] = noised
+            conditioning["low_res"], conditioning["low_res_timestep"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]
         one = partial(random_mask, size=size, share_all=config.mask_all_share)

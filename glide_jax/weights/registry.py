@@ -160,10 +160,10 @@ def save_torch(model: Model, path: Path) -> None:
     """
     for wrong, what in (
         (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
-        (model.config.low_res_level, "takes the noise level of the low-resolution image"),
+        (model.config.low_res_timestep, "takes the noise level of the low-resolution image"),
         (model.config.patch > 1, "works on blocks of pixels"),
         (model.config.residual, "predicts a residual"),
-        (model.config.guidance_input, "takes the scale of guidance"),
+        (model.config.guidance_scale_input, "takes the scale of guidance"),
     ):
         if wrong:
             raise GlideError(f"the original code cannot use {model.name}: it {what}")

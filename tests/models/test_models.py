@@ -167,8 +167,8 @@ def test_a_new_network_predicts_zero():
     assert not forward("base", reference["x"], reference["t"], text, params=params).any()
 
 
-def test_a_new_guidance_input_changes_no_bit_and_a_trained_one_does():
-    plain, scaled = (replace(golden.config("base"), guidance_input=g) for g in (False, True))
+def test_a_new_guidance_scale_input_changes_no_bit_and_a_trained_one_does():
+    plain, scaled = (replace(golden.config("base"), guidance_scale_input=g) for g in (False, True))
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     t, text = jnp.array([10.0, 900.0]), text_of("base", slice(2))
     params = golden.weights("base")
@@ -179,18 +179,18 @@ def test_a_new_guidance_input_changes_no_bit_and_a_trained_one_does():
     extended = flatten(first_weights(init_params, GLIDE(scaled))) | flatten(params)
     before = run(plain, params)
     for scale in (None, jnp.array([1.0, 4.0])):
-        found = run(scaled, unflatten(extended), guidance=scale)
+        found = run(scaled, unflatten(extended), guidance_scale=scale)
         np.testing.assert_array_equal(found, before)
     extended["unet/guidance_2/kernel"] = 0.1 + extended["unet/guidance_2/kernel"]
     trained = [
-        run(scaled, unflatten(extended), guidance=scale)
+        run(scaled, unflatten(extended), guidance_scale=scale)
         for scale in (None, jnp.ones(2), jnp.array([1.0, 4.0]))
     ]
     np.testing.assert_array_equal(trained[0], trained[1])
     np.testing.assert_allclose(trained[0][0], trained[2][0], atol=1e-5)
     assert np.abs(trained[0][1] - trained[2][1]).max() > 1e-3
-    with pytest.raises(ValueError, match="takes no guidance scale"):
-        run(plain, params, guidance=jnp.ones(2))
+    with pytest.raises(ValueError, match="takes no guidance_scale"):
+        run(plain, params, guidance_scale=jnp.ones(2))
 
 
 def test_dropout_acts_only_in_training():
@@ -252,7 +252,9 @@ def test_sizes_that_do_not_fit():
         ModelConfig(dropout=1)
     with pytest.raises(ValueError, match="num_head_channels 128 does not divide the 192 channels"):
         ModelConfig(model_channels=64, num_head_channels=128, channel_mult=(1, 2, 3))
-    with pytest.raises(ValueError, match="unknown field chanel_mult"):
+    with pytest.raises(
+        ValueError, match="unknown field 'chanel_mult', did you mean 'channel_mult'"
+    ):
         model_config({"chanel_mult": [1, 2]})
 
 

@@ -43,7 +43,7 @@ def weights_in(initialise, dtype) -> tuple[set[str], set[str]]:
     [
         ("base64", {}),
         ("emoji64", {"resblock_updown": False}),
-        ("emoji_upsample256", {"low_res_level": True}),
+        ("emoji_upsample256", {"low_res_timestep": True}),
     ],
 )
 def test_the_trunk_of_a_network_is_what_computes_in_its_dtype(preset, options):

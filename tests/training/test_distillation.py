@@ -132,7 +132,7 @@ def test_every_field_has_an_objective():
 
 
 def test_a_range_of_scales_needs_the_input_and_a_teacher():
-    with pytest.raises(UsageError, match=r"set model\.guidance_input"):
+    with pytest.raises(UsageError, match=r"set model\.guidance_scale_input"):
         replace(student_config(), model=SMALL)
     config = student_config(teacher="")
     with pytest.raises(UsageError, match=r"set distillation\.teacher"):
@@ -149,7 +149,7 @@ SMALL = replace(TINY, attention_ds=(), image_size=8, n_vocab=300, xf_width=0)
 def student_config(teacher="teacher", **options):
     return TrainConfig(
         name="x",
-        model=replace(SMALL, guidance_input=True),
+        model=replace(SMALL, guidance_scale_input=True),
         objective="consistency",
         distillation=DistillationConfig(teacher=str(teacher), guidance_scales=(1.0, 4.0)),
         batch_size=4,
@@ -265,7 +265,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
             return None if method else jnp.zeros_like(inputs[0])
 
     monkeypatch.setattr(distillation, "teacher_model", lambda _: Recorder())
-    model = replace(SMALL, variant="superres", low_res_level=True)
+    model = replace(SMALL, variant="superres", low_res_timestep=True)
     config = TrainConfig(
         name="x",
         model=model,
@@ -281,7 +281,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
     )  # fmt: skip
     # The teacher once, without a branch for the empty caption; the student at x_r and at x_t.
     assert [float(name) for name, _ in seen] == [2, 1, 1]
-    for name in ("low_res", "low_res_level"):
+    for name in ("low_res", "low_res_timestep"):
         for _, given in seen:
             np.testing.assert_array_equal(given[name], seen[0][1][name])
     assert seen[0][1]["low_res"].shape == (4, 2, 2, 3)
@@ -305,7 +305,10 @@ def test_weights_that_cannot_be_the_teacher(teacher):
     for changes, message in (
         ({"prediction": "v"}, "its prediction is eps, not v"),
         ({"schedule": "linear"}, "its schedule is cosine, not linear"),
-        ({"model": replace(SMALL, model_channels=64, guidance_input=True)}, "parameters are miss"),
+        (
+            {"model": replace(SMALL, model_channels=64, guidance_scale_input=True)},
+            "parameters are miss",
+        ),
     ):
         config = replace(student_config(teacher), **changes)
         with pytest.raises(GlideError, match=message):

@@ -146,9 +146,9 @@ class Recorder:
         return jnp.zeros((*x_t.shape[:3], 6))
 
 
-def recorded(batch, variant="base", low_res_level=False, **options):
+def recorded(batch, variant="base", low_res_timestep=False, **options):
     """Return the inputs of the network for a batch, and the metrics."""
-    model = replace(TINY, variant=variant, low_res_level=low_res_level)
+    model = replace(TINY, variant=variant, low_res_timestep=low_res_timestep)
     config = TrainConfig(name="x", model=model, **options)
 
     @jax.jit
@@ -206,13 +206,13 @@ def test_the_small_image_of_an_upsampler_is_means_of_four_by_four_pixels():
     np.testing.assert_allclose(found["low_res"], low / 127.5 - 1, atol=1e-6)
 
 
-def test_a_noised_small_image_comes_with_its_level():
+def test_a_noised_small_image_comes_with_its_timestep():
     batch = make_batch(count=500, size=4)
-    found = recorded(batch, "superres", low_res_level=True, low_res_timestep_share=0.3)[0]
-    level = found["low_res_level"]
-    assert level.min() < 15 and 285 < level.max() < 300
-    noise = found["low_res"] - at(TABLES.alpha, level) * to_range(shrink(jnp.asarray(batch.image)))
-    noise = np.asarray(noise / at(TABLES.sigma, level))
+    found = recorded(batch, "superres", low_res_timestep=True, low_res_timestep_share=0.3)[0]
+    t = found["low_res_timestep"]
+    assert t.min() < 15 and 285 < t.max() < 300
+    noise = found["low_res"] - at(TABLES.alpha, t) * to_range(shrink(jnp.asarray(batch.image)))
+    noise = np.asarray(noise / at(TABLES.sigma, t))
     assert noise.mean() == pytest.approx(0, abs=0.1)
     assert noise.std() == pytest.approx(1, abs=0.1)
     # The noise of the large image is independent of it.
@@ -247,7 +247,7 @@ def test_low_res_noising_and_the_layers_of_its_level_go_together():
     with pytest.raises(UsageError, match="go together"):
         TrainConfig(name="x", model=model, low_res_timestep_share=0.5)
     with pytest.raises(UsageError, match="go together"):
-        TrainConfig(name="x", model=replace(model, low_res_level=True))
+        TrainConfig(name="x", model=replace(model, low_res_timestep=True))
 
 
 def test_the_loss_is_split_into_quarters_of_the_timesteps():

@@ -214,7 +214,7 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
         same += ["prediction", "weighting", "caption_dropout"]
         same += ["low_res_timestep_share", "mask_all_share"]
         assert small.model.variant == whole.model.variant
-        assert small.model.low_res_level == whole.model.low_res_level
+        assert small.model.low_res_timestep == whole.model.low_res_timestep
     for field in same:
         assert getattr(small, field) == getattr(whole, field)
     for field in ("freeze", "ema_power", "moments", "grad_clip", "beta_2", "weight_decay"):

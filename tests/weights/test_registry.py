@@ -16,7 +16,7 @@ from glide_jax.models.presets import PRESETS, ModelConfig
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights import from_released, write_torch_file
-from glide_jax.weights.registry import Model, load_model, load_torch, save_torch
+from glide_jax.weights.registry import FORMAT, Model, load_model, load_torch, save_torch
 from glide_jax.weights.released_files import (
     FILES,
     PRESET_OF,
@@ -24,6 +24,7 @@ from glide_jax.weights.released_files import (
     recognise,
     released_defaults,
 )
+from glide_jax.weights.store import save_weights
 from tests.support import golden
 from tests.support.commands import ROOT
 
@@ -135,19 +136,34 @@ def test_the_error_for_other_arrays_names_the_reason(tmp_path):
     ("changes", "reason"),
     [
         ({"prediction": "v"}, "it predicts v"),
-        ({"low_res_level": True}, "takes the noise level"),
-        ({"guidance_input": True}, "takes the scale of guidance"),
+        ({"low_res_timestep": True}, "takes the noise level"),
+        ({"guidance_scale_input": True}, "takes the scale of guidance"),
     ],
 )
 def test_a_model_that_the_original_code_cannot_use_is_not_written_for_it(changes, reason, tmp_path):
     config = golden.config("superres")
     params = from_released(config, golden.state_dict("superres"))
-    inputs = ("low_res_level", "guidance_input")
+    inputs = ("low_res_timestep", "guidance_scale_input")
     config = replace(config, **{name: changes.pop(name, False) for name in inputs})
     with pytest.raises(GlideError, match=f"cannot use mine: .*{reason}") as caught:
         save_torch(Model("mine", config, params, **changes), tmp_path / "mine.pt")
     one_line(caught)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "nearest"),
+    [("low_res_level", "low_res_timestep"), ("guidance_input", "guidance_scale_input")],
+)
+def test_a_folder_with_a_field_of_another_version_names_the_nearest_field(field, nearest, tmp_path):
+    config = {"format": FORMAT, "model": {field: False}}
+    save_weights(tmp_path, config, {"a": np.zeros(1, np.float32)})
+    with pytest.raises(GlideError) as caught:
+        load_model(tmp_path)
+    assert one_line(caught) == (
+        f"{tmp_path / 'config.json'} does not describe a model: "
+        f"unknown field {field!r}, did you mean {nearest!r}?"
+    )
 
 
 # ---------------------------------------------------------------- download

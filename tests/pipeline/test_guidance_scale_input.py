@@ -17,14 +17,14 @@ class Scaled(Oracle):
     """An oracle whose colour is the caption's times the scale."""
 
     def __call__(self, params, x, t, cond):
-        scaled = cond["text"] * cond["guidance"][:, None]
+        scaled = cond["text"] * cond["guidance_scale"][:, None]
         return super().__call__(params, x, t, {"text": scaled})
 
 
 @pytest.fixture(scope="module")
 def pipe():
     made = exact_pipeline(oracle=Scaled("scaled", count=True), settings={"steps": 4})
-    config = replace(made.model.config, guidance_input=True)
+    config = replace(made.model.config, guidance_scale_input=True)
     return replace(made, model=replace(made.model, config=config))
 
 
@@ -94,7 +94,7 @@ def test_prompts_joined_by_and(pipe):
 
 
 def test_weights_with_the_input_are_loaded_and_read_the_scale(tmp_path):
-    folder = make_weights(tmp_path, replace(TINY, guidance_input=True))
+    folder = make_weights(tmp_path, replace(TINY, guidance_scale_input=True))
     pipe = glide.load(folder)
     one, two = (
         pipe(
