@@ -7,18 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glide_jax.models.layers import (
+from glide_jax.models.blocks import (
     AttentionBlock,
-    GroupNorm,
     ResBlock,
-    conv3x3,
-    dense,
     depth_to_space,
     downsample,
     space_to_depth,
-    timestep_embedding,
     upsample,
 )
+from glide_jax.models.joined import JOINED, Parts
+from glide_jax.models.layers import GroupNorm, conv3x3, dense, timestep_embedding
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.text import TextFeatures, TextTransformer
 
@@ -92,6 +90,8 @@ class UNet(nn.Module):
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
+        time_parts = self._joined("emb", nn.silu(emb), jnp.float32)
+        text_parts = None if sequence is None else self._joined("text_kv", sequence, self.dtype)
 
         def res(
             h: jax.Array,
@@ -99,19 +99,23 @@ class UNet(nn.Module):
             name: str,
             resample: Callable[[jax.Array], jax.Array] | None = None,
         ) -> jax.Array:
+            width = features * (2 if c.use_scale_shift_norm else 1)
             return res_block(
                 features,
                 c.dropout,
                 self.dtype,
                 film=c.use_scale_shift_norm,
                 resample=resample,
+                projects=time_parts is None,
                 name=name,
-            )(h, emb, dropout_keys)
+            )(h, emb if time_parts is None else time_parts.take(width), dropout_keys)
 
         def attention(h: jax.Array, name: str, heads: int = c.num_heads) -> jax.Array:
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
-            return attention_block(heads, self.dtype, name=name)(h, sequence)
+            keys_values = sequence if text_parts is None else text_parts.take(2 * h.shape[-1])
+            block = attention_block(heads, self.dtype, projects=text_parts is None, name=name)
+            return block(h, keys_values)
 
         # Encoder: the decoder concatenates the output of every entry.
         h = conv3x3(c.model_channels * c.channel_mult[0], self.dtype, "down_0")(
@@ -157,6 +161,14 @@ class UNet(nn.Module):
         h = GroupNorm(swish=1.0, name="head_norm")(h.astype(jnp.float32))
         h = conv3x3(c.out_channels * c.patch**2, jnp.float32, "head", zero=True)(h)
         return depth_to_space(h, c.patch)
+
+    def _joined(self, layer: str, x: jax.Array, dtype: jnp.dtype) -> Parts | None:
+        """Return the outputs of a layer of all blocks, if their weights are joined."""
+        name = JOINED[layer]
+        if not self.has_variable("params", name):
+            return None
+        features = self.get_variable("params", name)["bias"].shape[0]
+        return Parts(dense(features, dtype, name)(x))
 
 
 class GLIDE(nn.Module):

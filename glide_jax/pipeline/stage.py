@@ -16,6 +16,7 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network
 from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.models.joined import JOINED, join_projections
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.tokenizers import GPT2Tokenizer
@@ -77,6 +78,10 @@ class Stage:
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
         placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
         in_parts = placement.in_parts(params)
+        if not in_parts:
+            # On a TPU the keys and values of all blocks would be copied out of the joined result.
+            layers = ("emb",) if placement.platform == "tpu" else tuple(JOINED)
+            params = join_projections(params, layers)
         if placement.platform == "cpu" and module.dtype == jnp.float32 and not in_parts:
             params = transform_kernels(params, self.model.config)
         params = placement.put_weights(params)

@@ -10,8 +10,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from glide_jax.devices.mesh import AXIS, device_mesh
 from glide_jax.models import attention, tpu_attention
-from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel
-from glide_jax.models.layers import AttentionBlock, split_heads
+from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel, split_heads
+from glide_jax.models.blocks import AttentionBlock
 from tests.support.golden import assert_close, load, nhwc
 
 CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("

@@ -7,22 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.models.attention import attend, compile_for
-from glide_jax.models.layers import (
+from glide_jax.models.attention import attend, compile_for, split_heads
+from glide_jax.models.blocks import (
     AttentionBlock,
-    GroupNorm,
-    Projections,
     ResBlock,
-    conv3x3,
-    dense,
     depth_to_space,
     downsample,
     drop,
     space_to_depth,
-    split_heads,
-    timestep_embedding,
     upsample,
 )
+from glide_jax.models.layers import GroupNorm, Projections, conv3x3, dense, timestep_embedding
 from glide_jax.models.text import TextBlock
 from glide_jax.models.unet import GLIDE
 from glide_jax.weights import released

@@ -16,7 +16,8 @@ from PIL import Image
 from glide_jax.diffusion.guidance import Network, Point, apply, branches_of, classifier_free
 from glide_jax.diffusion.guidance import noise_predictor as predictor
 from glide_jax.diffusion.sampling import sample
-from glide_jax.models.layers import AttentionBlock, GroupNorm
+from glide_jax.models.blocks import AttentionBlock
+from glide_jax.models.layers import GroupNorm
 from glide_jax.models.unet import GLIDE, init_params
 from tests.support.commands import ROOT, TINY
 from tests.support.exact_model import exact_pipeline
