@@ -3,7 +3,8 @@
 If glide-jax is installed, write `glide-jax train` instead of `train.py` in the examples.
 
 A recipe is a Python file. --config takes the name of a recipe in configs/ (cfg64), or the path of
-your own (my/recipe.py). A size may follow a colon (cfg64:paper). Every field is an option:
+your own (my/recipe.py). A size may follow a colon (cfg64:paper). Every field of the recipe is an
+option:
 
   train.py --config cfg64 --data.source images --steps 1000 --optimiser.learning-rate 3e-4
   train.py --config cfg64 --help              all options, with the values of this recipe

@@ -82,10 +82,12 @@ def lora(run: Run, to: To) -> None:
 def ema(run: Run, *, width: float, out: Path, step: int | None = None) -> None:
     """Make a post-hoc EMA of any width, from a run that saved power-function EMAs.
 
+    The width should lie between the saved widths, or close to them. Larger averages over more
+    steps.
+
     Args:
         run: Folder of a run of train.py with --optimiser.ema-power.
-        width: Width of the EMA, as a share of the training: above 0 and below 0.28. A larger value
-            averages over more steps. It should lie between the saved widths or close to them.
+        width: Width of the EMA, as a share of the training: above 0 and below 0.28.
         out: Folder for config.json and model.safetensors; created if needed.
         step: Last training step of the EMA. Default: the last step at which EMAs were saved.
     """
@@ -100,10 +102,10 @@ def convert(paths: Paths) -> None:
     """Convert weights: a .pt file to a folder, or a folder, a name or a run to a .pt file.
 
     For example:
-      convert base.pt base                             a file of OpenAI's, for glide-jax
-      convert clip_image_enc.pt clip_text_enc.pt clip  a noised CLIP, which is two files
-      convert runs/mine mine.pt                        your own model, for glide-text2im
-      convert clip image.pt text.pt                    your own noised CLIP, for glide-text2im
+      convert base.pt base           OpenAI's base, for glide-jax
+      convert image.pt text.pt clip  OpenAI's noised CLIP
+      convert runs/mine mine.pt      your model, for OpenAI's code
+      convert clip image.pt text.pt  your noised CLIP
     """
     sources, targets = _split(paths)
     for target in targets:

@@ -1,4 +1,4 @@
-"""`glide-jax data`: make the emoji data set from its pinned sources."""
+"""Make the emoji data set: `glide-jax data fetch`, then `rasterise`."""
 
 import sys
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from glide_jax.folders import expand_words
 
 
 def fetch(to: Path, vendors: tuple[str, ...] = ()) -> None:
-    """Download the source packages (58 MB), each at its pinned version, and verify them.
+    """Download the sources of the artwork (58 MB), in fixed versions, and verify them.
 
-    npm and apt-get download them. If one of these is missing, put the archive into the folder
-    yourself: it is verified and not downloaded again.
+    This needs npm and apt-get. Without them, put the archives into the folder yourself: they are
+    verified and not downloaded again.
 
     Args:
         to: Folder for the archives; created if needed.

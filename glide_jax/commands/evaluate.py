@@ -133,7 +133,7 @@ class ScorerOptions:
 class Nearest:
     """Find the training image nearest to each generated image: a test of memorisation.
 
-    Generates images for ten training captions and five held-out concept-style pairs.
+    It generates images for ten training captions and five held-out concept-style pairs.
 
     Attributes:
         out: Folder for nearest.json and two sheets.
@@ -163,7 +163,8 @@ class Nearest:
 class Ranking:
     """Test whether an independent CLIP ranks an image's caption first among a hundred.
 
-    Generates images of training concepts and held-out pairs, and scores real images likewise.
+    It generates images of training concepts and held-out concept-style pairs. The real images of
+    these pairs are ranked too.
 
     Attributes:
         out: Folder for ranking.json and two sheets with all images.
@@ -215,7 +216,8 @@ class Sweep:
     Attributes:
         vary: What to vary, one or several of guidance-scale, clip-scale, steps, sampler, spacing,
             guidance-interval. A sweep of guidance-scale has no CLIP guidance unless --clip-scale is
-            set. One of clip-scale has guidance scale 1 and the sampler ddpm unless set.
+            set. A sweep of clip-scale has guidance scale 1 and the sampler ddpm, unless you set
+            others.
         values: Values of a single sweep, in place of its defaults: guidance-scale 1 1.5 2 3 4 6 8,
             clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
             guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
@@ -270,7 +272,8 @@ class Sweep:
 class Loss:
     """Measure the noise-prediction loss on splits of the data, with and without captions.
 
-    Images, timesteps and noise are the same each time. It works for models of every variant.
+    Images, timesteps and noise are the same each time. The command works for models of every
+    variant.
 
     Attributes:
         splits: Splits of the data.
@@ -313,7 +316,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Count the details of procedural scenes that the images of a model show correctly.
+    """Count the details of procedural scenes that a model's images show correctly.
 
     Attributes:
         weights: Weights trained on procedural scenes: a folder, or a run of train.py.

@@ -36,11 +36,11 @@ CLIP_GUIDED = {"guidance_scale": 1.0, "sampler": "ddpm"}
 
 @dataclass(frozen=True)
 class Curve:
-    """Generate images at several guidance scales, and score each against real images.
+    """Generate images at several guidance scales, and score those of each scale.
 
-    FID, inception score, precision, recall and CLIP score, as in figure 6 of the paper. The images
-    are written to tar shards, as by glide-jax sample --shards. Repeat the command to continue after
-    an interruption.
+    The scores against real images are those of figure 6 of the paper: FID, inception score,
+    precision, recall and CLIP score. The images are written to tar shards, as by glide-jax sample
+    --shards. Repeat the command to continue after an interruption.
 
     Attributes:
         prompts_file: Captions: a text file with one per line, a table, or a JSON file such as

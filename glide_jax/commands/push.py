@@ -43,9 +43,9 @@ def push(
     """Upload weights to the Hugging Face Hub, with a model card.
 
     For example:
-      push runs/mine hf://user/mine              the EMA weights of a run, as `export` writes them
-      push mine hf://user/mine --license mit     a folder of weights, its files as they are
-      push mine hf://user/mine --dry-run         writes the folder mine_hub, uploads nothing
+      push runs/mine hf://user/mine       the EMA weights of a run
+      push mine hf://user/mine            a folder, as it is
+      push mine hf://user/mine --dry-run  only write mine_hub
 
     Log in first: `hf auth login`, or HF_TOKEN. A README.md in the folder is uploaded as it is.
 

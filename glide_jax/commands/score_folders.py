@@ -30,7 +30,7 @@ class Fid:
     """Score a folder of images against another: FID, FD-DINOv2, kernel distance, precision, recall.
 
     You must have the weight files of the feature networks. Repeat the command to continue after an
-    interruption. It computes nothing twice, since the features are kept beside the report.
+    interruption: the features are kept beside the report and not computed again.
 
     Attributes:
         real: Folder of real images or of tar shards, or an .npz with images (arr_0, as ADM writes)

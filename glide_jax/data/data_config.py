@@ -18,15 +18,16 @@ class DataConfig:
         source: An .npz file; a folder of images with captions (`cat.png` and `cat.txt`, or a
             metadata file); a metadata file; tar shards (`shards/{000..099}.tar`, `shards/*.tar`,
             or their folder); parquet files with images and captions, their pattern or folder;
-            a folder of `save_to_disk`; a prepared tensorflow-datasets folder, or the name of one
-            in the folder `data_dir`; `scenes64` or `scenes256` for procedural scenes. Folders,
-            shards and parquet files may be `gs://` addresses, or `hf://datasets/USER/NAME`.
+            a folder that `datasets` wrote with `save_to_disk`; a prepared tensorflow-datasets
+            folder, or the name of one in the folder `data_dir`; `scenes64` or `scenes256` for
+            procedural scenes; or `hf://datasets/USER/NAME`, a data set of the Hugging Face
+            Hub. Folders, shards and parquet files may be `gs://` addresses.
         mixture: Several sources with their weights, instead of `source`: with `images:3 more:1`
-            three of four images are of the first. All other options hold for each source.
+            three of four images are from the first. All other data options apply to each source.
         split: Part of the source: `train+test_concept` of an .npz file, `train[:90%]` of
-            tensorflow-datasets, the split in the names of parquet files, or the subfolder of that
-            name in a folder.
-        data_dir: Folder of the tensorflow-datasets that `source` gives by name.
+            tensorflow-datasets, the split in the names of parquet files, or a subfolder with this
+            name.
+        data_dir: Folder of the tensorflow-datasets that `source` names.
         captions: Templates of captions. One is chosen at random each time a record is seen. They
             can use `{caption}` and every other text field of the record; `{a_caption}` is the
             caption with "a" or "an".
@@ -39,8 +40,8 @@ class DataConfig:
             the usual names are tried.
         caption_lines: Captions of a text file. `choose`: each line is a caption, and one is chosen
             at random each time. `join`: all lines together are one caption.
-        metadata: .jsonl, .json, .csv, .tsv or .parquet file in a folder that lists images and
-            captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
+        metadata: A .jsonl, .json, .csv, .tsv or .parquet file that lists the images of a folder and
+            their captions. Empty: `metadata.jsonl`, `metadata.csv` and so on, if there is one.
         min_side: Leave out images whose shorter side has fewer pixels. 0: no limit.
         max_aspect: Leave out images whose aspect ratio (longer side / shorter side) is larger, 1 or
             more. 0: no limit.
@@ -53,14 +54,13 @@ class DataConfig:
         min_crop: Smallest side of a random square, in (0, 1], as a share of the shorter side of the
             image. Larger values crop less. 0.8 is the value in the code of ADM (2105.05233).
         flip: Mirror half of the images, except those whose caption says left, right or clockwise.
-        group_by: Text field, such as `concept`. Records with the same value follow each other
-            in every pass, so the images in a batch are similar (for a noised CLIP). The fields of
-            every record are read once at the start. Empty: no groups.
-        on_device: Whether all images are kept in device memory, so that nothing is loaded during
-            the training. `yes`: always; the data must fit, and the crop be `centre` or `window`.
-            The value `auto` keeps them on GPUs and TPUs, if the source is an .npz file that fits.
-            With `no` a loader on the host makes the batches. The order and the random numbers are
-            the same in both cases.
+        group_by: Text field, such as `concept`. Records with the same value follow each other in
+            every pass. The images in a batch are then similar, which suits a noised CLIP. The
+            fields of every record are read once at the start. Empty: no groups.
+        on_device: Whether all images are kept in device memory. `yes`: always; the data must fit,
+            and the crop must be `centre` or `window`. `auto`: on GPUs and TPUs, if the source is
+            an .npz file that fits. `no`: a loader on the host makes the batches. The order and the
+            random numbers are the same with each value.
         workers: Number of worker processes that read and decode. 0: one thread of the training
             process.
         threads: Batches that each process prepares in parallel, at least 1. More than 1 helps if

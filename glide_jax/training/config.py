@@ -56,14 +56,14 @@ class RunConfig:
             empty: random weights. It is ignored when a stopped run is resumed.
         out: Folder of the run; empty: `runs/<name>`.
         on_bad_step: What to do at a bad step: "stop" the run, or "skip" the update. A step is bad
-            if its loss or gradient is not finite, or its loss is too large (see `spike`). The
-            update of a bad step is never applied.
+            if its loss or gradient is not finite, or its loss is too large (see `spike`). A bad
+            step never changes the weights.
         spike: A step is bad if its loss exceeds this multiple of the running mean; larger tolerates
-            more; 0: only a loss or gradient that is not finite is bad.
+            more; 0: no limit.
         save_every: Steps between checkpoints, at least 1. A smaller number loses less work if the
             run is killed.
         keep: Number of newest checkpoints that are kept, at least 1.
-        keep_every: Checkpoints at multiples of this step are kept for good; 0: none.
+        keep_every: Checkpoints at multiples of this number of steps are never deleted; 0: none.
         log_every: Steps between log lines, at least 1.
         sample_every: Steps between grids of samples; 0: none.
         validate_every: Steps between measurements of the held-out loss; 0: none.
@@ -179,15 +179,15 @@ class TrainConfig(RunConfig):
             frozen.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
             classifier-free guidance; larger trains the unconditional model more.
-        low_res_timestep_share: Upsamplers with `model.low_res_timestep`: noise-conditioning
-            augmentation, which noises the small image at a random timestep of this share of them,
-            counted from the clean end, up to 1 (CDM, 2106.15282); larger tolerates worse small
-            images; 0: none.
-        mask_all_share: Inpainting: share of images that are masked completely, from 0 to 1; larger
-            trains generation from text alone more.
+        low_res_timestep_share: For upsamplers with `model.low_res_timestep`: the small image is
+            noised at a random timestep (noise-conditioning augmentation: CDM, 2106.15282). This
+            share of the timesteps is used, from the clean end: from 0 (no noise) to 1. Larger
+            tolerates worse small images.
+        mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1;
+            larger trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
-            network is convolutional, so it can learn from crops or smaller images. 0: the size
-            of the model.
+            network is convolutional and can learn from crops or smaller images. 0: the size of
+            the model.
         sample_prompts: Prompts of the grids of samples.
         sample_steps: Sampling steps of the grids, and default stored with the weights; more is
             slower and more accurate.
@@ -196,8 +196,8 @@ class TrainConfig(RunConfig):
         sample_clip_scale: CLIP guidance scale stored with the weights as their default, for use
             with a noised CLIP; 0 = off, larger follows the prompt more closely. The grids use no
             CLIP guidance.
-        sample_strength: Upsamplers: share of the steps that is run, the last ones, from the
-            enlarged small image, above 0 and up to 1; stored with the weights as their default;
+        sample_strength: For upsamplers, stored with the weights as their default: run only this
+            share of the steps, the last ones, from the enlarged small image. Above 0 and up to 1;
             larger changes the image more. None: all steps, from noise.
         sample_sampler: Sampler of the grids, and default stored with the weights; empty: the
             general default of sampling.

@@ -13,8 +13,8 @@ class DistillationConfig:
         teacher: Weights to distil: a name, a folder, a `.pt` file or a run. The student starts from
             them unless `init_from` is set. Empty: no teacher; the training images take its place,
             as in consistency tuning (2406.14548), and no guidance is distilled.
-        guidance_scales: Lowest and highest scale of the teacher's classifier-free guidance, at
-            least 0; 1 is off. With `model.guidance_scale_input` each training image has a random
+        guidance_scales: Lowest and highest scale of the teacher's classifier-free guidance, 0 or
+            more; 1 is off. With `model.guidance_scale_input` each training image has a random
             scale between them, and any such scale can be chosen for sampling. Otherwise the two
             must be equal.
         unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
@@ -24,17 +24,16 @@ class DistillationConfig:
             intervals. More is more accurate but takes longer to learn.
         student_steps: Number of equal parts of the diffusion process (2403.06807). 1: the student
             predicts the clean image from any noise level; sample with the sampler consistency. N:
-            it predicts only the clean end of its own part, which is easier to learn; sample with N
-            steps of ddim and the spacing trailing-capped.
+            from each part the student predicts only the cleanest level of this part, which is
+            easier to learn; sample with N steps of ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
-            to 1. Upsamplers: their `sample_strength`.
+            to 1. For upsamplers: their `sample_strength`, if set.
         clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
         huber_constant: Constant of the pseudo-Huber loss, relative to the root mean square error of
             an image in v; above 0. The loss is quadratic for errors well below it, and linear well
-            above. Larger is closer to the squared error, and learns faster. 2310.14189 uses
-            0.00054, for long trainings without a teacher. It is not `huber_width`, which is for the
-            objective "denoising".
+            above. Larger is closer to the squared error, and learns faster. Long trainings without
+            a teacher use 0.00054 (2310.14189). For the objective "denoising" see `huber_width`.
     """
 
     teacher: str = ""

@@ -48,13 +48,13 @@ class OptimiserConfig:
             and no optimiser state. Empty: everything is trained.
         ema: Decay rate of the EMA of the weights, from 0 to 1. Sampling uses the EMA. Larger
             averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
-            step))`, so that short runs forget their first weights.
-        ema_power: Relative widths of power-function EMAs to keep besides it, for example 0.05 0.10,
-            each between 0 and 0.28; larger averages over more of the training. The command
-            glide-jax weights ema makes the EMA of any width from their snapshots (post-hoc EMA:
-            EDM2, 2312.02696, sec. 3.1).
-        ema_every: Steps between these snapshots, at least 1; larger needs less disk space, and
-            makes the post-hoc EMA less exact.
+            step))`: short runs thereby forget their first weights.
+        ema_power: Relative widths of further EMAs, whose weights are a power function: for
+            example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
+            training. From their snapshots, the command glide-jax weights ema makes the EMA of any
+            width (post-hoc EMA: EDM2, 2312.02696, sec. 3.1).
+        ema_every: Steps between the snapshots of `ema_power`, at least 1; larger needs less disk
+            space, and makes the post-hoc EMA less exact.
     """
 
     kind: str = "adamw"

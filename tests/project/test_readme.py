@@ -1,4 +1,4 @@
-"""The README's Python runs as written, and its files and commands exist."""
+"""The Python of the README and of guide/parts.md runs; the README's files and commands exist."""
 
 import re
 import shlex
@@ -8,21 +8,28 @@ from glide_jax.training.command_line import parse_recipe
 from tests.support.commands import ROOT, make_images, run
 
 README = (ROOT / "README.md").read_text()
+PARTS = (ROOT / "docs" / "guide" / "parts.md").read_text()
 # As few as the test needs: more would only take longer.
 FEWER = {"num=4": "num=1", "steps=20": "steps=2"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def test_the_python_runs_as_written_but_for_the_numbers_of_images_and_steps():
     code = "\n".join(blocks("python"))
-    assert code.count("import glide_jax as glide") == 2
     for usual, few in FEWER.items():
         assert usual in code
         code = code.replace(usual, few)
+    # The README's guidance is used too.
+    code += 'pipe("a red apple", steps=2, guidance=[classifier_free(3.0), glide.clip_x0()])\n'
     result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_parts_run_alone_as_written():
+    result = run("-c", "\n".join(blocks("python", PARTS)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "(1, 16, 16, 3) (1, 16, 16, 3)"
 
