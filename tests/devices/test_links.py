@@ -65,3 +65,28 @@ def test_a_process_that_closes_its_links_is_not_ended_afterwards(monkeypatch):
     assert other.recv(1) == links.FAILED
     other.close()
     time.sleep(0.2)  # the thread sees it, and is held
+
+
+@pytest.mark.parametrize("closed", ["a pipe", "a file"])
+def test_a_closed_stderr_does_not_stop_the_end(closed, monkeypatch):
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError if closed == "a pipe" else ValueError
+
+        flush = write
+
+    class Ended(BaseException):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    own, other = socket.socketpair()
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("sys.stderr", Closed())
+    with pytest.raises(Ended) as ended:
+        links.Links({1: own}).end("process 1 has ended")
+    assert ended.value.args == (1,)
+    assert other.recv(1) == links.LOSES
+    own.close()
+    other.close()

@@ -332,6 +332,13 @@ def test_what_interpolation_inversion_and_variations_refuse(pipe, photo):
     for call, message in (
         (lambda: pipe.variations(photo, "red", variation=1.1), "between 0 and 1"),
         (lambda: pipe.variations(np.stack([photo] * 2), "red"), "2 images for 1"),
+        *(
+            (
+                lambda setting=setting: pipe.variations(photo, "red", **setting),
+                "^variations take no strength or repaint: variation is their strength$",
+            )
+            for setting in ({"strength": 0.5}, {"repaint": (2, 2)})
+        ),
         (lambda: pipe.interpolate("red", "blue", num=1), "at least 2"),
         (lambda: pipe.invert(photo, "red", strength=0.5), "takes no strength"),
         (lambda: exact_pipeline("superres").invert(photo, "red"), "an upsampler"),

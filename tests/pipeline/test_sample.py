@@ -181,7 +181,13 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
         (("--fit", "pad"), "for --init-image"),
         (("--interpolate",), "two prompts, or one and --to-seed"),
         (("blue", "--interpolate"), "at least 2"),
-        (("blue", "--interpolate", "--init-image", "photo.png"), "no --init-image"),
+        *(
+            (
+                ("blue", "--interpolate", "--num", "4", option, file),
+                "^--interpolate takes prompts: it has no --init-image or --mask$",
+            )
+            for option, file in (("--init-image", "photo.png"), ("--mask", "mask.png"))
+        ),
         (("--to-seed", "3"), "for --interpolate"),
         (("--repaint", "2", "2"), "give a mask"),
         (("--autoguidance-scale", "2"), "load one with weak_model="),

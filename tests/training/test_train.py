@@ -4,12 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+import train as script
+from glide_jax.data.data_config import DataConfig
+from glide_jax.training import clock
 from glide_jax.training.export import export
+from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import load_run, restore_run
 from glide_jax.weights import count_params
 from glide_jax.weights.registry import load_model
@@ -189,3 +196,25 @@ def test_an_unwritable_folder_is_one_line(images, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(images, tmp_path):
     result = run(*arguments(images, tmp_path / "run", 5, "--batch-size", 7), devices=2)
     assert "7 does not divide over 2 devices" in one_line(result, 2)
+
+
+def test_a_time_limit_that_passes_while_samples_are_made_leaves_a_checkpoint(
+    images, tmp_path, monkeypatch, capsys
+):
+    now = [0.0]
+
+    def slow_samples(*_, **__):
+        now[0] += 100
+        return Image.new("RGB", (16, 16))
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(script, "sample_grid", slow_samples)
+    out = tmp_path / "run"
+    config = replace(
+        load_recipe(RECIPE), data=DataConfig(source=str(images)), out=str(out), steps=50,
+        sample_every=2, minutes=1.0,
+    )  # fmt: skip
+    script.train(config)
+    # The step that runs when the limit has passed is the last one, and is kept.
+    assert "3 of 50 steps done" in capsys.readouterr().out
+    assert int(restore_run(out)[1].step) == 3
