@@ -4,6 +4,7 @@ With a progress bar, as by default, one compiled row serves every number of step
 """
 
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import glide_jax as glide
 from glide_jax.errors import UsageError
+from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.editing import slerp
 from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -190,6 +192,36 @@ def test_inversion_follows_the_unguided_process_whatever_the_weights_store(photo
     stored = {"negative_prompt": "blue", "guidance_scale": 3.0, "guidance_rescale": 0.5}
     found = exact_pipeline(settings=stored).invert(photo, "red", steps=20, progress=False)
     np.testing.assert_array_equal(found, wanted)
+
+
+class BowlCLIP(CLIP):
+    """A CLIP whose similarity is highest for black images; it lists the limits of its guidance."""
+
+    def guidance(self, prompts, scale, limit=None):
+        LIMITS.append(limit)
+        cond = np.full((len(prompts), 3), -1, np.float32)
+        log_prob = glide.Network(bowl, np.ones(1))
+        return glide.classifier_guidance(log_prob=log_prob, cond=cond, scale=scale, limit=limit)
+
+
+LIMITS = []
+
+
+def bowl(params, x, t, cond):
+    return -params * ((x - cond[:, None, None]) ** 2).sum(axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("own", ["ddim", "ddpm", "ddpm-small"])
+def test_clip_guidance_is_limited_in_inversion_whatever_the_sampler_of_the_weights(own, photo):
+    clip = BowlCLIP("bowl", replace(glide.CLIP_PRESETS["clip64"](), image_size=8, n_timestep=0), {})
+    pipe = exact_pipeline(clip=clip, settings={"sampler": own})
+    LIMITS.clear()
+    found = pipe.invert(photo, "red", clip_scale=3.0, steps=4)
+    assert LIMITS == [0.25]
+    other = exact_pipeline(clip=clip, settings={"sampler": "dpm++2m"})
+    assert np.array_equal(found, other.invert(photo, "red", clip_scale=3.0, steps=4))
+    pipe("red", clip_scale=3.0, steps=4)
+    assert LIMITS == [0.25, 0.25, 0.25 if own == "ddim" else None]
 
 
 def test_whole_numbers_are_not_cut(pipe):
