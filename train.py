@@ -90,7 +90,6 @@ def train(config: RunConfig) -> None:
                 state = replace(state, frozen_params=base)
             state = parallel.put_state(state)
             batches.set_state(position)
-        per_call = align(batches, first)
         clock = Clock(config, position)
         processes.on_first(partial(write_config, config))
         processes.on_first(partial(source.faults.save, config.folder / "left_out.txt"))
@@ -99,12 +98,13 @@ def train(config: RunConfig) -> None:
         step, stop = first, clock.over
         with Logger(config, first, len(source), sample_grid) as log:
             # The clock is read once a pass: where it stops the run, a checkpoint is saved.
-            while step + per_call <= config.steps and not stop:
+            while step < config.steps and not stop:
+                count = align(batches, step)
                 factor = clock.factor()
                 state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
                 clock.started(metrics)
-                step += per_call
-                log.steps(step, per_call, parallel.gather(metrics), checkpoints.latest)
+                step += count
+                log.steps(step, count, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
                     saved = saved_part(state, objective)

@@ -73,7 +73,8 @@ class ResidentBatches:
 
     Attributes:
         data: the images and captions, still on the host.
-        steps_per_item: steps in each item.
+        steps_per_item: steps of an item.
+        steps_of_next: steps of the next items; at first `steps_per_item`.
         skipped: 0, since all records are whole.
     """
 
@@ -93,7 +94,8 @@ class ResidentBatches:
         Raises:
             BrokenRecord: a record is broken, or the images differ in size.
         """
-        self._prepare, self._batch_size, self.steps_per_item = prepare, batch_size, steps_per_item
+        self._prepare, self._batch_size = prepare, batch_size
+        self.steps_per_item = self.steps_of_next = steps_per_item
         index, count = process
         self._rows = np.arange(
             index * batch_size // count, (index + 1) * batch_size // count, dtype=np.int32
@@ -123,8 +125,8 @@ class ResidentBatches:
         return self
 
     def __next__(self) -> Picks:
-        starts = [self._position + i * self._batch_size for i in range(self.steps_per_item)]
-        self._position += self.steps_per_item * self._batch_size
+        starts = [self._position + i * self._batch_size for i in range(self.steps_of_next)]
+        self._position += self.steps_of_next * self._batch_size
         chosen = [[self._choose(start + int(row)) for row in self._rows] for start in starts]
         image, caption, flip, top, left = np.array(chosen, np.int32).transpose(2, 0, 1)
         row = np.broadcast_to(self._rows, image.shape)

@@ -54,16 +54,19 @@ def open_batches(
     return make_batches(source, config.data, **common) if resident is None else resident
 
 
-def align(batches: Batches | ResidentBatches, first: int) -> int:
-    """Shorten the calls of a run that resumes at step `first`; return the steps per call.
+def align(batches: Batches | ResidentBatches, step: int) -> int:
+    """Let the next call, after `step` steps, end at a multiple of the steps per call.
 
-    So calls end where a checkpoint or a sample is due. If a run was stopped between two such
-    steps, all its later calls are shorter.
+    So calls end where a checkpoint or a sample is due. Only the first call of a run that was
+    stopped between two such steps is shorter, which compiles a second program.
+
+    Returns:
+        The number of steps of the next call.
     """
     if not isinstance(batches, ResidentBatches):
         return 1
-    batches.steps_per_item = math.gcd(batches.steps_per_item, first)
-    return batches.steps_per_item
+    batches.steps_of_next = batches.steps_per_item - step % batches.steps_per_item
+    return batches.steps_of_next
 
 
 def compile_steps(

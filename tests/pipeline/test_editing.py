@@ -221,7 +221,7 @@ def test_clip_guidance_is_limited_in_inversion_whatever_the_sampler_of_the_weigh
     other = exact_pipeline(clip=clip, settings={"sampler": "dpm++2m"})
     assert np.array_equal(found, other.invert(photo, "red", clip_scale=3.0, steps=4))
     pipe("red", clip_scale=3.0, steps=4)
-    assert LIMITS == [0.25, 0.25, 0.25 if own == "ddim" else None]
+    assert [0.25, 0.25, 0.25 if own == "ddim" else None] == LIMITS
 
 
 def test_whole_numbers_are_not_cut(pipe):

@@ -1,11 +1,13 @@
 """Several steps a call from data on the device equal single steps from the loader."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+import train as script
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.records import Source
 from glide_jax.devices.parallel import make_parallel
@@ -17,8 +19,10 @@ from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.feeding import align, compile_steps, open_batches, steps_per_call
 from glide_jax.training.initial import begin_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
+from glide_jax.training.recipes import load_recipe
+from glide_jax.training.runs import restore_run
 from glide_jax.training.step import Control, make_step
-from tests.support.commands import TINY
+from tests.support.commands import RECIPE, TINY, make_images
 
 CONFIG = TrainConfig(
     name="x",
@@ -41,15 +45,15 @@ def source() -> Source:
     )
 
 
-def trained(config: TrainConfig, steps: int) -> tuple[dict, np.ndarray]:
+def trained(config: TrainConfig, steps: int) -> tuple[Any, np.ndarray]:
     """Return the state and the loss of each step."""
     objective = make_objective(config)
     parallel = make_parallel(config.parallelism, config.batch_size)
     batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
-    calls = align(batches, 0)
     run = compile_steps(config, make_step(config, objective), batches, parallel)
-    state, losses = begin_state(config, objective, parallel), []
-    for _ in range(0, steps, calls):
+    state, losses, step = begin_state(config, objective, parallel), [], 0
+    while step < steps:
+        step += align(batches, step)
         state, metrics = run(state, next(batches), Control(jax.random.key(1)))
         losses.extend(np.ravel(jax.device_get(parallel.gather(metrics))["loss"]))
     return jax.device_get(parallel.for_checkpoint(state)), np.array(losses)
@@ -75,12 +79,40 @@ def test_calls_end_where_something_is_due(monkeypatch):
     assert steps_per_call(replace(CONFIG, steps=997, save_every=100)) == 1
 
 
-def test_a_run_stopped_between_calls_goes_on_with_shorter_ones(monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "counts"),
+    [(0, [20, 20, 20]), (40, [20, 20, 20]), (50, [10, 20, 20]), (7, [13, 20, 20]), (39, [1, 20])],
+)
+def test_only_the_first_call_of_a_run_stopped_between_calls_is_shorter(first, counts, monkeypatch):
     monkeypatch.setattr(feeding, "steps_per_call", lambda config: 20)
-    for first, expected in ((0, 20), (40, 20), (50, 10), (7, 1)):
-        batches = open_batches(CONFIG, source(), make_tokenizer(CONFIG), process=(0, 1))
-        assert align(batches, first) == expected
-        assert next(batches).image.shape == (expected, 4)
+    batches = open_batches(CONFIG, source(), make_tokenizer(CONFIG), process=(0, 1))
+    batches.set_state(batches.get_state() | {"position": 4 * first})
+    step, found = first, []
+    for _ in counts:
+        found.append(align(batches, step))
+        assert next(batches).image.shape == (found[-1], 4)
+        step += found[-1]
+    assert found == counts
+    assert batches.get_state()["position"] == 4 * step
+
+
+def test_a_run_stopped_between_calls_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    data = DataConfig(source=str(make_images(tmp_path / "images")), on_device="yes")
+    whole, parts = (
+        replace(load_recipe(RECIPE), data=data, out=str(tmp_path / name), steps=9, sample_every=0)
+        for name in ("whole", "parts")
+    )
+    lengths = []
+    monkeypatch.setattr(script, "align", lambda *call: lengths.append(align(*call)) or lengths[-1])
+    monkeypatch.setattr(feeding, "steps_per_call", lambda config: 3)
+    script.train(whole)
+    monkeypatch.setattr(feeding, "steps_per_call", lambda config: 2)
+    script.train(replace(parts, steps=4))
+    monkeypatch.setattr(feeding, "steps_per_call", lambda config: 3)
+    script.train(parts)
+    assert lengths == [3, 3, 3, 2, 2, 2, 3]
+    states = [jax.tree.leaves(restore_run(run.folder)[1]) for run in (whole, parts)]
+    assert all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
