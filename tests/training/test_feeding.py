@@ -96,6 +96,19 @@ def test_only_the_first_call_of_a_run_stopped_between_calls_is_shorter(first, co
     assert batches.get_state()["position"] == 4 * step
 
 
+def adding(state, batch, key, *_, axis):
+    """A step that compiles at once: every number of the state depends on the order of the steps."""
+    noise = jax.random.normal(jax.random.fold_in(key, state.step), batch.image.shape)
+    seen = (noise * batch.image).mean() + (batch.tokens * batch.mask).mean()
+    state = replace(
+        state,
+        step=state.step + 1,
+        params=jax.tree.map(lambda p: 0.9 * p + seen, state.params),
+        ema=jax.tree.map(lambda p: 0.9 * p - seen, state.ema),
+    )
+    return state, dict.fromkeys(("loss", "bad", "grad_norm", "learning_rate"), 0 * seen)
+
+
 def test_a_run_stopped_between_calls_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     data = DataConfig(source=str(make_images(tmp_path / "images")), on_device="yes")
     whole, parts = (
@@ -104,6 +117,7 @@ def test_a_run_stopped_between_calls_equals_an_uninterrupted_one(tmp_path, monke
     )
     lengths = []
     monkeypatch.setattr(script, "align", lambda *call: lengths.append(align(*call)) or lengths[-1])
+    monkeypatch.setattr(script, "make_step", lambda *_: adding)
     monkeypatch.setattr(feeding, "steps_per_call", lambda config: 3)
     script.train(whole)
     monkeypatch.setattr(feeding, "steps_per_call", lambda config: 2)
