@@ -103,11 +103,12 @@ def make_plan(
         tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
         for level in sigma[:-1] / alpha[:-1]
     ]
-    # Sorted: the compiled program then depends on these sets alone.
-    guidance_sets = tuple(sorted(set(acting)))
     breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
 
     table = solver(schedule, grid, breaks)
+    # Those of the rows: plms and prk leave out levels. Sorted: the compiled program then depends on
+    # these sets alone.
+    guidance_sets = tuple(sorted({acting[step] for step in table.step}))
     _check_guidance_sets(guidance, guidance_sets, table)
     guidance_set = np.array([guidance_sets.index(acting[step]) for step in table.step], np.int32)
     switched = np.append(False, guidance_set[1:] != guidance_set[:-1])

@@ -249,6 +249,27 @@ def test_the_same_guidance_at_two_noise_levels():
 
 
 @pytest.mark.parametrize(
+    ("name", "firsts", "lasts"), [("plms", 1, 1), ("prk", 1, 1), ("heun", 0, 0), ("dpm++2m", 0, 0)]
+)
+def test_what_acts_only_at_levels_without_a_row_is_not_compiled(name, firsts, lasts):
+    """Samplers of PNDM leave out the first and the last level of the grid."""
+    levels = run_of([], ddim, steps=8).table
+    noise_level = levels.sigma / levels.alpha
+    early, late = np.mean(noise_level[:2]), np.mean(noise_level[-2:])
+    at_first, at_last = apg(2.0).within(early, np.inf), apg(2.0).within(0.0, late)
+    for alone, left_out in ((at_first, firsts), (at_last, lasts)):
+        found = run_of([alone], SOLVERS[name], steps=8).guidance_sets
+        assert found == (((),) if left_out else ((), (0,)))
+    # Two momenta of one name, which meet at the first level alone.
+    twice = [apg(3.0), at_first]
+    if firsts:
+        assert run_of(twice, SOLVERS[name], steps=8).guidance_sets == ((0,),)
+    else:
+        with pytest.raises(UsageError, match="two guidances remember 'apg'"):
+            run_of(twice, SOLVERS[name], steps=8)
+
+
+@pytest.mark.parametrize(
     "solver",
     [*(SOLVERS[name] for name in ("heun", "dpm++2s", "prk", "plms")), ddim_reverse],
 )
