@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.multistep import (
     exponential,
@@ -57,6 +58,18 @@ def exact_history(table: Table, half_log_snr: np.ndarray, known: int) -> np.ndar
         x = mixture_at(half_log_snr[known - 1 - back])
         history[back] = row.u * x + row.v * denoise_mixture(x, row)
     return history
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "spread"),
+    [("heun", 4, 5.18), ("heun", 8, 1.40), ("heun", 16, 1.07), ("dpm++2s", 4, 0.69)],
+)
+def test_the_spread_after_few_steps_is_that_of_the_guide(name, steps, spread):
+    """Heun's mean of two slopes leaves noise where a step leads from much noise to little."""
+    table = table_of(SOLVERS[name], make_timesteps(SCHEDULE, steps, "logsnr"))
+    start = np.hypot(0.5 * table.alpha[0], table.sigma[0])
+    end = interpret(table, denoise_gaussian(0.0, 0.5), start).x[-1]
+    assert end / 0.5 == pytest.approx(spread, abs=0.005)
 
 
 # A third-order solver starts with a step of first order, which limits it to second order. Here such
