@@ -48,12 +48,14 @@ from glide_jax.training.resuming import say_changes
 from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
+from glide_jax.training.unused_fields import check_used
 from glide_jax.training.validation import Validation
 
 
 def train(config: RunConfig) -> None:
     """Train a recipe to its last step, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
+    check_used(config)
     check_same_model(config)
     source = open_source(config.data)
     batches = open_batches(

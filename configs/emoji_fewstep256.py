@@ -28,7 +28,12 @@ def get_config() -> TrainConfig:
         huber_width=0.0,  # of the teacher's loss
         distillation=DistillationConfig(teacher="runs/emoji_upsample256", teacher_steps=(4, 16)),
         optimiser=replace(
-            base.optimiser, learning_rate=3e-4, warmup=100, decay="cosine", ema=0.995
+            base.optimiser,
+            learning_rate=3e-4,
+            warmup=100,
+            decay="cosine",
+            decay_share=0.4,
+            ema=0.995,
         ),
         steps=2000,
         minutes=0,

@@ -31,7 +31,12 @@ def get_config() -> TrainConfig:
             teacher="runs/emoji64", guidance_scales=(1.0, 4.0), teacher_steps=(4, 16)
         ),
         optimiser=replace(
-            base.optimiser, learning_rate=5e-4, warmup=100, decay="cosine", ema=0.995
+            base.optimiser,
+            learning_rate=5e-4,
+            warmup=100,
+            decay="cosine",
+            decay_share=0.4,
+            ema=0.995,
         ),
         steps=1500,
         minutes=0,

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from glide_jax.diffusion.guidance.predictor import Network, Point, Predict, noise_predictor
+from glide_jax.diffusion.guidance.predictor import (
+    CONDITIONAL,
+    Network,
+    Point,
+    Predict,
+    noise_predictor,
+)
 from glide_jax.diffusion.guidance.record import Guidance, apply, branches_of
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
@@ -294,6 +300,34 @@ def weighted(weights: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.tensordot(weights, images, axes=1, precision=lax.Precision.HIGHEST)
 
 
+def check_variance(
+    networks: Mapping[str, Network], conds: Mapping[str, Any], plan: Plan, x: jax.Array
+) -> None:
+    """Check that the network predicts the variance, if the sampler uses a learned one.
+
+    Raises:
+        UsageError: it does not.
+    """
+    uses = plan.table.s_learned
+    name = CONDITIONAL.network
+    # A caller's own compiled function hides the table; `noise_predictor` names what is missing.
+    if isinstance(uses, jax.core.Tracer) or name not in networks or CONDITIONAL.name not in conds:
+        return
+    if uses.any():
+        t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+        output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
+        if output.shape[-1] == x.shape[-1]:
+            raise UsageError(
+                "sampler ddpm needs a network with learned variance, and this one predicts none: "
+                "choose ddpm-small or ddpm-large"
+            )
+
+
+@jax.jit
+def _evaluate(network: Network, x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+    return network(x, t, cond)
+
+
 def sample(
     networks: Mapping[str, Network],
     conds: Mapping[str, Any],
@@ -309,7 +343,11 @@ def sample(
 
     Returns:
         The last state; its `x` is the image, nominally in [-1, 1].
+
+    Raises:
+        UsageError: see `check_variance`.
     """
+    check_variance(networks, conds, plan, x)
     return run_rows(Flattened.of(networks), conds, plan, start(plan, x), noise)
 
 
@@ -330,7 +368,11 @@ def stream(
 
     Yields:
         The number of rows done, and the state after them.
+
+    Raises:
+        UsageError: see `check_variance`.
     """
+    check_variance(networks, conds, plan, x)
     state, flat = start(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         some = slice(first, first + rows)

@@ -13,6 +13,7 @@ from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
+from glide_jax.training.unused_fields import check_used, without_leftovers
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
     )
     if again := [option for option, value in vars(chosen.start).items() if value]:
         raise UsageError(f"--{again[0].replace('_', '-')} is given twice")
-    return chosen.recipe, hardware
+    config = without_leftovers(chosen.recipe, recipe)
+    check_used(config)
+    return config, hardware
 
 
 def _options(recipe: RunConfig) -> type:

@@ -11,6 +11,7 @@ from glide_jax.errors import UsageError, did_you_mean
 from glide_jax.folders import RECIPES, expand_home
 from glide_jax.models.presets import toy_clip, toy_model
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
+from glide_jax.training.optimiser_config import OptimiserConfig
 
 # A size that every recipe has.
 TOY = "toy"
@@ -94,7 +95,13 @@ def toy(config: RunConfig) -> RunConfig:
             "train_size": 0,
         }
         if config.objective == "consistency":
-            own["distillation"] = replace(config.distillation, teacher="", teacher_steps=(4, 16))
+            low, high = config.distillation.guidance_scales
+            own["distillation"] = replace(
+                config.distillation,
+                teacher="",
+                guidance_scales=(low, high) if low < high else (1.0, 1.0),
+                teacher_steps=(4, 16),
+            )
     return replace(
         config,
         name=f"{config.name}-toy",
@@ -103,9 +110,10 @@ def toy(config: RunConfig) -> RunConfig:
             config.optimiser,
             learning_rate=rate,
             decay="constant",
+            decay_share=OptimiserConfig.decay_share,
             warmup=10,
             ema=0.95,
-            ema_every=15,
+            ema_every=15 if config.optimiser.ema_power else OptimiserConfig.ema_every,
         ),
         minutes=0.0,
         accumulate=min(config.accumulate, 2),

@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance import (
     image_loss,
     rescale,
 )
-from glide_jax.diffusion.sampling import run_rows, sample, start
+from glide_jax.diffusion.sampling import run_rows, sample, start, stream
 from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -246,6 +246,31 @@ def test_the_same_guidance_at_two_noise_levels():
     late = all_of(["b"], [3.0], name="late").within(0.0, 1.0)
     assert [g.needs[1].name for g in run_of([early, late]).guidance] == ["early 0", "late 0"]
     run_of([apg(2.0).within(1.0, np.inf), apg(3.0).within(0.0, 1.0)])
+
+
+def test_a_learned_variance_needs_a_network_that_predicts_one():
+    traced = []
+
+    def silent(params, x, t, cond):
+        traced.append(x.shape)
+        return toy(params, x, t, cond)[..., :1]
+
+    networks = {"main": Network(silent, np.float32(0.9))}
+    message = (
+        "^sampler ddpm needs a network with learned variance, and this one predicts none: "
+        "choose ddpm-small or ddpm-large$"
+    )
+    for solver in (ddpm, restart(ddpm, [(0.5, 1.2, 2)])):
+        run = run_of([classifier_free(2.0)], solver)
+        for call in (sample, lambda *inputs: next(stream(*inputs))):
+            with pytest.raises(UsageError, match=message):
+                call(networks, CONDS, run, X, keys())
+    # It is seen before anything is compiled, and is traced once.
+    assert traced == [X.shape]
+    small = sample(networks, CONDS, run_of([], SOLVERS["ddpm-small"]), X, keys()).x
+    assert len(traced) == 2
+    assert np.isfinite(small).all()
+    assert np.isfinite(sample(NETWORKS, CONDS, run_of([], ddpm), X, keys()).x).all()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ def colour(caption: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Oracle:
-    """`E[eps | x_t]` of the images of a caption; params: the schedule's half log-SNR.
+    """`E[eps | x_t]` of the images of a caption, and the variance `beta_tilde`.
+
+    params: the schedule's half log-SNR.
 
     With a small image, the mean is that image enlarged, rather than the colour.
     """
@@ -56,7 +58,8 @@ class Oracle:
         mean = cond["text"][:, None, None, :] + self.shift
         if "low_res" in cond:
             mean = jax.image.resize(cond["low_res"], x.shape, "nearest")
-        return sigma * (x - alpha * mean) / (alpha**2 * SPREAD**2 + sigma**2)
+        eps = sigma * (x - alpha * mean) / (alpha**2 * SPREAD**2 + sigma**2)
+        return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
 
     def counted(self, images):
         EVALUATED[self.name] = EVALUATED.get(self.name, 0) + int(images)

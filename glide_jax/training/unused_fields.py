@@ -1,0 +1,140 @@
+"""Fields of a recipe that have no effect beside its other fields: set ones are refused."""
+
+import dataclasses
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from glide_jax.errors import UsageError
+from glide_jax.training.config import RunConfig, TrainConfig
+
+
+class Rule(NamedTuple):
+    """Fields that have an effect in some recipes alone.
+
+    Attributes:
+        fields: their names, with a dot for those of a part of the recipe.
+        owner: the recipes in which they have one, for messages.
+        used: whether a recipe is one of these.
+        off: a value that is always accepted besides the default.
+    """
+
+    fields: tuple[str, ...]
+    owner: str
+    used: Callable[[Any], bool]
+    off: Any = None
+
+
+# Of every recipe.
+RUN_RULES = (
+    Rule(("optimiser.muon_lr_ratio",), "optimiser.kind muon", lambda c: c.optimiser.kind == "muon"),
+    Rule(
+        ("optimiser.decay_share",),
+        "optimiser.decay linear",
+        lambda c: c.optimiser.decay == "linear",
+    ),
+    Rule(("optimiser.ema_every",), "optimiser.ema_power", lambda c: bool(c.optimiser.ema_power)),
+    Rule(
+        ("validation_split", "validation_batches"),
+        "a validate_every above 0",
+        lambda c: c.validate_every > 0,
+    ),
+    Rule(("data.min_crop",), "data.crop random", lambda c: c.data.crop == "random"),
+)
+# Of the recipes of GLIDE models.
+GLIDE_RULES = (
+    Rule(("snr_gamma",), "weighting min-snr", lambda c: c.weighting == "min-snr"),
+    Rule(
+        ("level_mean", "level_std", "level_uniform_share"),
+        "levels log-normal",
+        lambda c: c.levels == "log-normal",
+    ),
+    Rule(("mask_all_share",), "inpainting models", lambda c: c.model.inpaints),
+    Rule(("sample_strength",), "upsamplers", lambda c: c.model.upsamples),
+    Rule(
+        ("sample_every",),
+        "models that generate from text, with sample_prompts",
+        lambda c: bool(c.sample_prompts) and not c.model.upsamples,
+        off=0,
+    ),
+    Rule(("lora.alpha", "lora.layers"), "a lora.rank above 0", lambda c: c.lora.rank > 0),
+    Rule(
+        ("distillation.unguided_share",),
+        "distillation.guidance_scales that are a range",
+        lambda c: c.distillation.guidance_scales[0] < c.distillation.guidance_scales[1],
+    ),
+    # A range of scales is an input of the student too, with or without a teacher.
+    Rule(
+        ("distillation.guidance_scales",),
+        "a distillation.teacher",
+        lambda c: (
+            bool(c.distillation.teacher)
+            or c.distillation.guidance_scales[0] < c.distillation.guidance_scales[1]
+        ),
+    ),
+)
+
+
+def check_used(config: RunConfig) -> None:
+    """Check that the fields that have no effect in a recipe have their defaults.
+
+    It is called where a training begins, not where a recipe is built: a run that was trained with
+    such a field can still be read.
+
+    Raises:
+        UsageError: one of them is set; or the sampler of the grids does not suit the model.
+    """
+    for rule in rules_of(config):
+        if rule.used(config):
+            continue
+        for path in rule.fields:
+            value, default = attrgetter(path)(config), default_of(config, path)
+            if value != default and (rule.off is None or value != rule.off):
+                raise UsageError(
+                    f"{path} is for {rule.owner}: choose that, or set it to {default!r}"
+                )
+    if not isinstance(config, TrainConfig):
+        return
+    if config.sample_sampler == "ddpm" and config.model.out_channels == 3:
+        raise UsageError(
+            "sample_sampler ddpm needs a learned variance, and model.out_channels is 3: choose "
+            "ddpm-small or ddpm-large"
+        )
+
+
+def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:
+    """Return a changed recipe, where fields that the change made useless have their defaults.
+
+    So `--optimiser.decay constant` is enough, whatever `decay_share` the recipe had for "linear".
+
+    Args:
+        config: the recipe with the options of the command line.
+        recipe: the recipe itself.
+    """
+    for rule in rules_of(config):
+        if rule.used(config) or not rule.used(recipe):
+            continue
+        for path in rule.fields:
+            if attrgetter(path)(config) == attrgetter(path)(recipe):
+                config = _changed(config, path, default_of(config, path))
+    return config
+
+
+def rules_of(config: RunConfig) -> tuple[Rule, ...]:
+    """Return the rules for the fields of a recipe."""
+    return RUN_RULES + GLIDE_RULES if isinstance(config, TrainConfig) else RUN_RULES
+
+
+def default_of(config: RunConfig, path: str) -> Any:
+    """Return the default of a field of a recipe, or of a part of it."""
+    part, _, name = path.rpartition(".")
+    owner = attrgetter(part)(config) if part else config
+    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
+
+
+def _changed(config: RunConfig, path: str, value: Any) -> RunConfig:
+    part, _, name = path.rpartition(".")
+    if not part:
+        return dataclasses.replace(config, **{name: value})
+    changed: Any = dataclasses.replace(getattr(config, part), **{name: value})
+    return dataclasses.replace(config, **{part: changed})
