@@ -28,6 +28,10 @@ from glide_jax.errors import UsageError
 
 # The interval of all noise levels.
 ALWAYS = (0.0, float("inf"))
+NO_VARIANCE = (
+    "sampler ddpm needs a network with learned variance, and this one predicts none: "
+    "choose ddpm-small or ddpm-large"
+)
 
 
 @partial(
@@ -317,10 +321,7 @@ def check_variance(
         t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
         output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
         if output.shape[-1] == x.shape[-1]:
-            raise UsageError(
-                "sampler ddpm needs a network with learned variance, and this one predicts none: "
-                "choose ddpm-small or ddpm-large"
-            )
+            raise UsageError(NO_VARIANCE)
 
 
 @jax.jit

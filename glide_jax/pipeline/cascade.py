@@ -3,17 +3,21 @@
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
+from glide_jax.diffusion.sampling import NO_VARIANCE
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings, SettingsArguments
-from glide_jax.weights.registry import NONE
+from glide_jax.weights.registry import NONE, Model
 
 
-class _HasSettings(Protocol):
+class _Stage(Protocol):
     @property
     def settings(self) -> Settings: ...
 
+    @property
+    def model(self) -> Model: ...
 
-P = TypeVar("P", bound=_HasSettings)
+
+P = TypeVar("P", bound=_Stage)
 
 
 def chosen_upsampler(
@@ -26,7 +30,8 @@ def chosen_upsampler(
         chosen: settings of a call, "none", or None for the upsampler's own settings.
 
     Raises:
-        UsageError: there is no upsampler for the settings, or they are no settings.
+        UsageError: there is no upsampler for the settings, they are no settings, or its network
+            does not suit their sampler.
     """
     if isinstance(chosen, str) and chosen == NONE:
         return None
@@ -39,5 +44,8 @@ def chosen_upsampler(
         if chosen:
             raise UsageError("settings of an upsampler, but there is none: load one")
         return None
-    upsampler.settings.changed(**(chosen or {}))  # called for its errors
+    # For their errors: the upsampler would raise them only after the base has sampled.
+    settings = upsampler.settings.changed(**(chosen or {}))
+    if settings.sampler == "ddpm" and upsampler.model.config.out_channels == 3:
+        raise UsageError(f"the upsampler: {NO_VARIANCE}")
     return upsampler

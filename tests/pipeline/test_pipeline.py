@@ -160,6 +160,23 @@ def test_guidance_can_be_a_list_of_functions(folders):
     assert listed.metadata(0)["guidance"][0]["name"] == "classifier_free"
 
 
+def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path):
+    pipe = glide.load(make_weights(tmp_path / "plain", replace(TINY, out_channels=3)))
+    message = (
+        "^sampler ddpm needs a network with learned variance, and this one predicts none: "
+        "choose ddpm-small or ddpm-large$"
+    )
+    with pytest.raises(glide.UsageError, match=message):
+        pipe("red", sampler="ddpm", steps=2, progress=False)
+    # Of an upsampler, before the base samples.
+    both = glide.load(folders["base"], upsampler=folders["superres"])
+    model = both.upsampler.model
+    model = replace(model, config=replace(model.config, out_channels=3))
+    both = replace(both, upsampler=replace(both.upsampler, model=model))
+    with pytest.raises(glide.UsageError, match=message.replace("^", "^the upsampler: ")):
+        next(both.stream("red", upsampler={"sampler": "ddpm"}))
+
+
 def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     config = glide.CLIP_PRESETS["clip64"]()
     small = replace(
