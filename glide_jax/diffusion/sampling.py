@@ -315,7 +315,7 @@ def check_variance(
     uses = plan.table.s_learned
     name = CONDITIONAL.network
     # A caller's own compiled function hides the table; `noise_predictor` names what is missing.
-    if isinstance(uses, jax.core.Tracer) or name not in networks or CONDITIONAL.name not in conds:
+    if not isinstance(uses, np.ndarray) or name not in networks or CONDITIONAL.name not in conds:
         return
     if uses.any():
         t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)

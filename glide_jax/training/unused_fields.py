@@ -39,7 +39,15 @@ RUN_RULES = (
         "a validate_every above 0",
         lambda c: c.validate_every > 0,
     ),
+    Rule(("data.source",), "data without a mixture", lambda c: not c.data.mixture),
     Rule(("data.min_crop",), "data.crop random", lambda c: c.data.crop == "random"),
+    Rule(("data.workers",), "data.on_device auto or no", lambda c: c.data.on_device != "yes"),
+    # A loader makes the batches of the held-out loss, in this process.
+    Rule(
+        ("data.threads", "data.prefetch"),
+        "data.on_device auto or no, or a validate_every above 0",
+        lambda c: c.data.on_device != "yes" or c.validate_every > 0,
+    ),
 )
 # Of the recipes of GLIDE models.
 GLIDE_RULES = (

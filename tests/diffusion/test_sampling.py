@@ -154,7 +154,7 @@ def test_a_score_moves_the_prediction_of_ddim(process):
 
 @each_process
 def test_the_network_sees_timesteps_of_the_training_process(process):
-    _, t = step_each(process, ddpm, [seen()], fn=echo_t)
+    _, t = step_each(process, ddim, [seen()], fn=echo_t)
     wanted = reference(process, "t_seen_by_model")
     np.testing.assert_array_equal(t, np.broadcast_to(wanted[:, None, None, None], t.shape))
 

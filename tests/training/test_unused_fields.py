@@ -65,6 +65,22 @@ UNUSED = [
         {"data": DataConfig(min_crop=0.5, crop="random")},
         "data.min_crop is for data.crop random: choose that, or set it to 0.8",
     ),
+    (
+        PLAIN, {"data": DataConfig(source="images", mixture=("images:1", "more:2"))},
+        {"data": DataConfig(source="images")},
+        "data.source is for data without a mixture: choose that, or set it to ''",
+    ),
+    (
+        PLAIN, {"data": DataConfig(on_device="yes", workers=2)},
+        {"data": DataConfig(on_device="auto", workers=2)},
+        "data.workers is for data.on_device auto or no: choose that, or set it to 0",
+    ),
+    *(
+        (PLAIN, {"data": DataConfig(on_device="yes", **{name: 4})}, {"validate_every": 5},
+         f"data.{name} is for data.on_device auto or no, or a validate_every above 0: choose that, "
+         f"or set it to {default}")
+        for name, default in (("threads", 1), ("prefetch", 2))
+    ),
     *(
         (PLAIN, {"lora": LoRAConfig(**{name: value})},
          {"lora": LoRAConfig(rank=2, **{name: value})},
@@ -149,6 +165,9 @@ def test_a_field_of_a_recipe_that_an_option_makes_useless_is_left_out():
     assert (config.optimiser.decay_share, config.mask_all_share) == (0.4, 0.1)
     config, _ = parse_recipe(["--config", "emoji_clip64", "--data.crop", "centre"], "")
     assert isinstance(config, CLIPTrainConfig) and config.data.min_crop == 0.8
+    mixed = ["--data.mixture", "a:1", "b:2", "--data.on-device", "yes"]
+    config, _ = parse_recipe(["--config", "cfg64", *mixed], "")
+    assert (config.data.source, config.data.workers) == ("", 0)
     with pytest.raises(UsageError, match="^optimiser.decay_share is for optimiser.decay linear"):
         parse_recipe([*words, "--optimiser.decay-share", "0.3"], "")
 
