@@ -15,6 +15,8 @@ import glide_jax as glide
 from glide_jax import Guidance
 
 CFG = glide.classifier_free(1.5)
+# A sampler without noise of its own: the difference of the two images is that of the guidance.
+SAMPLER = {"sampler": "dpm++2m", "steps": 8}
 
 
 def show(
@@ -29,6 +31,7 @@ def show(
     **settings,
 ) -> list[np.ndarray]:
     """Write `out/name.png`, before on the left, after on the right; return both, uint8."""
+    settings = SAMPLER | settings
     pipe = glide.load(weights, upsampler="none", clip="none")
     both = [
         pipe(prompts, seed=0, guidance=[*guidance, glide.clip_x0()], **settings).images

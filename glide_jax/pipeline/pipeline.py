@@ -244,8 +244,8 @@ class Pipeline(Stage):
     ) -> np.ndarray:
         """Return the noise that generates an image: DDIM inversion  (2010.02502, sec. 4.3).
 
-        `pipe(prompt, noise=..., guidance_scale=1, clip_scale=0)` reproduces the image approximately
-        with a deterministic sampler; dpm++2m comes closer than ddim.
+        `pipe(prompt, noise=..., sampler="dpm++2m", guidance_scale=1, clip_scale=0)` reproduces the
+        image approximately. Any deterministic sampler does; dpm++2m comes closer than ddim.
 
         Args:
             image, fit: one or several; see `stream`.
