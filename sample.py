@@ -7,9 +7,9 @@ prompt, AND and NOT join captions, each with an optional weight. Examples:
 
   python sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
   python sample.py "a red apple AND a tulip :0.5 NOT a rose" --guidance-scale 4
-  python sample.py "a top hat" --init-image cat.png --mask mask.png      inpainting
-  python sample.py "a cat face" --init-image sketch.png --strength 0.6   img2img
-  python sample.py --init-image cat.png --variation 0.3 --num 4          variations
+  python sample.py "a top hat" --image cat.png --mask mask.png           inpainting
+  python sample.py "a cat face" --image sketch.png --strength 0.6        img2img
+  python sample.py --image cat.png --variation 0.3 --num 4               variations
   python sample.py "a red apple" "a rocket" --interpolate --num 8        interpolation
   python sample.py --prompts-file captions.txt --shards out              thousands, in tar shards
 
@@ -48,7 +48,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     check_writable(options.sharding.shards or options.out)
     model, editing = options.model, options.editing
     pipe = glide.load(**model.loaded())
-    shown = pipe.model.prompts if editing.init_image is None else ()
+    shown = pipe.model.prompts if editing.image is None else ()
     prompts = prompts_of(options) or shown or ("",)
     if note := pipe.tokenizer.too_long(
         [part.text for prompt in prompts for part in read_prompt(prompt).parts]
@@ -73,7 +73,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
         del call["preview"]
         print(sample_shards(pipe, prompts, process=process, **shards, **call))
         return
-    image = editing.init_image
+    image = editing.image
     if editing.interpolate:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
             raise UsageError("--interpolate takes two prompts, or one and --to-seed")
@@ -83,7 +83,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
             raise UsageError("--variation takes one prompt")
         near = {
             "variation": editing.variation,
-            "init_caption": editing.init_caption,
+            "image_caption": editing.image_caption,
             "fit": editing.fit,
         }
         images = pipe.variations(image, *prompts, **near, **call)

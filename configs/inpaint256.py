@@ -12,7 +12,7 @@ Hardware: as upsample256: docs/results/dry_run.md and `--dry-run`.
 Time:     not measured here.
 Command:  glide-jax train --config inpaint256 --data.source FOLDER
           glide-jax sample "a party hat" --weights runs/inpaint64 --upsampler runs/inpaint256 \\
-              --init-image x.png --mask m.png
+              --image x.png --mask m.png
 """
 
 from dataclasses import replace

@@ -15,7 +15,7 @@ Result:   not trained here.
 Hardware: as cfg64: docs/results/dry_run.md and `--dry-run`.
 Time:     not measured here.
 Command:  glide-jax train --config inpaint64 --data.source FOLDER
-          glide-jax sample "a party hat" --weights runs/inpaint64 --init-image x.png --mask m.png
+          glide-jax sample "a party hat" --weights runs/inpaint64 --image x.png --mask m.png
 """
 
 from dataclasses import replace

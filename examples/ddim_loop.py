@@ -44,7 +44,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
 
 def main(prompt: str = "a red apple", weights: str = "emoji64", steps: int = 10, scale: float = 3):
     """Return the largest difference: loop and library in [-1, 1], loop and pipeline in 8 bits."""
-    pipe = glide.load(weights, upsampler="none", clip="none", dtype="float32")
+    pipe = glide.load(weights, upsampler="none", clip_model="none", dtype="float32")
     side = pipe.model.config.image_size
     noise = jnp.float32(np.random.default_rng(0).standard_normal((1, side, side, 3)))
     a, b = (sampler(pipe, prompt, noise, steps, scale) for sampler in (ddim, library))

@@ -38,7 +38,7 @@ def finetune(
 
 def main(images: str, out: str = "runs/mine", prompt: str = "", steps: str = "300") -> None:
     finetune(images, out, int(steps))
-    pipe = glide.load(out, clip="none")
+    pipe = glide.load(out, clip_model="none")
     for path in pipe(prompt, num=4, steps=15).save(Path(out) / "images"):
         print(path)
 

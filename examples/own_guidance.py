@@ -26,7 +26,7 @@ def asymmetry(images: np.ndarray) -> float:
 
 def main(prompt: str = "a fish", out: str = "samples", weights: str = "emoji64") -> list[float]:
     found = []
-    pipe = glide.load(weights, upsampler="none", clip="none")
+    pipe = glide.load(weights, upsampler="none", clip_model="none")
     for amount in (0.0, 0.5, 1.0):
         # Linear guidance first, then maps of x_0, clipping last. `within`: only at high noise.
         guidance = [

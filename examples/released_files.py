@@ -21,7 +21,7 @@ def load(base: str, large: str, clip_files: list[str]) -> glide.Pipeline:
     with tempfile.TemporaryDirectory() as folder:
         # `load` takes a noised CLIP as one folder, not as two files.
         save_clip(clip_from_files(image, text), Path(folder) / "clip")
-        return glide.load(base, upsampler=large, clip=Path(folder) / "clip")
+        return glide.load(base, upsampler=large, clip_model=Path(folder) / "clip")
 
 
 def main(

@@ -32,7 +32,7 @@ def show(
 ) -> list[np.ndarray]:
     """Write `out/name.png`, before on the left, after on the right; return both, uint8."""
     settings = SAMPLER | settings
-    pipe = glide.load(weights, upsampler="none", clip="none")
+    pipe = glide.load(weights, upsampler="none", clip_model="none")
     both = [
         pipe(prompts, seed=0, guidance=[*guidance, glide.clip_x0()], **settings).images
         for guidance in (before, after)

@@ -34,7 +34,14 @@ from glide_jax.evaluation.reports import write_json
 from glide_jax.folders import expand_words
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, TEXTS, SamplingOptions, show_defaults_of
+from glide_jax.pipeline.options import (
+    HIDDEN,
+    TEXTS,
+    ModelOptions,
+    SamplingOptions,
+    check_scales,
+    show_defaults_of,
+)
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.runner import check_32_bits
 from glide_jax.training.config import TrainConfig
@@ -42,47 +49,17 @@ from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import open_model
 from glide_jax.weights.registry import NONE
 
-WEIGHTS = "emoji64"
-
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The model, and the devices it runs on.
+class MeasuredOptions(ModelOptions):
+    """The model, and the devices it runs on."""
 
-    Attributes:
-        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
-            train.py.
-        upsampler: Weights of an upsampler, whose enlarged images are scored. Default: none.
-        clip: Weights of a noised CLIP for --clip-scale, or none. Default: the one that belongs to
-            the weights (emoji_clip64).
-        weak_model: Weights of a weaker model (smaller, or trained less), for --autoguidance-scale.
-        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
-            recent GPUs, float16 on older GPUs, float32 on CPUs.
-        devices: Number of devices that share each batch, or all. It changes an image by rounding
-            errors only.
-        batch_size: Images generated at a time; more needs more memory. It changes an image by
-            rounding errors only. Default: 16 on a CPU, else 64; a quarter of that at 256x256.
-    """
-
-    weights: str = WEIGHTS
-    upsampler: Annotated[str | None, HIDDEN] = None
-    clip: Annotated[str | None, HIDDEN] = None
-    weak_model: Annotated[str | None, HIDDEN] = None
-    dtype: str = "auto"
-    devices: str = "1"
-    batch_size: Annotated[int | None, HIDDEN] = None
+    # Weights and upsampler are measured together only on request.
+    upsampler: str | None = NONE
 
     def pipeline(self) -> Pipeline:
         """Load the pipeline."""
-        # Weights and upsampler are measured together only on request.
-        return load(
-            self.weights,
-            upsampler=self.upsampler or NONE,
-            clip=self.clip,
-            weak_model=self.weak_model,
-            dtype=self.dtype,
-            devices=self.devices,
-        )
+        return load(**self.loaded())
 
 
 @dataclass(frozen=True)
@@ -140,7 +117,7 @@ class Nearest:
     """
 
     out: Path = Path("evaluation")
-    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    model: OmitArgPrefixes[MeasuredOptions] = MeasuredOptions()
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
 
     def run(self) -> None:
@@ -178,12 +155,13 @@ class Ranking:
     images: int = 50
     choices: int = 100
     scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
-    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    model: OmitArgPrefixes[MeasuredOptions] = MeasuredOptions()
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         """Generate, rank, and print the counts."""
+        check_scales(self.model, self.sampling.chosen())
         config, pipe = self.dataset.config(), self.model.pipeline()
         found = ranking.report(
             pipe,
@@ -240,13 +218,15 @@ class Sweep:
     choices: int = 100
     nearest_k: int = 3
     scoring: OmitArgPrefixes[ScorerOptions] = ScorerOptions()
-    model: OmitArgPrefixes[ModelOptions] = ModelOptions()
+    model: OmitArgPrefixes[MeasuredOptions] = MeasuredOptions()
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         """Measure the missing points, and write the figures."""
         todo = sweep_options.tasks(self.vary, self.values, self.sampling.chosen())
+        swept = {task.sweep.replace("-", "_"): task.value for task in todo}
+        check_scales(self.model, self.sampling.chosen() | swept)
         # A missing matplotlib must fail before the first point, not after the last.
         figures.figure_class()
         config, pipe = self.dataset.config(), self.model.pipeline()
@@ -289,7 +269,7 @@ class Loss:
     splits: Positional[tuple[str, ...]] = ("train", "test_style")
     out: Annotated[Path | None, HIDDEN] = None
     images: int = 256
-    weights: str = WEIGHTS
+    weights: str = ModelOptions.weights
     dtype: str = "auto"
     batch_size: int = 16
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
@@ -340,7 +320,7 @@ class Scenes:
     def run(self) -> None:
         """Generate, score, and print the rates."""
         found = scene_report.report(
-            ModelOptions(self.weights).pipeline(),
+            MeasuredOptions(self.weights).pipeline(),
             self.out,
             split=self.split,
             images=self.images,
@@ -388,7 +368,7 @@ def _weights(words: Sequence[str]) -> str:
             return following
         if word.startswith("--weights="):
             return word.removeprefix("--weights=")
-    return "" if words[:1] in (["scenes"], ["fid"]) else WEIGHTS
+    return "" if words[:1] in (["scenes"], ["fid"]) else ModelOptions.weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

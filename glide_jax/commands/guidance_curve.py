@@ -24,7 +24,7 @@ from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import Side, compare, measure
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, SamplingOptions, WeightsOptions
+from glide_jax.pipeline.options import HIDDEN, SamplingOptions, WeightsOptions, check_scales
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompt_files import read_prompt_file
 from glide_jax.pipeline.shard_files import missing_shards
@@ -56,9 +56,9 @@ class Curve:
         num: Images per point: this many random captions, with one image each.
         seed: Seed of the images and of the choice of captions.
         scales: Scales of classifier-free guidance. Each gives one point of the curve.
-        clip_scales: Scales of CLIP guidance by the CLIP of --clip. Each gives one point of the
-            curve, without classifier-free guidance, and with the sampler ddpm unless --sampler is
-            set.
+        clip_scales: Scales of CLIP guidance by the CLIP of --clip-model. Each gives one point of
+            the curve, without classifier-free guidance, and with the sampler ddpm unless --sampler
+            is set.
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
         nearest_k: The k of precision and recall.
@@ -98,6 +98,8 @@ class Curve:
             raise UsageError(f"--num must be at least 1, not {self.num}")
         if not self.scales and not self.clip_scales:
             raise UsageError("give --scales or --clip-scales")
+        swept = {"clip_scale": self.clip_scales} if self.clip_scales else {}
+        check_scales(self.model, self.sampling.chosen() | swept)
         prompts = self._prompts()
         inception, clip = open_extractor(self.inception), open_clean_clip(self.score_clip)
         if inception.classes is None:
@@ -105,7 +107,7 @@ class Curve:
         check_writable(self.out)
         pipe = load(**self.model.loaded())
         if self.clip_scales and pipe.clip is None:
-            raise UsageError("--clip-scales needs a noised CLIP that guides: give --clip")
+            raise UsageError("--clip-scales needs a noised CLIP that guides: give --clip-model")
         side = (pipe.upsampler or pipe).model.config.image_size
         real_images = open_images(self.real, self.size or side)
         points = self._points()

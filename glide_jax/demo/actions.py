@@ -11,11 +11,12 @@ from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.options import WeightsOptions
 from glide_jax.pipeline.pipeline import Pipeline, Preview
 from glide_jax.pipeline.settings import Settings
+from glide_jax.weights.registry import NONE
 
 # The upper end of an interval of guidance that has none. The noisiest level is about 20,000.
 NO_LIMIT = 100_000.0
-# Arguments whose option has another name.
-OPTIONS = {"image": "--init-image"}
+# What guides only with a scale, and that scale; `glide-jax sample` refuses it without one.
+SCALES = {"clip_model": "clip_scale", "weak_model": "autoguidance_scale"}
 FILL, IMG2IMG, VARY = "Fill", "Img2img", "Vary"
 
 
@@ -57,10 +58,11 @@ class Controls:
             "clip_scale": number(self.clip_scale),
             "autoguidance_scale": number(self.autoguidance_scale),
         }
-        if self.low or self.high:
-            low, high = self.low or 0.0, self.high or NO_LIMIT
-            values["guidance_interval"] = (number(low), number(high))
-        return _changed(values, defaults)
+        low, high = self.low or 0.0, self.high or NO_LIMIT
+        acts_everywhere = not self.low and not self.high
+        values["guidance_interval"] = None if acts_everywhere else (number(low), number(high))
+        on = {name: values[name] for name in SCALES.values()}
+        return _changed(values, defaults) | _changed(on, Settings())
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Call:
             loading: arguments of `glide_jax.load`; see `loading_arguments`.
             out: the folder for the images.
         """
-        load = dict(loading)
+        load = self._used(loading)
         weights = load.pop("weights", WeightsOptions.weights)
         made = ", ".join([repr(weights), *(f"{name}={v!r}" for name, v in load.items())])
         arguments = [repr(prompt) for prompt in self.prompts]
@@ -122,12 +124,20 @@ class Call:
         arguments |= {f"upsampler_{setting}": value for setting, value in settings.items()}
         if str(out) != "samples":
             arguments["out"] = str(out)
-        for name, value in [*loading.items(), *arguments.items()]:
+        for name, value in [*self._used(loading).items(), *arguments.items()]:
             words += _option(name, value)
         if self.method == "interpolate":
             words.append("--interpolate")
         # Prompts after two dashes: they may begin with one themselves.
         return shlex.join([*words, "--", *self.prompts])
+
+    def _used(self, loading: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what this call needs of the arguments of `glide_jax.load`."""
+        return {
+            name: value
+            for name, value in loading.items()
+            if name not in SCALES or value == NONE or SCALES[name] in self.arguments
+        }
 
     def _named_prompts(self) -> dict[str, Any]:
         names = {"interpolate": ("start", "end"), "variations": ("prompt",)}
@@ -135,7 +145,7 @@ class Call:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    option = f"--{name.replace('_', '-')}"
     if name == "lora":
         return [word for one in value for word in (option, one)]
     if isinstance(value, tuple):
@@ -195,9 +205,8 @@ def interpolation(controls: Controls, defaults: Settings, end: str, **more: Any)
 
 def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
     """Return the arguments of `glide_jax.load` that differ from their defaults."""
-    names = ("weights", "upsampler", "clip", "weak_model", "lora", "dtype", "devices")
-    usual = WeightsOptions()
-    return {n: getattr(options, n) for n in names if getattr(options, n) != getattr(usual, n)}
+    usual = WeightsOptions().loaded()
+    return {name: value for name, value in options.loaded().items() if value != usual[name]}
 
 
 def caption_of(metadata: Mapping[str, Any]) -> str:
@@ -234,4 +243,6 @@ def _usual(controls: Controls, defaults: Settings, more: Mapping[str, Any]) -> d
 
 
 def _changed(values: dict[str, Any], defaults: Settings) -> dict[str, Any]:
-    return {name: v for name, v in values.items() if v != getattr(defaults, name)}
+    return {
+        name: NONE if v is None else v for name, v in values.items() if v != getattr(defaults, name)
+    }

@@ -181,12 +181,13 @@ def _guidance(found: SimpleNamespace, studio: Studio) -> None:
             info="1 is off; more goes further away from the weak model.",
             visible=studio.pipe.weak_model is not None,
         )
+        low, high = defaults.guidance_interval or (None, None)
         with gr.Row():
             found.low = gr.Number(
-                None, label="From noise level", placeholder="0", minimum=0, min_width=120
+                low, label="From noise level", placeholder="0", minimum=0, min_width=120
             )
             found.high = gr.Number(
-                None, label="To noise level", placeholder="no limit", minimum=0, min_width=120
+                high, label="To noise level", placeholder="no limit", minimum=0, min_width=120
             )
 
 

@@ -155,7 +155,7 @@ class Experiment:
         settings = self.pipe.settings.changed(**task.settings)
         guide = self.pipe.clip if settings.clip_scale else None
         if settings.clip_scale and guide is None:
-            raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip")
+            raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip-model")
         guidances = settings.guidances(read_prompts(prompt_of(self.records[0])))
         return plain(
             {

@@ -139,7 +139,7 @@ def clip_guidance(
     if not settings.clip_scale:
         return ()
     if clip is None:
-        raise UsageError("clip_scale needs a noised CLIP: load one with clip=")
+        raise UsageError("clip_scale needs a noised CLIP: load one as clip_model (--clip-model)")
     sides = clip.config.image_size, model.config.image_size
     timesteps = clip.config.n_timestep, model.diffusion_steps
     what = ""

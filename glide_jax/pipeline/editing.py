@@ -23,6 +23,21 @@ UNGUIDED: SettingsArguments = {
     "clip_scale": 0.0,
 }
 
+# An inversion runs all steps, each of them once.
+WHOLE: SettingsArguments = {"restart": "none", "strength": "none", "repaint": "none"}
+
+
+def check_variation(defaults: Settings, settings: SettingsArguments) -> None:
+    """Check the settings of a variation, which add to those of the weights.
+
+    Raises:
+        UsageError: they have a strength, or RePaint.
+    """
+    strength, repaint = settings.get("strength"), settings.get("repaint")
+    chosen = defaults.changed(strength=strength, repaint=repaint)
+    if chosen.strength is not None or chosen.repaint is not None:
+        raise UsageError("variations take no strength or repaint: variation is their strength")
+
 
 def unguided(settings: SettingsArguments) -> SettingsArguments:
     """Return settings that leave out the weights' own guidance, unless guidance is set in them."""
@@ -50,7 +65,7 @@ def invert_images(
     """
     if stage.model.config.upsamples:
         raise UsageError(f"{stage.model.name} is an upsampler: inversion needs a base model")
-    for name in ("restart", "strength", "repaint"):
+    for name in WHOLE:
         if getattr(settings, name) is not None:
             raise UsageError(f"inversion takes no {name}")
     noise = np.empty(images.shape, np.float32)

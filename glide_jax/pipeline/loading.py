@@ -28,7 +28,7 @@ def load(
     weights: str | Path = "emoji64",
     *,
     upsampler: str | Path | None = None,
-    clip: str | Path | None = None,
+    clip_model: str | Path | None = None,
     weak_model: str | Path | None = None,
     lora: LoRAs = (),
     dtype: str = "auto",
@@ -44,8 +44,9 @@ def load(
             `train.py`.
         upsampler: weights of an upsampler, which then enlarges each image; None: the one that
             belongs to the weights, if any; "none": no upsampler.
-        clip: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and "none"
-            as above. Without a CLIP, a `clip_scale` among the weights' own settings has no effect.
+        clip_model: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and
+            "none" as above. Without a CLIP, a `clip_scale` among the weights' own settings has no
+            effect.
         weak_model: weights of a weaker model of the same kind, for `autoguidance_scale`.
         lora: low-rank pairs that are added to the weights: a run with LoRA or a file of its pairs,
             or several of them. Each may have a weight, which may be negative:
@@ -61,7 +62,8 @@ def load(
     enable_compilation_cache()
     # Called for its error, before anything expensive.
     local_devices(devices)
-    upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)
+    upsampler = companion(weights, "upsampler", upsampler)
+    clip = companion(weights, "clip", clip_model)
     where: dict[str, Any] = {"dtype": dtype, "devices": devices}
     model = with_loras(open_model(weights), lora)
     larger = None if upsampler is None else load(upsampler, **where)

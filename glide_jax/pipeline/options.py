@@ -1,8 +1,8 @@
 """The command line of sampling, by group of options."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -13,50 +13,34 @@ from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.pipeline.image_files import Fit
 from glide_jax.pipeline.prompt_files import read_prompt_file
-from glide_jax.pipeline.settings import Settings
+from glide_jax.pipeline.settings import Settings, SettingsArguments, setting_texts
 from glide_jax.training.runs import sampling_defaults
+from glide_jax.weights.registry import NONE
 
 # The defaults that the help shows: those of the weights that will be used.
 _shown: dict[str, Any] = {}
-
-
-def _default(name: str) -> Any:
-    """Show the default of the chosen weights; the option itself is None where it is left out."""
-
-    def hint(_: str) -> str:
-        value = _shown.get(name)
-        return "" if value in (None, "") else f"(default: {value})"
-
-    return arg(help_behavior_hint=hint)
-
-
 # For options whose help says what happens without them.
 HIDDEN = arg(help_behavior_hint="")
+BELONGING = arg(
+    help_behavior_hint="(default: the one that belongs to the weights, if any: emoji_upsample256 "
+    "for emoji64)"
+)
 # Options whose values are text: `~` has no meaning in them.
-TEXTS = ("--negative-prompt", "--init-caption", "--prompts-field")
+TEXTS = ("--negative-prompt", "--image-caption", "--prompts-field")
 
 
 @dataclass(frozen=True)
-class WeightsOptions:
+class ModelOptions:
     """The model, and the devices it runs on.
 
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
             a training run, or hf://user/name of the Hugging Face Hub.
-        upsampler: Weights of the upsampler that enlarges each image, or none. Default: the one
-            that belongs to the weights (emoji_upsample256 for emoji64), if any.
-        upsampler_steps: Number of sampling steps of the upsampler, as --steps. If its weights have
-            a default strength below 1, the upsampler starts from the enlarged image and runs only
-            that share of the steps, the last ones.
-        upsampler_sampler: Sampler of the upsampler, as --sampler.
-        clip: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
+        upsampler: Weights of the upsampler that enlarges each image, or none.
+        clip_model: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
             Default: the one that belongs to the weights (emoji_clip64 for emoji64), if any.
         weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
             was trained less. It must have the same variant, image size and noise schedule.
-        lora: LoRA to add to the weights: the folder of a run with LoRA, or a .safetensors file. A
-            weight may follow a colon (runs/mine:0.5). A larger weight changes the images more. A
-            negative one does the opposite of what was learned. The option may be given several
-            times.
         dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
             recent GPUs, float16 on older GPUs, float32 on CPUs.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
@@ -67,20 +51,37 @@ class WeightsOptions:
     """
 
     weights: str = "emoji64"
-    upsampler: Annotated[str | None, HIDDEN] = None
-    upsampler_steps: Annotated[str | None, HIDDEN] = None
-    upsampler_sampler: Annotated[str | None, HIDDEN] = None
-    clip: Annotated[str | None, HIDDEN] = None
+    upsampler: Annotated[str | None, BELONGING] = None
+    clip_model: Annotated[str | None, HIDDEN] = None
     weak_model: Annotated[str | None, HIDDEN] = None
-    lora: Annotated[UseAppendAction[tuple[str, ...]], HIDDEN] = ()
     dtype: str = "auto"
     devices: str = "1"
     batch_size: Annotated[int | None, HIDDEN] = None
 
     def loaded(self) -> dict[str, Any]:
         """Return the arguments of `glide_jax.load`."""
-        names = ("weights", "upsampler", "clip", "weak_model", "lora", "dtype", "devices")
-        return {name: getattr(self, name) for name in names}
+        names = ("weights", "upsampler", "clip_model", "weak_model", "lora", "dtype", "devices")
+        return {name: value for name, value in vars(self).items() if name in names}
+
+
+@dataclass(frozen=True)
+class WeightsOptions(ModelOptions):
+    """The model, and the devices it runs on.
+
+    Attributes:
+        upsampler_steps: Number of sampling steps of the upsampler, as --steps. If its weights have
+            a default strength below 1, the upsampler starts from the enlarged image and runs only
+            that share of the steps, the last ones.
+        upsampler_sampler: Sampler of the upsampler, as --sampler.
+        lora: LoRA to add to the weights: the folder of a run with LoRA, or a .safetensors file. A
+            weight may follow a colon (runs/mine:0.5). A larger weight changes the images more. A
+            negative one does the opposite of what was learned. The option may be given several
+            times.
+    """
+
+    upsampler_steps: Annotated[str | None, HIDDEN] = None
+    upsampler_sampler: Annotated[str | None, HIDDEN] = None
+    lora: Annotated[UseAppendAction[tuple[str, ...]], HIDDEN] = ()
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class EditingOptions:
     """Editing images.
 
     Attributes:
-        init_image: The image to edit, together with --mask (inpainting), --strength (img2img)
+        image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: The mask of --init-image, an image. White is regenerated. Black is kept, exactly if
+        mask: The mask of --image, an image. White is regenerated. Black is kept, exactly if
             the input has the size of the output. A transparent layer is also accepted: its painted
             part is regenerated. So is a copy of the image with a part erased: the erased part is
             regenerated.
@@ -98,88 +99,54 @@ class EditingOptions:
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
             option such a mask is an error.
         fit: How to make an image square. crop takes its central square, pad adds white borders.
-        variation: Generate variations of --init-image with this strength, from 0 (its DDIM
+        variation: Generate variations of --image with this strength, from 0 (its DDIM
             reconstruction) to 1 (an unrelated image).
-        init_caption: Caption of the input image, for --variation, if the prompt does not describe
+        image_caption: Caption of the input image, for --variation, if the prompt does not describe
             that image.
         interpolate: Generate --num images (2 or more) from one prompt to another, from
             one seed to another (--seed to --to-seed), or both.
         to_seed: The seed at the end of --interpolate.
     """
 
-    init_image: Annotated[Path | None, HIDDEN] = None
+    image: Annotated[Path | None, HIDDEN] = None
     mask: Annotated[Path | None, HIDDEN] = None
     invert_mask: Annotated[bool, HIDDEN] = False
     allow_uniform_mask: Annotated[bool, HIDDEN] = False
     fit: Fit = "crop"
     variation: Annotated[float | None, HIDDEN] = None
-    init_caption: Annotated[str | None, HIDDEN] = None
+    image_caption: Annotated[str | None, HIDDEN] = None
     interpolate: Annotated[bool, HIDDEN] = False
     to_seed: Annotated[int | None, HIDDEN] = None
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How images are sampled. The defaults shown are those of the chosen weights.
+def _sampling_option(name: str, kind: Any) -> tuple[str, Any, Any]:
+    """Return the field for a setting: None where the option is left out.
 
-    Attributes:
-        steps: Number of sampling steps N (noise levels), from 1 to 1000. More is slower and more
-            accurate. A respacing string of OpenAI's code is accepted too, such as ddim50 or fast27.
-            N steps need N network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (if N is 5
-            or more), and prk 4(N - 2). The options --restart and --repaint add evaluations.
-        sampler: Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3, heun, deis, lms, ipndm,
-            plms, prk, ddim. With noise at each step: ddpm (the paper's, learned variance),
-            ddpm-small and ddpm-large (fixed variance), dpm++2m-sde, sa. For few-step students:
-            consistency.
-        spacing: Spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
-            time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
-            steps), or optimised (for the sampler and the number of steps).
-        eta: Noise added at each step, from 0 (none) to 1, by the samplers ddim (default 0),
-            dpm++2m-sde and sa (default 1).
-        temperature: Factor of the initial noise. Below 1 the images are smoother and less varied.
-        restart: Restart sampling: LOW HIGH REPEATS, for example 0.3 2 3. At the noise level
-            LOW (sigma/alpha), noise is added up to level HIGH, and the steps from HIGH to LOW are
-            run again. This happens REPEATS times.
-        guidance_scale: Classifier-free guidance scale; 1 = off, larger follows the prompt more
-            closely with less variety. For the method cfg++ it is from 0 to 1.
-        guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high
-            scales.
-        guidance_interval: LOW HIGH: guide only at noise levels sigma/alpha between LOW and HIGH.
-            Default: at all levels.
-        guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
-            that guidance adds.
-        negative_prompt: Guide away from this prompt instead of the empty one.
-        autoguidance_scale: Autoguidance scale (weak model from --weak-model); 1 = off, larger
-            is stronger.
-        clip_scale: Scale of CLIP guidance, which is added to classifier-free guidance; 0 = off,
-            larger follows the prompt more closely. OpenAI's notebook uses 3, with guidance scale 1
-            and the sampler ddpm. With other samplers than ddpm, ddpm-small and ddpm-large, the
-            change of x_0 in each step is limited.
-        dynamic_threshold: Quantile of dynamic thresholding, for example 0.995. Without it x_0 is
-            clipped to [-1, 1].
-        strength: Strength of img2img (SDEdit), above 0 and up to 1: the share of the steps that is
-            run. Larger changes the image more.
-        repaint: RePaint: JUMP RESAMPLINGS. Groups of JUMP steps are run RESAMPLINGS times each.
-            Default: 5 4 for inpainting with a model that was not trained to inpaint, otherwise off.
+    The help shows the text of `Settings`, and the default of the chosen weights.
     """
 
-    steps: Annotated[int | str | None, _default("steps")] = None
-    sampler: Annotated[str | None, _default("sampler")] = None
-    spacing: Annotated[str | None, _default("spacing")] = None
-    eta: Annotated[float | None, _default("eta")] = None
-    temperature: Annotated[float | None, _default("temperature")] = None
-    restart: Annotated[tuple[float, float, int] | None, _default("restart")] = None
-    guidance_scale: Annotated[float | None, _default("guidance_scale")] = None
-    guidance_method: Annotated[str | None, _default("guidance_method")] = None
-    guidance_interval: Annotated[tuple[float, float] | None, _default("guidance_interval")] = None
-    guidance_rescale: Annotated[float | None, _default("guidance_rescale")] = None
-    negative_prompt: Annotated[str | None, _default("negative_prompt")] = None
-    autoguidance_scale: Annotated[float | None, _default("autoguidance_scale")] = None
-    clip_scale: Annotated[float | None, _default("clip_scale")] = None
-    dynamic_threshold: Annotated[float | None, _default("dynamic_threshold")] = None
-    strength: Annotated[float | None, _default("strength")] = None
-    repaint: Annotated[tuple[int, int] | None, _default("repaint")] = None
+    def hint(_: str) -> str:
+        value = _shown.get(name)
+        return "" if value in (None, "") else f"(default: {value})"
+
+    text = setting_texts().get(name, "")
+    return (
+        name,
+        Annotated[kind, arg(help=text[:1].upper() + text[1:], help_behavior_hint=hint)],
+        None,
+    )
+
+
+# A command line has one guidance scale for all images, and no functions.
+_KINDS = get_type_hints(SettingsArguments) | {"guidance_scale": float | None}
+_SAMPLING = [_sampling_option(name, kind) for name, kind in _KINDS.items() if name != "guidance"]
+
+
+class SamplingOptions(make_dataclass("SamplingOptions", _SAMPLING, frozen=True)):
+    """How images are sampled. The defaults shown are those of the chosen weights.
+
+    Where {none} is listed, the word none turns off a default of the weights.
+    """
 
     def chosen(self) -> dict[str, Any]:
         """Return the settings that are not left to the weights."""
@@ -270,6 +237,7 @@ def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
         chosen.append(word)
         if "=" not in word:
             count = lengths.get(word.replace("_", "-"), 0)
+            count = min(count, 1) if rest[:1] == [NONE] else count
             chosen += rest[:count]
             del rest[:count]
     return chosen, prompts
@@ -328,25 +296,25 @@ def check_options(options: Options) -> None:
     sharding = options.sharding
     into = sharding.shards is not None
     for wrong, message in (
-        (varies and e.init_image is None, "--variation needs an image: give --init-image"),
+        (varies and e.image is None, "--variation needs an image: give --image"),
         (varies and e.mask is not None, "--variation changes the whole image: it takes no --mask"),
         (
             e.mask is None and (e.invert_mask or e.allow_uniform_mask),
             "--invert-mask and --allow-uniform-mask are for --mask",
         ),
         (
-            e.fit != "crop" and e.init_image is None,
-            "--fit is for --init-image",
+            e.fit != "crop" and e.image is None,
+            "--fit is for --image",
         ),
-        (e.init_caption is not None and not varies, "--init-caption is for --variation"),
+        (e.image_caption is not None and not varies, "--image-caption is for --variation"),
         (e.to_seed is not None and not e.interpolate, "--to-seed is for --interpolate"),
         (
-            e.interpolate and (e.init_image is not None or e.mask is not None),
-            "--interpolate takes prompts: it has no --init-image or --mask",
+            e.interpolate and (e.image is not None or e.mask is not None),
+            "--interpolate takes prompts: it has no --image or --mask",
         ),
         (
-            into and (e.interpolate or e.init_image is not None or e.mask is not None),
-            "--shards takes prompts: it has no --init-image, --mask or --interpolate",
+            into and (e.interpolate or e.image is not None or e.mask is not None),
+            "--shards takes prompts: it has no --image, --mask or --interpolate",
         ),
         (into and options.preview, "--shards has no --preview"),
         (
@@ -368,6 +336,25 @@ def check_options(options: Options) -> None:
     ):
         if wrong:
             raise UsageError(message)
+    check_scales(options.model, options.sampling.chosen())
+
+
+def check_scales(model: ModelOptions, chosen: Mapping[str, Any]) -> None:
+    """Check that a CLIP and a weak model that are named also act.
+
+    Args:
+        chosen: the settings that are not left to the weights.
+
+    Raises:
+        UsageError: the scale of one is not set, and the weights have none by default.
+    """
+    for name, scale in (("clip_model", "clip_scale"), ("weak_model", "autoguidance_scale")):
+        if getattr(model, name) in (None, NONE) or scale in chosen:
+            continue
+        settings = Settings().changed(**sampling_defaults(model.weights))
+        if getattr(settings, scale) == getattr(Settings, scale):
+            option, missing = (f"--{word.replace('_', '-')}" for word in (name, scale))
+            raise UsageError(f"{option} has no effect without a scale: give {missing}")
 
 
 def prompts_of(options: Options) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from glide_jax.errors import UsageError
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, read_sources
-from glide_jax.pipeline.editing import invert_images, slerp, unguided
+from glide_jax.pipeline.editing import WHOLE, check_variation, invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
 from glide_jax.pipeline.mask_files import MaskLike
@@ -175,7 +175,8 @@ class Pipeline(Stage):
             invert_mask=invert_mask,
             allow_uniform_mask=allow_uniform_mask,
         )
-        if mask is not None and not (config.inpaints or config.upsamples):
+        trained_to_inpaint = config.inpaints or config.upsamples
+        if mask is not None and not trained_to_inpaint and settings.get("repaint") is None:
             chosen = chosen.with_repaint(self.schedule)
 
         side = config.image_size
@@ -282,7 +283,7 @@ class Pipeline(Stage):
         prompt: str = "",
         *,
         variation: float = 0.3,
-        init_caption: str | None = None,
+        image_caption: str | None = None,
         fit: Fit = "crop",
         num: int = 1,
         seed: int = 0,
@@ -300,7 +301,7 @@ class Pipeline(Stage):
             image, fit: one image; see `stream`.
             prompt: the prompt of the variations.
             variation: strength, from 0 (DDIM reconstruction) to 1 (unrelated image).
-            init_caption: caption of the input image, if the prompt does not describe that image.
+            image_caption: caption of the input image, if the prompt does not describe that image.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
                 here. For the other arguments see `__call__` and `stream`.
 
@@ -309,19 +310,19 @@ class Pipeline(Stage):
         """
         if not 0 <= variation <= 1:
             raise UsageError(f"variation must be between 0 and 1, not {variation}")
-        if settings.get("strength") is not None or settings.get("repaint"):
-            raise UsageError("variations take no strength or repaint: variation is their strength")
+        check_variation(self.settings, settings)
         chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
         side = self.model.config.image_size
         sources = read_sources(image, None, None, side, fit=fit)
         assert sources.image is not None
         old = self.invert(
             sources.image.squares(side, 1),
-            prompt if init_caption is None else init_caption,
+            prompt if image_caption is None else image_caption,
             batch_size=batch_size,
             progress=progress,
             steps=chosen.get("steps"),
             spacing=chosen.get("spacing"),
+            **WHOLE,
         )
         new = start_noise(image_keys(seed, first_index + np.arange(num)).start, side)
         images = self(
@@ -337,7 +338,7 @@ class Pipeline(Stage):
             every=every,
             **{"sampler": "dpm++2m", **unguided(chosen)},
         )
-        made = {"variation": variation, "caption": init_caption, **sources.names()}
+        made = {"variation": variation, "image_caption": image_caption, **sources.names()}
         return replace(images, settings=images.settings | made)
 
     @lists_settings

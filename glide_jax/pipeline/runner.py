@@ -226,7 +226,9 @@ class _Batch(NamedTuple):
     def guidances(self, settings: Settings, reverse: bool) -> tuple[Guidance, ...]:
         """Return what acts on the prediction; CLIP guidance is last, after all maps of x_0."""
         if settings.autoguidance_scale != 1 and self.weak_model is None:
-            raise UsageError("autoguidance_scale needs a weak model: load one with weak_model=")
+            raise UsageError(
+                "autoguidance_scale needs a weak model: load one as weak_model (--weak-model)"
+            )
         guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())
         model = self.stage.model
         return *guidances, *clip_guidance(self.clip, model, self.prompts, settings, reverse)

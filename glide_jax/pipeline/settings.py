@@ -1,11 +1,12 @@
 """How images are sampled: one object for notebooks, command lines and metadata."""
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
+from glide_jax.weights.registry import NONE
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
 # embedded model without mask input (November 2026): across the edge of the mask pixels change by 23
@@ -38,6 +40,8 @@ METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 WITH_ETA = tuple(
     name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
 )
+# The settings that can be text.
+TEXTS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -54,50 +58,53 @@ GUIDING = (
 class Settings:
     """How images are sampled. With prompt, seed and index, it reproduces an image.
 
-    Weights may store defaults for some of these; otherwise the defaults below apply.
+    Weights may store defaults for some of these; otherwise the defaults below apply. In a call,
+    None leaves a setting as the weights have it, and "none" turns it off if it can be None here.
 
     Attributes:
         steps: number of noise levels N, up to the number of timesteps (more is slower and more
-            accurate), or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2".
-            N levels give N steps, the last one to the clean image (plms and prk: N - 2 steps), with
-            one network evaluation each. Exceptions: heun and dpm++2s (two, but one in the last
-            step), prk (four) and plms (four in the first three steps).
-        sampler: name of the sampler, a key of `SOLVERS`. Deterministic: dpm++2m, dpm++3m, dpm++2s,
-            unipc2, unipc3, heun, deis, lms, ipndm, plms, prk, ddim. With added noise: ddpm (the
-            paper's ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed
-            variance), dpm++2m-sde, sa; consistency, for few-step students.
+            accurate), or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2". N
+            levels need N network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (if N is 5
+            or more), and prk 4(N - 2). RePaint and Restart sampling add evaluations.
+        sampler: name of the sampler. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3,
+            heun, deis, lms, ipndm, plms, prk, ddim. With noise at each step: ddpm (the paper's
+            ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed variance),
+            dpm++2m-sde, sa. For few-step students: consistency.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
             timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
             steps), or optimised (for the sampler and the number of steps).
-        eta: noise added at each step by ddim, dpm++2m-sde and sa, from 0 (none) to 1 (the reverse
-            SDE).
+        eta: noise added at each step, from 0 (none) to 1 (the reverse SDE), by the samplers ddim (0
+            unless set), dpm++2m-sde and sa (1 unless set).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling: LOW, HIGH, REPEATS. At the noise level (sigma/alpha) LOW, noise
-            is added up to the level HIGH, and the steps from HIGH to LOW are run again. This
-            happens REPEATS times.
-        guidance_scale: classifier-free guidance scale, or one per image; 1 is off, larger follows
-            the prompt more closely with less variety. For the method cfg++ it is from 0 to 1. A
-            model with distilled guidance takes it as an input, without an evaluation for the empty
-            prompt.
-        guidance_method: cfg (classifier-free), cfg++, or apg, which saturates less at high scales.
-        guidance_interval: LOW, HIGH: guide only at noise levels sigma/alpha between them.
+        restart: Restart sampling by three numbers, LOW, HIGH and REPEATS, such as 0.3, 2 and 3. At
+            the noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps
+            from HIGH to LOW are run again. This happens REPEATS times.
+        guidance_scale: classifier-free guidance scale, in Python also one per image; 1 is off,
+            larger follows the prompt more closely with less variety. For the method cfg++ it is
+            from 0 to 1. A model with distilled guidance takes it as an input, without an evaluation
+            for the empty prompt.
+        guidance_method: method of guidance: cfg (classifier-free), cfg++, or apg, which saturates
+            less at high scales.
+        guidance_interval: two noise levels sigma/alpha, LOW and HIGH, between which guidance acts;
+            otherwise it acts at all levels.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.
-        negative_prompt: guide away from this prompt instead of the empty one.
+        negative_prompt: prompt to guide away from, instead of the empty one.
         autoguidance_scale: scale of guidance away from the weak model; 1 is off, larger is
             stronger.
         clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
-            is off, larger follows the prompt more closely. OpenAI's notebook uses 3 with
-            guidance_scale 1 and sampler ddpm. With samplers other than ddpm, ddpm-small and
-            ddpm-large, the change of x_0 in each step is limited.
+            is off, larger follows the prompt more closely. OpenAI's notebook uses 3, with guidance
+            scale 1 and the sampler ddpm. With samplers other than ddpm, ddpm-small and ddpm-large,
+            the change of x_0 in each step is limited.
         dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
             clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
-        repaint: RePaint: JUMP, RESAMPLINGS. Groups of JUMP steps are run RESAMPLINGS times each. On
-            by default for inpainting with a model that was not trained to inpaint.
+        repaint: RePaint by two numbers, JUMP and RESAMPLINGS. Groups of JUMP steps are run
+            RESAMPLINGS times each. Unless set, it is 5 and 4 for inpainting with a model that was
+            not trained to inpaint, and otherwise off.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.
@@ -122,10 +129,13 @@ class Settings:
     guidance: Sequence[Guidance] | None = None
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and name not in TEXTS:
+                raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
 
     def changed(self, **values: Any) -> "Settings":
-        """Return these settings with some replaced; None leaves a value as it is.
+        """Return these settings with some replaced; None leaves a value, "none" makes it None.
 
         Raises:
             UsageError: an unknown setting, or one that `guidance` replaces is given beside it.
@@ -137,7 +147,7 @@ class Settings:
         values = {name: value for name, value in values.items() if value is not None}
         if isinstance(negative := values.get("negative_prompt"), str):
             values["negative_prompt"] = clean(negative)
-        if "guidance" in values:
+        if not is_none(values.get("guidance", NONE)):
             if beside := set(GUIDING) & set(values):
                 raise UsageError(f"guidance=[...] replaces {min(beside)}: give one of them")
             if self.clip_scale and "clip_scale" not in values:
@@ -147,7 +157,10 @@ class Settings:
                     stacklevel=3,
                 )
             values = {"clip_scale": 0.0} | values
-        return replace(self, **values)
+        turned_off = [
+            f.name for f in fields(self) if f.default is None and is_none(values.get(f.name))
+        ]
+        return replace(self, **values | dict.fromkeys(turned_off))
 
     def solver(self) -> Solver:
         """Return the solver of `sampler`.
@@ -282,26 +295,46 @@ class Settings:
         return make_plan(schedule, self.grid(schedule), solver, guidances)
 
 
+Off = Literal["none"]
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value is the word that turns a setting off."""
+    return isinstance(value, str) and value == NONE
+
+
 class SettingsArguments(TypedDict, total=False):
-    """The fields of `Settings` as keyword arguments; None leaves the value of the weights."""
+    """The fields of `Settings` as keyword arguments; None leaves the value of the weights.
+
+    "none" turns off a default of the weights, for example `guidance_interval="none"`.
+    """
 
     steps: int | str | None
     sampler: str | None
     spacing: str | None
-    eta: float | None
+    eta: float | Off | None
     temperature: float | None
-    restart: tuple[float, float, int] | None
+    restart: tuple[float, float, int] | Off | None
     guidance_scale: float | Sequence[float] | None
     guidance_method: str | None
-    guidance_interval: tuple[float, float] | None
+    guidance_interval: tuple[float, float] | Off | None
     guidance_rescale: float | None
     negative_prompt: str | None
     autoguidance_scale: float | None
     clip_scale: float | None
-    dynamic_threshold: float | None
-    strength: float | None
-    repaint: tuple[int, int] | None
+    dynamic_threshold: float | Off | None
+    strength: float | Off | None
+    repaint: tuple[int, int] | Off | None
     guidance: Sequence[Guidance] | None
+
+
+def setting_texts() -> dict[str, str]:
+    """Return the text on each setting, from the docstring of `Settings`."""
+    listed = inspect.cleandoc(Settings.__doc__ or "").partition("Attributes:\n")[2]
+    _, *found = re.split(r"^    (\w+): ", listed, flags=re.MULTILINE)
+    return {
+        name: " ".join(text.split()) for name, text in zip(found[::2], found[1::2], strict=True)
+    }
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -326,10 +359,14 @@ def lists_settings(method: F) -> F:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Return settings as plain values, for an image's metadata."""
+    """Return settings as plain values, for an image's metadata.
+
+    As the arguments of a call, they make the same settings for weights with any defaults.
+    """
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    values["guidance_scale"] = _plain(settings.guidance_scale)
     guidance = values.pop("guidance")
+    values = {name: NONE if value is None else value for name, value in values.items()}
+    values["guidance_scale"] = _plain(settings.guidance_scale)
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [

@@ -61,7 +61,9 @@ def load_run(folder: Path) -> Model:
     """
     config, state = restore_run(folder, is_average)
     if not isinstance(config, TrainConfig):
-        raise GlideError(f"{folder} is a run of a noised CLIP: load it with clip=")
+        raise GlideError(
+            f"{folder} is a run of a noised CLIP: load it as clip_model (--clip-model)"
+        )
     return model_of(config, network_params(config, state, folder), str(folder))
 
 

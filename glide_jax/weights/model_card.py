@@ -130,7 +130,7 @@ def _use(name: str, sizes: ModelConfig | CLIPConfig, prompts: Sequence[str]) -> 
     """Return the commands that use the weights."""
     prompt = " ".join((prompts[0] if prompts else "a red apple").split())
     if isinstance(sizes, CLIPConfig):
-        options, load = f"--clip {name} --clip-scale 3", f'clip="{name}"'
+        options, load = f"--clip-model {name} --clip-scale 3", f'clip_model="{name}"'
         call = "clip_scale=3"
     elif sizes.upsamples:
         options, load, call = f"--upsampler {name}", f'upsampler="{name}"', "num=4"
@@ -138,7 +138,7 @@ def _use(name: str, sizes: ModelConfig | CLIPConfig, prompts: Sequence[str]) -> 
         options, load, call = f"--weights {name}", f'"{name}"', "num=4"
     lines = ["```sh", f"glide-jax sample {shlex.quote(prompt)} {options}"]
     if isinstance(sizes, ModelConfig) and sizes.variant == "inpaint":
-        edit = "--init-image photo.png --mask mask.png"
+        edit = "--image photo.png --mask mask.png"
         lines.append(f"glide-jax sample {shlex.quote(prompt)} {options} {edit}")
     lines += [
         "```",

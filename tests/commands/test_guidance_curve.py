@@ -119,7 +119,10 @@ def test_processes_share_the_images_and_the_last_one_scores(place, capsys):
     [
         (("--num", "13"), "captions.json has 12 captions: set --num to that or less, not 13"),
         (("--num", "0"), "--num must be at least 1"),
-        (("--clip-scales", "2"), "--clip-scales needs a noised CLIP that guides: give --clip"),
+        (
+            ("--clip-scales", "2"),
+            "--clip-scales needs a noised CLIP that guides: give --clip-model",
+        ),
         (("--seed", "2"), r"shards of another run \(seed 1, here 2; other prompts"),
     ],
 )

@@ -181,7 +181,7 @@ def test_ranking_and_sweep_of_real_networks(config, tmp_path):
     for seed, name in enumerate(("guide", "scorer")):
         params = first_weights(init_params_clip, NoisedCLIP(sizes), seed)
         save_clip(CLIPModel(name, sizes, params), tmp_path / name)
-    pipe = load(make_weights(tmp_path / "weights", SMALL), clip=tmp_path / "guide")
+    pipe = load(make_weights(tmp_path / "weights", SMALL), clip_model=tmp_path / "guide")
     scorer = open_scorer(tmp_path / "scorer", guide=pipe.clip)
     sizes = {"images": 4, "captions": 30}
     settings = {"steps": 2, "guidance_scale": 1.0}

@@ -121,10 +121,10 @@ def test_repaint_is_on_for_models_not_trained_to_inpaint(photo, mask):
     call = {"image": photo, "mask": mask, "steps": 11}
     assert exact_pipeline()("green", **call).settings["repaint"] == (5, 4)
     assert exact_pipeline()("green", **call | {"steps": 3}).settings["repaint"] == (2, 4)
-    assert exact_pipeline()("green", **call | {"steps": 1}).settings["repaint"] is None
+    assert exact_pipeline()("green", **call | {"steps": 1}).settings["repaint"] == "none"
     assert exact_pipeline()("green", **call, repaint=(1, 1)).settings["repaint"] == (1, 1)
-    assert exact_pipeline()("green", **call, restart=(0.3, 3.0, 1)).settings["repaint"] is None
-    assert exact_pipeline("inpaint")("green", **call).settings["repaint"] is None
+    assert exact_pipeline()("green", **call, restart=(0.3, 3.0, 1)).settings["repaint"] == "none"
+    assert exact_pipeline("inpaint")("green", **call).settings["repaint"] == "none"
     assert exact_pipeline("inpaint")("green", **call, repaint=(2, 2)).settings["repaint"] == (2, 2)
 
 
@@ -276,7 +276,7 @@ def test_inversion_and_variations_take_a_list_of_guidances(pipe, photo):
 
 def test_an_image_changes_to_another_caption(pipe, photo):
     """Same noise, another caption: the colour changes, the pattern stays."""
-    found = pipe.variations(photo, "blue", init_caption="red", variation=0, steps=80)
+    found = pipe.variations(photo, "blue", image_caption="red", variation=0, steps=80)
     change = pixels(found.images[0]) - pixels(photo)
     assert np.abs(change - (colour("blue") - colour("red"))).max() < 4 * LEVEL
 

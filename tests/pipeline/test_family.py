@@ -142,7 +142,7 @@ def test_a_pipeline_has_its_family(family):
         next(pipe.stream("red", upsampler="mine"))
     with pytest.raises(UsageError, match="^there is no setting 'stepz', did you mean 'steps'"):
         next(pipe.stream("red", upsampler={"stepz": 1}))
-    alone = glide.load("emoji64", upsampler="none", clip="none")
+    alone = glide.load("emoji64", upsampler="none", clip_model="none")
     assert alone.upsampler is None and alone.clip is None
     with pytest.raises(UsageError, match="names are emoji64, emoji_upsample256"):
         glide.load("no-such-weights-at-all")
@@ -160,8 +160,8 @@ def test_weights_bring_the_scale_of_their_clip_which_acts_only_with_a_clip(
     description.write_text(json.dumps(described))
     try:
         pipe = glide.load("emoji64", upsampler="none")
-        alone = glide.load("emoji64", upsampler="none", clip="none")
-        named = glide.load(assets / "emoji64", clip=assets / "emoji_clip64")
+        alone = glide.load("emoji64", upsampler="none", clip_model="none")
+        named = glide.load(assets / "emoji64", clip_model=assets / "emoji_clip64")
     finally:
         description.write_text(before)
     assert pipe.settings.clip_scale == named.settings.clip_scale == 300
@@ -187,7 +187,7 @@ def test_the_cascade_inpaints_and_keeps_known_pixels_to_the_byte(family, tmp_pat
     mask[16:32, 24:48] = 255
     Image.fromarray(image).save(tmp_path / "x.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
-    files = ["--init-image", tmp_path / "x.png", "--mask", tmp_path / "m.png"]
+    files = ["--image", tmp_path / "x.png", "--mask", tmp_path / "m.png"]
     numbers = ["--steps", 2, "--upsampler-steps", 1, "--out", tmp_path / "out"]
     sample.generate(read_options("", ["a party hat", *map(str, [*files, *numbers])]))
     (path,) = (tmp_path / "out").glob("*.png")

@@ -165,9 +165,9 @@ def test_a_home_is_found_in_every_path(monkeypatch):
         *("/home/me/a.pt", "--out=/home/me/b", "--mask", "/home/me/c.png"),
         *("--negative-prompt", "~/d", "x~", "--e=f~"),
     ]
-    options = read_options("", ["--out=~/b", "--init-image=~/c.png", "--prompts-file=~/d", "~/e"])
+    options = read_options("", ["--out=~/b", "--image=~/c.png", "--prompts-file=~/d", "~/e"])
     assert str(options.out) == "/home/me/b" and options.prompts == ("~/e",)
-    assert str(options.editing.init_image) == "/home/me/c.png"
+    assert str(options.editing.image) == "/home/me/c.png"
     assert str(options.prompts_file) == "/home/me/d"
 
 

@@ -185,7 +185,7 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     )  # fmt: skip
     params = first_weights(init_params, NoisedCLIP(small))
     save_clip(CLIPModel("tiny", small, params), tmp_path / "clip")
-    pipe = glide.load(folders["base"], clip=tmp_path / "clip")
+    pipe = glide.load(folders["base"], clip_model=tmp_path / "clip")
     settings = {"sampler": "ddpm", "steps": 3, "progress": False}
     unguided = pipe("red", **settings)
     guided = pipe("red", clip_scale=500.0, **settings)

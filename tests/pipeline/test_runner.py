@@ -222,7 +222,7 @@ def test_autoguidance_leads_away_from_the_weak_model():
         pipe("red", num=4, autoguidance_scale=scale).images / 127.5 for scale in (1.0, 3.0)
     )
     assert np.abs((guided - plain) - 2 * -0.05).max() < 2 / 127.5
-    with pytest.raises(glide.UsageError, match="load one with weak_model="):
+    with pytest.raises(glide.UsageError, match="load one as weak_model"):
         exact_pipeline()("red", autoguidance_scale=2.0)
 
 

@@ -168,30 +168,30 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
     [
         (("--strength", "0.5"), "strength is for editing an image"),
         (("--mask", "mask.png"), "a mask belongs to an image"),
-        (("--init-image", "photo.png"), "needs a mask of the region"),
-        (("--init-image", "photo.png", "--mask", "nowhere.png"), "cannot read the mask"),
-        (("--init-image", "nowhere.png", "--strength", "0.5"), "cannot read the image"),
-        (("--init-image", "photo.png", "--strength", "2"), "strength must be above 0"),
-        (("--variation", "0.5"), "give --init-image"),
-        (("--init-image", "photo.png", "--variation", "0.5", "--mask", "mask.png"), "no --mask"),
-        (("--init-image", "photo.png", "--variation", "3"), "between 0 and 1"),
-        (("blue", "--init-image", "photo.png", "--variation", "0.5"), "one prompt"),
-        (("--init-caption", "blue"), "for --variation"),
-        (("--init-image", "photo.png", "--invert-mask"), "are for --mask"),
-        (("--fit", "pad"), "for --init-image"),
+        (("--image", "photo.png"), "needs a mask of the region"),
+        (("--image", "photo.png", "--mask", "nowhere.png"), "cannot read the mask"),
+        (("--image", "nowhere.png", "--strength", "0.5"), "cannot read the image"),
+        (("--image", "photo.png", "--strength", "2"), "strength must be above 0"),
+        (("--variation", "0.5"), "give --image"),
+        (("--image", "photo.png", "--variation", "0.5", "--mask", "mask.png"), "no --mask"),
+        (("--image", "photo.png", "--variation", "3"), "between 0 and 1"),
+        (("blue", "--image", "photo.png", "--variation", "0.5"), "one prompt"),
+        (("--image-caption", "blue"), "for --variation"),
+        (("--image", "photo.png", "--invert-mask"), "are for --mask"),
+        (("--fit", "pad"), "for --image"),
         (("--interpolate",), "two prompts, or one and --to-seed"),
         (("blue", "--interpolate"), "at least 2"),
         *(
             (
                 ("blue", "--interpolate", "--num", "4", option, file),
-                "^--interpolate takes prompts: it has no --init-image or --mask$",
+                "^--interpolate takes prompts: it has no --image or --mask$",
             )
-            for option, file in (("--init-image", "photo.png"), ("--mask", "mask.png"))
+            for option, file in (("--image", "photo.png"), ("--mask", "mask.png"))
         ),
         (("--to-seed", "3"), "for --interpolate"),
         (("--repaint", "2", "2"), "give a mask"),
-        (("--autoguidance-scale", "2"), "load one with weak_model="),
-        (("--clip-scale", "2"), "load one with clip="),
+        (("--autoguidance-scale", "2"), "load one as weak_model (--weak-model)"),
+        (("--clip-scale", "2"), "load one as clip_model (--clip-model)"),
         (("--upsampler-steps", "2"), "there is none"),
         (("--batch-size", "0"), "at least one image"),
         (("--devices", "99"), "cannot use 99 devices"),
@@ -233,7 +233,7 @@ def made(folder):
 
 
 def test_inpainting_from_the_command_line(weights, editing, tmp_path, capsys):
-    files = ("--init-image", editing / "photo.png", "--mask", editing / "mask.png")
+    files = ("--image", editing / "photo.png", "--mask", editing / "mask.png")
     generate("red", *files, "--weights", weights, "--out", tmp_path, "--repaint", 2, 2)
     said = f"note: the mask {editing / 'mask.png'} regenerates 12.5% of the image\n"
     error = capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_inpainting_from_the_command_line(weights, editing, tmp_path, capsys):
 
 
 def test_img2img_from_the_command_line(weights, editing, tmp_path):
-    image = ("--init-image", editing / "photo.png", "--weights", weights)
+    image = ("--image", editing / "photo.png", "--weights", weights)
     for strength, name in ((0.25, "little"), (1.0, "all")):
         generate("red", *image, "--strength", strength, "--out", tmp_path / name)
     photo = np.array(Image.open(editing / "photo.png")).astype(int)
@@ -256,11 +256,11 @@ def test_img2img_from_the_command_line(weights, editing, tmp_path):
 
 
 def test_variations_from_the_command_line(weights, editing, tmp_path):
-    image = ("--init-image", editing / "photo.png", "--weights", weights, "--out", tmp_path)
-    generate(*image, "--variation", 0.4, "--num", 2, "--steps", 3, "--init-caption", "red")
+    image = ("--image", editing / "photo.png", "--weights", weights, "--out", tmp_path)
+    generate(*image, "--variation", 0.4, "--num", 2, "--steps", 3, "--image-caption", "red")
     images, metadata = made(tmp_path)
     assert not np.array_equal(*images)
-    assert metadata[1]["variation"] == 0.4 and metadata[1]["caption"] == "red"
+    assert metadata[1]["variation"] == 0.4 and metadata[1]["image_caption"] == "red"
     # Unconditional, not the prompts of the weights.
     assert metadata[1]["prompt"] == "" and metadata[1]["index"] == 1
 

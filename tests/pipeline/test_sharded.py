@@ -241,7 +241,7 @@ def test_as_a_command(whole, weights, tmp_path):
     [
         (("--shards", "o", "--preview"), "--shards has no --preview"),
         (("--shards", "o", "--out", "x"), "--shards names the folder: leave --out out"),
-        (("--shards", "o", "--mask", "m.png"), "--shards takes prompts: it has no --init-image"),
+        (("--shards", "o", "--mask", "m.png"), "--shards takes prompts: it has no --image"),
         (("--shard-size", "5"), "--shard-size is for --shards"),
         (("--processes", "2", "--process", "0"), "--processes and --process are for --shards"),
         (("--prompts-field", "a"), "--prompts-field is for --prompts-file"),

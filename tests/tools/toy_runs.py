@@ -276,10 +276,11 @@ def sample(name: str, out: Path) -> None:
         nearest = Image.Resampling.NEAREST
         Image.fromarray(np.eye(2, dtype=np.uint8) * 255).resize((32, 32), nearest).save(mask)
         image = write_images(out / "images") / "red-white.png"
-        more += ("--init-image", image, "--mask", mask)
+        more += ("--image", image, "--mask", mask)
     if name == "clip64":
         base = out / "text64" / "weights"
-        more += ("--clip", weights, "--clip-scale", 1, "--guidance-scale", 1, "--sampler", "ddpm")
+        more += ("--clip-model", weights, "--clip-scale", 1)
+        more += ("--guidance-scale", 1, "--sampler", "ddpm")
     folder = out / name / "samples"
     command("sample.py", PROMPT, "--weights", base, "--steps", 10, "--out", folder, *more)
     result = np.asarray(Image.open(next(folder.glob("*.png"))))

@@ -329,7 +329,7 @@ def test_pairs_do_not_fit_another_size(whole_run, folder):
         r"\(8, 32\), the network has a kernel of \(128, 512\)$"
     )
     with pytest.raises(GlideError, match=message):
-        glide.load("emoji64", upsampler="none", clip="none", lora=whole_run)
+        glide.load("emoji64", upsampler="none", clip_model="none", lora=whole_run)
 
 
 def test_a_base_that_changed_or_vanished_is_named(whole_run, folder, tmp_path):

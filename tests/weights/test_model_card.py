@@ -66,7 +66,7 @@ def test_the_commands_fit_the_model(variant, task, command, call):
     assert front_matter(text)["pipeline_tag"] == task
     line = f"""\nglide-jax sample 'a cat'"'"'s hat' {command} hf://user/tiny@side/sub"""
     assert f"{line}\n" in text
-    assert (f"{line} --init-image photo.png --mask mask.png\n" in text) == (variant == "inpaint")
+    assert (f"{line} --image photo.png --mask mask.png\n" in text) == (variant == "inpaint")
     assert f'\npipe = glide.load({call}hf://user/tiny@side/sub")\n' in text
     assert '\npipe("a cat\'s hat", num=4).save("samples")\n' in text
 
@@ -82,5 +82,5 @@ def test_the_tables():
 def test_a_noised_clip():
     text = model_card(NAME, {"format": 1, "clip": asdict(clip64())}, Facts(1, ["bfloat16"]))
     assert front_matter(text)["pipeline_tag"] == "zero-shot-image-classification"
-    assert "--clip hf://user/tiny@side/sub --clip-scale 3\n" in text
+    assert "--clip-model hf://user/tiny@side/sub --clip-scale 3\n" in text
     assert "## Training" not in text and "Default settings" not in text
