@@ -108,6 +108,30 @@ def test_only_what_differs_is_written_down():
     }  # fmt: skip
 
 
+def test_no_limits_turn_off_the_interval_of_the_weights():
+    defaults = replace(DEFAULTS, guidance_interval=(0.3, 5.0))
+    call = generate(CONTROLS, defaults)
+    assert call.arguments["guidance_interval"] == "none"
+    assert "--guidance-interval none" in call.command({}, Path("samples"))
+    kept = generate(replace(CONTROLS, low=0.3, high=5.0), defaults)
+    assert "guidance_interval" not in kept.arguments
+
+
+def test_the_command_names_a_model_that_guides_only_with_its_scale():
+    loading = {"weights": "w", "weak_model": "weaker", "clip_model": "clip"}
+    plain = generate(CONTROLS, DEFAULTS)
+    assert plain.command(loading, Path("samples")) == (
+        "glide-jax sample --weights w --num 1 --seed 3 -- 'a red apple'"
+    )
+    assert "load('w')" in plain.python(loading, Path("samples"))
+    # Also a scale that is the default of the weights.
+    guided = generate(
+        replace(CONTROLS, autoguidance_scale=2.0), replace(DEFAULTS, autoguidance_scale=2.0)
+    ).command(loading, Path("samples"))
+    assert "--weak-model weaker" in guided and "--autoguidance-scale 2.0" in guided
+    assert "--clip-model" not in guided
+
+
 def test_pairs_are_named_one_by_one_on_the_command_line():
     loading = loading_arguments(WeightsOptions(lora=("runs/a", "b.safetensors:0.5")))
     assert loading == {"lora": ("runs/a", "b.safetensors:0.5")}

@@ -123,6 +123,8 @@ def test_repaint_is_on_for_models_not_trained_to_inpaint(photo, mask):
     assert exact_pipeline()("green", **call | {"steps": 3}).settings["repaint"] == (2, 4)
     assert exact_pipeline()("green", **call | {"steps": 1}).settings["repaint"] == "none"
     assert exact_pipeline()("green", **call, repaint=(1, 1)).settings["repaint"] == (1, 1)
+    without = exact_pipeline()("green", **call, repaint="none")
+    assert without.settings["repaint"] == "none" and without.settings["evaluations"] == 11
     assert exact_pipeline()("green", **call, restart=(0.3, 3.0, 1)).settings["repaint"] == "none"
     assert exact_pipeline("inpaint")("green", **call).settings["repaint"] == "none"
     assert exact_pipeline("inpaint")("green", **call, repaint=(2, 2)).settings["repaint"] == (2, 2)

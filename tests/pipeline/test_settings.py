@@ -4,8 +4,8 @@ import inspect
 import json
 import re
 import warnings
-from dataclasses import fields
-from typing import get_type_hints
+from dataclasses import fields, replace
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from glide_jax.pipeline.settings import (
     Settings,
     SettingsArguments,
     describe,
+    setting_texts,
 )
 
 SCHEDULE = glide.make_schedule("cosine")
@@ -169,10 +170,19 @@ def test_guidances_are_described_by_their_parameters():
     assert "guidance_scale" not in made
 
 
-def test_the_command_line_has_every_setting():
-    names = {f.name for f in fields(SamplingOptions)}
-    assert names == {f.name for f in fields(Settings)} - {"guidance"}
+def test_the_command_line_has_every_setting_with_the_same_type_and_text(capsys):
+    wanted = get_type_hints(SettingsArguments) | {"guidance_scale": float | None}
+    del wanted["guidance"]
+    assert get_type_hints(SamplingOptions) == wanted
     assert all(f.default is None for f in fields(SamplingOptions))
+    texts = setting_texts()
+    assert list(texts) == [f.name for f in fields(Settings)] and all(texts.values())
+    with pytest.raises(SystemExit):
+        read_options("", ["--help"])
+    shown = re.sub(r"[\s│╭╮╰╯─]", "", capsys.readouterr().out)
+    for name in wanted:
+        text = texts[name][0].upper() + texts[name][1:]
+        assert "".join(text.split()) in shown, name
 
 
 def test_the_help_names_every_sampler_and_spacing_and_the_defaults_of_the_weights(capsys):
@@ -191,7 +201,8 @@ def test_arguments_and_settings_have_the_same_names_and_types():
     wanted, found = get_type_hints(Settings), get_type_hints(SettingsArguments)
     assert list(found) == list(wanted)
     for name, kind in wanted.items():
-        assert found[name] == kind | None, name
+        can_be_off = type(None) in get_args(kind) and name != "guidance"
+        assert found[name] == (kind | Literal["none"] if can_be_off else kind) | None, name
 
 
 @pytest.mark.parametrize("method", ["__call__", "stream", "invert", "variations", "interpolate"])
@@ -262,6 +273,47 @@ def test_and_and_not_need_plain_classifier_free_guidance():
 def test_none_keeps_a_setting():
     settings = Settings(steps=7, eta=0.5)
     assert settings.changed(steps=None, eta=None, sampler="ddim") == Settings(7, "ddim", eta=0.5)
+
+
+ON = Settings(
+    eta=0.5, restart=(0.3, 3.0, 2), guidance_interval=(0.3, 5.0), dynamic_threshold=0.9,
+    strength=0.5, repaint=(2, 2),
+)  # fmt: skip
+OFF = ("eta", "restart", "guidance_interval", "dynamic_threshold", "strength", "repaint")
+
+
+def test_the_word_none_turns_off_what_can_be_off():
+    for name in OFF:
+        assert ON.changed(**{name: "none"}) == replace(ON, **{name: None})
+    assert ON.changed(**dict.fromkeys(OFF, "none")) == Settings()
+    guided = Settings(guidance=[glide.clip_x0()])
+    assert guided.changed(guidance="none", dynamic_threshold=0.9).guidance is None
+    # It is text where a setting is text.
+    assert Settings().changed(negative_prompt="none").negative_prompt == "none"
+
+
+def test_the_word_none_on_the_command_line():
+    words = [word for name in OFF for word in (f"--{name.replace('_', '-')}", "none")]
+    options = read_options("", ["red", *words, "a blue one"])
+    assert options.sampling.chosen() == dict.fromkeys(OFF, "none")
+    assert options.prompts == ("red", "a blue one")
+    options = read_options("", ["--restart", "0.3", "2", "3", "none", "--repaint=none", "red"])
+    assert options.sampling.chosen() == {"restart": (0.3, 2.0, 3), "repaint": "none"}
+    assert options.prompts == ("none", "red")
+
+
+def test_metadata_reproduce_the_settings_whatever_the_defaults_of_the_weights():
+    made = json.loads(json.dumps(describe(Settings(eta=0.5)), allow_nan=False))
+    assert made["eta"] == 0.5 and made["guidance_interval"] == "none"
+    assert ON.changed(**made) == Settings(eta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("clip_scale", "none"), ("guidance_scale", "3"), ("eta", "off")]
+)
+def test_text_for_a_number_is_refused_by_name(name, value):
+    with pytest.raises(glide.UsageError, match=f"^{name} cannot be '{value}', which is text$"):
+        Settings().changed(**{name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
