@@ -45,7 +45,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     """
     # -- weights, prompts -------------------------------------------------------------------------
     check_options(options)
-    check_writable(options.sharding.shards or options.out)
+    check_writable(options.shards or options.out)
     model, editing = options.model, options.editing
     pipe = glide.load(**model.loaded())
     shown = pipe.model.prompts if editing.image is None else ()
@@ -68,8 +68,8 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
         "preview": (lambda images: images.preview(options.out)) if options.preview else None,
         **options.sampling.chosen(),
     }
-    if options.sharding.shards is not None:
-        shards = {"folder": options.sharding.shards, "shard_size": options.sharding.shard_size}
+    if options.shards is not None:
+        shards = {"folder": options.shards, "shard_size": options.sharding.shard_size}
         del call["preview"]
         print(sample_shards(pipe, prompts, process=process, **shards, **call))
         return
@@ -114,7 +114,7 @@ def main() -> None:
         options = read_options(__doc__ or "")
         sharding = options.sharding
         process = (0, 1)
-        if sharding.shards:
+        if options.shards:
             process = own_process(sharding.process, sharding.processes)
         prepare()
         generate(options, process)

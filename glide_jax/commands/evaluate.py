@@ -38,6 +38,7 @@ from glide_jax.pipeline.options import (
     HIDDEN,
     TEXTS,
     ModelOptions,
+    NetworkOptions,
     SamplingOptions,
     check_scales,
     show_defaults_of,
@@ -259,19 +260,14 @@ class Loss:
         splits: Splits of the data.
         out: Folder for loss.json. Default: the losses are only printed.
         images: Images per split, at least 1, in whole batches; more give a more precise loss.
-        weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, or a run of
-            train.py.
-        dtype: Dtype of the network: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
-            recent GPUs, float16 on older GPUs, float32 on CPUs.
         batch_size: Images at a time, at least 1; more needs more memory.
     """
 
     splits: Positional[tuple[str, ...]] = ("train", "test_style")
     out: Annotated[Path | None, HIDDEN] = None
     images: int = 256
-    weights: str = ModelOptions.weights
-    dtype: str = "auto"
     batch_size: int = 16
+    network: OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
     dataset: OmitArgPrefixes[DataOptions] = DataOptions()
 
     def run(self) -> None:
@@ -279,9 +275,9 @@ class Loss:
         images, size = self.images, self.batch_size
         if min(images, size) < 1:
             raise UsageError("--images and --batch-size must be at least 1")
-        config, model = self.dataset.config(), open_model(self.weights)
+        config, model = self.dataset.config(), open_model(self.network.weights)
         found = noise_loss.report(
-            model, config, self.splits, images=images, batch_size=size, dtype=self.dtype
+            model, config, self.splits, images=images, batch_size=size, dtype=self.network.dtype
         )
         for split, measured in found.items():
             print(f"{split}: {measured['images']} images")

@@ -24,7 +24,13 @@ from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import Side, compare, measure
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, SamplingOptions, WeightsOptions, check_scales
+from glide_jax.pipeline.options import (
+    HIDDEN,
+    SamplingOptions,
+    ShardOptions,
+    WeightsOptions,
+    check_scales,
+)
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompt_files import read_prompt_file
 from glide_jax.pipeline.shard_files import missing_shards
@@ -64,10 +70,6 @@ class Curve:
         nearest_k: The k of precision and recall.
         allow_few_images: Accept sets that have no more images than the network has dimensions. FID
             is then too large.
-        shard_size: Images per shard.
-        processes: Number of processes that share the images. Not needed on TPU slices, under Slurm
-            or under Open MPI.
-        process: Index of this process, from 0.
         out: Folder for the shards, curve.json and curve.png.
     """
 
@@ -83,10 +85,8 @@ class Curve:
     size: Annotated[int | None, HIDDEN] = None
     nearest_k: int = 3
     allow_few_images: bool = False
-    shard_size: int = 1000
-    processes: Annotated[int | None, HIDDEN] = None
-    process: Annotated[int | None, HIDDEN] = None
     out: Path = Path("curve")
+    sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
     model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
@@ -130,7 +130,7 @@ class Curve:
     @cached_property
     def own_process(self) -> tuple[int, int]:
         """The index of this process, and the number of processes; see `own_process`."""
-        return own_process(self.process, self.processes)
+        return own_process(self.sharding.process, self.sharding.processes)
 
     def _prompts(self) -> list[str]:
         prompts = read_prompt_file(self.prompts_file, self.prompts_field)
@@ -162,7 +162,7 @@ class Curve:
             pipe,
             prompts,
             folder,
-            shard_size=self.shard_size,
+            shard_size=self.sharding.shard_size,
             process=self.own_process,
             seed=self.seed,
             batch_size=self.model.batch_size,

@@ -1,5 +1,7 @@
 """Editing through the noise that generates an image: inversion and interpolation."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,21 +29,14 @@ UNGUIDED: SettingsArguments = {
 WHOLE: SettingsArguments = {"restart": "none", "strength": "none", "repaint": "none"}
 
 
-def check_variation(defaults: Settings, settings: SettingsArguments) -> None:
-    """Check the settings of a variation, which add to those of the weights.
-
-    Raises:
-        UsageError: they have a strength, or RePaint.
-    """
-    strength, repaint = settings.get("strength"), settings.get("repaint")
-    chosen = defaults.changed(strength=strength, repaint=repaint)
-    if chosen.strength is not None or chosen.repaint is not None:
-        raise UsageError("variations take no strength or repaint: variation is their strength")
-
-
 def unguided(settings: SettingsArguments) -> SettingsArguments:
-    """Return settings that leave out the weights' own guidance, unless guidance is set in them."""
-    return settings if settings.get("guidance") is not None else {**UNGUIDED, **settings}
+    """Return settings that leave out the weights' own guidance, unless guidance is set in them.
+
+    The weights' own Restart sampling, strength and RePaint are left out too.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    guidance = {} if "guidance" in given else UNGUIDED
+    return cast(SettingsArguments, {**WHOLE, **guidance, **given})
 
 
 def invert_images(

@@ -30,19 +30,30 @@ TEXTS = ("--negative-prompt", "--image-caption", "--prompts-field")
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The model, and the devices it runs on.
+class NetworkOptions:
+    """The weights, and the dtype of the computation.
 
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
             a training run, or hf://user/name of the Hugging Face Hub.
+        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
+            recent GPUs, float16 on older GPUs, float32 on CPUs.
+    """
+
+    weights: str = "emoji64"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class ModelOptions(NetworkOptions):
+    """The model, and the devices it runs on.
+
+    Attributes:
         upsampler: Weights of the upsampler that enlarges each image, or none.
         clip_model: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
             Default: the one that belongs to the weights (emoji_clip64 for emoji64), if any.
         weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
             was trained less. It must have the same variant, image size and noise schedule.
-        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
-            recent GPUs, float16 on older GPUs, float32 on CPUs.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
             errors only.
         batch_size: Images generated at a time, in total over all devices. More needs more memory.
@@ -50,11 +61,9 @@ class ModelOptions:
             64 on other devices; a quarter of that at 256x256.
     """
 
-    weights: str = "emoji64"
     upsampler: Annotated[str | None, BELONGING] = None
     clip_model: Annotated[str | None, HIDDEN] = None
     weak_model: Annotated[str | None, HIDDEN] = None
-    dtype: str = "auto"
     devices: str = "1"
     batch_size: Annotated[int | None, HIDDEN] = None
 
@@ -124,19 +133,17 @@ def _sampling_option(name: str, kind: Any) -> tuple[str, Any, Any]:
 
     The help shows the text of `Settings`, and the default of the chosen weights.
     """
+    text = _SETTING_TEXTS.get(name, "")
 
     def hint(_: str) -> str:
         value = _shown.get(name)
         return "" if value in (None, "") else f"(default: {value})"
 
-    text = setting_texts().get(name, "")
-    return (
-        name,
-        Annotated[kind, arg(help=text[:1].upper() + text[1:], help_behavior_hint=hint)],
-        None,
-    )
+    shown = arg(help=text[:1].upper() + text[1:], help_behavior_hint=hint)
+    return name, Annotated[kind, shown], None
 
 
+_SETTING_TEXTS = setting_texts()
 # A command line has one guidance scale for all images, and no functions.
 _KINDS = get_type_hints(SettingsArguments) | {"guidance_scale": float | None}
 _SAMPLING = [_sampling_option(name, kind) for name, kind in _KINDS.items() if name != "guidance"]
@@ -155,19 +162,15 @@ class SamplingOptions(make_dataclass("SamplingOptions", _SAMPLING, frozen=True))
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Write thousands of images to tar shards. Repeat the command to continue where it stopped.
+    """Tar shards of images. Repeat the command to continue where it stopped.
 
     Attributes:
-        shards: Folder for tar shards, instead of --out. A shard has three files per image:
-            the .png, the prompt as .txt and the metadata as .json. Finished shards are kept, and
-            several commands may write to the same folder.
         shard_size: Images per shard. An interruption loses at most one unfinished shard.
         processes: Number of processes that share the shards. Not needed on TPU slices, under Slurm
             or under Open MPI.
         process: Index of this process, from 0.
     """
 
-    shards: Annotated[Path | None, HIDDEN] = None
     shard_size: int = 1000
     processes: Annotated[int | None, HIDDEN] = None
     process: Annotated[int | None, HIDDEN] = None
@@ -187,6 +190,9 @@ class Options:
         seed: Seed from 0 to 2^32 - 1; the same seed and settings give the same images.
         first_index: Index of the first image. Seed and index together reproduce an image.
         out: Folder for the images. No image in it is overwritten.
+        shards: Folder for tar shards of thousands of images, instead of --out. A shard has three
+            files per image: the .png, the prompt as .txt and the metadata as .json. Finished shards
+            are kept, and several commands may write to the same folder.
         preview: Write intermediate x_0 estimates to preview.png in the --out folder.
     """
 
@@ -199,6 +205,7 @@ class Options:
     seed: int = 0
     first_index: int = 0
     out: Annotated[Path, arg(aliases=["-o"])] = Path("samples")
+    shards: Annotated[Path | None, HIDDEN] = None
     preview: Annotated[bool, HIDDEN] = False
     sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
     editing: OmitArgPrefixes[EditingOptions] = field(default_factory=EditingOptions)
@@ -294,7 +301,7 @@ def check_options(options: Options) -> None:
     """
     e, varies = options.editing, options.editing.variation is not None
     sharding = options.sharding
-    into = sharding.shards is not None
+    into = options.shards is not None
     for wrong, message in (
         (varies and e.image is None, "--variation needs an image: give --image"),
         (varies and e.mask is not None, "--variation changes the whole image: it takes no --mask"),

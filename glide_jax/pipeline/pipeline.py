@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Unpack, cast
+from typing import Literal, Unpack
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from glide_jax.errors import UsageError
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, read_sources
-from glide_jax.pipeline.editing import WHOLE, check_variation, invert_images, slerp, unguided
+from glide_jax.pipeline.editing import invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
 from glide_jax.pipeline.mask_files import MaskLike
@@ -310,8 +310,8 @@ class Pipeline(Stage):
         """
         if not 0 <= variation <= 1:
             raise UsageError(f"variation must be between 0 and 1, not {variation}")
-        check_variation(self.settings, settings)
-        chosen = cast(SettingsArguments, {name: v for name, v in settings.items() if v is not None})
+        if any(settings.get(name) not in (None, "none") for name in ("strength", "repaint")):
+            raise UsageError("variations take no strength or repaint: variation is their strength")
         side = self.model.config.image_size
         sources = read_sources(image, None, None, side, fit=fit)
         assert sources.image is not None
@@ -320,9 +320,8 @@ class Pipeline(Stage):
             prompt if image_caption is None else image_caption,
             batch_size=batch_size,
             progress=progress,
-            steps=chosen.get("steps"),
-            spacing=chosen.get("spacing"),
-            **WHOLE,
+            steps=settings.get("steps"),
+            spacing=settings.get("spacing"),
         )
         new = start_noise(image_keys(seed, first_index + np.arange(num)).start, side)
         images = self(
@@ -336,7 +335,7 @@ class Pipeline(Stage):
             progress=progress,
             preview=preview,
             every=every,
-            **{"sampler": "dpm++2m", **unguided(chosen)},
+            **{"sampler": "dpm++2m", **unguided(settings)},
         )
         made = {"variation": variation, "image_caption": image_caption, **sources.names()}
         return replace(images, settings=images.settings | made)

@@ -316,18 +316,29 @@ def test_a_default_of_the_weights_can_be_turned_off(weights, pipe, editing, tmp_
     assert np.array_equal(image, wanted.images[0]) and metadata["eta"] == "none"
 
 
-def test_a_strength_and_repaint_of_the_weights_can_be_turned_off(weights, pipe, editing, tmp_path):
-    photo = editing / "photo.png"
+def test_a_strength_and_repaint_of_the_weights_can_be_turned_off(weights, pipe, tmp_path):
     for name, value in (("strength", 0.5), ("repaint", [2, 2])):
         other = glide.load(with_defaults(weights, tmp_path / name, {name: value}))
-        for method, arguments in (("__call__", ("red",)), ("variations", (photo, "red"))):
-            with pytest.raises(glide.UsageError, match=name):
-                getattr(other, method)(*arguments, progress=False)
-            found, wanted = (
-                getattr(p, method)(*arguments, **{name: "none"}, progress=False).images
-                for p in (other, pipe)
-            )
-            assert np.array_equal(found, wanted)
+        with pytest.raises(glide.UsageError, match=name):
+            other("red", progress=False)
+        found, wanted = (p("red", **{name: "none"}, progress=False) for p in (other, pipe))
+        assert np.array_equal(found.images, wanted.images)
+
+
+def test_variations_have_no_strength_repaint_or_restart_of_the_weights(
+    weights, pipe, editing, tmp_path
+):
+    photo, defaults = editing / "photo.png", {"strength": 0.5, "restart": [0.3, 3.0, 2]}
+    other = glide.load(with_defaults(weights, tmp_path / "own", defaults))
+    for settings in ({}, {"strength": "none", "repaint": "none", "guidance_scale": None}):
+        found, wanted = (
+            p.variations(photo, "red", progress=False, **settings) for p in (other, pipe)
+        )
+        assert np.array_equal(found.images, wanted.images)
+        assert found.settings == wanted.settings and found.settings["guidance_scale"] == 1
+    for name, value in (("strength", 0.5), ("repaint", (2, 2))):
+        with pytest.raises(glide.UsageError, match="variations take no strength or repaint"):
+            pipe.variations(photo, "red", **{name: value})
 
 
 def with_defaults(weights, folder, defaults):
