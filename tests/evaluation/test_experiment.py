@@ -1,8 +1,10 @@
 """Sweeps: measures, resumption after an interruption, the command line, figures."""
 
 import json
+import re
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,12 @@ from PIL import Image
 
 from glide_jax.commands.evaluate import Ranking, Sweep, read
 from glide_jax.errors import GlideError, UsageError
+from glide_jax.evaluation import figures
 from glide_jax.evaluation.experiment import Experiment, run
 from glide_jax.evaluation.figures import curves, matched, write_figures
 from glide_jax.evaluation.metrics import inception_score
 from glide_jax.evaluation.sweep_options import EVERYWHERE, SWEEPS, tasks
+from glide_jax.pipeline.options import read_options
 from tests.support.ranked import ColourScorer, Painted, make_npz, recipe
 
 SCALES = ("1", "3", "8", "100")
@@ -240,6 +244,36 @@ def test_the_command_line():
         with pytest.raises(SystemExit) as stopped:
             read(wrong)
         assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ranking", "--clip-model", "c"], "--clip-model .*: give --clip-scale"),
+        (["sweep", "--vary", "steps", "--weak-model", "w"], "--weak-model .*: give --autoguidance"),
+        # Its scale is swept: the next error is that of the recipe.
+        (["sweep", "--vary", "clip-scale", "--clip-model", "c", "--recipe", "no"], "recipe"),
+    ],
+)
+def test_a_model_that_guides_needs_a_scale(words, message, monkeypatch):
+    monkeypatch.setattr(figures, "figure_class", lambda: None)
+    with pytest.raises(UsageError, match=message):
+        read(words).run()
+
+
+@pytest.mark.parametrize(
+    ("read_words", "default"),
+    [
+        (partial(read_options, ""), "the one that belongs"),
+        (lambda w: read(["nearest", *w]), "none"),
+    ],
+)
+def test_the_help_states_where_a_default_of_evaluate_differs(read_words, default, capsys):
+    with pytest.raises(SystemExit):
+        read_words(["--help"])
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    text = "Weights of the upsampler that enlarges each image, or none."
+    assert f"--upsampler STR {text} (default: {default}" in shown
 
 
 def test_the_help_lists_the_default_values_of_each_sweep():
