@@ -74,8 +74,8 @@ class Settings:
             time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
             timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
             steps), or optimised (for the sampler and the number of steps).
-        eta: noise added at each step, from 0 (none) to 1 (the reverse SDE), by the samplers ddim (0
-            unless set), dpm++2m-sde and sa (1 unless set).
+        eta: amount of noise added at each step, from 0 to 1 (the reverse SDE), by the samplers ddim
+            (0 unless set), dpm++2m-sde and sa (1 unless set).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
         restart: Restart sampling by three numbers, LOW, HIGH and REPEATS, such as 0.3, 2 and 3. At
             the noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps
