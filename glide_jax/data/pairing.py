@@ -46,7 +46,7 @@ def pair(names: Sequence[str], preferred: str = "") -> Pairs:
         preferred: extension of the captions where an image has several text files.
     """
     order = sorted(_EXTENSIONS, key=lambda one: one != preferred.lower())
-    own = {key for name in names if is_image(name) for key in (_whole(name), _stem(name))}
+    own = {key for name in names if is_image(name) for key in (_composed(name), _stem(name))}
     beside: dict[str, list[str]] = {}
     parallel: dict[str, list[str]] = {}
     folders = _folders(names)
@@ -103,7 +103,7 @@ def extension(name: str) -> str:
     return posixpath.splitext(name)[1].lower()[1:]
 
 
-def _whole(name: str) -> str:
+def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
@@ -119,7 +119,7 @@ def _texts(
     folders: dict[str, set[str]],
 ) -> tuple[str, ...]:
     """Return the text files of an image: those for its full name, beside it, in other folders."""
-    whole = _whole(image)
+    whole = _composed(image)
     found: list[str] = [*beside.get(whole, []), *beside.get(_stem(image), [])]
     if parallel:
         keys = [whole, *_without(image, _IMAGE_FOLDERS, folders, whole=True)]
@@ -147,7 +147,7 @@ def _without(
         last: only the last such folder.
         whole: keep the suffix.
     """
-    stem = _whole(name) if whole else _stem(name)
+    stem = _composed(name) if whole else _stem(name)
     parts = stem.split("/")
     found = []
     for i, part in enumerate(parts[:-1]):
@@ -161,7 +161,7 @@ def _folders(names: Iterable[str]) -> dict[str, set[str]]:
     """Return the folders in each folder, apart from those of captions."""
     inside: dict[str, set[str]] = {}
     for name in names:
-        parts = _whole(name).split("/")
+        parts = _composed(name).split("/")
         for i, part in enumerate(parts[:-1]):
             if not is_caption_folder(part):
                 inside.setdefault("/".join(parts[:i]), set()).add(part)

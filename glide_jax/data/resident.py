@@ -115,7 +115,7 @@ class ResidentBatches:
                     tokens.append(encoded["tokens"])
                     masks.append(encoded["mask"])
                     sides.append(names_side(text))
-            images.append(_whole(record["image"], prepare))
+            images.append(_resident_pixels(record["image"], prepare))
             if images[-1].shape != images[0].shape:
                 raise BrokenRecord(f"images of {images[0].shape} and of {images[-1].shape}")
         self.data = Resident(np.stack(images), np.stack(tokens), np.stack(masks))
@@ -158,7 +158,7 @@ class ResidentBatches:
         self._position = int(state["position"])
 
 
-def _whole(image: Encoded | np.ndarray, prepare: Prepare) -> np.ndarray:
+def _resident_pixels(image: Encoded | np.ndarray, prepare: Prepare) -> np.ndarray:
     """Return the pixels that lie on the device: a whole image for windows, else the square."""
     decoded = np.asarray(load_image(image)) if isinstance(image, Encoded) else image
     if prepare.config.crop == "window":

@@ -49,10 +49,10 @@ def open_source(config: DataConfig) -> Source:
         weights = parse_mixture(config.mixture)
         each = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
         return mix(each, list(weights.values()))
-    return filtered(_whole(config), config)
+    return filtered(_open_unfiltered(config), config)
 
 
-def _whole(config: DataConfig) -> Source:
+def _open_unfiltered(config: DataConfig) -> Source:
     """Open a source without filters."""
     if not config.source:
         raise UsageError(

@@ -70,7 +70,7 @@ def rows(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
-from glide_jax.devices.mesh import device_mesh, rows, whole
+from glide_jax.devices.mesh import device_mesh, replicated, rows
 from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError
 
@@ -65,7 +65,7 @@ class Placement:
         """Put whole arrays on each device."""
         if self.mesh.size == 1:
             return jax.device_put(tree)
-        return jax.device_put(tree, whole(self.mesh))
+        return jax.device_put(tree, replicated(self.mesh))
 
     def put_weights(self, tree: Any) -> Any:
         """Put weights on each device; those that lie on these devices already stay as they are."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import LossTables, at, make_tables
+from glide_jax.diffusion.losses import LossTables, at_timesteps, make_tables
 from glide_jax.diffusion.schedule import make_schedule, to_eps
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import TrainConfig
@@ -46,7 +46,7 @@ class NoisePredictor:
         x_t, t, _ = inputs
         output = self.model.apply(variables, *inputs, **options)
         assert isinstance(output, jax.Array)
-        alpha, sigma = at(self.tables.alpha, t), at(self.tables.sigma, t)
+        alpha, sigma = at_timesteps(self.tables.alpha, t), at_timesteps(self.tables.sigma, t)
         return to_eps(self.prediction, output[..., : x_t.shape[-1]], x_t, alpha, sigma)
 
 

@@ -28,9 +28,9 @@ from glide_jax.devices.mesh import (
     COPIES,
     device_mesh,
     hybrid_mesh,
+    replicated,
     rows,
     state_sharding,
-    whole,
 )
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.attention import compile_for
@@ -215,13 +215,13 @@ def parallel_step(
         )
         program, where = (
             jax.jit(mapped, donate_argnums=0),
-            jax.tree.map(lambda _: whole(mesh), state),
+            jax.tree.map(lambda _: replicated(mesh), state),
         )
     state = jax.tree.map(_placed, state, where)
     batch = jax.tree.map(
         partial(_placed, where=rows(mesh)), abstract_batch(config, config.batch_size)
     )
-    return program, (state, batch, _placed(key, whole(mesh)))
+    return program, (state, batch, _placed(key, replicated(mesh)))
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -30,7 +30,7 @@ def flops_per_image(config: RunConfig) -> float:
     frozen_params = jax.eval_shape(objective.init_frozen_params, key)
 
     def loss(params: Any, batch: Any, key: jax.Array, frozen_params: Any) -> Any:
-        return objective.loss(params, batch, key, **objective.of_run(frozen_params, 0))
+        return objective.loss(params, batch, key, **objective.loss_inputs(frozen_params, 0))
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     return count_flops(gradient, params, batch, key, frozen_params) / IMAGES

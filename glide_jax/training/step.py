@@ -31,7 +31,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         train_step,
         loss=objective.loss,
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
-        of_run=objective.of_run,
+        loss_inputs=objective.loss_inputs,
         config=config.optimiser,
         lr_schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
@@ -97,7 +97,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
     lr_schedule: optax.Schedule | None = None,
-    of_run: Callable[..., dict[str, Any]] = lambda *_: {},
+    loss_inputs: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
     axis: str | None = None,
@@ -118,7 +118,7 @@ def train_step(
         optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
         lr_schedule: the optimiser's learning rate, for the metrics; None: they have none.
-        of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
+        loss_inputs: other arguments of the loss: see `Objective.loss_inputs`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
@@ -133,7 +133,7 @@ def train_step(
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
         params, frozen_params = weights
-        more = of_run(frozen_params, state.step, done)
+        more = loss_inputs(frozen_params, state.step, done)
         if state.loss_history is not None:
             more["loss_history"] = state.loss_history
 

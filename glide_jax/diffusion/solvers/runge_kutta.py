@@ -112,26 +112,27 @@ LAST_STAGE = np.array(
 )
 ADAMS_BASHFORTH_4 = np.array([55, -59, 37, -9]) / 24
 
-# One evaluation: `(t, alpha, sigma)`.
-Level = tuple[float, float, float]
+# A noise level with its timestep: `(t, alpha, sigma)`.
+NoiseLevel = tuple[float, float, float]
 
 
 def _row(
     step: int,
-    start: Level,
-    point: Level,
-    to: Level,
-    end: Level,
+    start: NoiseLevel,
+    point: NoiseLevel,
+    target: NoiseLevel,
+    end: NoiseLevel,
     S: np.ndarray,
     slopes: np.ndarray,
     multistep: bool,
 ) -> dict[str, Any]:
-    """Return a row that evaluates eps at `point` and leads from a step's `start` to level `to`.
+    """Return a row that evaluates eps at `point` and leads from a step's `start` to `target`.
 
-    `x_to = (alpha_to / alpha) x_start + (sigma_to - alpha_to sigma / alpha) sum slopes_i eps_i`.
+    `x' = (alpha' / alpha) x + (sigma' - alpha' sigma / alpha) sum slopes_i eps_i`, from `start` to
+    `target`, which has the primes.
     """
-    (_, alpha, sigma), (_, to_alpha, to_sigma) = start, to
-    change = to_sigma - to_alpha * sigma / alpha
+    (_, alpha, sigma), (_, target_alpha, target_sigma) = start, target
+    change = target_sigma - target_alpha * sigma / alpha
     return {
         "step": step,
         **dict(zip(("t", "alpha", "sigma"), point, strict=True)),
@@ -139,15 +140,17 @@ def _row(
         "next_sigma": end[2],
         "S": S,
         "E": change * np.pad(slopes, (0, HISTORY - len(slopes))),
-        "Qx" if multistep else "Qy": to_alpha / alpha,
+        "Qx" if multistep else "Qy": target_alpha / alpha,
     }
 
 
-def _multistep_rows(step: int, start: Level, end: Level) -> list[dict[str, Any]]:
+def _multistep_rows(step: int, start: NoiseLevel, end: NoiseLevel) -> list[dict[str, Any]]:
     return [_row(step, start, start, end, end, SHIFT, ADAMS_BASHFORTH_4, multistep=True)]
 
 
-def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> list[dict[str, Any]]:
+def _runge_kutta_rows(
+    step: int, start: NoiseLevel, middle: NoiseLevel, end: NoiseLevel
+) -> list[dict[str, Any]]:
     # The anchor y keeps x at the start of the step.
     newest = np.ones(1)
     return [
@@ -161,9 +164,9 @@ def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> lis
 def _table(rows: list[dict[str, Any]]) -> Table:
     """Return a table of rows whose history holds noise; columns that a row leaves out are zero."""
     empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
-    whole = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
+    defaults = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
     columns = {
-        name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
+        name: np.array([row.get(name, defaults.get(name, empty.get(name, 0.0))) for row in rows])
         for name in Table._fields
     }
     table = Table(**columns)
@@ -192,7 +195,7 @@ def plms(
         raise UsageError(f"plms needs at least three levels, not {len(grid)}")
     alpha_bar = schedule.alpha_bar_at(grid)
 
-    def between(i: int, j: int) -> Level:
+    def between(i: int, j: int) -> NoiseLevel:
         level = (alpha_bar[i] + alpha_bar[j]) / 2
         return (grid[i] + grid[j]) / 2, np.sqrt(level), np.sqrt(1 - level)
 
