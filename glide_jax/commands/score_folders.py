@@ -177,12 +177,12 @@ class Fid:
         if generated is None or self.generated is None:
             return None
         right = measure(generated, space, self._folder, path=self.generated, allow_few=few)
-        found = compare(left, right, space, path=real_path, nearest_k=self.nearest_k)
-        found["sizes"] = {"real": left.shape, "generated": right.shape}
+        scores = compare(left, right, space, path=real_path, nearest_k=self.nearest_k)
+        scores["sizes"] = {"real": left.shape, "generated": right.shape}
         if left.shape and right.shape and left.shape != right.shape:
             sides = " and ".join(f"{w} x {h}" for h, w in (left.shape, right.shape))
             print(
                 f"real and generated images have {sides} pixels: --size makes them alike",
                 file=sys.stderr,
             )
-        return found
+        return scores

@@ -102,24 +102,24 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     others = [p for p, kind in kinds.items() if p in schema.names and _is_text(kind)]
     others = tuple(dict.fromkeys([*others, *classes]))
     # The name of a column may have `/` itself.
-    own = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
+    owners = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
     score = config.score_field
     if score and score not in kinds:
         hint = did_you_mean(score, list(kinds))
         raise UsageError(f"{where} has no column {score!r}{hint}: choose with --data.score-field")
     paths = (*usual, *others, *((score,) if score else ()))
-    columns = tuple(dict.fromkeys(own[path] for path in paths))
-    return Columns(image, usual[0], tuple(usual), others, classes, own[image], columns, score)
+    columns = tuple(dict.fromkeys(owners[path] for path in paths))
+    return Columns(image, usual[0], tuple(usual), others, classes, owners[image], columns, score)
 
 
 def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
-    found = image_paths(schema)
+    images = image_paths(schema)
     if wanted:
         kind = kinds.get(wanted)
         if kind is not None and (_is_struct(kind) or _is_bytes(kind)):
             return wanted
         if kind is None:
-            choices = ", ".join(found) or ", ".join(schema.names)
+            choices = ", ".join(images) or ", ".join(schema.names)
             raise UsageError(
                 f"{where} has no column {wanted!r}{did_you_mean(wanted, list(kinds))}: "
                 f"choose with --data.image-field from {choices}"
@@ -127,7 +127,7 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
         lists = {wanted: kind}
     else:
         lists = kinds
-    if not found or wanted:
+    if not images or wanted:
         for path, kind in lists.items():
             if _is_images(kind):
                 raise UsageError(
@@ -136,13 +136,13 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
                 )
         what = f"{kinds[wanted]} in {wanted}" if wanted else ", ".join(schema.names)
         raise UsageError(f"{where} has {what}, and no bytes of images there")
-    usual = fields_of(dict.fromkeys(found), _USUAL_IMAGES)
-    if len(found) > 1 and len(usual) != 1:
+    usual = fields_of(dict.fromkeys(images), _USUAL_IMAGES)
+    if len(images) > 1 and len(usual) != 1:
         raise UsageError(
-            f"{where} has images in {' and '.join(usual or found)}: choose one with "
+            f"{where} has images in {' and '.join(usual or images)}: choose one with "
             "--data.image-field"
         )
-    return usual[0] if usual else found[0]
+    return usual[0] if usual else images[0]
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -234,5 +234,5 @@ def check_same(schemas: Sequence[Any], paths: Sequence[str], columns: Columns) -
                 kind(schema, name) != kind(schemas[0], name)
                 and str(schema.field(name).type) != "null"
             ):
-                types = [found.field(name).type for found in (schema, schemas[0])]
+                types = [each.field(name).type for each in (schema, schemas[0])]
                 raise UsageError(f"{path} has {types[0]} in {name}, and {paths[0]} has {types[1]}")

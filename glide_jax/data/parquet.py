@@ -89,7 +89,7 @@ class TableRecords:
         if (caption := _found(row, field)) is None:
             raise BrokenRecord(f"{name} has no caption: its {field} is null")
         if isinstance(caption, list):
-            caption = [one for one in caption if one is not None]
+            caption = [text for text in caption if text is not None]
         captions = captions_of(caption, f"{field} in {name}")
         return {"caption": captions, **other_texts(row, self.columns.score)}
 

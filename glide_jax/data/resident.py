@@ -55,13 +55,13 @@ class Picks(NamedTuple):
 def take(data: Resident, picks: Picks, size: int) -> dict[str, jax.Array]:
     """Return the image, tokens, mask and row of a step: `(b, size, size, 3)` uint8 and so on."""
 
-    def one(number: jax.Array, corner: jax.Array, flip: jax.Array) -> jax.Array:
+    def cut_image(number: jax.Array, corner: jax.Array, flip: jax.Array) -> jax.Array:
         start = (number, corner[0], corner[1], 0)
         image = jax.lax.dynamic_slice(data.image, start, (1, size, size, 3))[0]
         return jnp.where(flip, image[:, ::-1], image)
 
     return {
-        "image": jax.vmap(one)(picks.image, picks.corner, picks.flip),
+        "image": jax.vmap(cut_image)(picks.image, picks.corner, picks.flip),
         "tokens": data.tokens[picks.caption],
         "mask": data.mask[picks.caption],
         "row": picks.row,

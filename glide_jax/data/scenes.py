@@ -90,7 +90,7 @@ class Scene:
         These are a tenth of the (colour, shape) pairs, of the (shape, relation, shape) triples, and
         of the (four, colour) pairs.
         """
-        keys = {f"{one.colour} {one.shape}" for one in self.objects}
+        keys = {f"{scene_object.colour} {scene_object.shape}" for scene_object in self.objects}
         if self.relation:
             keys.add(f"{self.objects[0].shape} {self.relation} {self.objects[1].shape}")
         elif len(self.objects) == 4:
@@ -151,9 +151,9 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     """Return the image of a scene, `(size, size, 3)` uint8."""
     background = np.asarray(BACKGROUNDS[scene.background], np.float32)
     image = np.broadcast_to(background, (size, size, 3))
-    for one in scene.objects:
-        cover = coverage(one, size)[..., None]
-        image = image * (1 - cover) + np.asarray(COLOURS[one.colour], np.float32) * cover
+    for scene_object in scene.objects:
+        cover = coverage(scene_object, size)[..., None]
+        image = image * (1 - cover) + np.asarray(COLOURS[scene_object.colour], np.float32) * cover
     return np.round(image).astype(np.uint8)
 
 

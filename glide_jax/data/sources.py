@@ -174,12 +174,12 @@ def _table_files(folder: str, names: Sequence[str], config: DataConfig) -> list[
     if config.metadata or any(map(is_tar_name, names)):
         return []
     tables = [name for name in names if is_table_name(name)]
-    found = [name for name in tables if not is_metadata(name)] or tables
-    if not found or is_listing(storage.join(folder, found[0])):
+    data_tables = [name for name in tables if not is_metadata(name)] or tables
+    if not data_tables or is_listing(storage.join(folder, data_tables[0])):
         return []
-    others = [name for name in names if name not in found]
+    others = [name for name in names if name not in data_tables]
     captioned = any(map(is_image, others)) and bool(pair(others).images)
-    return [] if captioned or any(map(is_metadata, others)) else found
+    return [] if captioned or any(map(is_metadata, others)) else data_tables
 
 
 def _table_above(folder: str, names: Sequence[str], config: DataConfig) -> str:
@@ -215,10 +215,10 @@ def _split(folder: str, config: DataConfig) -> str:
     folders, files = storage.children(folder)
     # A folder of another case, `Train`, if there is no other like it.
     alike = [name for name in folders if name.casefold() == wanted.casefold()]
-    own = wanted if wanted in folders else alike[0] if len(alike) == 1 else ""
-    others = [name for name in folders if name != own]
+    split = wanted if wanted in folders else alike[0] if len(alike) == 1 else ""
+    others = [name for name in folders if name != split]
     splits = [name for name in others if _is_split(name)]
-    if not own:
+    if not split:
         # A path, or a folder that was hidden from the list.
         if storage.is_folder(storage.join(folder, wanted)) and not alike:
             return wanted
@@ -229,13 +229,13 @@ def _split(folder: str, config: DataConfig) -> str:
             )
         return ""
     loose = any(map(is_image, files))
-    if not _is_split(own) or splits or not (others or loose):
-        return own
+    if not _is_split(split) or splits or not (others or loose):
+        return split
     if wanted != DataConfig.split:
-        beside = f"the folders beside {own} are no splits ({', '.join(others[:3])})"
+        beside = f"the folders beside {split} are no splits ({', '.join(others[:3])})"
         raise UsageError(
             f"{folder} has no split {wanted!r}: {beside if others else 'images lie beside it'}; to "
-            f"train on that folder alone, add --data.source {storage.join(folder, own)}"
+            f"train on that folder alone, add --data.source {storage.join(folder, split)}"
         )
     return ""
 
@@ -243,8 +243,8 @@ def _split(folder: str, config: DataConfig) -> str:
 def _beside_splits(folder: str, split: str) -> list[Fault]:
     """Return the folders and images beside splits that belong to none of them."""
     folders, files = storage.children(folder)
-    other = [f"{name}/" for name in folders if name != split and not _is_split(name)]
-    return [Fault(name, "beside the splits") for name in [*other, *filter(is_image, files)]]
+    other_folders = [f"{name}/" for name in folders if name != split and not _is_split(name)]
+    return [Fault(name, "beside the splits") for name in [*other_folders, *filter(is_image, files)]]
 
 
 def _npz(path: str, config: DataConfig) -> Source:

@@ -92,11 +92,11 @@ class _Walk:
                     continue
                 self._seen.add(key)
                 with os.scandir(folder) as entries:
-                    found = list(entries)
+                    children = list(entries)
             except OSError as error:
                 self._unused(f"{prefix}/", f"folder that cannot be read, {error.strerror}")
                 continue
-            for entry in found:
+            for entry in children:
                 name = f"{prefix}/{entry.name}" if prefix else entry.name
                 kind = _kind(entry)
                 if entry.name.startswith("."):

@@ -70,21 +70,21 @@ def detect(
     environ = {name: value.strip() for name, value in environ.items() if value.strip()}
     if environ.get("JAX_NUM_PROCESSES") == "1":
         return None
-    found = _named(environ)
-    if found is None and "OMPI_COMM_WORLD_SIZE" in environ:
+    cluster = _named(environ)
+    if cluster is None and "OMPI_COMM_WORLD_SIZE" in environ:
         # Inside a Slurm job Slurm's variables are those of Open MPI's own daemons.
-        found = _open_mpi(environ)
-    elif found is None:
-        found = _slurm(environ)
-    found = found or _tpu_variables(environ)
-    if found is None and metadata is not None and _may_ask(environ):
-        found = _tpu_metadata(environ, metadata)
-    if found is None and kubernetes and _in_job(environ):
+        cluster = _open_mpi(environ)
+    elif cluster is None:
+        cluster = _slurm(environ)
+    cluster = cluster or _tpu_variables(environ)
+    if cluster is None and metadata is not None and _may_ask(environ):
+        cluster = _tpu_metadata(environ, metadata)
+    if cluster is None and kubernetes and _in_job(environ):
         index = environ["JOB_COMPLETION_INDEX"]
-        found = Cluster("Kubernetes", f"JOB_COMPLETION_INDEX={index}")
-    if found is None:
+        cluster = Cluster("Kubernetes", f"JOB_COMPLETION_INDEX={index}")
+    if cluster is None:
         _check_complete(environ)
-    return None if found is None or found.processes == 1 else found
+    return None if cluster is None or cluster.processes == 1 else cluster
 
 
 def alone_though_several(environ: Environ) -> str:
@@ -279,9 +279,9 @@ def _may_ask(environ: Environ) -> bool:
 def _check_complete(environ: Environ) -> None:
     """Refuse a part of jax's variables where nothing else says what is missing."""
     needed = {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"}
-    if there := sorted(needed & environ.keys()):
+    if present := sorted(needed & environ.keys()):
         missing = sorted((needed | {"JAX_PROCESS_ID"}) - environ.keys())
-        raise GlideError(f"{there[0]} is set, but not {' and '.join(missing)}: {REMEDY}")
+        raise GlideError(f"{present[0]} is set, but not {' and '.join(missing)}: {REMEDY}")
 
 
 def _coordinator(environ: Environ, host: str, port: int) -> str:

@@ -51,9 +51,9 @@ def hybrid_mesh(devices: list[jax.Device], per_copy: int = 0) -> Mesh:
     if not per_copy:
         sizes = {len(list(members)) for _, members in groupby(devices, group)}
         if len(sizes) > 1:
-            found = " and ".join(map(str, sorted(sizes)))
+            counts = " and ".join(map(str, sorted(sizes)))
             raise UsageError(
-                f"slices of {found} devices cannot hold equal copies: add --devices-per-copy N"
+                f"slices of {counts} devices cannot hold equal copies: add --devices-per-copy N"
             )
         per_copy = sizes.pop()
     if len(devices) % per_copy:

@@ -23,12 +23,14 @@ def local_devices(count: int | str) -> list[jax.Device]:
         UsageError: there are fewer.
         GlideError: jax finds none.
     """
-    here = find_devices()
+    local_devices = find_devices()
     if count == "all":
-        return here
-    if not (str(count).isdecimal() and 1 <= int(count) <= len(here)):
-        raise UsageError(f"cannot use {count} devices: there are {len(here)} here; or give all")
-    return here[: int(count)]
+        return local_devices
+    if not (str(count).isdecimal() and 1 <= int(count) <= len(local_devices)):
+        raise UsageError(
+            f"cannot use {count} devices: there are {len(local_devices)} here; or give all"
+        )
+    return local_devices[: int(count)]
 
 
 GPUS = "gpu", "cuda"

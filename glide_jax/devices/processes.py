@@ -184,10 +184,10 @@ def shared_text(text: str) -> str:
     """Return the first non-empty text of all processes, cut to 1024 bytes; "" if all are empty."""
     if jax.process_count() == 1:
         return text
-    own = np.zeros(TEXT_BYTES, np.uint8)
+    message = np.zeros(TEXT_BYTES, np.uint8)
     data = text.encode()[:TEXT_BYTES]
-    own[: len(data)] = np.frombuffer(data, np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(own))
+    message[: len(data)] = np.frombuffer(data, np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(message))
     texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every)
     return next(filter(None, texts), "")
 

@@ -74,9 +74,9 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
 def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socket:
     """Come to the first process, and wait for its word."""
     deadline, why = time.monotonic() + seconds, "no answer"
-    while (left := deadline - time.monotonic()) > 0:
+    while (remaining := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=min(left, 10)) as peer:
+            with socket.create_connection((host, port), timeout=min(remaining, 10)) as peer:
                 peer.sendall(f"{greeting}\n".encode())
                 # The first process ends the wait; it knows who is missing.
                 peer.settimeout(seconds + ANSWER_SECONDS)

@@ -376,7 +376,7 @@ def stream(
     check_variance(networks, conds, plan, x)
     state, flat = start(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
-        some = slice(first, first + rows)
-        part = replace(plan, table=Table(*(column[some] for column in plan.table)))
-        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[some])
+        span = slice(first, first + rows)
+        part = replace(plan, table=Table(*(column[span] for column in plan.table)))
+        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[span])
         yield min(first + rows, len(plan)), state

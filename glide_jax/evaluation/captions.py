@@ -123,18 +123,18 @@ class Vocabulary:
         if count < 2:
             raise UsageError(f"{count} captions leave nothing to choose: ask for at least two")
         pairs = first + [(concept, style) for concept in others for style in self.styles]
-        found = [
+        choices = [
             prompt_of({"caption": self.captions[concept], "style": style})
             for concept, style in pairs
         ]
         # A concept may have several captions: the right one is the prompt of the record.
-        found = list(dict.fromkeys([prompt_of(record), *found]))[:count]
-        if len(found) < count:
+        choices = list(dict.fromkeys([prompt_of(record), *choices]))[:count]
+        if len(choices) < count:
             raise UsageError(
-                f"{len(self.captions)} concepts in {len(self.styles)} styles make {len(found)} "
+                f"{len(self.captions)} concepts in {len(self.styles)} styles make {len(choices)} "
                 f"captions to choose from, not {count}: ask for fewer with --captions"
             )
-        return found
+        return choices
 
 
 def vocabulary(config: RunConfig) -> Vocabulary:

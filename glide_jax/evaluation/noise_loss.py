@@ -99,12 +99,12 @@ def noise_loss(
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)
     count = -(-images // measure.batch_size)
-    found: dict[str, Any] = {"images": count * measure.batch_size}
+    losses: dict[str, Any] = {"images": count * measure.batch_size}
     for name, captions in (("captions", True), ("no captions", False)):
         values = measure({"model": params, "captions": jnp.asarray(captions)}, count)
         quartiles = [values.get(f"loss_quartile_{i}") for i in range(QUARTILES)]
-        found[name] = {"loss": values["loss"], "quartiles": quartiles}
-    return found
+        losses[name] = {"loss": values["loss"], "quartiles": quartiles}
+    return losses
 
 
 def report(

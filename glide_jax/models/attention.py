@@ -90,14 +90,14 @@ def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Arr
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.
-    def one(head: list[jax.Array]) -> jax.Array:
+    def attend_head(head: list[jax.Array]) -> jax.Array:
         query, key, value = head
         logits = (query * scale) @ (key * scale).T
         return nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype) @ value
 
     batch, length, heads, width = query.shape
     each = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
-    out = jax.lax.map(one, each).reshape(batch, heads, length, width)
+    out = jax.lax.map(attend_head, each).reshape(batch, heads, length, width)
     return out.swapaxes(1, 2).reshape(batch, length, -1)
 
 

@@ -255,14 +255,15 @@ class Projections(_Stored, nn.Module):
         # register. The kernel is small.
         kernels = split_heads(kernel[None], self.heads, self.parts)
         biases = split_heads(bias[None, None], self.heads, self.parts)
-        found = [
+        projections = [
             x @ k.reshape(shape[0], -1) + b.reshape(-1)
             for k, b in zip(kernels, biases, strict=True)
         ]
         if pair:
             narrow = split_heads(pair[1][None], self.heads, self.parts)
             low = x @ pair[0]
-            found = [
-                y + low @ k.reshape(low.shape[-1], -1) for y, k in zip(found, narrow, strict=True)
+            projections = [
+                y + low @ k.reshape(low.shape[-1], -1)
+                for y, k in zip(projections, narrow, strict=True)
             ]
-        return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
+        return [y.reshape(*y.shape[:2], self.heads, -1) for y in projections]

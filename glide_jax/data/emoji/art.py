@@ -134,15 +134,17 @@ def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
     codes = {name: bare(code) for code, name in read_json(archive, "chars.json").items()}
     for name, icon in sorted(icons["icons"].items()):
         plain = name.replace("-", " ")
-        found = Description(plain, plain)
+        description = Description(plain, plain)
         if name in codes:
-            found = names.by_code.get(codes[name], found._replace(codepoint=codes[name]))
+            description = names.by_code.get(
+                codes[name], description._replace(codepoint=codes[name])
+            )
         elif codes:
             continue  # not an emoji: digits without a keycap, bare hair styles
         elif vendor == "fxemoji":
-            found = names.by_slug.get(name) or names.by_joined.get(name, found)
+            description = names.by_slug.get(name) or names.by_joined.get(name, description)
         elif vendor != "flat-color-icons":
-            found = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), found)
+            description = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), description)
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
@@ -151,7 +153,7 @@ def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
             f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             f"{icon['body']}</svg>"
         )
-        yield Record(vendor, name, found, svg)
+        yield Record(vendor, name, description, svg)
 
 
 def _webp(archive: Path, names: UnicodeNames) -> Iterator[Record]:

@@ -181,7 +181,7 @@ def noise_predictor(
             point.alpha,
             point.sigma,
         )
-        own = eps[CONDITIONAL.name]
-        return Prediction(own, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
+        conditional_eps = eps[CONDITIONAL.name]
+        return Prediction(conditional_eps, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
 
     return predict

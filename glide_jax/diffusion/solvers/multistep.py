@@ -58,12 +58,12 @@ def history_weights(
         counts: `(R,)`, how many predictions each row uses.
         points, weights: `(R, Q)`, the quadrature of each row.
     """
-    found = np.zeros((len(counts), HISTORY))
+    coefficients = np.zeros((len(counts), HISTORY))
     for count in range(1, HISTORY + 1):
         rows = np.flatnonzero(counts == count)
         nodes = at[newest[rows, None] - np.arange(count)]
-        found[rows, :count] = lagrange_weights(nodes, points[rows], weights[rows])
-    return found
+        coefficients[rows, :count] = lagrange_weights(nodes, points[rows], weights[rows])
+    return coefficients
 
 
 def exponential(

@@ -192,12 +192,12 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
 
 def main() -> None:
     """Write the shipped grids: log(alpha/sigma) of their levels."""
-    found = {}
+    shipped = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)
         grids = {n: schedule.half_log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
-        found[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
-    SHIPPED.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        shipped[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
+    SHIPPED.write_text(json.dumps(shipped) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
