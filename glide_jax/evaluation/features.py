@@ -109,13 +109,8 @@ def ten_views(images: np.ndarray) -> Iterator[np.ndarray]:
     """
     cut = images.shape[1] - round(7 / 8 * images.shape[1])
     side = images.shape[1] - cut
-    for top, left in (
-        (0, 0),
-        (0, cut),
-        (cut, 0),
-        (cut, cut),
-        (cut // 2, cut // 2),
-    ):
+    corners = [(0, 0), (0, cut), (cut, 0), (cut, cut)]
+    for top, left in (*corners, (cut // 2, cut // 2)):
         view = images[:, top : top + side, left : left + side]
         yield view
         yield view[:, :, ::-1]

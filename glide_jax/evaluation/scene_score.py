@@ -99,10 +99,7 @@ def look(image: np.ndarray) -> Scene:
     components: Any = ndimage.label(away > COVERED * least)
     labels, count = components
     scene_objects = [_object(pixels, ground, labels == i + 1) for i in range(count)]
-    return Scene(
-        background,
-        tuple(scene_object for scene_object in scene_objects if scene_object is not None),
-    )
+    return Scene(background, tuple(each for each in scene_objects if each is not None))
 
 
 def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:

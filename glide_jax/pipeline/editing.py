@@ -54,7 +54,7 @@ def invert_images(
         if getattr(settings, name) is not None:
             raise UsageError(f"inversion takes no {name}")
     noise = np.empty(images.shape, np.float32)
-    for found in run(
+    for batch in run(
         stage,
         prompts,
         0,
@@ -67,7 +67,7 @@ def invert_images(
         progress=progress,
         reverse=True,
     ):
-        noise[found.index] = found.state.x
+        noise[batch.index] = batch.state.x
     return noise
 
 

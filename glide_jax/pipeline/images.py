@@ -93,11 +93,11 @@ class Images:
         """Return one line on how the images were sampled, with the number of evaluations."""
 
         def stage(settings: dict[str, Any]) -> str:
-            found = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
+            text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
-                    found += f", {name.replace('_', ' ')} {settings[name]:g}"
-            return found
+                    text += f", {name.replace('_', ' ')} {settings[name]:g}"
+            return text
 
         line = f"{self.weights}: {stage(self.settings)}"
         if upsampler := self.settings.get("upsampler"):

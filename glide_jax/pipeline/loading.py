@@ -91,12 +91,12 @@ def with_loras(model: Model, lora: LoRAs) -> Model:
         GlideError: a LoRA cannot be read, or does not fit the model.
     """
     single = isinstance(lora, (str, Path)) or _is_weighted(lora)
-    named = [_weighted(one) for one in ([lora] if single else lora)]  # pyright: ignore
-    if not named:
+    weighted = [_weighted(item) for item in ([lora] if single else lora)]  # pyright: ignore
+    if not weighted:
         return model
-    loras = [(open_lora(source), weight) for source, weight in named]
+    loras = [(open_lora(source), weight) for source, weight in weighted]
     merged = merge(model.params, loras)
-    say_other_base([one for one, weight in loras if weight], model.params, model.name)
+    say_other_base([adapter for adapter, weight in loras if weight], model.params, model.name)
     return replace(model, params=merged)
 
 

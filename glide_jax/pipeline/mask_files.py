@@ -132,8 +132,8 @@ def open_masks(
         return source
     fit: Fit = "crop" if images is None else images.fit
     if isinstance(source, list | tuple) and not _is_number_list(source):
-        each = [open_masks(one, images, invert=invert) for one in source]
-        return SourceMasks(tuple(region for one in each for region in one.regions), "", fit)
+        opened = [open_masks(item, images, invert=invert) for item in source]
+        return SourceMasks(tuple(region for masks in opened for region in masks.regions), "", fit)
     name, reading = "", ""
     if isinstance(source, str | Path):
         name, loaded = str(source), [load_upright(read_file(source, "mask"))]
@@ -165,7 +165,7 @@ def read_known(mask: MaskLike, size: int, batch: int) -> np.ndarray:
 
 def _is_number_list(source: Sequence[Any]) -> bool:
     """Whether a list is one mask written as numbers, not a list of masks."""
-    return not any(isinstance(one, str | Path | Image.Image | np.ndarray) for one in source)
+    return not any(isinstance(item, str | Path | Image.Image | np.ndarray) for item in source)
 
 
 def _from_array(array: np.ndarray) -> list[Upright | np.ndarray]:
@@ -271,8 +271,8 @@ def _by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
     levels = np.unique(values)
     if lossy and len(levels) > 2 and float(high) - float(low) < _NOISE:
         return np.full(values.shape, float(high) > 127)
-    whole = values.dtype.kind in "iu"
-    if whole and low == 0 and len(levels) > 2 and high < _LABELS:
+    are_integers = values.dtype.kind in "iu"
+    if are_integers and low == 0 and len(levels) > 2 and high < _LABELS:
         return values > 0
     return values > (float(low) + float(high)) / 2
 
@@ -312,11 +312,11 @@ def _by_alpha(
         return erased
     if border.mean() <= 0.5:
         return painted
-    own = False
+    same_pixels = False
     if edited is not None:
         image = edited.image
         if colours.width == colours.height:
             image = Image.fromarray(to_square(image, colours.width, "crop"))
         image = np.asarray(image.resize(colours.size, Image.Resampling.BOX))
-        own = np.abs(image[visible].astype(int) - seen).mean() <= _SAME
-    return painted if brightness.min() >= 192 and not own else erased
+        same_pixels = np.abs(image[visible].astype(int) - seen).mean() <= _SAME
+    return painted if brightness.min() >= 192 and not same_pixels else erased

@@ -40,8 +40,8 @@ def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
         return read_text_prompts(path)
     name = str(expand_home(path))
     plain = _plain_texts(name) if field is None and suffix in JSON else None
-    found = _captions(name, field) if plain is None else iter(plain)
-    return tuple(prompt for text in found if (prompt := " ".join(clean(text).split())))
+    texts = _captions(name, field) if plain is None else iter(plain)
+    return tuple(prompt for text in texts if (prompt := " ".join(clean(text).split())))
 
 
 def _plain_texts(path: str) -> list[str] | None:

@@ -230,14 +230,14 @@ class Settings:
 
     def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         """The guidance that is linear in the branches."""
-        found = self._towards_prompts(prompts)
+        guidances = self._towards_prompts(prompts)
         if self.negative_prompt:
-            if not found:
+            if not guidances:
                 raise UsageError("a negative_prompt needs a guidance_scale other than 1")
-            found = [g.against(self.negative_prompt) for g in found]
+            guidances = [g.against(self.negative_prompt) for g in guidances]
         if self.autoguidance_scale != 1:
-            found.append(autoguidance(self.autoguidance_scale))
-        return found
+            guidances.append(autoguidance(self.autoguidance_scale))
+        return guidances
 
     def _towards_prompts(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         scale, method = self.guidance_scale, self.guidance_method

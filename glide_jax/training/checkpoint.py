@@ -164,11 +164,13 @@ def _read_state(folder: Path, like: TrainState, wanted: Wanted | None) -> TrainS
     arguments: Any = ocp.args.StandardRestore(_on_disk(like))
     if wanted is not None:
         handler = ocp.PyTreeCheckpointHandler()
-        some = jax.tree_util.tree_map_with_path(
+        wanted_leaves = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if wanted(name_of(path)) else ocp.PLACEHOLDER, like
         )
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
-        arguments = ocp.args.PyTreeRestore(item=_on_disk(some), restore_args=_on_disk(kinds))
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted_leaves)
+        arguments = ocp.args.PyTreeRestore(
+            item=_on_disk(wanted_leaves), restore_args=_on_disk(kinds)
+        )
     try:
         return TrainState(**handler.restore(folder, args=arguments))
     except Exception as error:  # orbax and tensorstore raise many types

@@ -53,8 +53,8 @@ def probabilities(history: LossHistory) -> jax.Array:
     total = size.sum()
     uniform = jnp.full(steps, 1 / steps)
     ready = (history.count >= MEMORY).all() & (total > 0)
-    found = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / steps
-    return jnp.where(ready, found, uniform)
+    aware = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / steps
+    return jnp.where(ready, aware, uniform)
 
 
 def sample_timestep(key: jax.Array, probability: jax.Array) -> jax.Array:

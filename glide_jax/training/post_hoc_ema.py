@@ -75,12 +75,12 @@ def _half(array: Any) -> np.ndarray:
 
 def snapshots(run: Path) -> dict[Profile, Path]:
     """Return the snapshots that a run has saved, by step and width."""
-    found = {}
+    folders = {}
     for folder in sorted((run / FOLDER).glob("*")):
         name = re.fullmatch(r"(\d+)_([\d.e-]+)", folder.name)
         if name and (folder / CONFIG).is_file():
-            found[Profile(int(name[1]), float(name[2]))] = folder
-    return found
+            folders[Profile(int(name[1]), float(name[2]))] = folder
+    return folders
 
 
 def inner(a: Profile, b: Profile) -> float:
@@ -108,9 +108,9 @@ def fit(saved: list[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
     right = np.array([inner(a, wanted) for a in saved]) / scale
     system = np.ones((count + 1, count + 1))
     system[:count, :count], system[count, count] = gram, 0.0
-    found = np.linalg.lstsq(system, np.append(right, 1.0), rcond=None)[0][:count]
-    squared_error = found @ gram @ found - 2 * found @ right + 1
-    return found, float(np.sqrt(max(squared_error, 0.0)))
+    coefficients = np.linalg.lstsq(system, np.append(right, 1.0), rcond=None)[0][:count]
+    squared_error = coefficients @ gram @ coefficients - 2 * coefficients @ right + 1
+    return coefficients, float(np.sqrt(max(squared_error, 0.0)))
 
 
 def reconstruct(
@@ -132,14 +132,14 @@ def reconstruct(
         GlideError: a snapshot is broken.
     """
     check_width(width)
-    found = snapshots(run)
-    if not found:
+    folders = snapshots(run)
+    if not folders:
         raise UsageError(f"{run} has saved no EMAs: train with --optimiser.ema-power 0.05 0.1")
-    last = max(profile.step for profile in found)
+    last = max(profile.step for profile in folders)
     wanted = Profile(last if step is None else step, width)
-    saved = [profile for profile in found if profile.step <= wanted.step]
+    saved = [profile for profile in folders if profile.step <= wanted.step]
     if not saved:
-        first = min(profile.step for profile in found)
+        first = min(profile.step for profile in folders)
         raise UsageError(f"the first EMAs were saved at step {first}, after {wanted.step}")
     coefficients, error = fit(saved, wanted)
     if error > MAX_ERROR:
@@ -151,7 +151,7 @@ def reconstruct(
         )
     total: dict[str, np.ndarray] = {}
     for profile, coefficient in zip(saved, coefficients, strict=True):
-        _, flat, _ = load_weights(found[profile])
+        _, flat, _ = load_weights(folders[profile])
         for path, array in flat.items():
             term = np.float32(coefficient) * array.astype(np.float32)
             total[path] = total[path] + term if path in total else term

@@ -148,10 +148,10 @@ def write_base(config: TrainConfig, params: dict[str, Any]) -> None:
 
 
 def _read_base(folder: Path) -> dict[str, str]:
-    found = read_config_json(folder / BASE)
-    if not all(isinstance(found.get(name), str) for name in ("base", "checksum")):
+    base = read_config_json(folder / BASE)
+    if not all(isinstance(base.get(name), str) for name in ("base", "checksum")):
         raise GlideError(f"{folder / BASE} names no base and checksum: copy it again")
-    return found
+    return base
 
 
 def check_base(config: TrainConfig, folder: Path, params: dict[str, Any]) -> None:
@@ -235,19 +235,19 @@ def model_of(config: TrainConfig, params: Any, name: str = "") -> Model:
 
 def run_defaults(config: TrainConfig) -> dict[str, Any]:
     """Return the sampling settings that a recipe recommends."""
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guidance_scale,
     }
     if config.sample_clip_scale:
-        found["clip_scale"] = config.sample_clip_scale
+        settings["clip_scale"] = config.sample_clip_scale
     if config.sample_strength is not None:
-        found["strength"] = config.sample_strength
+        settings["strength"] = config.sample_strength
     if config.sample_sampler:
-        found["sampler"] = config.sample_sampler
+        settings["sampler"] = config.sample_sampler
     if config.sample_spacing:
-        found["spacing"] = config.sample_spacing
-    return found
+        settings["spacing"] = config.sample_spacing
+    return settings
 
 
 def sampling_defaults(weights: str | Path) -> dict[str, Any]:

@@ -78,12 +78,12 @@ def scan_steps(
         The new state, and the metrics: of each step, or of the single one.
     """
 
-    def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
+    def single_step(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
         return step(state, read(data, item), *control, axis=axis)
 
     if jax.tree.leaves(items)[0].shape[0] == 1:
-        return one(state, jax.tree.map(lambda x: x[0], items))
-    return jax.lax.scan(one, state, items)
+        return single_step(state, jax.tree.map(lambda x: x[0], items))
+    return jax.lax.scan(single_step, state, items)
 
 
 def train_step(
@@ -138,8 +138,8 @@ def train_step(
             more["loss_history"] = state.loss_history
 
         def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
-            whole = with_frozen(trained, params)
-            value, metrics = loss(whole, rows, record_key, train=True, axis=axis, **more)
+            full_params = with_frozen(trained, params)
+            value, metrics = loss(full_params, rows, record_key, train=True, axis=axis, **more)
             return value * scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
@@ -228,8 +228,8 @@ def _accumulate(
     def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
         # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
         held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        found, records = gradient(held, microbatch)
-        return jax.tree.map(jnp.add, total, found), records
+        gradient_sums, records = gradient(held, microbatch)
+        return jax.tree.map(jnp.add, total, gradient_sums), records
 
     total, records = jax.lax.scan(add, zeros, split)
     return jax.tree.map(lambda x: x / count, total), jax.tree.map(jnp.ravel, records)
@@ -243,8 +243,8 @@ def _update(
     config: OptimiserConfig,
     lr_factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
-    whole = with_frozen(grads, state.params, fill=jnp.zeros_like)
-    updates, opt_state = optimiser.update(whole, state.opt_state, state.params)
+    full_grads = with_frozen(grads, state.params, fill=jnp.zeros_like)
+    updates, opt_state = optimiser.update(full_grads, state.opt_state, state.params)
     if lr_factor is not None:
         updates = jax.tree.map(lambda x: x * lr_factor, updates)
     params = optax.apply_updates(state.params, updates)

@@ -65,10 +65,10 @@ def download(weights: str | Path) -> Download:
     snapshot = _config_or_file(name)
     # The commit does not change between two requests, the branch could.
     pinned = replace(name, revision=snapshot.name)
-    found = snapshot / name.path
-    if not found.is_file():
-        found = _weights_in(name, pinned, snapshot)
-    path = f"{found}:{name.choice}" if name.choice else str(found)
+    place = snapshot / name.path
+    if not place.is_file():
+        place = _weights_in(name, pinned, snapshot)
+    path = f"{place}:{name.choice}" if name.choice else str(place)
     return Download(path, str(pinned))
 
 
@@ -108,8 +108,8 @@ def _weights_in(name: HubName, pinned: HubName, snapshot: Path) -> Path:
     foreign = (folder / CONFIG).is_file()
     torch = [file for file in beside if file.endswith(FILES) and "/" not in file]
     if foreign or not torch:
-        other = f" ({CONFIG} is of another program)" if foreign else ""
-        raise GlideError(f"{name} holds no weights of glide-jax{other}: it holds {_few(beside)}")
+        note = f" ({CONFIG} is of another program)" if foreign else ""
+        raise GlideError(f"{name} holds no weights of glide-jax{note}: it holds {_few(beside)}")
     if len(torch) > 1:
         example = replace(name, path=_inside(name, torch[0]))
         raise UsageError(
@@ -150,14 +150,14 @@ def _snapshot(name: HubName, files: Sequence[str]) -> Path:
     # Imported here by the package, which then sets the level of its log: before `_one_line_of`.
     fetch, bar = _hub().snapshot_download, _bar()
     with _one_line_of(name):
-        found = fetch(
+        folder = fetch(
             name.repo,
             revision=name.revision or None,
             allow_patterns=[glob.escape(file) for file in files],
             library_name="glide-jax",
             tqdm_class=bar,
         )
-    return Path(found)
+    return Path(folder)
 
 
 def _bar() -> Any:

@@ -290,8 +290,8 @@ def load_weights(
         if not (folder / name).is_file():
             raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
     config = read_config_json(folder / CONFIG)
-    own = str(config.pop(_CRC, ""))
-    params, metadata, stated = _mapped(folder / MODEL, own)
+    own_crc = str(config.pop(_CRC, ""))
+    params, metadata, stated = _mapped(folder / MODEL, own_crc)
     if stated and stated.split(" ")[1:] != [_network_crc(config)]:
         raise GlideError(
             f"{folder / CONFIG} describes another network than when {MODEL} was saved: copy both "

@@ -86,5 +86,5 @@ def _tensor(key: str, name: str, array: np.ndarray) -> bytes:
     strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
     view = _plain(0) + _plain(array.shape) + _plain(strides)
     # requires_grad=False, and no hooks.
-    rest = b"\x89ccollections\nOrderedDict\n)R"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + rest + b"tR"
+    hooks = b"\x89ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + hooks + b"tR"
