@@ -93,8 +93,8 @@ def train(config: RunConfig) -> None:
             state = parallel.put_state(state)
             batches.set_state(position)
         clock = Clock(config, position)
-        processes.on_first(partial(write_config, config))
-        processes.on_first(partial(source.faults.save, config.folder / "left_out.txt"))
+        processes.on_first_process(partial(write_config, config))
+        processes.on_first_process(partial(source.faults.save, config.folder / "left_out.txt"))
 
         # -- the loop -------------------------------------------------------------------------
         step, stop = first, clock.over

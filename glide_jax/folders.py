@@ -74,13 +74,13 @@ def expand_words(words: Sequence[str], texts: Sequence[str] = ()) -> list[str]:
 # --- whole files
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, and rename it: an old file is replaced as a whole.
 
     Raises:
         OSError: it cannot be written; the old file, if any, is unchanged.
     """
-    with _beside(path, data) as part:
+    with _temporary_beside(path, data) as part:
         part.replace(path)
 
 
@@ -91,7 +91,7 @@ def write_new(path: Path, data: bytes) -> None:
         FileExistsError: there is one of this name.
         OSError: it cannot be written.
     """
-    with _beside(path, data) as part:
+    with _temporary_beside(path, data) as part:
         try:
             os.link(part, path)
         except FileExistsError:
@@ -103,7 +103,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _beside(path: Path, data: bytes) -> Iterator[Path]:
+def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     part = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with part.open("xb") as file:

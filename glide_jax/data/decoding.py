@@ -145,7 +145,7 @@ def size_of(encoded: Encoded) -> tuple[int, int]:
 def size_of_file(path: str) -> tuple[int, int]:
     """Return the same of a file, of which only the beginning is read."""
     try:
-        return storage.with_opened(path, lambda file: _open(file).size)
+        return storage.read_with(path, lambda file: _open(file).size)
     except GlideError as error:
         raise BrokenRecord(str(error)) from None
 

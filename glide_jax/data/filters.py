@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, size_of
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.records import Records, Source, digest
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import UsageError
@@ -66,7 +66,7 @@ def filtered(source: Source, config: DataConfig) -> Source:
     if not faults:
         return source
     if not len(kept):
-        raise UsageError(f"no image of {config.source} is left: {by_reason(faults)}")
+        raise UsageError(f"no image of {config.source} is left: {group_by_reason(faults)}")
     print(Faults(tuple(faults)).line(config.source, len(kept)), file=sys.stderr)
     return replace(
         source,

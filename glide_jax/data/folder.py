@@ -9,7 +9,7 @@ from typing import Any
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, size_of_file
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.inspection import inspect
 from glide_jax.data.listing import Listing, read_listing
 from glide_jax.data.pairing import Pairs, extension, is_caption_folder, pair
@@ -162,7 +162,7 @@ def _captioned(
     broken, empty = inspect(folder, records.names, lambda i: records.texts(i)["caption"])
     faults = Faults(tuple(pairs.bare), broken, (*pairs.unused, *unused), empty)
     if len(broken) == len(records):
-        raise UsageError(f"{folder} has no image that can be used: {by_reason(broken)}")
+        raise UsageError(f"{folder} has no image that can be used: {group_by_reason(broken)}")
     faults.say(folder, len(records))
     beside = (name for sidecars in records.sidecars for name in sidecars)
     identity = digest([*records.names, *beside, config.caption_lines, config.caption_field])
@@ -183,7 +183,9 @@ def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
         )
     if images and (texts := _texts_beside(folder)):
         return f"{folder} has {images} images and no caption: {texts}"
-    others = by_reason((*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name))))
+    others = group_by_reason(
+        (*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name)))
+    )
     also = f" (there is also {others})" if others else ""
     return f"{folder} has {images} images and none with a caption{also}: {_HOW}"
 
@@ -215,13 +217,13 @@ def _listed(
         listing.bad.extend(part.bad)
     path = storage.join(folder, tables[0])
     if not listing.entries:
-        examples = f": {by_reason(listing.bad)}" if listing.bad else ""
+        examples = f": {group_by_reason(listing.bad)}" if listing.bad else ""
         raise UsageError(f"{path} lists no image with a caption{examples}")
     records = ListedRecords(folder, tuple(listing.entries))
     images = [image for image, _ in listing.entries]
     broken, empty = inspect(folder, images, lambda i: records.entries[i][1]["caption"])
     if len(broken) == len(records):
-        raise UsageError(f"{path} lists no image that can be used: {by_reason(broken)}")
+        raise UsageError(f"{path} lists no image that can be used: {group_by_reason(broken)}")
     known = {*images, *tables}
     table = PurePosixPath(path).name
     unlisted = [Fault(n, _unlisted(n, table)) for n in names if n not in known]

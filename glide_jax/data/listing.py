@@ -52,7 +52,7 @@ class _Names:
         for name in names:
             if is_image(name):
                 stem = str(PurePosixPath(name).with_suffix(""))
-                for key in {_plain(name), _plain(stem)}:
+                for key in {_folded(name), _folded(stem)}:
                     self._alike.setdefault(key, set()).add(name)
 
     def __call__(self, name: str) -> str | None:
@@ -71,7 +71,7 @@ class _Names:
             if path in self._names:
                 return path
             # Another form of letters or case, or no suffix: only if one file alone fits.
-            alike = self._alike.get(_plain(path), set())
+            alike = self._alike.get(_folded(path), set())
             if len(same := {n for n in alike if _composed(n) == _composed(path)} or alike) == 1:
                 return next(iter(same))
         if storage.is_remote(self._folder):
@@ -86,7 +86,7 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _plain(name: str) -> str:
+def _folded(name: str) -> str:
     return _composed(name).casefold()
 
 

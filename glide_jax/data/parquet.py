@@ -12,7 +12,7 @@ from glide_jax.data import storage
 from glide_jax.data.columns import Columns, check_same, find_columns, names_files
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.inspection import MOST, unreadable
 from glide_jax.data.records import Source, captions_of, digest, lookup, other_texts
 from glide_jax.data.row_groups import ROOM, RowGroups, open_row_groups
@@ -138,7 +138,7 @@ def open_tables(
     _check_captions(records)
     faults = _faults(records)._replace(unused=tuple(unused))
     if len(faults.broken) == len(records):
-        raise UsageError(f"{where} has no row that can be used: {by_reason(faults.broken)}")
+        raise UsageError(f"{where} has no row that can be used: {group_by_reason(faults.broken)}")
     faults.say(where, len(records))
     if rows.bytes > ROOM and rows.largest > ROOM / 4:
         print(

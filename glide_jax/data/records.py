@@ -198,21 +198,21 @@ def fields_of(record: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
 
     Case, spaces, `-` and `_` do not count: `File Name` is `file_name`.
     """
-    plain = {_plain(name): name for name in reversed(list(record))}
+    plain = {_normalised(name): name for name in reversed(list(record))}
     paths: list[str] = []
     for path in usual:
-        name = path if path in record or "/" in path else plain.get(_plain(path), path)
+        name = path if path in record or "/" in path else plain.get(_normalised(path), path)
         try:
             lookup(record, name)
         except KeyError:
             continue
         paths.append(name)
     # `TEXT` and `Text` beside each other are two fields.
-    same = [name for name in record if _plain(name) in map(_plain, paths)]
+    same = [name for name in record if _normalised(name) in map(_normalised, paths)]
     return list(dict.fromkeys([*paths, *same]))
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 

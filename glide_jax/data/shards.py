@@ -47,7 +47,7 @@ class Scan:
         return len(self.kinds)
 
 
-def in_a_row(bounds: Sequence[int], damage: str = "") -> Scan:
+def contiguous_scan(bounds: Sequence[int], damage: str = "") -> Scan:
     """Return the scan of records without gaps: record i is bytes [bounds[i], bounds[i + 1])."""
     edges = np.array(bounds, np.int64)
     count = len(edges) - 1
@@ -139,7 +139,7 @@ def _scanned(path: str, scan: Scanner) -> Scan:
             return Scan(*places, tuple(names), damage, tuple(map(tuple, unused)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not cached, or the cache is damaged: scan the file
-    file_scan = storage.with_opened(path, scan)
+    file_scan = storage.read_with(path, scan)
     _save(cached, file_scan)
     return file_scan
 

@@ -123,7 +123,7 @@ def _file(path: str, config: DataConfig) -> Source:
         return open_folder(folder, tree.names, replace(config, metadata=name), tree.unused)
     if is_packed_name(name):
         raise UsageError(f"{path} is an archive that is not read: unpack it, and name its folder")
-    if storage.with_opened(path, tarfile.is_tarfile):
+    if storage.read_with(path, tarfile.is_tarfile):
         return open_webdataset([path], config)
     raise UsageError(
         f"{path} is not read: name a folder, tar shards, parquet files or an .npz file"

@@ -79,7 +79,7 @@ def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
         raise BrokenRecord(f"cannot read {path}: {error!r:.200}") from None
 
 
-def with_opened(path: str, use: Callable[[IO[bytes]], T]) -> T:
+def read_with(path: str, use: Callable[[IO[bytes]], T]) -> T:
     """Return `use(file)` of a file opened at its beginning.
 
     Raises:

@@ -20,7 +20,7 @@ from glide_jax.data.records import (
     other_texts,
     text,
 )
-from glide_jax.data.shards import Scan, Shards, in_a_row, index_shards
+from glide_jax.data.shards import Scan, Shards, contiguous_scan, index_shards
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError, did_you_mean
 
@@ -111,9 +111,9 @@ def scan_tfrecord(file: IO[bytes]) -> Scan:
         file.seek(bounds[-1])
         end = bounds[-1] + 16 + int.from_bytes(file.read(8), "little")
         if end > size:
-            return in_a_row(bounds, "it ends within a record")
+            return contiguous_scan(bounds, "it ends within a record")
         bounds.append(end)
-    return in_a_row(bounds)
+    return contiguous_scan(bounds)
 
 
 def newest_version(folder: str, names: Sequence[str]) -> str | None:

@@ -40,13 +40,13 @@ def lay_out(studio: Studio) -> SimpleNamespace:
     )
     with gr.Row(elem_id="desk"):
         with gr.Column(scale=5, min_width=340, elem_id="left"):
-            _left(components, studio)
+            _left_column(components, studio)
         with gr.Column(scale=6, min_width=340, elem_id="right"):
             _results(components)
     return components
 
 
-def _left(components: SimpleNamespace, studio: Studio) -> None:
+def _left_column(components: SimpleNamespace, studio: Studio) -> None:
     prompts = studio.pipe.model.prompts
     components.prompt = gr.Textbox(
         value=next(iter(prompts), ""),

@@ -87,7 +87,7 @@ def detect(
     return None if cluster is None or cluster.processes == 1 else cluster
 
 
-def alone_though_several(environ: Environ) -> str:
+def note_if_alone(environ: Environ) -> str:
     """Return a note if a job has several tasks and this process was not started as one of them."""
     tasks = environ.get("SLURM_NTASKS", "")
     if "SLURM_JOB_ID" in environ and tasks.isdigit() and int(tasks) > 1 and not _in_step(environ):

@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from glide_jax.devices.cluster import (
     REMEDY,
     Cluster,
-    alone_though_several,
     detect,
     local_devices,
+    note_if_alone,
 )
 from glide_jax.devices.links import Links
 from glide_jax.devices.roll_call import roll_call
@@ -69,7 +69,7 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
     has_kubernetes = find_spec("kubernetes") is not None
     cluster = detect(os.environ, metadata=tpu_metadata(), kubernetes=has_kubernetes)
     if cluster is None and membership is None:
-        if note := alone_though_several(os.environ):
+        if note := note_if_alone(os.environ):
             print(f"note: {note}", file=sys.stderr)
         return Links({})
     if cluster is None or cluster.coordinator is None:
@@ -192,7 +192,7 @@ def shared_text(text: str) -> str:
     return next(filter(None, texts), "")
 
 
-def on_first(do: Callable[[], Any]) -> None:
+def on_first_process(do: Callable[[], Any]) -> None:
     """Call a function in process 0 alone, while the others wait.
 
     Raises:

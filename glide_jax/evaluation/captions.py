@@ -83,7 +83,7 @@ class Vocabulary:
         Raises:
             UsageError: there are fewer than `count` captions.
         """
-        others, style = self._others(record, rng), record["style"]
+        others, style = self._shuffled_concepts(record, rng), record["style"]
         first = [(concept, style) for concept in others]
         return self._captions(record, first, others, count)
 
@@ -98,7 +98,7 @@ class Vocabulary:
         Raises:
             UsageError: there are fewer than `count` captions, or `count` is too small for these.
         """
-        others, style = self._others(record, rng), record["style"]
+        others, style = self._shuffled_concepts(record, rng), record["style"]
         first = [(record["concept"], other) for other in self.styles if other != style]
         first += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
         least = len(self.styles) + CONCEPTS_IN_STYLE
@@ -109,7 +109,7 @@ class Vocabulary:
             )
         return self._captions(record, first, others, count)
 
-    def _others(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
+    def _shuffled_concepts(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         others = [concept for concept in self.captions if concept != record["concept"]]
         return [others[i] for i in rng.permutation(len(others))]
 
@@ -184,7 +184,7 @@ def random_records(
     return [records[i] for i in rng.choice(len(records), count, replace=False)]
 
 
-def in_passes(
+def sample_in_passes(
     records: Sequence[dict[str, Any]], count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Return `count` records in random order; none repeats before all have occurred."""

@@ -20,9 +20,9 @@ from glide_jax.data.emoji.npz import fingerprint
 from glide_jax.data.records import digest
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.captions import (
-    in_passes,
     npz_of,
     prompt_of,
+    sample_in_passes,
     training_pairs,
     vocabulary,
 )
@@ -79,7 +79,7 @@ class Experiment:
         """All training records in random order, the generated ones first, repeated if need be."""
         records = training_pairs(self.config)
         rng = np.random.default_rng((self.seed, 0))
-        return in_passes(records, max(self.images, len(records)), rng)
+        return sample_in_passes(records, max(self.images, len(records)), rng)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ class Experiment:
         if settings.clip_scale and guide is None:
             raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip")
         guidances = settings.guidances(read_prompts(prompt_of(self.records[0])))
-        return plain(
+        return json_round_trip(
             {
                 "settings": describe(settings),
                 "evaluations": len(settings.plan(self.pipe.schedule, guidances)),
@@ -267,7 +267,7 @@ def read(out: Path) -> dict[str, Any] | None:
     return sweep
 
 
-def plain(value: Any) -> Any:
+def json_round_trip(value: Any) -> Any:
     """Return a value as JSON would read it back."""
     return json.loads(json.dumps(value))
 

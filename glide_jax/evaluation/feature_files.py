@@ -15,7 +15,7 @@ import tqdm
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.features import FeatureSpace, Scorer
 from glide_jax.evaluation.image_sets import ImageSet
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 PART = 1024  # images of a file
 BATCH = 64  # images in memory at a time
@@ -114,6 +114,6 @@ def _write(path: Path, features: np.ndarray, shape: tuple[int, int]) -> None:
     data = io.BytesIO()
     np.savez(data, features=features, size=np.array(shape))
     try:
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None

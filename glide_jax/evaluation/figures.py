@@ -50,7 +50,9 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
     groups: dict[str, list[Point]] = {}
     for point in points:
         if point["sweep"] in names:
-            groups.setdefault(json.dumps([point["sweep"], _others(point)]), []).append(point)
+            groups.setdefault(json.dumps([point["sweep"], _unswept_settings(point)]), []).append(
+                point
+            )
     _share_unguided(groups)
     alike: dict[str, list[list[Point]]] = {}
     for curve in groups.values():
@@ -58,15 +60,15 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
     by_label = {}
     for label, same in alike.items():
         for curve in same:
-            others = [_others(other[0]) for other in same]
+            others = [_unswept_settings(other[0]) for other in same]
             differing = {n: v for n, v in others[0].items() if any(o[n] != v for o in others)}
-            mine = _others(curve[0])
+            mine = _unswept_settings(curve[0])
             name = ", ".join([label, *(f"{n} {mine[n]}" for n in differing)])
             by_label[name] = sorted(curve, key=_order) if curve[0]["sweep"] in NUMBERS else curve
     return by_label
 
 
-def _others(point: Point) -> dict[str, Any]:
+def _unswept_settings(point: Point) -> dict[str, Any]:
     """Return the settings of a point that are not swept, and the guiding CLIP, if any."""
     swept = SWEEPS[point["sweep"]].setting
     settings = {name: value for name, value in point["settings"].items() if name != swept}
@@ -83,8 +85,8 @@ def _share_unguided(groups: dict[str, list[Point]]) -> None:
             curve
             for curve in groups.values()
             if curve[0]["sweep"] == sweep
-            and _others(curve[0])[GUIDE]
-            and _others(curve[0]) | {GUIDE: ""} == others
+            and _unswept_settings(curve[0])[GUIDE]
+            and _unswept_settings(curve[0]) | {GUIDE: ""} == others
         ]
         for curve in guided:
             curve.extend(unguided)
@@ -167,7 +169,7 @@ def write_figures(results: dict[str, Any], out: Path) -> list[Path]:
         files.append(_save(_trade_off(results, spaces), out / "trade_off.png"))
     for name in SWEEPS:
         if any(point["sweep"] == name for point in points):
-            figure = _one_setting(results, name, spaces)
+            figure = _setting_figure(results, name, spaces)
             files.append(_save(figure, out / f"{name.replace('-', '_')}.png"))
     return files
 
@@ -223,7 +225,7 @@ def _trade_off(results: dict[str, Any], spaces: Sequence[str]) -> Any:
     return figure
 
 
-def _one_setting(results: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
+def _setting_figure(results: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
     panels = [(name, spaces[0]) for name in ALIGNMENT]
     for space in spaces:
         known = results["points"][0]["distances"][space]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 # Images whose deviations from the mean are in memory at the same time.
 ROWS = 4096
@@ -92,7 +92,7 @@ def save_statistics(path: Path, moments: Moments) -> None:
     np.savez(data, mu=moments.mean, sigma=moments.covariance, **more)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None
 

@@ -64,16 +64,16 @@ def score(image: np.ndarray, scene: Scene) -> Score:
     """
     seen = look(image)
 
-    def same(detail: Callable[[SceneObject], Any]) -> bool:
+    def all_agree(detail: Callable[[SceneObject], Any]) -> bool:
         return sorted(map(detail, seen.objects)) == sorted(map(detail, scene.objects))
 
     return Score(
         background=seen.background == scene.background,
         count=len(seen.objects) == len(scene.objects),
-        colours=same(lambda one: one.colour),
-        shapes=same(lambda one: one.shape),
-        sizes=same(lambda one: one.size),
-        objects=same(lambda one: (one.colour, one.shape, one.size)),
+        colours=all_agree(lambda one: one.colour),
+        shapes=all_agree(lambda one: one.shape),
+        sizes=all_agree(lambda one: one.size),
+        objects=all_agree(lambda one: (one.colour, one.shape, one.size)),
         relation=not scene.relation or _related(seen.objects, scene),
     )
 

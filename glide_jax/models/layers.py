@@ -116,7 +116,7 @@ class GroupNorm(nn.Module):
                 (FiLM, 1709.07871), before the nonlinearity.
         """
         if x.dtype in HALF:
-            y = self._in_one_pass(x, film)
+            y = self._fused_norm(x, film)
         else:
             y = _GroupNorm(
                 num_groups=NORM_GROUPS,
@@ -132,7 +132,7 @@ class GroupNorm(nn.Module):
             y = y * nn.sigmoid(self.swish * y)
         return y.astype(x.dtype)
 
-    def _in_one_pass(self, x: jax.Array, film: jax.Array | None) -> jax.Array:
+    def _fused_norm(self, x: jax.Array, film: jax.Array | None) -> jax.Array:
         """Return the norm in float32; all factors become one for each image and channel."""
         scale, bias = Affine(x.shape[-1], name="norm")()
         wide, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))

@@ -41,7 +41,7 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     return batches
 
 
-def usual_batch(side: int) -> int:
+def default_batch_size(side: int) -> int:
     """Return how many images a device generates at a time, by their side in pixels.
 
     16 images of 64x64 on a CPU, 64 on other devices; a quarter of that at 256x256, where networks

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import expand_home, locked, write_new, write_whole
+from glide_jax.folders import expand_home, locked, write_atomically, write_new
 
 # The text chunk of a PNG file that holds an image's metadata, as JSON.
 METADATA = "glide_jax"
@@ -153,7 +153,7 @@ class Images:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # A rename: a viewer never sees half an image.
-            write_whole(path, self._repr_png_())
+            write_atomically(path, self._repr_png_())
         except OSError as error:
             raise GlideError(f"cannot write {path}: {error.strerror or error}") from None
         return path

@@ -63,7 +63,7 @@ def load(
     local_devices(devices)
     upsampler, clip = companion(weights, "upsampler", upsampler), companion(weights, "clip", clip)
     where: dict[str, Any] = {"dtype": dtype, "devices": devices}
-    model = with_loras(open_model(weights), lora)
+    model = merge_loras(open_model(weights), lora)
     larger = None if upsampler is None else load(upsampler, **where)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is not an upsampler")
@@ -83,7 +83,7 @@ def load(
     )
 
 
-def with_loras(model: Model, lora: LoRAs) -> Model:
+def merge_loras(model: Model, lora: LoRAs) -> Model:
     """Return a model with low-rank pairs merged into its weights; see `load`.
 
     Raises:

@@ -149,7 +149,7 @@ def open_masks(
             mask = mask if image is None else _turned_like(mask, image)
             region, reading = _region(mask.image, label, image)
         else:
-            region = _by_level(mask, label, lossy=False)
+            region = _region_by_level(mask, label, lossy=False)
         if image is not None:
             _check_proportions(region, image, label)
         regions.append(region ^ invert)
@@ -188,12 +188,16 @@ def _turned_like(mask: Upright, image: Upright) -> Upright:
     """Return a mask that was drawn on the image as it is stored, turned like the image."""
     (w, h), (wide, high) = mask.size, image.size
     sideways = image.orientation > 4 and mask.orientation == 1 and w != h
-    if sideways and _alike((h, w), (wide, high)) and not _alike((w, h), (wide, high)):
+    if (
+        sideways
+        and _same_proportions((h, w), (wide, high))
+        and not _same_proportions((w, h), (wide, high))
+    ):
         return mask._replace(image=turned(mask.image, image.orientation), size=(h, w))
     return mask
 
 
-def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
+def _same_proportions(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two sizes have the same proportions, up to rounding."""
     off = abs(a[0] * b[1] - a[1] * b[0])
     return off <= max(a[0] * b[1], a[1] * b[0]) * max(0.02, 1 / min(a), 1 / min(b))
@@ -201,7 +205,7 @@ def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 def _check_proportions(region: np.ndarray, image: Upright, label: str) -> None:
     size = (region.shape[1], region.shape[0])
-    if size[0] != size[1] and not _alike(size, image.size):
+    if size[0] != size[1] and not _same_proportions(size, image.size):
         raise UsageError(
             f"{label} is {size[0]}x{size[1]} and the image {image.size[0]}x{image.size[1]}: make "
             "it of the image's proportions, or square to lie on the square that is made of it"
@@ -247,19 +251,19 @@ def _region(image: Image.Image, label: str, edited: Upright | None) -> tuple[np.
         # An alpha that hardly varies says nothing.
         if high - low >= _NOISE:
             visible = opacity.astype(int) * 2 > low + high
-            return _by_alpha(to_rgb(colours)[0], visible, edited)
+            return _region_by_alpha(to_rgb(colours)[0], visible, edited)
     if is_deep(colours):
-        return _by_level(stored_values(colours), label, lossy=False), ""
+        return _region_by_level(stored_values(colours), label, lossy=False), ""
     rgb = np.asarray(to_rgb(colours)[0])
     if int(np.ptp(rgb, axis=2).max()) <= _COLOURED:
         if image.mode == "P" and not np.ptp(rgb, axis=(0, 1)).any():
             # A palette that was not filled in: the labels themselves.
-            return _by_level(np.asarray(image), label, lossy=False), ""
-        return _by_level(np.asarray(to_rgb(colours)[0].convert("L")), label, lossy=lossy), ""
-    return _by_colour(image, rgb, label)
+            return _region_by_level(np.asarray(image), label, lossy=False), ""
+        return _region_by_level(np.asarray(to_rgb(colours)[0].convert("L")), label, lossy=lossy), ""
+    return _region_by_colour(image, rgb, label)
 
 
-def _by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
+def _region_by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
     """Threshold levels at half of the range in use; of several labels, 0 alone is kept."""
     if values.dtype == bool:
         return values
@@ -277,7 +281,7 @@ def _by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
     return values > (float(low) + float(high)) / 2
 
 
-def _by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndarray, str]:
+def _region_by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndarray, str]:
     """Return the coloured part of a drawing on black, or the labels above 0 of a palette."""
     brightness = rgb.max(axis=2)
     if brightness.min() <= _LABELS // 2:
@@ -288,7 +292,7 @@ def _by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndar
     raise UsageError(f"{label} has colours and no black: {_HOW}, or paint on a transparent layer")
 
 
-def _by_alpha(
+def _region_by_alpha(
     colours: Image.Image, visible: np.ndarray, edited: Upright | None
 ) -> tuple[np.ndarray, str]:
     """Tell a brush on a transparent layer from a region erased from a photo.

@@ -328,23 +328,23 @@ def lists_settings(method: F) -> F:
 def describe(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, for an image's metadata."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    values["guidance_scale"] = _plain(settings.guidance_scale)
+    values["guidance_scale"] = _json_value(settings.guidance_scale)
     guidance = values.pop("guidance")
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [
-            {"name": part.name, "interval": [_plain(level) for level in part.interval]}
-            | {name: _plain(value) for name, value in part.args.items()}
+            {"name": part.name, "interval": [_json_value(level) for level in part.interval]}
+            | {name: _json_value(value) for name, value in part.args.items()}
             for g in guidance
             for part in g.parts()
         ]
     return values
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Numbers as JSON writes them; for anything larger, its type and shape."""
 
-    def plain(leaf: Any) -> Any:
+    def json_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Network):
             return str(leaf.fn)
         if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
@@ -352,4 +352,4 @@ def _plain(value: Any) -> Any:
         # JSON has no infinity.
         return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
 
-    return jax.tree.map(plain, value, is_leaf=lambda leaf: isinstance(leaf, Network))
+    return jax.tree.map(json_leaf, value, is_leaf=lambda leaf: isinstance(leaf, Network))

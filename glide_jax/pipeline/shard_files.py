@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from glide_jax.data.webdataset import MANIFEST
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import locked, write_whole
+from glide_jax.folders import locked, write_atomically
 from glide_jax.pipeline.images import Images, png
 
 try:
@@ -135,7 +135,7 @@ def check_same_run(folder: Path, description: dict[str, Any]) -> None:
                         f"{folder} has {strange[0]}, but no {MANIFEST}: give a new folder to "
                         "--shards"
                     )
-                write_whole(path, json.dumps(description, indent=1).encode() + b"\n")
+                write_atomically(path, json.dumps(description, indent=1).encode() + b"\n")
                 return
         manifest = read_manifest(folder)
     except OSError as error:

@@ -55,7 +55,7 @@ def init_pairs(
     return unflatten(pairs)
 
 
-def with_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def add_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Return the parameters of the network with the pairs beside its kernels.
 
     Args:
@@ -84,4 +84,4 @@ def adapted_loss(
     **options: Any,
 ) -> Any:
     """Return the loss of a base with pairs; without `base`, `params` are those of the network."""
-    return loss(params if base is None else with_pairs(params, base, scale), *batch, **options)
+    return loss(params if base is None else add_pairs(params, base, scale), *batch, **options)

@@ -37,7 +37,7 @@ from glide_jax.models.attention import compile_for
 from glide_jax.training.config import RunConfig, adapts
 from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
 from glide_jax.training.flops import cost_of_update, flops_per_image
-from glide_jax.training.freezing import without_frozen
+from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import Batch, abstract_batch, make_objective
 from glide_jax.training.state import TrainState, abstract_state
 from glide_jax.training.step import make_step
@@ -143,7 +143,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     held = (state.params, state.frozen_params if adapts(config) else {})
     parameters = sum(leaf.size for leaf in jax.tree.leaves(held))
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
-    trained = without_frozen(state.params, config.optimiser.freeze)
+    trained = drop_frozen(state.params, config.optimiser.freeze)
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the
     # forward and for the backward pass, and sum all gradients. Frozen parameters have none.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from glide_jax.training.config import RunConfig
-from glide_jax.training.freezing import without_frozen
+from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import abstract_batch, make_objective
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.state import TrainState
@@ -68,7 +68,7 @@ def cost_of_update(
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         config=config.optimiser,
     )
-    grads = without_frozen(state.params, config.optimiser.freeze)
+    grads = drop_frozen(state.params, config.optimiser.freeze)
     program = jax.jit(update, donate_argnums=0)
     compiled = program.lower(state, grads, {"loss": state.loss_mean}).compile(
         compiler_options=options

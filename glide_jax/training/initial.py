@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from glide_jax.devices.parallel import Parallel
-from glide_jax.devices.processes import on_first
+from glide_jax.devices.processes import on_first_process
 from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.precision import cast_trunk
@@ -65,7 +65,7 @@ def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -
     assert isinstance(config, TrainConfig)
     params = base_of(config)
     if begins:
-        on_first(partial(write_base, config, params))
+        on_first_process(partial(write_base, config, params))
     else:
         check_base(config, config.folder, params)
     return cast_trunk(params, objective.model.dtype)
@@ -92,11 +92,11 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
     flat = flatten(model.params)
     wanted = jax.eval_shape(objective.init_frozen_params, jax.random.key(0))
     if wrong := differences(flat, wanted):
-        raise GlideError(f"{name} cannot be the teacher: {_other(wrong)}")
+        raise GlideError(f"{name} cannot be the teacher: {_mismatch(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in flat.items()})
 
 
-def _other(wrong: list[str]) -> str:
+def _mismatch(wrong: list[str]) -> str:
     return (
         f"{len(wrong)} parameters are missing, unexpected or of another shape "
         f"({', '.join(wrong[:3])})"
@@ -126,7 +126,7 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict
             random = flatten(jax.jit(objective.init, compiler_options=fast_compile_options())(key))
             flat |= {path: random[path] for path in added}
     if wrong := differences(flat, unflatten(wanted)):
-        raise GlideError(f"{config.starts_from} cannot start this model: {_other(wrong)}")
+        raise GlideError(f"{config.starts_from} cannot start this model: {_mismatch(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in flat.items()})
 
 

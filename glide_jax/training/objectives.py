@@ -20,14 +20,14 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.training.adapting import adapted_loss, init_base, init_pairs, with_pairs
+from glide_jax.training.adapting import adapted_loss, add_pairs, init_base, init_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_terms, distilled_timesteps, teacher_model
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
 from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
 from glide_jax.training.masks import random_mask
-from glide_jax.training.quartiles import by_quartile
+from glide_jax.training.quartiles import quartile_losses
 from glide_jax.training.timestep_distribution import (
     TimestepDistribution,
     make_timestep_distribution,
@@ -101,7 +101,7 @@ class Objective:
 
     def full_params(self, params: Params, frozen_params: Params) -> Params:
         """Return the parameters of the network: those trained, or these beside their base."""
-        return with_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
+        return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
         self, frozen_params: Params, step: jax.Array | int, done: Any = None
@@ -136,7 +136,7 @@ def make_objective(config: RunConfig) -> Objective:
             loss = partial(denoising_loss, timesteps=make_timestep_distribution(config), **options)
         init = partial(unet.init_params, model)
     if config.optimiser.freeze:
-        loss = partial(_without_gradient, loss, config.optimiser.freeze)
+        loss = partial(_frozen_loss, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
         loss = partial(adapted_loss, loss, scale)
         init_frozen_params = partial(init_base, init, dtype)
@@ -144,7 +144,7 @@ def make_objective(config: RunConfig) -> Objective:
     return Objective(model, init, loss, distils, init_frozen_params, scale)
 
 
-def _without_gradient(
+def _frozen_loss(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     frozen: tuple[str, ...],
     params: Params,
@@ -263,7 +263,9 @@ def denoising_loss(
         weight = importance(timesteps.probability, inputs.t)
         terms = Terms(*(term * weight for term in terms))
     metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
-    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha), weight)
+    return metrics["loss"], metrics | quartile_losses(
+        terms.loss, inputs.t, len(tables.alpha), weight
+    )
 
 
 def distillation_loss(
@@ -301,7 +303,7 @@ def distillation_loss(
         train=train,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
-    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
+    return metrics["loss"], metrics | quartile_losses(terms.loss, inputs.t, len(tables.alpha))
 
 
 def prepare(
@@ -395,4 +397,4 @@ def contrastive_loss(
     # Equal captions share the first place, so each of them is right.
     right = (own_entry(by_image) == by_image.max(axis=1)).astype(jnp.float32)
     metrics = {"loss": loss.mean(), "accuracy": right.mean(), "scale": scale}
-    return metrics["loss"], metrics | by_quartile(loss, noise.t, len(tables.alpha))
+    return metrics["loss"], metrics | quartile_losses(loss, noise.t, len(tables.alpha))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.devices.processes import on_first
+from glide_jax.devices.processes import on_first_process
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig, read_config
 from glide_jax.training.export import description
@@ -64,7 +64,7 @@ def snapshot(config: RunConfig, step: int, emas: Iterable[Any]) -> None:
     for width, ema in zip(config.optimiser.ema_power, emas, strict=True):
         flat = {path: _half(array) for path, array in flatten(ema).items()}
         folder = config.folder / FOLDER / f"{step:08}_{width:g}"
-        on_first(partial(save_weights, folder, description(config, step), flat))
+        on_first_process(partial(save_weights, folder, description(config, step), flat))
 
 
 def _half(array: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import expand_home, write_whole
+from glide_jax.folders import expand_home, write_atomically
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, adapts, read_config
@@ -142,7 +142,7 @@ def write_base(config: TrainConfig, params: dict[str, Any]) -> None:
     path = config.folder / BASE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None
 

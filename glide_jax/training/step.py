@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from glide_jax.training.config import RunConfig
-from glide_jax.training.freezing import with_frozen, without_frozen
+from glide_jax.training.freezing import drop_frozen, merge_frozen
 from glide_jax.training.loss_aware import LossHistory, Records, add_losses
 from glide_jax.training.objectives import RECORDS, Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
@@ -138,12 +138,12 @@ def train_step(
             more["loss_history"] = state.loss_history
 
         def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
-            full_params = with_frozen(trained, params)
+            full_params = merge_frozen(trained, params)
             value, metrics = loss(full_params, rows, record_key, train=True, axis=axis, **more)
             return value * scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
-        grads, metrics = jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
+        grads, metrics = jax.grad(scaled, has_aux=True)(drop_frozen(params, config.freeze))
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
@@ -243,13 +243,13 @@ def _update(
     config: OptimiserConfig,
     lr_factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
-    full_grads = with_frozen(grads, state.params, fill=jnp.zeros_like)
+    full_grads = merge_frozen(grads, state.params, fill=jnp.zeros_like)
     updates, opt_state = optimiser.update(full_grads, state.opt_state, state.params)
     if lr_factor is not None:
         updates = jax.tree.map(lambda x: x * lr_factor, updates)
     params = optax.apply_updates(state.params, updates)
-    trained = without_frozen(params, config.freeze)
-    params = with_frozen(trained, state.params)
+    trained = drop_frozen(params, config.freeze)
+    params = merge_frozen(trained, state.params)
     step = state.step + 1
     decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(

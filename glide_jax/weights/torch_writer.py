@@ -19,7 +19,7 @@ import numpy as np
 
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_home
-from glide_jax.weights.store import whole_files
+from glide_jax.weights.store import atomic_files
 from glide_jax.weights.torch_pickle import STORAGES
 
 _STORAGE_OF = {dtype: storage for storage, dtype in reversed(STORAGES.items())}
@@ -44,7 +44,7 @@ def write_torch_file(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> 
         GlideError: the disk is full or the file cannot be written.
     """
     with (
-        whole_files(expand_home(path)) as (temporary,),
+        atomic_files(expand_home(path)) as (temporary,),
         temporary.open("wb") as file,
         zipfile.ZipFile(file, "w") as archive,
     ):

@@ -13,7 +13,7 @@ import pytest
 
 from glide_jax.devices.mesh import hybrid_mesh, shard_spec
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.devices.processes import Membership, join, on_first, shared_text
+from glide_jax.devices.processes import Membership, join, on_first_process, shared_text
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import base64_paper
 from glide_jax.training.command_line import take_membership
@@ -311,13 +311,13 @@ def test_errors_of_the_first_process_keep_their_kind():
         raise UsageError("no such folder")
 
     done = []
-    on_first(lambda: done.append(1))
+    on_first_process(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(UsageError, match="no such folder"):
-        on_first(wrong)
+        on_first_process(wrong)
     # Of any kind: the others must not wait. The first process keeps its own.
     with pytest.raises(FileNotFoundError):
-        on_first(lambda: os.stat("/no/such/file"))
+        on_first_process(lambda: os.stat("/no/such/file"))
 
 
 def test_peers_are_taken_out_of_the_arguments():

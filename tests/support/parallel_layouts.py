@@ -213,9 +213,11 @@ def main() -> None:
     for job in jobs:
         name, *words = job.split(":")
         if name == "copy":
-            processes.on_first(partial(shutil.copytree, *(Path(runs) / word for word in words)))
+            processes.on_first_process(
+                partial(shutil.copytree, *(Path(runs) / word for word in words))
+            )
         elif name == "damage":
-            processes.on_first(partial(damage, Path(runs) / words[0]))
+            processes.on_first_process(partial(damage, Path(runs) / words[0]))
         elif name == "facts":
             found[job] = sharding_facts()
         else:
