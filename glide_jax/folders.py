@@ -38,8 +38,8 @@ def _private_folder(folder: Path) -> Path:
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     with suppress(OSError):
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22:
+        info = folder.lstat()
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o22:
             return folder
     return Path(tempfile.mkdtemp(prefix="glide_jax-"))
 
@@ -61,14 +61,14 @@ def expand_words(words: Sequence[str], texts: Sequence[str] = ()) -> list[str]:
         words: of the command line.
         texts: options whose values are text rather than paths.
     """
-    found = list(words)
+    expanded = list(words)
     for i, word in enumerate(words):
         option, joined, value = word.partition("=")
         if joined and option.startswith("--") and value.startswith("~") and option not in texts:
-            found[i] = f"{option}={expand_home(value)}"
+            expanded[i] = f"{option}={expand_home(value)}"
         elif word.startswith("~") and (i == 0 or words[i - 1] not in texts):
-            found[i] = str(expand_home(word))
-    return found
+            expanded[i] = str(expand_home(word))
+    return expanded
 
 
 # --- whole files

@@ -51,11 +51,11 @@ def image_paths(schema: Any) -> list[str]:
     structs = [path for path, kind in kinds.items() if _is_struct(kind)]
     if structs:
         return structs
-    plain = [path for path, kind in kinds.items() if _is_bytes(kind)]
-    usual = fields_of(dict.fromkeys(plain), _USUAL_IMAGES)
+    binary = [path for path, kind in kinds.items() if _is_bytes(kind)]
+    usual_images = fields_of(dict.fromkeys(binary), _USUAL_IMAGES)
     names = [p for p, kind in kinds.items() if _is_text(kind) and fields_of({p: 0}, IMAGE_FIELDS)]
     # Bytes of an unusual name beside names of files are checksums.
-    return usual or ([] if names else plain)
+    return usual_images or ([] if names else binary)
 
 
 def names_files(schema: Any) -> bool:
@@ -87,12 +87,12 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     image = _image(schema, kinds, config.image_field, where)
     texts = [path for path, kind in kinds.items() if _is_text(kind) or _is_texts(kind)]
     texts = [path for path in [*texts, *classes] if path != image]
-    usual = [path for path in fields_of(_tree(schema), _USUAL_CAPTIONS) if path in texts]
+    captions = [path for path in fields_of(_tree(schema), _USUAL_CAPTIONS) if path in texts]
     if config.caption_field:
-        usual = [config.caption_field]
-    if not usual or usual[0] not in texts:
-        what = f"no text {usual[0]!r}" if usual else "no caption"
-        hint = did_you_mean(usual[0], texts) if usual else ""
+        captions = [config.caption_field]
+    if not captions or captions[0] not in texts:
+        what = f"no text {captions[0]!r}" if captions else "no caption"
+        hint = did_you_mean(captions[0], texts) if captions else ""
         choices = (
             f"choose with --data.caption-field from {', '.join(texts)}"
             if texts
@@ -107,9 +107,11 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     if score and score not in kinds:
         hint = did_you_mean(score, list(kinds))
         raise UsageError(f"{where} has no column {score!r}{hint}: choose with --data.score-field")
-    paths = (*usual, *others, *((score,) if score else ()))
+    paths = (*captions, *others, *((score,) if score else ()))
     columns = tuple(dict.fromkeys(owners[path] for path in paths))
-    return Columns(image, usual[0], tuple(usual), others, classes, owners[image], columns, score)
+    return Columns(
+        image, captions[0], tuple(captions), others, classes, owners[image], columns, score
+    )
 
 
 def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
@@ -136,13 +138,13 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
                 )
         what = f"{kinds[wanted]} in {wanted}" if wanted else ", ".join(schema.names)
         raise UsageError(f"{where} has {what}, and no bytes of images there")
-    usual = fields_of(dict.fromkeys(images), _USUAL_IMAGES)
-    if len(images) > 1 and len(usual) != 1:
+    usual_images = fields_of(dict.fromkeys(images), _USUAL_IMAGES)
+    if len(images) > 1 and len(usual_images) != 1:
         raise UsageError(
-            f"{where} has images in {' and '.join(usual or images)}: choose one with "
+            f"{where} has images in {' and '.join(usual_images or images)}: choose one with "
             "--data.image-field"
         )
-    return usual[0] if usual else images[0]
+    return usual_images[0] if usual_images else images[0]
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def _captioned(
     if len(broken) == len(records):
         raise UsageError(f"{folder} has no image that can be used: {group_by_reason(broken)}")
     faults.say(folder, len(records))
-    beside = (name for sidecars in records.sidecars for name in sidecars)
-    identity = digest([*records.names, *beside, config.caption_lines, config.caption_field])
+    caption_files = (name for sidecars in records.sidecars for name in sidecars)
+    identity = digest([*records.names, *caption_files, config.caption_lines, config.caption_field])
     return Source(records, "a folder", identity, len(pairs.bare), faults)
 
 
@@ -192,14 +192,14 @@ def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
 
 def _texts_beside(folder: str) -> str:
     """Return what to do if captions lie in a folder beside this one; empty if there is none."""
-    above = PurePosixPath(os.path.abspath(folder)).parent
-    if storage.is_remote(folder) or not os.access(above, os.R_OK):
+    parent = PurePosixPath(os.path.abspath(folder)).parent
+    if storage.is_remote(folder) or not os.access(parent, os.R_OK):
         return ""
-    caption_folders = [name for name in storage.children(str(above))[0] if is_caption_folder(name)]
+    caption_folders = [name for name in storage.children(str(parent))[0] if is_caption_folder(name)]
     if not caption_folders:
         return ""
-    both = f"name the folder of both, --data.source {above}"
-    return f"if the captions are those of {above / caption_folders[0]}, {both}"
+    advice = f"name the folder of both, --data.source {parent}"
+    return f"if the captions are those of {parent / caption_folders[0]}, {advice}"
 
 
 def _listed(

@@ -70,12 +70,16 @@ class TableRecords:
         if not path:
             raise BrokenRecord(f"{name} has no image: its {field} is null")
         file = self.rows.paths[self.rows.locate(index)[0]]
-        beside = storage.join(file.rpartition("/")[0] or ".", path)
-        above = storage.join(self.folder, path)
-        if beside != above and not storage.is_remote(path) and not storage.exists(beside):
-            beside = above
+        path_beside = storage.join(file.rpartition("/")[0] or ".", path)
+        path_in_folder = storage.join(self.folder, path)
+        if (
+            path_beside != path_in_folder
+            and not storage.is_remote(path)
+            and not storage.exists(path_beside)
+        ):
+            path_beside = path_in_folder
         try:
-            return Encoded(storage.read(beside), f"{name} ({path})")
+            return Encoded(storage.read(path_beside), f"{name} ({path})")
         except BrokenRecord as error:
             raise BrokenRecord(f"{name} has no image: {error}") from None
 

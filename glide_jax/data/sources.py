@@ -47,8 +47,8 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.mixture:
         weights = parse_mixture(config.mixture)
-        each = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
-        return mix(each, list(weights.values()))
+        opened = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
+        return mix(opened, list(weights.values()))
     return filtered(_open_unfiltered(config), config)
 
 
@@ -161,9 +161,9 @@ def _folder(folder: str, config: DataConfig) -> Source:
     if split:
         unused = [*unused, *_beside_splits(folder, split)]
     if split and (table := _table_above(folder, names, config)):
-        inside = [f"{split}/{name}" for name in names]
+        split_names = [f"{split}/{name}" for name in names]
         listed = replace(config, metadata=table)
-        source = open_folder(folder, inside, listed, unused, within=f"{split}/")
+        source = open_folder(folder, split_names, listed, unused, within=f"{split}/")
     else:
         source = _open(chosen, names, config, unused)
     return replace(source, label=f"{source.label}, {config.split}") if split else source
@@ -276,13 +276,13 @@ def _scenes(size: int, config: DataConfig) -> Source:
 
 def _missing(name: str, last: str) -> str:
     if name == "emoji64":
-        how = "`glide-jax data --help` says how to make it"
+        remedy = "`glide-jax data --help` says how to make it"
     elif name.startswith("hf://"):
-        how = "check its name; for a private or gated one, log in first: hf auth login"
+        remedy = "check its name; for a private or gated one, log in first: hf auth login"
     else:
-        how = (
+        remedy = (
             "prepare it with tensorflow-datasets (file_format='array_record'), or name other data "
             "with --data.source: a folder of images with captions, or tar shards"
         )
     nor = f" (nor {last})" if last != name else ""
-    return f"there is no data set {name}{nor}: {how}"
+    return f"there is no data set {name}{nor}: {remedy}"

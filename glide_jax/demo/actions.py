@@ -137,7 +137,7 @@ class Call:
 def _option(name: str, value: Any) -> list[str]:
     option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
     if name == "lora":
-        return [word for one in value for word in (option, one)]
+        return [word for item in value for word in (option, item)]
     if isinstance(value, tuple):
         return [option, *map(str, value)]
     return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]

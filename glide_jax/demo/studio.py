@@ -70,8 +70,8 @@ class Studio:
     @property
     def side(self) -> int:
         """The side of the results, in pixels."""
-        last = self.pipe.upsampler or self.pipe
-        return last.model.config.image_size
+        last_stage = self.pipe.upsampler or self.pipe
+        return last_stage.model.config.image_size
 
     @property
     def inputs(self) -> Path:
@@ -107,16 +107,16 @@ class Studio:
         side = self.pipe.model.config.image_size
         image, mask = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
         mask[: side // 2] = 255
-        few: Any = {"progress": False, "every": 1, **self.more(1)}
+        arguments: Any = {"progress": False, "every": 1, **self.more(1)}
         prompt = (*self.pipe.model.prompts, "")[0]
         try:
             with self._one:
-                for _ in self.pipe.stream(prompt, **few):
+                for _ in self.pipe.stream(prompt, **arguments):
                     if self.closed.is_set():
                         return
             self.ready.set()
             for more in ({"image": image, "mask": mask}, {"guidance_scale": 1.0, "clip_scale": 0}):
-                for _ in self.pipe.stream(prompt, **few, **more):
+                for _ in self.pipe.stream(prompt, **arguments, **more):
                     if self.closed.is_set():
                         return
         except GlideError as error:
@@ -184,9 +184,9 @@ def _in_thread(begin: Callable[[Preview], Images], stop: threading.Event) -> Ite
 
     def preview(images: Images) -> None:
         nonlocal latest
-        before = latest.images.settings.get("upsampler") if latest.images else None
-        same = bool(images.settings.get("upsampler")) == bool(before)
-        latest = Update("running", images, latest.step + 1 if same else 1)
+        upsampler = latest.images.settings.get("upsampler") if latest.images else None
+        same_stage = bool(images.settings.get("upsampler")) == bool(upsampler)
+        latest = Update("running", images, latest.step + 1 if same_stage else 1)
         reports.put(latest)
         if stop.is_set() or closed.is_set():
             raise Stopped

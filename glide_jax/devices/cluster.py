@@ -220,22 +220,22 @@ def _slice(environ: Environ, values: Environ, hosts: list[str], why: str) -> Clu
         return None
     worker = _index(values, "TPU_WORKER_ID", why, len(hosts)) if len(hosts) > 1 else 0
     process = worker
-    first = hosts[0]
+    first_host_name = hosts[0]
     if slices > 1:
         why += f", MEGASCALE_NUM_SLICES={slices}"
         process += len(hosts) * _index(values, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")
-        first = values.get("MEGASCALE_COORDINATOR_ADDRESS", "")
-        if not first:
+        first_host_name = values.get("MEGASCALE_COORDINATOR_ADDRESS", "")
+        if not first_host_name:
             raise GlideError(f"{why}, and MEGASCALE_COORDINATOR_ADDRESS is not set: {REMEDY}")
     # The port that these variables name is that of the TPU's own network.
-    coordinator = _coordinator(environ, first.partition(":")[0], TPU_PORT)
+    coordinator = _coordinator(environ, first_host_name.partition(":")[0], TPU_PORT)
     return Cluster("TPU slice", why, coordinator, processes, process)
 
 
 def first_host(nodes: str) -> str:
     """Return the first machine of a Slurm list: `rack1` of `rack[1-3,7],node2`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0] if match else "")
 
 
 def _tasks_of_node(environ: Environ, tasks: int) -> int:

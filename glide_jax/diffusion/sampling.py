@@ -164,8 +164,8 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        kept = exact or isinstance(value, Network)
-        return value if kept else jnp.asarray(value, jnp.float32)
+        keep = exact or isinstance(value, Network)
+        return value if keep else jnp.asarray(value, jnp.float32)
 
     return jax.tree.map(convert, args, is_leaf=lambda value: isinstance(value, Network))
 

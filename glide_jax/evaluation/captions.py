@@ -84,8 +84,8 @@ class Vocabulary:
             UsageError: there are fewer than `count` captions.
         """
         others, style = self._shuffled_concepts(record, rng), record["style"]
-        first = [(concept, style) for concept in others]
-        return self._captions(record, first, others, count)
+        first_pairs = [(concept, style) for concept in others]
+        return self._captions(record, first_pairs, others, count)
 
     def pair_choices(
         self, record: Mapping[str, Any], count: int, rng: np.random.Generator
@@ -99,15 +99,15 @@ class Vocabulary:
             UsageError: there are fewer than `count` captions, or `count` is too small for these.
         """
         others, style = self._shuffled_concepts(record, rng), record["style"]
-        first = [(record["concept"], other) for other in self.styles if other != style]
-        first += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
+        first_pairs = [(record["concept"], other) for other in self.styles if other != style]
+        first_pairs += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
         least = len(self.styles) + CONCEPTS_IN_STYLE
         if len(others) < CONCEPTS_IN_STYLE or count < least:
             raise UsageError(
                 f"{count} captions of {len(others) + 1} concepts cannot hold every style of one "
                 f"and {CONCEPTS_IN_STYLE} others in its style"
             )
-        return self._captions(record, first, others, count)
+        return self._captions(record, first_pairs, others, count)
 
     def _shuffled_concepts(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         others = [concept for concept in self.captions if concept != record["concept"]]
@@ -116,13 +116,13 @@ class Vocabulary:
     def _captions(
         self,
         record: Mapping[str, Any],
-        first: list[tuple[str, str]],
+        first_pairs: list[tuple[str, str]],
         others: list[str],
         count: int,
     ) -> list[str]:
         if count < 2:
             raise UsageError(f"{count} captions leave nothing to choose: ask for at least two")
-        pairs = first + [(concept, style) for concept in others for style in self.styles]
+        pairs = first_pairs + [(concept, style) for concept in others for style in self.styles]
         choices = [
             prompt_of({"caption": self.captions[concept], "style": style})
             for concept, style in pairs

@@ -151,7 +151,7 @@ def write_figures(results: dict[str, Any], out: Path) -> list[Path]:
     If both kinds of guidance were swept, `trade_off.json` holds `matched` for each feature space.
 
     Args:
-        found: the contents of `sweep.json`.
+        results: the contents of `sweep.json`.
 
     Returns:
         The files.

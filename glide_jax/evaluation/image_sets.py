@@ -125,17 +125,17 @@ def has_images(path: str | Path) -> bool:
 
 
 def _folder(folder: str, size: int | None) -> ImageSet:
-    every = find(folder).names
-    tars = sorted((n for n in every if is_tar_name(n)), key=_numerical)
-    if tars and not any(map(is_image, every)):
+    all_names = find(folder).names
+    tars = sorted((n for n in all_names if is_tar_name(n)), key=_numerical)
+    if tars and not any(map(is_image, all_names)):
         if shards := missing_shards(Path(folder)):
             raise GlideError(
                 f"{folder} has {shards} shards: the command that generated them continues"
             )
         return _tars(folder, [storage.join(folder, n) for n in tars], size)
-    names = tuple(sorted(_without_grids([n for n in every if is_image(n)]), key=_numerical))
+    names = tuple(sorted(_without_grids([n for n in all_names if is_image(n)]), key=_numerical))
     if not names:
-        others = f"{len(every)} files, none with" if every else "no files, so none with"
+        others = f"{len(all_names)} files, none with" if all_names else "no files, so none with"
         raise GlideError(f"{folder} has no images: {others} the suffix of an image (.png, .jpg)")
     stamps = [f"{name} {storage.stamp(storage.join(folder, name))}" for name in names]
     start_at = partial(_decoded, folder, names, size)

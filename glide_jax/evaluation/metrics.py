@@ -76,11 +76,11 @@ def _share_among(points: np.ndarray, others: np.ndarray, k: int) -> float:
             for rows in _blocks(others, others)
         ]
     )
-    inside = sum(
+    covered = sum(
         np.count_nonzero((_distances(points[rows], others) <= radius).any(axis=1))
         for rows in _blocks(points, others)
     )
-    return inside / len(points)
+    return covered / len(points)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -70,10 +70,10 @@ def score(image: np.ndarray, scene: Scene) -> Score:
     return Score(
         background=seen.background == scene.background,
         count=len(seen.objects) == len(scene.objects),
-        colours=all_agree(lambda one: one.colour),
-        shapes=all_agree(lambda one: one.shape),
-        sizes=all_agree(lambda one: one.size),
-        objects=all_agree(lambda one: (one.colour, one.shape, one.size)),
+        colours=all_agree(lambda item: item.colour),
+        shapes=all_agree(lambda item: item.shape),
+        sizes=all_agree(lambda item: item.size),
+        objects=all_agree(lambda item: (item.colour, item.shape, item.size)),
         relation=not scene.relation or _related(seen.objects, scene),
     )
 

@@ -96,8 +96,8 @@ def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> 
         return nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype) @ value
 
     batch, length, heads, width = query.shape
-    each = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
-    out = jax.lax.map(attend_head, each).reshape(batch, heads, length, width)
+    arrays = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
+    out = jax.lax.map(attend_head, arrays).reshape(batch, heads, length, width)
     return out.swapaxes(1, 2).reshape(batch, length, -1)
 
 

@@ -132,10 +132,12 @@ def open_images(source: ImageLike, side: int | None = None, *, fit: Fit = "crop"
             tuple(upright for images in opened for upright in images.images), "", fit
         )
     images, change = _from_array(to_array(source, "an image"))
-    before = (change,) if change else ()
+    mode_change = (change,) if change else ()
     decoded = (decode(image) for image in images)
     return SourceImages(
-        tuple(upright._replace(changes=before + upright.changes) for upright in decoded), "", fit
+        tuple(upright._replace(changes=mode_change + upright.changes) for upright in decoded),
+        "",
+        fit,
     )
 
 
@@ -191,8 +193,8 @@ def _from_array(array: np.ndarray) -> tuple[list[Image.Image], str | None]:
     batch = array[..., None] if array.ndim == 2 else array
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[-1] > 4:
-        first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
-        hint = ": put the channels last" if first else ""
+        channels_first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
+        hint = ": put the channels last" if channels_first else ""
         raise UsageError(f"an image is (H, W, 3) uint8, not {array.shape} {array.dtype}{hint}")
     try:
         values, change = to_bytes(batch)

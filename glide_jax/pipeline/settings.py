@@ -245,8 +245,8 @@ class Settings:
             raise UsageError(f"unknown guidance_method {method!r}: choose {', '.join(METHODS)}")
         scales = np.atleast_1d(scale)
         if method == "cfg++" and not ((scales >= 0) & (scales <= 1)).all():
-            wrong = scales[(scales < 0) | (scales > 1)][0]
-            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {wrong:g}")
+            outlier = scales[(scales < 0) | (scales > 1)][0]
+            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {outlier:g}")
         columns = list(zip(*(prompt.parts for prompt in prompts), strict=True))
         if len(columns) > 1:
             if method != "cfg":

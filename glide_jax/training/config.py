@@ -340,11 +340,11 @@ def check_same_model(config: RunConfig) -> None:
     if not path.exists():
         return
     recipe = read_config(path)
-    before = recipe.model
-    same = type(before) is type(config.model)
-    if isinstance(before, ModelConfig):
-        before = replace(before, image_size=config.model.image_size)
-    if not same or before != config.model:
+    recipe_model = recipe.model
+    same_kind = type(recipe_model) is type(config.model)
+    if isinstance(recipe_model, ModelConfig):
+        recipe_model = replace(recipe_model, image_size=config.model.image_size)
+    if not same_kind or recipe_model != config.model:
         raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
     if isinstance(recipe, TrainConfig) and isinstance(config, TrainConfig):
         # Off is off, whatever the other fields say.

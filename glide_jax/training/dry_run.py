@@ -140,9 +140,9 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     # With LoRA the network is the base and its pairs.
-    held = (state.params, state.frozen_params if adapts(config) else {})
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(held))
-    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    params = (state.params, state.frozen_params if adapts(config) else {})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     trained = drop_frozen(state.params, config.optimiser.freeze)
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the

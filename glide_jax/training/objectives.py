@@ -152,8 +152,8 @@ def _frozen_loss(
     **options: Any,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss without a gradient of frozen parameters."""
-    held = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
-    params = jax.tree.map(lambda x, label: held[label](x), params, frozen_labels(params, frozen))
+    use = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
+    params = jax.tree.map(lambda x, label: use[label](x), params, frozen_labels(params, frozen))
     return loss(params, *batch, **options)
 
 
@@ -381,20 +381,20 @@ def contrastive_loss(
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)
     text = normalise(network(batch.tokens, lengths, method=NoisedCLIP.text_features).raw)
     scale = network(method=NoisedCLIP.scale)
-    every_image, every_text, first = image, text, 0
+    every_image, every_text, offset = image, text, 0
     if axis is not None:
         every_image, every_text = (jax.lax.all_gather(z, axis, tiled=True) for z in (image, text))
-        first = jax.lax.axis_index(axis) * len(image)
-    own = first + jnp.arange(len(image))
+        offset = jax.lax.axis_index(axis) * len(image)
+    own_columns = offset + jnp.arange(len(image))
     highest = jax.lax.Precision.HIGHEST
     by_image = scale * jnp.matmul(image, every_text.T, precision=highest)
     by_text = scale * jnp.matmul(text, every_image.T, precision=highest)
 
     def own_entry(values: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, own[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(values, own_columns[:, None], axis=1)[:, 0]
 
     loss = -(own_entry(jax.nn.log_softmax(by_image)) + own_entry(jax.nn.log_softmax(by_text))) / 2
     # Equal captions share the first place, so each of them is right.
-    right = (own_entry(by_image) == by_image.max(axis=1)).astype(jnp.float32)
-    metrics = {"loss": loss.mean(), "accuracy": right.mean(), "scale": scale}
+    is_right = (own_entry(by_image) == by_image.max(axis=1)).astype(jnp.float32)
+    metrics = {"loss": loss.mean(), "accuracy": is_right.mean(), "scale": scale}
     return metrics["loss"], metrics | quartile_losses(loss, noise.t, len(tables.alpha))

@@ -105,11 +105,11 @@ def fit(saved: list[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
     """
     count, scale = len(saved), inner(wanted, wanted)
     gram = np.array([[inner(a, b) for b in saved] for a in saved]) / scale
-    right = np.array([inner(a, wanted) for a in saved]) / scale
+    right_side = np.array([inner(a, wanted) for a in saved]) / scale
     system = np.ones((count + 1, count + 1))
     system[:count, :count], system[count, count] = gram, 0.0
-    coefficients = np.linalg.lstsq(system, np.append(right, 1.0), rcond=None)[0][:count]
-    squared_error = coefficients @ gram @ coefficients - 2 * coefficients @ right + 1
+    coefficients = np.linalg.lstsq(system, np.append(right_side, 1.0), rcond=None)[0][:count]
+    squared_error = coefficients @ gram @ coefficients - 2 * coefficients @ right_side + 1
     return coefficients, float(np.sqrt(max(squared_error, 0.0)))
 
 
@@ -135,12 +135,12 @@ def reconstruct(
     folders = snapshots(run)
     if not folders:
         raise UsageError(f"{run} has saved no EMAs: train with --optimiser.ema-power 0.05 0.1")
-    last = max(profile.step for profile in folders)
-    wanted = Profile(last if step is None else step, width)
+    last_step = max(profile.step for profile in folders)
+    wanted = Profile(last_step if step is None else step, width)
     saved = [profile for profile in folders if profile.step <= wanted.step]
     if not saved:
-        first = min(profile.step for profile in folders)
-        raise UsageError(f"the first EMAs were saved at step {first}, after {wanted.step}")
+        first_step = min(profile.step for profile in folders)
+        raise UsageError(f"the first EMAs were saved at step {first_step}, after {wanted.step}")
     coefficients, error = fit(saved, wanted)
     if error > MAX_ERROR:
         widths = sorted({profile.width for profile in saved})

@@ -78,7 +78,8 @@ def toy(config: RunConfig) -> RunConfig:
     fit: `init_from` and the teacher are empty.
     """
     rate = 2e-3
-    late = bool(config.optimiser.freeze)  # with a frozen text transformer captions take longer
+    # With a frozen text transformer captions take longer.
+    slow_captions = bool(config.optimiser.freeze)
     changes: Mapping[str, Any]
     if isinstance(config, CLIPTrainConfig):
         rate = 1e-3
@@ -90,7 +91,7 @@ def toy(config: RunConfig) -> RunConfig:
             rate = 5e-4  # it starts from trained weights
         changes = {
             "model": toy_model(model),
-            "steps": 300 if late or model.inpaints else 150,
+            "steps": 300 if slow_captions or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
         }

@@ -133,13 +133,15 @@ def train_step(
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
         params, frozen_params = weights
-        more = loss_inputs(frozen_params, state.step, done)
+        extra_inputs = loss_inputs(frozen_params, state.step, done)
         if state.loss_history is not None:
-            more["loss_history"] = state.loss_history
+            extra_inputs["loss_history"] = state.loss_history
 
         def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
             full_params = merge_frozen(trained, params)
-            value, metrics = loss(full_params, rows, record_key, train=True, axis=axis, **more)
+            value, metrics = loss(
+                full_params, rows, record_key, train=True, axis=axis, **extra_inputs
+            )
             return value * scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
@@ -227,8 +229,8 @@ def _accumulate(
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
         # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
-        held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        gradient_sums, records = gradient(held, microbatch)
+        held_weights, microbatch = jax.lax.optimization_barrier((weights, microbatch))
+        gradient_sums, records = gradient(held_weights, microbatch)
         return jax.tree.map(jnp.add, total, gradient_sums), records
 
     total, records = jax.lax.scan(add, zeros, split)

@@ -257,8 +257,8 @@ def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, A
 def _header_crc(header: Mapping[str, Any]) -> int:
     """Return the checksum of the names, dtypes and shapes of arrays, and of the metadata."""
     metadata = {k: v for k, v in header.get(_HEADER_METADATA, {}).items() if k != _CRC}
-    plain = {**header, _HEADER_METADATA: metadata}
-    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+    header_without_crc = {**header, _HEADER_METADATA: metadata}
+    return zlib.crc32(json.dumps(header_without_crc, sort_keys=True).encode())
 
 
 def _network_crc(config: Mapping[str, Any]) -> str:

@@ -107,7 +107,9 @@ class UnicodeNames:
                 )
                 self.by_code[description.codepoint] = description
                 self.by_slug[slug(variant["label"])] = description
-        self.by_joined = {s.replace("-", ""): found for s, found in self.by_slug.items()}
+        self.by_joined = {
+            s.replace("-", ""): description for s, description in self.by_slug.items()
+        }
 
 
 def bare_codepoint(code: str) -> str:

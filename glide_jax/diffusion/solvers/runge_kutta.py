@@ -28,15 +28,17 @@ def two_rows_per_step(
         second: `t`, `alpha`, `sigma` of each step's second evaluation, each `(N - 1,)`.
     """
     row = np.arange(2 * len(grid) - 1)
-    again = row % 2 == 1
+    is_second = row % 2 == 1
     table = one_row_per_step(schedule, grid).rows(row // 2)
     for name, values in zip(("t", "alpha", "sigma"), second, strict=True):
         column = getattr(table, name).copy()
-        column[again] = values
+        column[is_second] = values
         table = table._replace(**{name: column})
     gradient_x_0 = x_0_weight(table.alpha, table.sigma)
-    table = table._replace(Px=1.0 - again, Py=1.0 * again, gradient_x_0=gradient_x_0, index=row)
-    return table, again
+    table = table._replace(
+        Px=1.0 - is_second, Py=1.0 * is_second, gradient_x_0=gradient_x_0, index=row
+    )
+    return table, is_second
 
 
 def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
@@ -46,13 +48,13 @@ def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
     N steps take 2 N - 1 evaluations.
     """
     alpha, sigma, _ = levels(schedule, grid)
-    table, again = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
+    table, is_second = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
     a, next_a = alpha[table.step], table.next_alpha
     slope = table.next_sigma - next_a * sigma[table.step] / a
     return predicting_noise(table)._replace(
-        Qx=np.where(again, 0.0, next_a / a),
-        Qy=np.where(again, next_a / a, 0.0),
-        E=on_history(np.where(again, slope / 2, slope), np.where(again, slope / 2, 0.0)),
+        Qx=np.where(is_second, 0.0, next_a / a),
+        Qy=np.where(is_second, next_a / a, 0.0),
+        E=on_history(np.where(is_second, slope / 2, slope), np.where(is_second, slope / 2, 0.0)),
     )
 
 
@@ -65,15 +67,15 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     alpha, sigma, half_log_snr = levels(schedule, grid)
     middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, again = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
+    table, is_second = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
     # The level that each row leads to: the middle, then the end.
-    to_a, to_s = table.next_alpha.copy(), table.next_sigma.copy()
-    to_a[:-1:2], to_s[:-1:2] = a, s
-    ratio = to_s / sigma[table.step]
+    target_alpha, target_sigma = table.next_alpha.copy(), table.next_sigma.copy()
+    target_alpha[:-1:2], target_sigma[:-1:2] = a, s
+    ratio = target_sigma / sigma[table.step]
     return table._replace(
-        Qx=np.where(again, 0.0, ratio),
-        Qy=np.where(again, ratio, 0.0),
-        E=on_history(to_a - ratio * alpha[table.step]),
+        Qx=np.where(is_second, 0.0, ratio),
+        Qy=np.where(is_second, ratio, 0.0),
+        E=on_history(target_alpha - ratio * alpha[table.step]),
     )
 
 
