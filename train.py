@@ -35,7 +35,7 @@ from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
-from glide_jax.training.command_line import parse_recipe, take_peers
+from glide_jax.training.command_line import parse_recipe, take_membership
 from glide_jax.training.config import RunConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import align, compile_steps, open_batches
@@ -93,8 +93,8 @@ def train(config: RunConfig) -> None:
             state = parallel.put_state(state)
             batches.set_state(position)
         clock = Clock(config, position)
-        processes.on_first(partial(write_config, config))
-        processes.on_first(partial(source.faults.save, config.folder / "left_out.txt"))
+        processes.on_first_process(partial(write_config, config))
+        processes.on_first_process(partial(source.faults.save, config.folder / "left_out.txt"))
 
         # -- the loop -------------------------------------------------------------------------
         step, stop = first, clock.over
@@ -123,12 +123,12 @@ def train(config: RunConfig) -> None:
                 if held_out and due(step, config.validate_every, config.steps):
                     with log.paused():
                         log.held_out(
-                            step, held_out(objective.whole(state.ema, state.frozen_params))
+                            step, held_out(objective.full_params(state.ema, state.frozen_params))
                         )
                 if due(step, config.sample_every, config.steps):
                     with log.paused():
-                        whole = objective.whole(state.ema, state.frozen_params)
-                        log.samples(step, parallel.for_sampling(whole))
+                        full_params = objective.full_params(state.ema, state.frozen_params)
+                        log.samples(step, parallel.for_sampling(full_params))
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 
@@ -141,13 +141,13 @@ def due(step: int, every: int, last: int) -> bool:
 def main() -> None:
     """Run the command line."""
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
-        arguments, peers = take_peers(sys.argv[1:])
+        arguments, membership = take_membership(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
         if hardware is not None:
             prepare(dry_run=True)
             print(dry_run(config, hardware))
             return
-        links = processes.join(peers)
+        links = processes.join(membership)
         prepare()
         again = "start all processes again, with the same command"
         with processes.ending_with_peers(links, again), only_run(config.folder):

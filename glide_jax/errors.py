@@ -109,7 +109,7 @@ def one_line_errors(stopped: str = "stopped") -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "JaxRuntimeError":
             raise
-        print(f"error: {_of_jax(error)}", file=sys.stderr)
+        print(f"error: {_device_error_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(interrupt if interrupt.args else stopped, file=sys.stderr)
@@ -121,7 +121,7 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def _of_jax(error: RuntimeError) -> str:
+def _device_error_line(error: RuntimeError) -> str:
     """Return one line on an error of a device, with the remedy where it is known."""
     lines = str(error).strip().splitlines() or [""]
     remedy = ""

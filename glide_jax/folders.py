@@ -38,8 +38,8 @@ def _private_folder(folder: Path) -> Path:
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     with suppress(OSError):
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22:
+        info = folder.lstat()
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o22:
             return folder
     return Path(tempfile.mkdtemp(prefix="glide_jax-"))
 
@@ -61,26 +61,26 @@ def expand_words(words: Sequence[str], texts: Sequence[str] = ()) -> list[str]:
         words: of the command line.
         texts: options whose values are text rather than paths.
     """
-    found = list(words)
+    expanded = list(words)
     for i, word in enumerate(words):
         option, joined, value = word.partition("=")
         if joined and option.startswith("--") and value.startswith("~") and option not in texts:
-            found[i] = f"{option}={expand_home(value)}"
+            expanded[i] = f"{option}={expand_home(value)}"
         elif word.startswith("~") and (i == 0 or words[i - 1] not in texts):
-            found[i] = str(expand_home(word))
-    return found
+            expanded[i] = str(expand_home(word))
+    return expanded
 
 
 # --- whole files
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, and rename it: an old file is replaced as a whole.
 
     Raises:
         OSError: it cannot be written; the old file, if any, is unchanged.
     """
-    with _beside(path, data) as part:
+    with _temporary_beside(path, data) as part:
         part.replace(path)
 
 
@@ -91,7 +91,7 @@ def write_new(path: Path, data: bytes) -> None:
         FileExistsError: there is one of this name.
         OSError: it cannot be written.
     """
-    with _beside(path, data) as part:
+    with _temporary_beside(path, data) as part:
         try:
             os.link(part, path)
         except FileExistsError:
@@ -103,7 +103,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _beside(path: Path, data: bytes) -> Iterator[Path]:
+def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     part = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with part.open("xb") as file:

@@ -73,10 +73,10 @@ def lora(run: Run, to: To) -> None:
         raise UsageError(f"{to} must end in {SAFETENSORS}")
     if to.exists():
         raise UsageError(f"{to} exists: remove it, or write elsewhere")
-    found = open_lora(run)
-    save_lora(to, found)
-    count = sum(a.size + b.size for a, b in found.pairs.values())
-    print(f"{count:,} parameters in {len(found.pairs)} pairs, {_megabytes(to)}: {to}")
+    lora = open_lora(run)
+    save_lora(to, lora)
+    count = sum(a.size + b.size for a, b in lora.pairs.values())
+    print(f"{count:,} parameters in {len(lora.pairs)} pairs, {_megabytes(to)}: {to}")
 
 
 def ema(run: Run, *, width: float, out: Path, step: int | None = None) -> None:

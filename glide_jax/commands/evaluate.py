@@ -124,7 +124,7 @@ class Nearest:
     def run(self) -> None:
         """Generate, compare, and print the counts."""
         config = self.dataset.config()
-        found = nearest.report(
+        report = nearest.report(
             self.model.pipeline(),
             config,
             self.out,
@@ -132,7 +132,7 @@ class Nearest:
             batch_size=self.model.batch_size,
         )
         for name in ("training_captions", "held_out_pairs"):
-            right, total = found[name]["right"], found[name]["of"]
+            right, total = report[name]["right"], report[name]["of"]
             print(f"{name}: {right} of {total} nearest training images have the right concept")
         print(f"nearest.json and sheets in {self.out}")
 
@@ -164,7 +164,7 @@ class Ranking:
         """Generate, rank, and print the counts."""
         check_scales(self.model, self.sampling.chosen())
         config, pipe = self.dataset.config(), self.model.pipeline()
-        found = ranking.report(
+        report = ranking.report(
             pipe,
             open_scorer(self.scoring.scorer, guide=pipe.clip, views=self.scoring.views),
             config,
@@ -176,11 +176,11 @@ class Ranking:
             settings=self.sampling.chosen(),
         )
         for kind in ranking.KINDS:
-            f = found[kind]
-            ratio = "no ratio" if f["ratio"] is None else f"ratio {f['ratio']:.2f}"
+            counts = report[kind]
+            ratio = "no ratio" if counts["ratio"] is None else f"ratio {counts['ratio']:.2f}"
             print(
-                f"{kind}: right caption first for {f['right']} of {f['of']} generated images, "
-                f"{f['right_of_real']} of {f['of']} real images: {ratio}"
+                f"{kind}: right caption first for {counts['right']} of {counts['of']} generated "
+                f"images, {counts['right_of_real']} of {counts['of']} real images: {ratio}"
             )
         print(f"ranking.json and sheets in {self.out}")
 
@@ -243,8 +243,8 @@ class Sweep:
             batch_size=self.model.batch_size,
             nearest_k=self.nearest_k,
         )
-        found = experiment.run(shared, todo, self.out)
-        for path in figures.write_figures(found, self.out):
+        results = experiment.run(shared, todo, self.out)
+        for path in figures.write_figures(results, self.out):
             print(path)
         print(self.out / experiment.FILE)
 
@@ -276,10 +276,10 @@ class Loss:
         if min(images, size) < 1:
             raise UsageError("--images and --batch-size must be at least 1")
         config, model = self.dataset.config(), open_model(self.network.weights)
-        found = noise_loss.report(
+        losses = noise_loss.report(
             model, config, self.splits, images=images, batch_size=size, dtype=self.network.dtype
         )
-        for split, measured in found.items():
+        for split, measured in losses.items():
             print(f"{split}: {measured['images']} images")
             for kind in ("captions", "no captions"):
                 loss, quartiles = measured[kind]["loss"], measured[kind]["quartiles"]
@@ -287,7 +287,7 @@ class Loss:
                 print(f"  {kind}: {loss:.4f}; by quarter of the timesteps: {values}")
         if self.out is not None:
             check_writable(self.out)
-            write_json(self.out / "loss.json", {"weights": model.name, "splits": found})
+            write_json(self.out / "loss.json", {"weights": model.name, "splits": losses})
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class Scenes:
 
     def run(self) -> None:
         """Generate, score, and print the rates."""
-        found = scene_report.report(
+        report = scene_report.report(
             MeasuredOptions(self.weights).pipeline(),
             self.out,
             split=self.split,
@@ -324,7 +324,7 @@ class Scenes:
             batch_size=self.batch_size,
             settings=self.sampling.chosen(),
         )
-        for name, rate in found["right"].items():
+        for name, rate in report["right"].items():
             print(f"{name}: {rate:.3f}")
         print(f"scenes.json and scenes.png in {self.out}")
 

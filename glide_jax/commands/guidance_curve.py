@@ -144,14 +144,16 @@ class Curve:
     def _points(self) -> list[tuple[Path, tuple[str, float], dict[str, Any]]]:
         """Return the folder of each point, its kind and scale, and its settings."""
         chosen = self.sampling.chosen()
-        found: list[tuple[Path, tuple[str, float], dict[str, Any]]] = []
+        points: list[tuple[Path, tuple[str, float], dict[str, Any]]] = []
         for kind, values, fixed in (
             ("guidance_scale", self.scales, {"clip_scale": 0.0} | chosen),
             ("clip_scale", self.clip_scales, CLIP_GUIDED | chosen),
         ):
             for scale in dict.fromkeys(values):
-                found.append((self.out / f"{kind}_{scale:g}", (kind, scale), fixed | {kind: scale}))
-        return found
+                points.append(
+                    (self.out / f"{kind}_{scale:g}", (kind, scale), fixed | {kind: scale})
+                )
+        return points
 
     def _sample(
         self, pipe: Pipeline, prompts: list[str], folder: Path, settings: dict[str, Any]
@@ -185,14 +187,16 @@ class Curve:
         """Return the measures of a point."""
         images = open_images(folder)
         generated = self._measure(images, inception, str(folder))
-        found = compare(real, generated, inception, path=self.real, nearest_k=self.nearest_k)
+        measures = compare(real, generated, inception, path=self.real, nearest_k=self.nearest_k)
         assert generated.features is not None
         # The class probabilities come from the same features: no image is read a second time.
         logits = generated.features @ np.asarray(inception.params["fc"]["kernel"])
-        found["inception_score"] = inception_score(np.asarray(jax.nn.softmax(logits, axis=1)))
+        measures["inception_score"] = inception_score(np.asarray(jax.nn.softmax(logits, axis=1)))
         features, _ = features_of(images, clip.image, self._features)
         scores = clip_score(clip, features, read_captions(BESIDE, images))
-        return found | {name: scores[name] for name in ("clip_score", "clip_score_100", "clip_s")}
+        return measures | {
+            name: scores[name] for name in ("clip_score", "clip_score_100", "clip_s")
+        }
 
     def _write(self, pipe: Pipeline, points: list[dict[str, Any]], clip: CleanCLIP) -> None:
         report = {

@@ -98,7 +98,7 @@ class Fid:
             scorer if scorer and name == SCORER else open_extractor(name) for name in self.features
         ]
         measured = [self._measure(real, generated, space, real_path) for space in spaces]
-        scores = [found for found in measured if found is not None]
+        scores = [score for score in measured if score is not None]
         report: dict[str, Any] = {
             "real": real_path if self.features else None,
             "generated": self.generated,
@@ -114,11 +114,11 @@ class Fid:
         if generated is not None:
             if scores:
                 print(table(scores))
-            if found := report.get("clip_score"):
+            if clip_scores := report.get("clip_score"):
                 print(
-                    f"CLIP score: {found['clip_score']:.4f}; 100 max(cos, 0): "
-                    f"{found['clip_score_100']:.4f}; CLIP-S: {found['clip_s']:.4f} "
-                    f"({found['clip']})"
+                    f"CLIP score: {clip_scores['clip_score']:.4f}; 100 max(cos, 0): "
+                    f"{clip_scores['clip_score_100']:.4f}; CLIP-S: {clip_scores['clip_s']:.4f} "
+                    f"({clip_scores['clip']})"
                 )
             write_json(self.out, report)
             print(self.out)
@@ -177,12 +177,12 @@ class Fid:
         if generated is None or self.generated is None:
             return None
         right = measure(generated, space, self._folder, path=self.generated, allow_few=few)
-        found = compare(left, right, space, path=real_path, nearest_k=self.nearest_k)
-        found["sizes"] = {"real": left.shape, "generated": right.shape}
+        scores = compare(left, right, space, path=real_path, nearest_k=self.nearest_k)
+        scores["sizes"] = {"real": left.shape, "generated": right.shape}
         if left.shape and right.shape and left.shape != right.shape:
             sides = " and ".join(f"{w} x {h}" for h, w in (left.shape, right.shape))
             print(
                 f"real and generated images have {sides} pixels: --size makes them alike",
                 file=sys.stderr,
             )
-        return found
+        return scores

@@ -51,11 +51,11 @@ def image_paths(schema: Any) -> list[str]:
     structs = [path for path, kind in kinds.items() if _is_struct(kind)]
     if structs:
         return structs
-    plain = [path for path, kind in kinds.items() if _is_bytes(kind)]
-    usual = fields_of(dict.fromkeys(plain), _USUAL_IMAGES)
+    binary = [path for path, kind in kinds.items() if _is_bytes(kind)]
+    usual_images = fields_of(dict.fromkeys(binary), _USUAL_IMAGES)
     names = [p for p, kind in kinds.items() if _is_text(kind) and fields_of({p: 0}, IMAGE_FIELDS)]
     # Bytes of an unusual name beside names of files are checksums.
-    return usual or ([] if names else plain)
+    return usual_images or ([] if names else binary)
 
 
 def names_files(schema: Any) -> bool:
@@ -87,12 +87,12 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     image = _image(schema, kinds, config.image_field, where)
     texts = [path for path, kind in kinds.items() if _is_text(kind) or _is_texts(kind)]
     texts = [path for path in [*texts, *classes] if path != image]
-    usual = [path for path in fields_of(_tree(schema), _USUAL_CAPTIONS) if path in texts]
+    captions = [path for path in fields_of(_tree(schema), _USUAL_CAPTIONS) if path in texts]
     if config.caption_field:
-        usual = [config.caption_field]
-    if not usual or usual[0] not in texts:
-        what = f"no text {usual[0]!r}" if usual else "no caption"
-        hint = did_you_mean(usual[0], texts) if usual else ""
+        captions = [config.caption_field]
+    if not captions or captions[0] not in texts:
+        what = f"no text {captions[0]!r}" if captions else "no caption"
+        hint = did_you_mean(captions[0], texts) if captions else ""
         choices = (
             f"choose with --data.caption-field from {', '.join(texts)}"
             if texts
@@ -102,24 +102,26 @@ def find_columns(schema: Any, config: DataConfig, where: str) -> Columns:
     others = [p for p, kind in kinds.items() if p in schema.names and _is_text(kind)]
     others = tuple(dict.fromkeys([*others, *classes]))
     # The name of a column may have `/` itself.
-    own = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
+    owners = {path: path if path in schema.names else path.split("/")[0] for path in kinds}
     score = config.score_field
     if score and score not in kinds:
         hint = did_you_mean(score, list(kinds))
         raise UsageError(f"{where} has no column {score!r}{hint}: choose with --data.score-field")
-    paths = (*usual, *others, *((score,) if score else ()))
-    columns = tuple(dict.fromkeys(own[path] for path in paths))
-    return Columns(image, usual[0], tuple(usual), others, classes, own[image], columns, score)
+    paths = (*captions, *others, *((score,) if score else ()))
+    columns = tuple(dict.fromkeys(owners[path] for path in paths))
+    return Columns(
+        image, captions[0], tuple(captions), others, classes, owners[image], columns, score
+    )
 
 
 def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
-    found = image_paths(schema)
+    images = image_paths(schema)
     if wanted:
         kind = kinds.get(wanted)
         if kind is not None and (_is_struct(kind) or _is_bytes(kind)):
             return wanted
         if kind is None:
-            choices = ", ".join(found) or ", ".join(schema.names)
+            choices = ", ".join(images) or ", ".join(schema.names)
             raise UsageError(
                 f"{where} has no column {wanted!r}{did_you_mean(wanted, list(kinds))}: "
                 f"choose with --data.image-field from {choices}"
@@ -127,7 +129,7 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
         lists = {wanted: kind}
     else:
         lists = kinds
-    if not found or wanted:
+    if not images or wanted:
         for path, kind in lists.items():
             if _is_images(kind):
                 raise UsageError(
@@ -136,13 +138,13 @@ def _image(schema: Any, kinds: dict[str, Any], wanted: str, where: str) -> str:
                 )
         what = f"{kinds[wanted]} in {wanted}" if wanted else ", ".join(schema.names)
         raise UsageError(f"{where} has {what}, and no bytes of images there")
-    usual = fields_of(dict.fromkeys(found), _USUAL_IMAGES)
-    if len(found) > 1 and len(usual) != 1:
+    usual_images = fields_of(dict.fromkeys(images), _USUAL_IMAGES)
+    if len(images) > 1 and len(usual_images) != 1:
         raise UsageError(
-            f"{where} has images in {' and '.join(usual or found)}: choose one with "
+            f"{where} has images in {' and '.join(usual_images or images)}: choose one with "
             "--data.image-field"
         )
-    return usual[0] if usual else found[0]
+    return usual_images[0] if usual_images else images[0]
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -234,5 +236,5 @@ def check_same(schemas: Sequence[Any], paths: Sequence[str], columns: Columns) -
                 kind(schema, name) != kind(schemas[0], name)
                 and str(schema.field(name).type) != "null"
             ):
-                types = [found.field(name).type for found in (schema, schemas[0])]
+                types = [each.field(name).type for each in (schema, schemas[0])]
                 raise UsageError(f"{path} has {types[0]} in {name}, and {paths[0]} has {types[1]}")

@@ -77,10 +77,10 @@ def decode(source: Encoded | Image.Image, side: int | None = None) -> Upright:
         BrokenRecord: the bytes are no image, a truncated one, or suspiciously large; or the values
             of its pixels cannot be understood.
     """
-    found = load_upright(source, side)
+    decoded = load_upright(source, side)
     with _named(source):
-        image, changes = to_rgb(found.image)
-    return found._replace(image=image, changes=(*found.changes, *changes))
+        image, changes = to_rgb(decoded.image)
+    return decoded._replace(image=image, changes=(*decoded.changes, *changes))
 
 
 def load_upright(source: Encoded | Image.Image, side: int | None = None) -> Upright:
@@ -126,10 +126,10 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, from 1 to 8; 1 if it has none or a broken one."""
     try:
-        found = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # malformed EXIF raises errors of any kind; the pixels are whole
         return 1
-    return found if found in _TURNS else 1
+    return orientation if orientation in _TURNS else 1
 
 
 def size_of(encoded: Encoded) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def size_of(encoded: Encoded) -> tuple[int, int]:
 def size_of_file(path: str) -> tuple[int, int]:
     """Return the same of a file, of which only the beginning is read."""
     try:
-        return storage.with_opened(path, lambda file: _open(file).size)
+        return storage.read_with(path, lambda file: _open(file).size)
     except GlideError as error:
         raise BrokenRecord(str(error)) from None
 
@@ -252,8 +252,8 @@ def _unidentified(data: bytes) -> str:
             return "it is a broken AVIF file, or this Pillow reads none: convert it to PNG or JPEG"
         return "it is a video: export a frame as PNG"
     start = data[:64].lstrip().lower()
-    found = (why for head, why in _HEADS if data.startswith(head) or start.startswith(head))
-    return next(found, "its format is unknown")
+    reasons = (why for head, why in _HEADS if data.startswith(head) or start.startswith(head))
+    return next(reasons, "its format is unknown")
 
 
 def square(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 _NAMED = 3  # names of each reason in the line; the log of a run has all of them
 HIDDEN = "hidden"
@@ -44,16 +44,18 @@ class Faults(NamedTuple):
         parts = []
         if self.left_out:
             total = records + len(self.left_out)
-            parts.append(f"left out {len(self.left_out)} of {total:,}: {by_reason(self.left_out)}")
+            parts.append(
+                f"left out {len(self.left_out)} of {total:,}: {group_by_reason(self.left_out)}"
+            )
         if self.broken:
             parts.append(
                 f"{len(self.broken)} of {records:,} records are broken, and others take their "
-                f"place: {by_reason(self.broken)}"
+                f"place: {group_by_reason(self.broken)}"
             )
         if self.unused:
-            parts.append(f"not used: {by_reason(self.unused)}")
+            parts.append(f"not used: {group_by_reason(self.unused)}")
         if self.empty:
-            parts.append(f"used without a caption: {by_reason(self.empty)}")
+            parts.append(f"used without a caption: {group_by_reason(self.empty)}")
         return f"{where}: {'; '.join(parts)}" if parts else ""
 
     def say(self, where: str, records: int) -> None:
@@ -75,7 +77,7 @@ class Faults(NamedTuple):
         content = "".join(f"{line}\n" for line in lines)
         try:
             if lines:
-                write_whole(path, content.encode("utf-8", "backslashreplace"))
+                write_atomically(path, content.encode("utf-8", "backslashreplace"))
             else:
                 path.unlink(missing_ok=True)
         except OSError as error:
@@ -85,15 +87,17 @@ class Faults(NamedTuple):
 NO_FAULTS = Faults()
 
 
-def by_reason(faults: Iterable[Fault]) -> str:
+def group_by_reason(faults: Iterable[Fault]) -> str:
     """Return `a.png, b.png, c.png and 7 more (no caption: 10), notes.md (suffix .md: 1)`."""
     groups: dict[str, list[str]] = {}
     for fault in faults:
         groups.setdefault(fault.reason, []).append(fault.name)
-    return ", ".join(f"{_some(names)} ({why}: {len(names)})" for why, names in groups.items())
+    return ", ".join(
+        f"{_first_names(names)} ({why}: {len(names)})" for why, names in groups.items()
+    )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(map(_shown, names[:_NAMED])) + more
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, size_of
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.records import Records, Source, digest
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import UsageError
@@ -56,17 +56,17 @@ def filtered(source: Source, config: DataConfig) -> Source:
         rules.append(("reading sizes of images", _size))
     kept, faults = np.arange(len(source)), []
     for progress, rule in rules:
-        found = _reasons(partial(rule, source.records), kept, config, progress)
+        reasons = _reasons(partial(rule, source.records), kept, config, progress)
         faults += [
             Fault(_name(source.records, int(i)), why)
-            for i, why in zip(kept, found, strict=True)
+            for i, why in zip(kept, reasons, strict=True)
             if why
         ]
-        kept = kept[[not why for why in found]]
+        kept = kept[[not why for why in reasons]]
     if not faults:
         return source
     if not len(kept):
-        raise UsageError(f"no image of {config.source} is left: {by_reason(faults)}")
+        raise UsageError(f"no image of {config.source} is left: {group_by_reason(faults)}")
     print(Faults(tuple(faults)).line(config.source, len(kept)), file=sys.stderr)
     return replace(
         source,
@@ -82,18 +82,18 @@ def _reasons(
 ) -> list[str]:
     """Return why a rule leaves each record out, or ""."""
 
-    def of_some(first: int) -> list[str]:
+    def reasons_from(first: int) -> list[str]:
         return [rule(int(i), config) for i in kept[first : first + _SOME]]
 
     with (
         ThreadPoolExecutor(8) as pool,
         tqdm(desc=progress, total=len(kept), unit="record", delay=2) as bar,
     ):
-        found: list[str] = []
-        for some in pool.map(of_some, range(0, len(kept), _SOME)):
-            found += some
-            bar.update(len(some))
-    return found
+        reasons: list[str] = []
+        for batch_reasons in pool.map(reasons_from, range(0, len(kept), _SOME)):
+            reasons += batch_reasons
+            bar.update(len(batch_reasons))
+    return reasons
 
 
 def _name(records: Any, index: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from glide_jax.data import storage
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded, size_of_file
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.inspection import inspect
 from glide_jax.data.listing import Listing, read_listing
 from glide_jax.data.pairing import Pairs, extension, is_caption_folder, pair
@@ -134,14 +134,14 @@ def open_folder(
             table = os.path.abspath(table) if os.path.isfile(table) else table
         return _listed(folder, [table], names, config, unused, within)
     tables = [name for name in names if is_metadata(name)]
-    found = [name for name in tables if "/" not in name] or tables
-    places = [name.rpartition("/")[0] for name in found]
+    chosen = [name for name in tables if "/" not in name] or tables
+    places = [name.rpartition("/")[0] for name in chosen]
     for place in places:
         if places.count(place) > 1:
-            several = " and ".join(n for n in found if n.rpartition("/")[0] == place)
+            several = " and ".join(n for n in chosen if n.rpartition("/")[0] == place)
             raise UsageError(f"{folder} has {several}: choose one with --data.metadata")
-    if found:
-        return _listed(folder, found, names, config, unused)
+    if chosen:
+        return _listed(folder, chosen, names, config, unused)
     return _captioned(folder, names, config, unused)
 
 
@@ -162,10 +162,10 @@ def _captioned(
     broken, empty = inspect(folder, records.names, lambda i: records.texts(i)["caption"])
     faults = Faults(tuple(pairs.bare), broken, (*pairs.unused, *unused), empty)
     if len(broken) == len(records):
-        raise UsageError(f"{folder} has no image that can be used: {by_reason(broken)}")
+        raise UsageError(f"{folder} has no image that can be used: {group_by_reason(broken)}")
     faults.say(folder, len(records))
-    beside = (name for sidecars in records.sidecars for name in sidecars)
-    identity = digest([*records.names, *beside, config.caption_lines, config.caption_field])
+    caption_files = (name for sidecars in records.sidecars for name in sidecars)
+    identity = digest([*records.names, *caption_files, config.caption_lines, config.caption_field])
     return Source(records, "a folder", identity, len(pairs.bare), faults)
 
 
@@ -183,21 +183,23 @@ def _no_captions(folder: str, pairs: Pairs, unused: Sequence[Fault]) -> str:
         )
     if images and (texts := _texts_beside(folder)):
         return f"{folder} has {images} images and no caption: {texts}"
-    others = by_reason((*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name))))
+    others = group_by_reason(
+        (*pairs.unused, *unused, *(f for f in pairs.bare if not is_image(f.name)))
+    )
     also = f" (there is also {others})" if others else ""
     return f"{folder} has {images} images and none with a caption{also}: {_HOW}"
 
 
 def _texts_beside(folder: str) -> str:
     """Return what to do if captions lie in a folder beside this one; empty if there is none."""
-    above = PurePosixPath(os.path.abspath(folder)).parent
-    if storage.is_remote(folder) or not os.access(above, os.R_OK):
+    parent = PurePosixPath(os.path.abspath(folder)).parent
+    if storage.is_remote(folder) or not os.access(parent, os.R_OK):
         return ""
-    found = [name for name in storage.children(str(above))[0] if is_caption_folder(name)]
-    if not found:
+    caption_folders = [name for name in storage.children(str(parent))[0] if is_caption_folder(name)]
+    if not caption_folders:
         return ""
-    both = f"name the folder of both, --data.source {above}"
-    return f"if the captions are those of {above / found[0]}, {both}"
+    advice = f"name the folder of both, --data.source {parent}"
+    return f"if the captions are those of {parent / caption_folders[0]}, {advice}"
 
 
 def _listed(
@@ -208,27 +210,27 @@ def _listed(
     unused: Sequence[Fault],
     within: str = "",
 ) -> Source:
-    found = Listing([], [])
+    listing = Listing([], [])
     for table in tables:
-        one = read_listing(folder, table, names, config)
-        found.entries.extend(e for e in one.entries if e[0].startswith(within))
-        found.bad.extend(one.bad)
+        part = read_listing(folder, table, names, config)
+        listing.entries.extend(e for e in part.entries if e[0].startswith(within))
+        listing.bad.extend(part.bad)
     path = storage.join(folder, tables[0])
-    if not found.entries:
-        examples = f": {by_reason(found.bad)}" if found.bad else ""
+    if not listing.entries:
+        examples = f": {group_by_reason(listing.bad)}" if listing.bad else ""
         raise UsageError(f"{path} lists no image with a caption{examples}")
-    records = ListedRecords(folder, tuple(found.entries))
-    images = [image for image, _ in found.entries]
+    records = ListedRecords(folder, tuple(listing.entries))
+    images = [image for image, _ in listing.entries]
     broken, empty = inspect(folder, images, lambda i: records.entries[i][1]["caption"])
     if len(broken) == len(records):
-        raise UsageError(f"{path} lists no image that can be used: {by_reason(broken)}")
+        raise UsageError(f"{path} lists no image that can be used: {group_by_reason(broken)}")
     known = {*images, *tables}
     table = PurePosixPath(path).name
-    rest = [Fault(n, _unlisted(n, table)) for n in names if n not in known]
-    faults = Faults(tuple(found.bad), broken, (*rest, *unused), empty)
+    unlisted = [Fault(n, _unlisted(n, table)) for n in names if n not in known]
+    faults = Faults(tuple(listing.bad), broken, (*unlisted, *unused), empty)
     faults.say(path, len(records))
     identity = digest(f"{image}\n{fields['caption']}" for image, fields in records.entries)
-    return Source(records, table, identity, len(found.bad), faults)
+    return Source(records, table, identity, len(listing.bad), faults)
 
 
 def _unlisted(name: str, table: str) -> str:

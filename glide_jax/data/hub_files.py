@@ -28,11 +28,11 @@ def split_of(name: str) -> str:
     folders, _, file = name.rpartition("/")
     if shard := _SHARD.fullmatch(file):
         words = shard.group(1)
-        found = _keyword(words)
-        return found or ("" if words.casefold() in ("data", "part") else words)
+        split = _keyword(words)
+        return split or ("" if words.casefold() in ("data", "part") else words)
     stem = file.rpartition(".")[0]
-    if found := _keyword(stem):
-        return found
+    if split := _keyword(stem):
+        return split
     return next((f for f in map(_keyword, reversed(folders.split("/"))) if f), "")
 
 
@@ -62,10 +62,10 @@ def choose_split(
         if wanted != default:
             raise UsageError(f"{where} has no split {wanted!r}: no file name has one")
         return list(names), []
-    asked = [_SAME.get(one, one) for one in wanted.split("+")]
-    if missing := [one for one in asked if one not in known]:
-        have = f"the split{'s' * (len(known) > 1)} {', '.join(known)}"
-        raise UsageError(f"{where} has {have}, and no {missing[0]!r}: choose with --data.split")
+    asked = [_SAME.get(split, split) for split in wanted.split("+")]
+    if missing := [split for split in asked if split not in known]:
+        listed = f"the split{'s' * (len(known) > 1)} {', '.join(known)}"
+        raise UsageError(f"{where} has {listed}, and no {missing[0]!r}: choose with --data.split")
     chosen = [name for name in names if splits[name] in asked]
     _check_configurations(where, chosen)
     _note_missing(where, chosen)
@@ -83,7 +83,7 @@ def _check_configurations(where: str, names: Iterable[str]) -> None:
             if not _keyword(last):
                 continue
         folders.setdefault(file, []).append(folder)
-    several = next((found for found in folders.values() if len(found) > 1), None)
+    several = next((places for places in folders.values() if len(places) > 1), None)
     if several:
         raise UsageError(
             f"{where} has the configurations {', '.join(sorted(several))}: name one, "
@@ -93,14 +93,14 @@ def _check_configurations(where: str, names: Iterable[str]) -> None:
 
 def _note_missing(where: str, names: Iterable[str]) -> None:
     """Print one line if shards are absent."""
-    have: dict[tuple[str, int], int] = {}
+    counts: dict[tuple[str, int], int] = {}
     for name in names:
         if shard := _SHARD.fullmatch(name.rpartition("/")[2]):
             key = (name.rpartition("/")[0] + shard.group(1), int(shard.group(3)))
-            have[key] = have.get(key, 0) + 1
-    there, whole = sum(have.values()), sum(count for _, count in have)
-    if there < whole:
-        print(f"note: {where} has {there} of {whole} files of its split", file=sys.stderr)
+            counts[key] = counts.get(key, 0) + 1
+    present, expected = sum(counts.values()), sum(count for _, count in counts)
+    if present < expected:
+        print(f"note: {where} has {present} of {expected} files of its split", file=sys.stderr)
 
 
 def saved_files(folder: str, names: Sequence[str], wanted: str) -> list[str] | None:

@@ -75,7 +75,7 @@ def _unreadable(path: str) -> str:
         if not os.path.getsize(path):
             return "empty file"
         with open(path, "rb") as file:
-            if _seems_whole(file):
+            if _seems_complete(file):
                 return ""
         load_image(Encoded(storage.read(path), path))
     except (OSError, BrokenRecord):
@@ -87,7 +87,7 @@ def unreadable(image: Encoded) -> str:
     """Return "unreadable" or "no bytes", or "" for an image that seems whole."""
     if not image.data:
         return "no bytes"
-    if _seems_whole(io.BytesIO(image.data)):
+    if _seems_complete(io.BytesIO(image.data)):
         return ""
     try:
         load_image(image)
@@ -96,7 +96,7 @@ def unreadable(image: Encoded) -> str:
     return ""
 
 
-def _seems_whole(file: IO[bytes]) -> bool:
+def _seems_complete(file: IO[bytes]) -> bool:
     try:
         with Image.open(file) as image:
             kind = image.format or ""

@@ -52,8 +52,8 @@ class _Names:
         for name in names:
             if is_image(name):
                 stem = str(PurePosixPath(name).with_suffix(""))
-                for one in {_plain(name), _plain(stem)}:
-                    self._alike.setdefault(one, set()).add(name)
+                for key in {_folded(name), _folded(stem)}:
+                    self._alike.setdefault(key, set()).add(name)
 
     def __call__(self, name: str) -> str | None:
         """Return the path of a file, relative to the folder if it is in it; None: no such file."""
@@ -71,7 +71,7 @@ class _Names:
             if path in self._names:
                 return path
             # Another form of letters or case, or no suffix: only if one file alone fits.
-            alike = self._alike.get(_plain(path), set())
+            alike = self._alike.get(_folded(path), set())
             if len(same := {n for n in alike if _composed(n) == _composed(path)} or alike) == 1:
                 return next(iter(same))
         if storage.is_remote(self._folder):
@@ -86,7 +86,7 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _plain(name: str) -> str:
+def _folded(name: str) -> str:
     return _composed(name).casefold()
 
 
@@ -105,20 +105,20 @@ def read_listing(folder: str, table: str, names: Sequence[str], config: DataConf
     """
     path = storage.join(folder, table)
     find, short = _Names(folder, table, names), PurePosixPath(path).name
-    found = Listing([], [])
+    listing = Listing([], [])
     first: dict[str, str] = {}
     for place, row in rows_of(path, [f for f in (config.image_field, config.caption_field) if f]):
         try:
             entry = _entry(row, config, find, f"{path}, {place}")
         except BrokenRecord as error:
-            found.bad.append(Fault(f"{short}, {place}: {error}", "bad row"))
+            listing.bad.append(Fault(f"{short}, {place}: {error}", "bad row"))
             continue
         same = first.setdefault(digest([entry[0], repr(entry[1])]), place)
         if same != place:
-            found.bad.append(Fault(f"{short}, {place}", f"the same as {same}"))
+            listing.bad.append(Fault(f"{short}, {place}", f"the same as {same}"))
         else:
-            found.entries.append(entry)
-    return found
+            listing.entries.append(entry)
+    return listing
 
 
 def _entry(

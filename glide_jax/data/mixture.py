@@ -26,7 +26,7 @@ def parse_mixture(texts: Iterable[str]) -> dict[str, Fraction]:
     Raises:
         UsageError: a weight is missing or not positive, or a source is there twice.
     """
-    found: dict[str, Fraction] = {}
+    weights: dict[str, Fraction] = {}
     for text in texts:
         start = 0
         for weight in re.finditer(r":\s*([-+\w.]+)\s*(?:,|$)", text):
@@ -35,7 +35,7 @@ def parse_mixture(texts: Iterable[str]) -> dict[str, Fraction]:
             name = text[start : weight.start()].strip()
             if not name:
                 raise UsageError(f"mixture: {text!r} names no source before {weight.group()!r}")
-            if name in found:
+            if name in weights:
                 raise UsageError(f"mixture names {name} twice: add its weights")
             value = float(weight.group(1))
             if not (math.isfinite(value) and value > 0):
@@ -43,16 +43,16 @@ def parse_mixture(texts: Iterable[str]) -> dict[str, Fraction]:
                     f"mixture: the weight of {name} must be positive and finite, not "
                     f"{weight.group(1)}"
                 )
-            found[name] = Fraction(weight.group(1))
+            weights[name] = Fraction(weight.group(1))
             start = weight.end()
-        if rest := text[start:].strip():
+        if unweighted := text[start:].strip():
             raise UsageError(
-                f"mixture: {rest!r} has no weight: write SOURCE:WEIGHT, such as images:1"
+                f"mixture: {unweighted!r} has no weight: write SOURCE:WEIGHT, such as images:1"
             )
         if not start:
             raise UsageError("mixture names an empty source: write SOURCE:WEIGHT, such as images:1")
-    whole_weights(list(found.values()))
-    return found
+    integer_weights(list(weights.values()))
+    return weights
 
 
 def _is_number(text: str) -> bool:
@@ -63,21 +63,21 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """Return the smallest whole numbers in the proportion of some weights.
+def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """Return the smallest integers in the proportion of some weights.
 
     Raises:
         UsageError: their sum is too large.
     """
     common = math.lcm(*(weight.denominator for weight in weights))
-    whole = [int(weight * common) for weight in weights]
-    whole = [number // math.gcd(*whole) for number in whole]
-    if sum(whole) > _LONGEST:
+    integers = [int(weight * common) for weight in weights]
+    integers = [number // math.gcd(*integers) for number in integers]
+    if sum(integers) > _LONGEST:
         raise UsageError(
-            f"mixture: the weights are in proportion {' : '.join(f'{n:.7g}' for n in whole)}: "
+            f"mixture: the weights are in proportion {' : '.join(f'{n:.7g}' for n in integers)}: "
             f"round them, so that these numbers have a sum of at most {_LONGEST:,}"
         )
-    return tuple(whole)
+    return tuple(integers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,8 @@ class MixedRecords:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Any:
-        part, own = locate(self.ends, index)
-        return self.parts[part][own]
+        part, index_in_part = locate(self.ends, index)
+        return self.parts[part][index_in_part]
 
 
 def mix(sources: dict[str, Source], weights: Sequence[Fraction]) -> Source:
@@ -112,19 +112,19 @@ def mix(sources: dict[str, Source], weights: Sequence[Fraction]) -> Source:
     """
     if empty := next((name for name, source in sources.items() if not len(source)), ""):
         raise UsageError(f"mixture: there are no records in {empty}")
-    every, whole = list(sources.values()), whole_weights(weights)
-    counts = [len(source) for source in every]
-    records = MixedRecords(tuple(source.records for source in every), np.cumsum(counts))
-    shares = [f"{weight} x {source.label}" for weight, source in zip(whole, every, strict=True)]
+    opened, integers = list(sources.values()), integer_weights(weights)
+    counts = [len(source) for source in opened]
+    records = MixedRecords(tuple(source.records for source in opened), np.cumsum(counts))
+    shares = [f"{weight} x {source.label}" for weight, source in zip(integers, opened, strict=True)]
     named = (_named(name, source.faults) for name, source in sources.items())
     faults = Faults(*(tuple(chain(*kind)) for kind in zip(*named, strict=True)))
     return Source(
         records,
         f"a mixture of {', '.join(shares)}",
-        digest([*(source.fingerprint for source in every), repr(whole)]),
-        sum(source.left_out for source in every),
+        digest([*(source.fingerprint for source in opened), repr(integers)]),
+        sum(source.left_out for source in opened),
         faults,
-        tuple(Part(count, weight) for count, weight in zip(counts, whole, strict=True)),
+        tuple(Part(count, weight) for count, weight in zip(counts, integers, strict=True)),
     )
 
 

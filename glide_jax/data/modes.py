@@ -38,14 +38,14 @@ def to_bytes(values: np.ndarray) -> tuple[np.ndarray, str | None]:
     low, high = float(values.min()), float(values.max())
     if values.dtype == np.uint16 or (values.dtype.kind != "f" and 255 < high < 65536 and low >= 0):
         return (values >> 8).astype(np.uint8), "reduced from 16 bits to 8"
-    whole = values.dtype.kind != "f" or bool((values == np.round(values)).all())
+    are_integers = values.dtype.kind != "f" or bool((values == np.round(values)).all())
     if values.dtype.kind == "f" and high <= 1 + _OVERSHOOT:
         if low >= -_OVERSHOOT:
             return _rounded(values * 255.0), "scaled from values between 0 and 1"
         if low >= -1 - _OVERSHOOT:
             return _rounded((values + 1.0) * 127.5), "scaled from values between -1 and 1"
-    if low >= 0 and high <= 255 and (whole or high >= 16):
-        return _rounded(values), None if whole else "rounded to 8 bits"
+    if low >= 0 and high <= 255 and (are_integers or high >= 16):
+        return _rounded(values), None if are_integers else "rounded to 8 bits"
     raise UnfitPixels(
         f"its values run from {low:g} to {high:g}: scale them to 0 to 1, or to 0 to 255"
     )

@@ -45,8 +45,8 @@ def pair(names: Sequence[str], preferred: str = "") -> Pairs:
         names: files of the folder, sorted.
         preferred: extension of the captions where an image has several text files.
     """
-    order = sorted(_EXTENSIONS, key=lambda one: one != preferred.lower())
-    own = {key for name in names if is_image(name) for key in (_whole(name), _stem(name))}
+    order = sorted(_EXTENSIONS, key=lambda suffix: suffix != preferred.lower())
+    own = {key for name in names if is_image(name) for key in (_composed(name), _stem(name))}
     beside: dict[str, list[str]] = {}
     parallel: dict[str, list[str]] = {}
     folders = _folders(names)
@@ -60,11 +60,11 @@ def pair(names: Sequence[str], preferred: str = "") -> Pairs:
     others = []
     for name in names:
         if is_image(name):
-            found = _texts(name, beside, parallel, folders)
-            used.update(found)
-            if found:
+            sidecars = _texts(name, beside, parallel, folders)
+            used.update(sidecars)
+            if sidecars:
                 pairs.images.append(name)
-                pairs.sidecars.append(found)
+                pairs.sidecars.append(sidecars)
             else:
                 pairs.bare.append(Fault(name, "no caption"))
         else:
@@ -103,7 +103,7 @@ def extension(name: str) -> str:
     return posixpath.splitext(name)[1].lower()[1:]
 
 
-def _whole(name: str) -> str:
+def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
@@ -119,14 +119,14 @@ def _texts(
     folders: dict[str, set[str]],
 ) -> tuple[str, ...]:
     """Return the text files of an image: those for its full name, beside it, in other folders."""
-    whole = _whole(image)
-    found: list[str] = [*beside.get(whole, []), *beside.get(_stem(image), [])]
+    composed = _composed(image)
+    texts: list[str] = [*beside.get(composed, []), *beside.get(_stem(image), [])]
     if parallel:
-        keys = [whole, *_without(image, _IMAGE_FOLDERS, folders, whole=True)]
+        keys = [composed, *_without(image, _IMAGE_FOLDERS, folders, keep_suffix=True)]
         for key in (*keys, _stem(image), *_without(image, _IMAGE_FOLDERS, folders)):
-            found += parallel.get(key, [])
-    captions = [name for name in found if extension(name) != "json" and name != image]
-    described = [name for name in found if extension(name) == "json" and name != image]
+            texts += parallel.get(key, [])
+    captions = [name for name in texts if extension(name) != "json" and name != image]
+    described = [name for name in texts if extension(name) == "json" and name != image]
     return (*captions[:1], *described[:1])
 
 
@@ -136,7 +136,7 @@ def _without(
     folders: dict[str, set[str]] | None = None,
     *,
     last: bool = False,
-    whole: bool = False,
+    keep_suffix: bool = False,
 ) -> list[str]:
     """Return a path without each of its folders that has a known name, or stands alone.
 
@@ -145,23 +145,23 @@ def _without(
         known: names of folders.
         folders: the folders in each folder, apart from those of captions.
         last: only the last such folder.
-        whole: keep the suffix.
+        keep_suffix: whether the suffix stays.
     """
-    stem = _whole(name) if whole else _stem(name)
+    stem = _composed(name) if keep_suffix else _stem(name)
     parts = stem.split("/")
-    found = []
+    shorter = []
     for i, part in enumerate(parts[:-1]):
         alone = folders is not None and len(folders.get("/".join(parts[:i]), ())) == 1
         if part.casefold() in known or alone:
-            found.append("/".join([*parts[:i], *parts[i + 1 :]]))
-    return found[-1:] if last else found
+            shorter.append("/".join([*parts[:i], *parts[i + 1 :]]))
+    return shorter[-1:] if last else shorter
 
 
 def _folders(names: Iterable[str]) -> dict[str, set[str]]:
     """Return the folders in each folder, apart from those of captions."""
     inside: dict[str, set[str]] = {}
     for name in names:
-        parts = _whole(name).split("/")
+        parts = _composed(name).split("/")
         for i, part in enumerate(parts[:-1]):
             if not is_caption_folder(part):
                 inside.setdefault("/".join(parts[:i]), set()).add(part)

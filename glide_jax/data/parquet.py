@@ -12,7 +12,7 @@ from glide_jax.data import storage
 from glide_jax.data.columns import Columns, check_same, find_columns, names_files
 from glide_jax.data.data_config import DataConfig
 from glide_jax.data.decoding import Encoded
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.inspection import MOST, unreadable
 from glide_jax.data.records import Source, captions_of, digest, lookup, other_texts
 from glide_jax.data.row_groups import ROOM, RowGroups, open_row_groups
@@ -70,12 +70,16 @@ class TableRecords:
         if not path:
             raise BrokenRecord(f"{name} has no image: its {field} is null")
         file = self.rows.paths[self.rows.locate(index)[0]]
-        beside = storage.join(file.rpartition("/")[0] or ".", path)
-        above = storage.join(self.folder, path)
-        if beside != above and not storage.is_remote(path) and not storage.exists(beside):
-            beside = above
+        path_beside = storage.join(file.rpartition("/")[0] or ".", path)
+        path_in_folder = storage.join(self.folder, path)
+        if (
+            path_beside != path_in_folder
+            and not storage.is_remote(path)
+            and not storage.exists(path_beside)
+        ):
+            path_beside = path_in_folder
         try:
-            return Encoded(storage.read(beside), f"{name} ({path})")
+            return Encoded(storage.read(path_beside), f"{name} ({path})")
         except BrokenRecord as error:
             raise BrokenRecord(f"{name} has no image: {error}") from None
 
@@ -89,7 +93,7 @@ class TableRecords:
         if (caption := _found(row, field)) is None:
             raise BrokenRecord(f"{name} has no caption: its {field} is null")
         if isinstance(caption, list):
-            caption = [one for one in caption if one is not None]
+            caption = [text for text in caption if text is not None]
         captions = captions_of(caption, f"{field} in {name}")
         return {"caption": captions, **other_texts(row, self.columns.score)}
 
@@ -138,7 +142,7 @@ def open_tables(
     _check_captions(records)
     faults = _faults(records)._replace(unused=tuple(unused))
     if len(faults.broken) == len(records):
-        raise UsageError(f"{where} has no row that can be used: {by_reason(faults.broken)}")
+        raise UsageError(f"{where} has no row that can be used: {group_by_reason(faults.broken)}")
     faults.say(where, len(records))
     if rows.bytes > ROOM and rows.largest > ROOM / 4:
         print(

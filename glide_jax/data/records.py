@@ -176,7 +176,7 @@ def captions_of(value: Any, name: str) -> str | tuple[str, ...]:
         return text(value, name)
     if not len(value):
         raise BrokenRecord(f"{name} has no caption")
-    return tuple(text(one, name) for one in value)
+    return tuple(text(item, name) for item in value)
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
@@ -187,9 +187,9 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
     """
     if path in record:
         return record[path]
-    first, _, rest = path.partition("/")
-    if rest and isinstance(record.get(first), Mapping):
-        return lookup(record[first], rest)
+    first, _, remainder = path.partition("/")
+    if remainder and isinstance(record.get(first), Mapping):
+        return lookup(record[first], remainder)
     raise KeyError(path)
 
 
@@ -198,21 +198,21 @@ def fields_of(record: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
 
     Case, spaces, `-` and `_` do not count: `File Name` is `file_name`.
     """
-    plain = {_plain(name): name for name in reversed(list(record))}
-    found: list[str] = []
+    plain = {_normalised(name): name for name in reversed(list(record))}
+    paths: list[str] = []
     for path in usual:
-        name = path if path in record or "/" in path else plain.get(_plain(path), path)
+        name = path if path in record or "/" in path else plain.get(_normalised(path), path)
         try:
             lookup(record, name)
         except KeyError:
             continue
-        found.append(name)
+        paths.append(name)
     # `TEXT` and `Text` beside each other are two fields.
-    same = [name for name in record if _plain(name) in map(_plain, found)]
-    return list(dict.fromkeys([*found, *same]))
+    same = [name for name in record if _normalised(name) in map(_normalised, paths)]
+    return list(dict.fromkeys([*paths, *same]))
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
@@ -234,8 +234,8 @@ def field_of(record: Mapping[str, Any], wanted: str, usual: Sequence[str], optio
             return wanted
         except KeyError:
             pass
-    elif found := fields_of(record, usual):
-        return found[0]
+    elif paths := fields_of(record, usual):
+        return paths[0]
     raise BrokenRecord(
         f"has {', '.join(record) or 'no fields'}, not {wanted or ' or '.join(usual[:3])}: "
         f"name the field with --data.{option}"
@@ -249,8 +249,8 @@ def other_texts(record: Mapping[str, Any], score: str = "") -> dict[str, Any]:
         record: the record.
         score: path of a field that is returned too, whatever its type; empty for none.
     """
-    found = {k: v for k, v in record.items() if isinstance(v, str)}
+    texts = {k: v for k, v in record.items() if isinstance(v, str)}
     if score:
         with suppress(KeyError):  # such a record is left out
-            found[score] = lookup(record, score)
-    return {k: v for k, v in found.items() if k not in ("image", "caption")}
+            texts[score] = lookup(record, score)
+    return {k: v for k, v in texts.items() if k not in ("image", "caption")}

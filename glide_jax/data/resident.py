@@ -55,13 +55,13 @@ class Picks(NamedTuple):
 def take(data: Resident, picks: Picks, size: int) -> dict[str, jax.Array]:
     """Return the image, tokens, mask and row of a step: `(b, size, size, 3)` uint8 and so on."""
 
-    def one(number: jax.Array, corner: jax.Array, flip: jax.Array) -> jax.Array:
+    def cut_image(number: jax.Array, corner: jax.Array, flip: jax.Array) -> jax.Array:
         start = (number, corner[0], corner[1], 0)
         image = jax.lax.dynamic_slice(data.image, start, (1, size, size, 3))[0]
         return jnp.where(flip, image[:, ::-1], image)
 
     return {
-        "image": jax.vmap(one)(picks.image, picks.corner, picks.flip),
+        "image": jax.vmap(cut_image)(picks.image, picks.corner, picks.flip),
         "tokens": data.tokens[picks.caption],
         "mask": data.mask[picks.caption],
         "row": picks.row,
@@ -115,7 +115,7 @@ class ResidentBatches:
                     tokens.append(encoded["tokens"])
                     masks.append(encoded["mask"])
                     sides.append(names_side(text))
-            images.append(_whole(record["image"], prepare))
+            images.append(_resident_pixels(record["image"], prepare))
             if images[-1].shape != images[0].shape:
                 raise BrokenRecord(f"images of {images[0].shape} and of {images[-1].shape}")
         self.data = Resident(np.stack(images), np.stack(tokens), np.stack(masks))
@@ -158,7 +158,7 @@ class ResidentBatches:
         self._position = int(state["position"])
 
 
-def _whole(image: Encoded | np.ndarray, prepare: Prepare) -> np.ndarray:
+def _resident_pixels(image: Encoded | np.ndarray, prepare: Prepare) -> np.ndarray:
     """Return the pixels that lie on the device: a whole image for windows, else the square."""
     decoded = np.asarray(load_image(image)) if isinstance(image, Encoded) else image
     if prepare.config.crop == "window":

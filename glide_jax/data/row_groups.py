@@ -70,11 +70,11 @@ class _File:
             )
         mapped = pa.memory_map(path)
         try:
-            whole = pa.ipc.open_stream(mapped).read_all()
+            table = pa.ipc.open_stream(mapped).read_all()
         except pa.ArrowInvalid:
             mapped.seek(0)
-            whole = pa.ipc.open_file(mapped).read_all()
-        self.schema, self._batches = whole.schema, whole.to_batches()
+            table = pa.ipc.open_file(mapped).read_all()
+        self.schema, self._batches = table.schema, table.to_batches()
         self.rows = [batch.num_rows for batch in self._batches]
         self.bytes = [0] * len(self.rows)  # they stay in the file
 
@@ -116,13 +116,13 @@ class _Kept:
     def get(self, path: str, number: int, columns: tuple[str, ...]) -> Any:
         """Return the columns of a group."""
         key = (path, number, columns)
-        if (found := self._find(key)) is not None:
-            return found
+        if (group := self._find(key)) is not None:
+            return group
         file = _opened(path)
         with file.lock:
             # Another thread may have read it in the meantime.
-            if (found := self._find(key)) is not None:
-                return found
+            if (group := self._find(key)) is not None:
+                return group
             group = file.group(number, columns)
             with self._lock:
                 self._groups[key] = group
@@ -224,13 +224,13 @@ def open_row_groups(paths: Sequence[str]) -> tuple[RowGroups, list[Any]]:
 
     with ThreadPoolExecutor(8) as pool:
         footers = pool.map(look, paths)
-        found = list(tqdm(footers, "reading footers", len(paths), unit="file", delay=2))
-    sizes = [size for _, file, _ in found for size in file]
+        scanned = list(tqdm(footers, "reading footers", len(paths), unit="file", delay=2))
+    sizes = [size for _, file, _ in scanned for size in file]
     groups = RowGroups(
         tuple(paths),
-        tuple(np.cumsum(rows, dtype=np.int64) for rows, _, _ in found),
-        np.cumsum([sum(rows) for rows, _, _ in found], dtype=np.int64),
+        tuple(np.cumsum(rows, dtype=np.int64) for rows, _, _ in scanned),
+        np.cumsum([sum(rows) for rows, _, _ in scanned], dtype=np.int64),
         max(sizes, default=0),
         sum(sizes),
     )
-    return groups, [schema for _, _, schema in found]
+    return groups, [schema for _, _, schema in scanned]

@@ -90,7 +90,7 @@ class Scene:
         These are a tenth of the (colour, shape) pairs, of the (shape, relation, shape) triples, and
         of the (four, colour) pairs.
         """
-        keys = {f"{one.colour} {one.shape}" for one in self.objects}
+        keys = {f"{scene_object.colour} {scene_object.shape}" for scene_object in self.objects}
         if self.relation:
             keys.add(f"{self.objects[0].shape} {self.relation} {self.objects[1].shape}")
         elif len(self.objects) == 4:
@@ -98,8 +98,8 @@ class Scene:
         return any(_hash(key) % 10 == 0 for key in keys)
 
 
-def _singular(one: SceneObject) -> str:
-    return f"a {one.size} {one.colour} {one.shape}"
+def _singular(scene_object: SceneObject) -> str:
+    return f"a {scene_object.size} {scene_object.colour} {scene_object.shape}"
 
 
 def _plural(shape: str) -> str:
@@ -135,13 +135,13 @@ def outline(shape: str) -> list[np.ndarray]:
     }[shape]()
 
 
-def coverage(one: SceneObject, size: int) -> np.ndarray:
+def coverage(scene_object: SceneObject, size: int) -> np.ndarray:
     """Return how much of each pixel an object covers: `(size, size)` float32 in [0, 1]."""
     scale = size * OVERSAMPLING
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
-    for line, fill in zip(outline(one.shape), (255, 0), strict=False):
-        points = (line * SIZES[one.size] + (one.x, one.y)) * scale
+    for line, fill in zip(outline(scene_object.shape), (255, 0), strict=False):
+        points = (line * SIZES[scene_object.size] + (scene_object.x, scene_object.y)) * scale
         pen.polygon([tuple(p) for p in points], fill=fill)
     small = canvas.resize((size, size), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / 255
@@ -151,9 +151,9 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     """Return the image of a scene, `(size, size, 3)` uint8."""
     background = np.asarray(BACKGROUNDS[scene.background], np.float32)
     image = np.broadcast_to(background, (size, size, 3))
-    for one in scene.objects:
-        cover = coverage(one, size)[..., None]
-        image = image * (1 - cover) + np.asarray(COLOURS[one.colour], np.float32) * cover
+    for scene_object in scene.objects:
+        cover = coverage(scene_object, size)[..., None]
+        image = image * (1 - cover) + np.asarray(COLOURS[scene_object.colour], np.float32) * cover
     return np.round(image).astype(np.uint8)
 
 

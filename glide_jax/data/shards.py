@@ -47,7 +47,7 @@ class Scan:
         return len(self.kinds)
 
 
-def in_a_row(bounds: Sequence[int], damage: str = "") -> Scan:
+def contiguous_scan(bounds: Sequence[int], damage: str = "") -> Scan:
     """Return the scan of records without gaps: record i is bytes [bounds[i], bounds[i + 1])."""
     edges = np.array(bounds, np.int64)
     count = len(edges) - 1
@@ -121,12 +121,12 @@ def index_shards(paths: Sequence[str], scan: Scanner) -> Shards:
     """
     with ThreadPoolExecutor(8) as pool:
         scanned = pool.map(lambda path: _scanned(path, scan), paths)
-        found = list(tqdm(scanned, "finding records", len(paths), unit="file", delay=2))
-    for path, one in zip(paths, found, strict=True):
-        if one.damage:
-            about = f"{path} is damaged after {len(one)} records: {one.damage}"
+        scans = list(tqdm(scanned, "finding records", len(paths), unit="file", delay=2))
+    for path, file_scan in zip(paths, scans, strict=True):
+        if file_scan.damage:
+            about = f"{path} is damaged after {len(file_scan)} records: {file_scan.damage}"
             print(one_line(about), file=sys.stderr)
-    return Shards(tuple(paths), tuple(found), np.cumsum([len(one) for one in found]))
+    return Shards(tuple(paths), tuple(scans), np.cumsum(list(map(len, scans))))
 
 
 def _scanned(path: str, scan: Scanner) -> Scan:
@@ -139,9 +139,9 @@ def _scanned(path: str, scan: Scanner) -> Scan:
             return Scan(*places, tuple(names), damage, tuple(map(tuple, unused)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not cached, or the cache is damaged: scan the file
-    found = storage.with_opened(path, scan)
-    _save(cached, found)
-    return found
+    file_scan = storage.read_with(path, scan)
+    _save(cached, file_scan)
+    return file_scan
 
 
 def _save(path: Path, scan: Scan) -> None:

@@ -53,16 +53,16 @@ def choose(extensions: Iterable[str], wanted: str, usual: Iterable[str], what: s
     Raises:
         BrokenRecord: several fit equally.
     """
-    have, kinds = list(extensions), (wanted,) if wanted else tuple(usual)
-    whole = [e for e in have if e in kinds]
-    found = whole or [e for e in have if e.rpartition(".")[2] in kinds]
-    if what == "caption" and found:
-        first = min(kinds.index(e if whole else e.rpartition(".")[2]) for e in found)
-        found = [e for e in found if e.endswith(kinds[first])]
-    if len(found) > 1:
-        names = ", ".join(found)
+    present, kinds = list(extensions), (wanted,) if wanted else tuple(usual)
+    exact = [e for e in present if e in kinds]
+    candidates = exact or [e for e in present if e.rpartition(".")[2] in kinds]
+    if what == "caption" and candidates:
+        first = min(kinds.index(e if exact else e.rpartition(".")[2]) for e in candidates)
+        candidates = [e for e in candidates if e.endswith(kinds[first])]
+    if len(candidates) > 1:
+        names = ", ".join(candidates)
         raise BrokenRecord(f"several {what}s, {names}: choose with --data.{what}-field")
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def choose_image(extensions: Iterable[str], wanted: str) -> str | None:

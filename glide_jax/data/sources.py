@@ -47,12 +47,12 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.mixture:
         weights = parse_mixture(config.mixture)
-        each = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
-        return mix(each, list(weights.values()))
-    return filtered(_whole(config), config)
+        opened = {n: open_source(replace(config, source=n, mixture=())) for n in weights}
+        return mix(opened, list(weights.values()))
+    return filtered(_open_unfiltered(config), config)
 
 
-def _whole(config: DataConfig) -> Source:
+def _open_unfiltered(config: DataConfig) -> Source:
     """Open a source without filters."""
     if not config.source:
         raise UsageError(
@@ -123,7 +123,7 @@ def _file(path: str, config: DataConfig) -> Source:
         return open_folder(folder, tree.names, replace(config, metadata=name), tree.unused)
     if is_packed_name(name):
         raise UsageError(f"{path} is an archive that is not read: unpack it, and name its folder")
-    if storage.with_opened(path, tarfile.is_tarfile):
+    if storage.read_with(path, tarfile.is_tarfile):
         return open_webdataset([path], config)
     raise UsageError(
         f"{path} is not read: name a folder, tar shards, parquet files or an .npz file"
@@ -161,9 +161,9 @@ def _folder(folder: str, config: DataConfig) -> Source:
     if split:
         unused = [*unused, *_beside_splits(folder, split)]
     if split and (table := _table_above(folder, names, config)):
-        inside = [f"{split}/{name}" for name in names]
+        split_names = [f"{split}/{name}" for name in names]
         listed = replace(config, metadata=table)
-        source = open_folder(folder, inside, listed, unused, within=f"{split}/")
+        source = open_folder(folder, split_names, listed, unused, within=f"{split}/")
     else:
         source = _open(chosen, names, config, unused)
     return replace(source, label=f"{source.label}, {config.split}") if split else source
@@ -174,12 +174,12 @@ def _table_files(folder: str, names: Sequence[str], config: DataConfig) -> list[
     if config.metadata or any(map(is_tar_name, names)):
         return []
     tables = [name for name in names if is_table_name(name)]
-    found = [name for name in tables if not is_metadata(name)] or tables
-    if not found or is_listing(storage.join(folder, found[0])):
+    data_tables = [name for name in tables if not is_metadata(name)] or tables
+    if not data_tables or is_listing(storage.join(folder, data_tables[0])):
         return []
-    others = [name for name in names if name not in found]
+    others = [name for name in names if name not in data_tables]
     captioned = any(map(is_image, others)) and bool(pair(others).images)
-    return [] if captioned or any(map(is_metadata, others)) else found
+    return [] if captioned or any(map(is_metadata, others)) else data_tables
 
 
 def _table_above(folder: str, names: Sequence[str], config: DataConfig) -> str:
@@ -215,10 +215,10 @@ def _split(folder: str, config: DataConfig) -> str:
     folders, files = storage.children(folder)
     # A folder of another case, `Train`, if there is no other like it.
     alike = [name for name in folders if name.casefold() == wanted.casefold()]
-    own = wanted if wanted in folders else alike[0] if len(alike) == 1 else ""
-    others = [name for name in folders if name != own]
+    split = wanted if wanted in folders else alike[0] if len(alike) == 1 else ""
+    others = [name for name in folders if name != split]
     splits = [name for name in others if _is_split(name)]
-    if not own:
+    if not split:
         # A path, or a folder that was hidden from the list.
         if storage.is_folder(storage.join(folder, wanted)) and not alike:
             return wanted
@@ -229,13 +229,13 @@ def _split(folder: str, config: DataConfig) -> str:
             )
         return ""
     loose = any(map(is_image, files))
-    if not _is_split(own) or splits or not (others or loose):
-        return own
+    if not _is_split(split) or splits or not (others or loose):
+        return split
     if wanted != DataConfig.split:
-        beside = f"the folders beside {own} are no splits ({', '.join(others[:3])})"
+        beside = f"the folders beside {split} are no splits ({', '.join(others[:3])})"
         raise UsageError(
             f"{folder} has no split {wanted!r}: {beside if others else 'images lie beside it'}; to "
-            f"train on that folder alone, add --data.source {storage.join(folder, own)}"
+            f"train on that folder alone, add --data.source {storage.join(folder, split)}"
         )
     return ""
 
@@ -243,8 +243,8 @@ def _split(folder: str, config: DataConfig) -> str:
 def _beside_splits(folder: str, split: str) -> list[Fault]:
     """Return the folders and images beside splits that belong to none of them."""
     folders, files = storage.children(folder)
-    other = [f"{name}/" for name in folders if name != split and not _is_split(name)]
-    return [Fault(name, "beside the splits") for name in [*other, *filter(is_image, files)]]
+    other_folders = [f"{name}/" for name in folders if name != split and not _is_split(name)]
+    return [Fault(name, "beside the splits") for name in [*other_folders, *filter(is_image, files)]]
 
 
 def _npz(path: str, config: DataConfig) -> Source:
@@ -276,13 +276,13 @@ def _scenes(size: int, config: DataConfig) -> Source:
 
 def _missing(name: str, last: str) -> str:
     if name == "emoji64":
-        how = "`glide-jax data --help` says how to make it"
+        remedy = "`glide-jax data --help` says how to make it"
     elif name.startswith("hf://"):
-        how = "check its name; for a private or gated one, log in first: hf auth login"
+        remedy = "check its name; for a private or gated one, log in first: hf auth login"
     else:
-        how = (
+        remedy = (
             "prepare it with tensorflow-datasets (file_format='array_record'), or name other data "
             "with --data.source: a folder of images with captions, or tar shards"
         )
     nor = f" (nor {last})" if last != name else ""
-    return f"there is no data set {name}{nor}: {how}"
+    return f"there is no data set {name}{nor}: {remedy}"

@@ -79,7 +79,7 @@ def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
         raise BrokenRecord(f"cannot read {path}: {error!r:.200}") from None
 
 
-def with_opened(path: str, use: Callable[[IO[bytes]], T]) -> T:
+def read_with(path: str, use: Callable[[IO[bytes]], T]) -> T:
     """Return `use(file)` of a file opened at its beginning.
 
     Raises:
@@ -150,10 +150,10 @@ def children(folder: str) -> tuple[list[str], list[str]]:
 def _local_children(folder: str) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(folder) as entries:
-            found = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
+            children = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
     except OSError as error:
         raise GlideError(f"cannot read {folder} ({error.strerror})") from None
-    shown = [(name, is_dir) for name, is_dir in found if not name.startswith(".")]
+    shown = [(name, is_dir) for name, is_dir in children if not name.startswith(".")]
     return [n for n, is_dir in shown if is_dir], [n for n, is_dir in shown if not is_dir]
 
 
@@ -173,7 +173,7 @@ def matching(pattern: str) -> list[str]:
         UsageError: the braces are not closed, or count what is no number.
     """
     if "::" in pattern:
-        return sorted({found for part in pattern.split("::") for found in matching(part)})
+        return sorted({file for part in pattern.split("::") for file in matching(part)})
     if not is_pattern(pattern):
         if re.search(r"[{}]", pattern) and not exists(pattern):
             raise UsageError(
@@ -185,15 +185,15 @@ def matching(pattern: str) -> list[str]:
     if braces := re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern):
         names = _alternatives(braces.group(1), pattern)
         paths = (pattern[: braces.start()] + n + pattern[braces.end() :] for n in names)
-        return sorted({found for path in paths for found in matching(path)})
+        return sorted({file for path in paths for file in matching(path)})
     folder, slash, last = pattern.rpartition("/")
     if re.search(r"[*?\[]", folder) and exists(folder):
         pattern = glob.escape(folder) + slash + last  # the name of a folder may have brackets
     if not is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     scheme = pattern.split("://")[0] + "://"
-    found = cast(list[str], _ask(pattern, lambda system: system.glob(pattern)))
-    return sorted(scheme + path.lstrip("/") for path in found)
+    paths = cast(list[str], _ask(pattern, lambda system: system.glob(pattern)))
+    return sorted(scheme + path.lstrip("/") for path in paths)
 
 
 def _alternatives(text: str, pattern: str) -> list[str]:

@@ -103,8 +103,8 @@ def _json(value: Any, path: str) -> Iterator[tuple[str, Row]]:
     if not isinstance(value, list):
         raise UsageError(f"{path} has neither a list nor an object")
     for number, row in enumerate(value, 1):
-        whole = isinstance(row, dict)
-        yield f"entry {number}", row if whole else "is not a JSON object"
+        is_object = isinstance(row, dict)
+        yield f"entry {number}", row if is_object else "is not a JSON object"
 
 
 def _named(name: str, about: Any) -> Row:
@@ -118,9 +118,9 @@ def _named(name: str, about: Any) -> Row:
 def _coco(value: dict[str, Any], path: str) -> list[Row]:
     try:
         captions: dict[Any, list[Any]] = {}
-        for one in value["annotations"]:
-            if "caption" in one:
-                captions.setdefault(one["image_id"], []).append(one["caption"])
+        for annotation in value["annotations"]:
+            if "caption" in annotation:
+                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         if not captions:
             raise UsageError(f"{path} has annotations without captions")
         return [

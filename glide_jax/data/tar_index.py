@@ -140,7 +140,7 @@ def _parts(numbered: list[tuple[int, Member]]) -> Iterator[list[tuple[int, Membe
     groups: dict[str, list[tuple[int, Member]]] = {}
     for run, member in numbered:
         groups.setdefault(member.extension.rpartition(".")[0], []).append((run, member))
-    rest = []
+    others = []
     for prefix, group in groups.items():
         kinds = {member.extension.rpartition(".")[2] for _, member in group}
         # With `1.jpg`, `1.seg.png` and `1.seg.json` describe that image.
@@ -148,9 +148,9 @@ def _parts(numbered: list[tuple[int, Member]]) -> Iterator[list[tuple[int, Membe
         if prefix and _has_image(kinds) and kinds & texts:
             yield group
         else:
-            rest.extend(group)
-    if rest:
-        yield rest
+            others.extend(group)
+    if others:
+        yield others
 
 
 def _has_image(kinds: set[str]) -> bool:
@@ -160,14 +160,14 @@ def _has_image(kinds: set[str]) -> bool:
 def _repeated(numbered: list[tuple[int, Member]]) -> Iterator[list[Member]]:
     """Yield the records of a key: an extension that comes again later begins another one."""
     record: list[Member] = []
-    have: dict[str, int] = {}
+    runs: dict[str, int] = {}
     for run, member in numbered:
         # Within a run it is an error, which reading the record reports.
-        if have.get(member.extension, run) != run:
+        if runs.get(member.extension, run) != run:
             yield record
-            record, have = [], {}
+            record, runs = [], {}
         record.append(member)
-        have[member.extension] = run
+        runs[member.extension] = run
     yield record
 
 

@@ -20,7 +20,7 @@ from glide_jax.data.records import (
     other_texts,
     text,
 )
-from glide_jax.data.shards import Scan, Shards, in_a_row, index_shards
+from glide_jax.data.shards import Scan, Shards, contiguous_scan, index_shards
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.errors import GlideError, UsageError, did_you_mean
 
@@ -111,9 +111,9 @@ def scan_tfrecord(file: IO[bytes]) -> Scan:
         file.seek(bounds[-1])
         end = bounds[-1] + 16 + int.from_bytes(file.read(8), "little")
         if end > size:
-            return in_a_row(bounds, "it ends within a record")
+            return contiguous_scan(bounds, "it ends within a record")
         bounds.append(end)
-    return in_a_row(bounds)
+    return contiguous_scan(bounds)
 
 
 def newest_version(folder: str, names: Sequence[str]) -> str | None:
@@ -127,11 +127,11 @@ def newest_version(folder: str, names: Sequence[str]) -> str | None:
         UsageError: the folder holds several data sets, or several configurations of one.
     """
     paths = [PurePosixPath(name) for name in names]
-    found = [path.parent for path in paths if path.name == "dataset_info.json"]
-    if len({path.parent for path in found}) > 1:
-        several = ", ".join(map(str, found))
+    data_sets = [path.parent for path in paths if path.name == "dataset_info.json"]
+    if len({path.parent for path in data_sets}) > 1:
+        several = ", ".join(map(str, data_sets))
         raise UsageError(f"{folder} holds several data sets: name one of {several}")
-    newest = max(found, key=_version, default=None)
+    newest = max(data_sets, key=_version, default=None)
     return None if newest is None else storage.join(folder, str(newest)).removesuffix("/.")
 
 
@@ -248,26 +248,27 @@ def _names(features: Any, path: str) -> list[str]:
     """Split a path into names of fields: `a/b/c` -> a/b, c if `a/b` is one name."""
     if path in features:
         return [path]
-    first, _, rest = path.partition("/")
-    return [first, *_names(features[first], rest)]
+    first, _, remainder = path.partition("/")
+    return [first, *_names(features[first], remainder)]
 
 
 def _tfrecords(info: Any, split: str, decoders: Any) -> TfRecords:
     from functools import partial
 
     instructions = info.splits[split].file_instructions
-    paths = sorted({str(one.filename) for one in instructions})
+    paths = sorted({str(instruction.filename) for instruction in instructions})
     shards = index_shards(paths, scan_tfrecord)
     selected = []
-    for one in instructions:
-        file = paths.index(str(one.filename))
-        have = len(shards.scans[file])
-        if have != one.examples_in_shard:
+    for instruction in instructions:
+        file = paths.index(str(instruction.filename))
+        count = len(shards.scans[file])
+        if count != instruction.examples_in_shard:
             raise GlideError(
-                f"{one.filename} has {have} records, not {one.examples_in_shard}: copy it again"
+                f"{instruction.filename} has {count} records, not "
+                f"{instruction.examples_in_shard}: copy it again"
             )
-        first = int(shards.counts[file]) - have + one.skip
-        selected.append(np.arange(first, first + one.take))
+        first = int(shards.counts[file]) - count + instruction.skip
+        selected.append(np.arange(first, first + instruction.take))
     parse = partial(info.features.deserialize_example_np, decoders=decoders)
     return TfRecords(shards, np.concatenate(selected), parse)
 

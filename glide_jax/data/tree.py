@@ -36,9 +36,9 @@ def find(folder: str) -> Tree:
         GlideError: the folder cannot be read.
     """
     if storage.is_remote(folder):
-        every = storage.find(folder)
-        hidden = [name for name in every if re.search(r"(^|/)\.", name)]
-        tree = Tree(sorted({*every}.difference(hidden)), [Fault(n, HIDDEN) for n in hidden])
+        names = storage.find(folder)
+        hidden = [name for name in names if re.search(r"(^|/)\.", name)]
+        tree = Tree(sorted({*names}.difference(hidden)), [Fault(n, HIDDEN) for n in hidden])
     else:
         tree = _Walk(folder).tree
     unused = [f for f in tree.unused if f.name.rpartition("/")[2] not in _OF_SYSTEMS]
@@ -92,11 +92,11 @@ class _Walk:
                     continue
                 self._seen.add(key)
                 with os.scandir(folder) as entries:
-                    found = list(entries)
+                    children = list(entries)
             except OSError as error:
                 self._unused(f"{prefix}/", f"folder that cannot be read, {error.strerror}")
                 continue
-            for entry in found:
+            for entry in children:
                 name = f"{prefix}/{entry.name}" if prefix else entry.name
                 kind = _kind(entry)
                 if entry.name.startswith("."):

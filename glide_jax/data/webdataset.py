@@ -101,13 +101,15 @@ class TarRecords:
 
     def fault(self, extensions: str) -> str:
         """Return what a record with these extensions lacks, or ""."""
-        have = extensions.split(" ")
-        if twice := next((e for e in have if have.count(e) > 1), None):
+        present = extensions.split(" ")
+        if twice := next((e for e in present if present.count(e) > 1), None):
             return f"{twice} twice"
         try:
-            if choose_image(have, self.image) is None:
+            if choose_image(present, self.image) is None:
                 return f"no {self.image or 'image'}"
-            if choose(have, self.caption, TEXTS, "caption") or choose(have, "", ("json",), "JSON"):
+            if choose(present, self.caption, TEXTS, "caption") or choose(
+                present, "", ("json",), "JSON"
+            ):
                 return ""
             return "no caption"
         except BrokenRecord as error:

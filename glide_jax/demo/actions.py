@@ -54,7 +54,7 @@ class Controls:
         """Return the settings of guidance that differ from the defaults."""
         values: dict[str, Any] = {
             "guidance_scale": number(self.guidance_scale),
-            "negative_prompt": plain(self.negative_prompt),
+            "negative_prompt": single_line(self.negative_prompt),
             "clip_scale": number(self.clip_scale),
             "autoguidance_scale": number(self.autoguidance_scale),
         }
@@ -147,7 +147,7 @@ class Call:
 def _option(name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     if name == "lora":
-        return [word for one in value for word in (option, one)]
+        return [word for item in value for word in (option, item)]
     if isinstance(value, tuple):
         return [option, *map(str, value)]
     return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
@@ -160,7 +160,7 @@ def generate(controls: Controls, defaults: Settings, **more: Any) -> Call:
         defaults: settings of the pipeline; only what differs is written down.
         more: further arguments of the pipeline, such as `batch_size`.
     """
-    return Call("", (plain(controls.prompt),), _usual(controls, defaults, more))
+    return Call("", (single_line(controls.prompt),), _call_settings(controls, defaults, more))
 
 
 def edit(
@@ -184,7 +184,7 @@ def edit(
     """
     if image is None:
         raise UsageError("there is no image to edit: load one, or use a result as input")
-    prompts, where = (plain(controls.prompt),), {"image": image}
+    prompts, where = (single_line(controls.prompt),), {"image": image}
     if mode == VARY:
         run = {"num": controls.num, "seed": controls.seed, **more}
         settings = controls.sampling(defaults)
@@ -194,13 +194,13 @@ def edit(
     elif mode == FILL:
         raise UsageError("no region is painted: paint over what is to be filled")
     changed = {"strength": number(amount)} if mode == IMG2IMG else {}
-    return Call("", prompts, where | changed | _usual(controls, defaults, more))
+    return Call("", prompts, where | changed | _call_settings(controls, defaults, more))
 
 
 def interpolation(controls: Controls, defaults: Settings, end: str, **more: Any) -> Call:
     """Return the call for the interpolation from the prompt to another one."""
-    prompts = (plain(controls.prompt), plain(end))
-    return Call("interpolate", prompts, _usual(controls, defaults, more))
+    prompts = (single_line(controls.prompt), single_line(end))
+    return Call("interpolate", prompts, _call_settings(controls, defaults, more))
 
 
 def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def read_steps(text: int | float | str, defaults: Settings) -> int | str:
         return text
 
 
-def plain(text: str | None) -> str:
+def single_line(text: str | None) -> str:
     """Return text on one line, without spaces around it."""
     return " ".join((text or "").split())
 
@@ -237,7 +237,9 @@ def number(value: float) -> float:
     return round(float(value), 6)
 
 
-def _usual(controls: Controls, defaults: Settings, more: Mapping[str, Any]) -> dict[str, Any]:
+def _call_settings(
+    controls: Controls, defaults: Settings, more: Mapping[str, Any]
+) -> dict[str, Any]:
     run = {"num": controls.num, "seed": controls.seed, **more}
     return run | controls.sampling(defaults) | controls.guidance(defaults)
 

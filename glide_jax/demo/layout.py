@@ -31,7 +31,7 @@ IDLE = "Images appear here."
 
 def lay_out(studio: Studio) -> SimpleNamespace:
     """Create the components inside the current `gr.Blocks`, and return them by name."""
-    found = SimpleNamespace()
+    components = SimpleNamespace()
     name = studio.pipe.model.name
     gr.HTML(
         f"<h1>glide-jax</h1><p>{name} · {studio.side}×{studio.side}</p>",
@@ -40,15 +40,15 @@ def lay_out(studio: Studio) -> SimpleNamespace:
     )
     with gr.Row(elem_id="desk"):
         with gr.Column(scale=5, min_width=340, elem_id="left"):
-            _left(found, studio)
+            _left_column(components, studio)
         with gr.Column(scale=6, min_width=340, elem_id="right"):
-            _results(found)
-    return found
+            _results(components)
+    return components
 
 
-def _left(found: SimpleNamespace, studio: Studio) -> None:
+def _left_column(components: SimpleNamespace, studio: Studio) -> None:
     prompts = studio.pipe.model.prompts
-    found.prompt = gr.Textbox(
+    components.prompt = gr.Textbox(
         value=next(iter(prompts), ""),
         label="Prompt",
         info=JOINING,
@@ -58,37 +58,37 @@ def _left(found: SimpleNamespace, studio: Studio) -> None:
     )
     if prompts:
         gr.Examples(
-            [[prompt] for prompt in prompts], found.prompt, label="", api_visibility="private",
+            [[prompt] for prompt in prompts], components.prompt, label="", api_visibility="private",
             elem_id="examples",
         )  # fmt: skip
-    with gr.Tabs(elem_id="tabs") as found.tabs:
+    with gr.Tabs(elem_id="tabs") as components.tabs:
         with gr.Tab("Create", id="create"):
-            found.generate = _main_button("Generate", "generate")
+            components.generate = _main_button("Generate", "generate")
         with gr.Tab("Edit", id="edit"):
-            _editor(found, studio.side)
+            _editor(components, studio.side)
         with gr.Tab("Path", id="path"):
-            found.end = gr.Textbox(
+            components.end = gr.Textbox(
                 value=prompts[1] if len(prompts) > 1 else "",
                 label="To the prompt",
                 info="The images lead from the prompt above to this one, both included.",
                 elem_id="end",
             )
-            found.interpolation_num = gr.Slider(
+            components.interpolation_num = gr.Slider(
                 2, LARGEST_NUM, 6, step=1, label="Images on the path"
             )
-            found.interpolate = _main_button("Walk the path", "interpolate")
-    _run(found)
-    _guidance(found, studio)
-    _sampling(found, studio.pipe.settings)
+            components.interpolate = _main_button("Walk the path", "interpolate")
+    _run(components)
+    _guidance(components, studio)
+    _sampling(components, studio.pipe.settings)
 
 
 def _main_button(text: str, name: str) -> gr.Button:
     return gr.Button(text, variant="primary", elem_id=name)
 
 
-def _editor(found: SimpleNamespace, side: int) -> None:
-    found.upload = gr.UploadButton("Load an image", size="sm", elem_id="upload")
-    found.editor = gr.ImageEditor(
+def _editor(components: SimpleNamespace, side: int) -> None:
+    components.upload = gr.UploadButton("Load an image", size="sm", elem_id="upload")
+    components.editor = gr.ImageEditor(
         type="numpy",
         image_mode="RGBA",
         format="png",
@@ -105,49 +105,51 @@ def _editor(found: SimpleNamespace, side: int) -> None:
         height=380,
         elem_id="editor",
     )
-    found.mode = gr.Radio(
+    components.mode = gr.Radio(
         [FILL, IMG2IMG, VARY],
         value=FILL,
         label="What to do",
         info="Paint over what is to be filled. Everything else is kept to the byte.",
         elem_id="mode",
     )
-    found.amount = gr.Slider(
+    components.amount = gr.Slider(
         0.05, 1, 0.6, step=0.05, label="Strength", visible=False, elem_id="amount"
     )
-    found.apply = _main_button(FILL, "apply")
+    components.apply = _main_button(FILL, "apply")
 
 
-def _run(found: SimpleNamespace) -> None:
+def _run(components: SimpleNamespace) -> None:
     with gr.Row(elem_id="run"):
-        found.num = gr.Slider(
+        components.num = gr.Slider(
             1, LARGEST_NUM, 1, step=1, label="Images", min_width=150, elem_id="num"
         )
-        found.seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed")
-        found.dice = gr.Button(
+        components.seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed")
+        components.dice = gr.Button(
             "Random", size="sm", variant="secondary", scale=0, min_width=80, elem_id="dice"
         )
 
 
-def _sampling(found: SimpleNamespace, defaults: Settings) -> None:
+def _sampling(components: SimpleNamespace, defaults: Settings) -> None:
     with gr.Accordion("Sampler", open=False, elem_id="sampling"), gr.Row():
-        found.sampler = gr.Dropdown(
+        components.sampler = gr.Dropdown(
             list(SOLVERS), value=defaults.sampler, label="Sampler", min_width=120
         )
         if isinstance(defaults.steps, int):
             most = max(100, defaults.steps)
-            found.steps = gr.Slider(
+            components.steps = gr.Slider(
                 1, most, defaults.steps, step=1, label="Steps", min_width=150, elem_id="steps"
             )
         else:
             # A respacing of OpenAI's code, such as fast27.
-            found.steps = gr.Textbox(defaults.steps, label="Steps", min_width=120, elem_id="steps")
+            components.steps = gr.Textbox(
+                defaults.steps, label="Steps", min_width=120, elem_id="steps"
+            )
 
 
-def _guidance(found: SimpleNamespace, studio: Studio) -> None:
+def _guidance(components: SimpleNamespace, studio: Studio) -> None:
     defaults: Any = studio.pipe.settings
     with gr.Accordion("Guidance", open=False, elem_id="guidance"):
-        found.scale = gr.Slider(
+        components.scale = gr.Slider(
             1,
             max(10, defaults.guidance_scale),
             defaults.guidance_scale,
@@ -156,13 +158,13 @@ def _guidance(found: SimpleNamespace, studio: Studio) -> None:
             info="1 is off; more follows the prompt more closely, with less variety.",
             elem_id="scale",
         )
-        found.negative = gr.Textbox(
+        components.negative = gr.Textbox(
             defaults.negative_prompt,
             label="Negative prompt",
             info="Guide away from this, rather than from the empty prompt.",
             elem_id="negative",
         )
-        found.clip_scale = gr.Slider(
+        components.clip_scale = gr.Slider(
             0,
             10,
             defaults.clip_scale,
@@ -172,7 +174,7 @@ def _guidance(found: SimpleNamespace, studio: Studio) -> None:
             visible=studio.pipe.clip is not None,
             elem_id="clip",
         )
-        found.auto = gr.Slider(
+        components.auto = gr.Slider(
             1,
             5,
             defaults.autoguidance_scale,
@@ -183,21 +185,21 @@ def _guidance(found: SimpleNamespace, studio: Studio) -> None:
         )
         low, high = defaults.guidance_interval or (None, None)
         with gr.Row():
-            found.low = gr.Number(
+            components.low = gr.Number(
                 low, label="From noise level", placeholder="0", minimum=0, min_width=120
             )
-            found.high = gr.Number(
+            components.high = gr.Number(
                 high, label="To noise level", placeholder="no limit", minimum=0, min_width=120
             )
 
 
-def _results(found: SimpleNamespace) -> None:
+def _results(components: SimpleNamespace) -> None:
     with gr.Row(elem_id="line"):
-        found.status = gr.HTML(status(IDLE), elem_id="status", padding=False)
-        found.stop = gr.Button(
+        components.status = gr.HTML(status(IDLE), elem_id="status", padding=False)
+        components.stop = gr.Button(
             "Stop", size="sm", interactive=False, scale=0, min_width=72, elem_id="stop"
         )
-    found.gallery = gr.Gallery(
+    components.gallery = gr.Gallery(
         show_label=False,
         format="png",
         columns=1,
@@ -207,20 +209,24 @@ def _results(found: SimpleNamespace) -> None:
         interactive=False,
         elem_id="gallery",
     )
-    with gr.Row(elem_id="next", visible=False) as found.next:
-        found.use = gr.Button("Use as input", size="sm", min_width=120, elem_id="use")
-        found.like = gr.Button("More like this", size="sm", min_width=120, elem_id="like")
-        found.download = gr.DownloadButton("Download", size="sm", min_width=100, elem_id="download")
-    with gr.Accordion("How it was made", open=False, visible=False, elem_id="made") as found.made:
-        found.command = gr.Code(
+    with gr.Row(elem_id="next", visible=False) as components.next:
+        components.use = gr.Button("Use as input", size="sm", min_width=120, elem_id="use")
+        components.like = gr.Button("More like this", size="sm", min_width=120, elem_id="like")
+        components.download = gr.DownloadButton(
+            "Download", size="sm", min_width=100, elem_id="download"
+        )
+    with gr.Accordion(
+        "How it was made", open=False, visible=False, elem_id="made"
+    ) as components.made:
+        components.command = gr.Code(
             label="Command line", language="shell", interactive=False, wrap_lines=True,
             show_line_numbers=False, lines=1, buttons=["copy"], elem_id="command",
         )  # fmt: skip
-        found.python = gr.Code(
+        components.python = gr.Code(
             label="Python", language="python", interactive=False, wrap_lines=True,
             show_line_numbers=False, lines=1, buttons=["copy"], elem_id="python",
         )  # fmt: skip
-        found.metadata = gr.Code(
+        components.metadata = gr.Code(
             label="Metadata", language="json", interactive=False, wrap_lines=True,
             show_line_numbers=False, lines=1, buttons=["copy"], elem_id="metadata",
         )  # fmt: skip

@@ -200,10 +200,13 @@ class Page:
 
     def _read(self, values: Any, **changed: Any) -> tuple[actions.Controls, Any, dict[str, Any]]:
         names = actions.Controls.__dataclass_fields__
-        found = dict(zip(names, values, strict=True)) | changed
+        values_by_name = dict(zip(names, values, strict=True)) | changed
         # An emptied field of numbers is None.
-        found |= {"num": int(found["num"] or 1), "seed": int(found["seed"] or 0)}
-        controls = actions.Controls(**found)
+        values_by_name |= {
+            "num": int(values_by_name["num"] or 1),
+            "seed": int(values_by_name["seed"] or 0),
+        }
+        controls = actions.Controls(**values_by_name)
         return controls, self.studio.pipe.settings, self.studio.more(controls.num)
 
     def _run(

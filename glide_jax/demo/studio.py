@@ -70,8 +70,8 @@ class Studio:
     @property
     def side(self) -> int:
         """The side of the results, in pixels."""
-        last = self.pipe.upsampler or self.pipe
-        return last.model.config.image_size
+        last_stage = self.pipe.upsampler or self.pipe
+        return last_stage.model.config.image_size
 
     @property
     def inputs(self) -> Path:
@@ -89,15 +89,15 @@ class Studio:
         On a CPU one image at a time takes no longer than several, and their number then compiles
         nothing again.
         """
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         size = self.model.batch_size
         if size is None and num > 1 and jax.default_backend() == "cpu":
             size = 1
         if size is not None:
-            found["batch_size"] = size
+            arguments["batch_size"] = size
         upsampler = {"steps": self.model.upsampler_steps, "sampler": self.model.upsampler_sampler}
         upsampler = {name: value for name, value in upsampler.items() if value is not None}
-        return found | ({"upsampler": upsampler} if upsampler else {})
+        return arguments | ({"upsampler": upsampler} if upsampler else {})
 
     def warm(self) -> None:
         """Compile the usual programs: text to image, then filling a mask and variations.
@@ -107,16 +107,16 @@ class Studio:
         side = self.pipe.model.config.image_size
         image, mask = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
         mask[: side // 2] = 255
-        few: Any = {"progress": False, "every": 1, **self.more(1)}
+        arguments: Any = {"progress": False, "every": 1, **self.more(1)}
         prompt = (*self.pipe.model.prompts, "")[0]
         try:
             with self._one:
-                for _ in self.pipe.stream(prompt, **few):
+                for _ in self.pipe.stream(prompt, **arguments):
                     if self.closed.is_set():
                         return
             self.ready.set()
             for more in ({"image": image, "mask": mask}, {"guidance_scale": 1.0, "clip_scale": 0}):
-                for _ in self.pipe.stream(prompt, **few, **more):
+                for _ in self.pipe.stream(prompt, **arguments, **more):
                     if self.closed.is_set():
                         return
         except GlideError as error:
@@ -161,16 +161,16 @@ class Studio:
             while not (self.ready.wait(0.1) or stop.is_set()):
                 pass
         with self._one:
-            found, files, shown = Update("stopped"), (), 0.0
+            update, files, shown = Update("stopped"), (), 0.0
             if not stop.is_set():
-                for found in _in_thread(lambda preview: call.run(self.pipe, preview), stop):
+                for update in _in_thread(lambda preview: call.run(self.pipe, preview), stop):
                     now = time.monotonic()
-                    if found.stage in ("running", "compiling") and now - shown > PAUSE:
+                    if update.stage in ("running", "compiling") and now - shown > PAUSE:
                         shown = now
-                        yield replace(found, seconds=now - begun)
-            if found.stage == "done" and found.images is not None:
-                files = tuple(map(str, found.images.save(self.out)[: len(found.images)]))
-            yield replace(found, files=files, seconds=time.monotonic() - begun)
+                        yield replace(update, seconds=now - begun)
+            if update.stage == "done" and update.images is not None:
+                files = tuple(map(str, update.images.save(self.out)[: len(update.images)]))
+            yield replace(update, files=files, seconds=time.monotonic() - begun)
 
 
 def _in_thread(begin: Callable[[Preview], Images], stop: threading.Event) -> Iterator[Update]:
@@ -184,9 +184,9 @@ def _in_thread(begin: Callable[[Preview], Images], stop: threading.Event) -> Ite
 
     def preview(images: Images) -> None:
         nonlocal latest
-        before = latest.images.settings.get("upsampler") if latest.images else None
-        same = bool(images.settings.get("upsampler")) == bool(before)
-        latest = Update("running", images, latest.step + 1 if same else 1)
+        upsampler = latest.images.settings.get("upsampler") if latest.images else None
+        same_stage = bool(images.settings.get("upsampler")) == bool(upsampler)
+        latest = Update("running", images, latest.step + 1 if same_stage else 1)
         reports.put(latest)
         if stop.is_set() or closed.is_set():
             raise Stopped

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 from glide_jax.pipeline.image_files import read_images
 
 # Paint counts where it covers this much of 255: a brush has soft edges.
@@ -57,7 +57,7 @@ def keep(pixels: np.ndarray, folder: Path, name: str) -> str:
     path = folder / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None
     return str(path)

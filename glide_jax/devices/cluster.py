@@ -70,24 +70,24 @@ def detect(
     environ = {name: value.strip() for name, value in environ.items() if value.strip()}
     if environ.get("JAX_NUM_PROCESSES") == "1":
         return None
-    found = _named(environ)
-    if found is None and "OMPI_COMM_WORLD_SIZE" in environ:
+    cluster = _named(environ)
+    if cluster is None and "OMPI_COMM_WORLD_SIZE" in environ:
         # Inside a Slurm job Slurm's variables are those of Open MPI's own daemons.
-        found = _open_mpi(environ)
-    elif found is None:
-        found = _slurm(environ)
-    found = found or _tpu_variables(environ)
-    if found is None and metadata is not None and _may_ask(environ):
-        found = _tpu_metadata(environ, metadata)
-    if found is None and kubernetes and _in_job(environ):
+        cluster = _open_mpi(environ)
+    elif cluster is None:
+        cluster = _slurm(environ)
+    cluster = cluster or _tpu_variables(environ)
+    if cluster is None and metadata is not None and _may_ask(environ):
+        cluster = _tpu_metadata(environ, metadata)
+    if cluster is None and kubernetes and _in_job(environ):
         index = environ["JOB_COMPLETION_INDEX"]
-        found = Cluster("Kubernetes", f"JOB_COMPLETION_INDEX={index}")
-    if found is None:
+        cluster = Cluster("Kubernetes", f"JOB_COMPLETION_INDEX={index}")
+    if cluster is None:
         _check_complete(environ)
-    return None if found is None or found.processes == 1 else found
+    return None if cluster is None or cluster.processes == 1 else cluster
 
 
-def alone_though_several(environ: Environ) -> str:
+def note_if_alone(environ: Environ) -> str:
     """Return a note if a job has several tasks and this process was not started as one of them."""
     tasks = environ.get("SLURM_NTASKS", "")
     if "SLURM_JOB_ID" in environ and tasks.isdigit() and int(tasks) > 1 and not _in_step(environ):
@@ -220,22 +220,22 @@ def _slice(environ: Environ, values: Environ, hosts: list[str], why: str) -> Clu
         return None
     worker = _index(values, "TPU_WORKER_ID", why, len(hosts)) if len(hosts) > 1 else 0
     process = worker
-    first = hosts[0]
+    first_host_name = hosts[0]
     if slices > 1:
         why += f", MEGASCALE_NUM_SLICES={slices}"
         process += len(hosts) * _index(values, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")
-        first = values.get("MEGASCALE_COORDINATOR_ADDRESS", "")
-        if not first:
+        first_host_name = values.get("MEGASCALE_COORDINATOR_ADDRESS", "")
+        if not first_host_name:
             raise GlideError(f"{why}, and MEGASCALE_COORDINATOR_ADDRESS is not set: {REMEDY}")
     # The port that these variables name is that of the TPU's own network.
-    coordinator = _coordinator(environ, first.partition(":")[0], TPU_PORT)
+    coordinator = _coordinator(environ, first_host_name.partition(":")[0], TPU_PORT)
     return Cluster("TPU slice", why, coordinator, processes, process)
 
 
 def first_host(nodes: str) -> str:
     """Return the first machine of a Slurm list: `rack1` of `rack[1-3,7],node2`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0] if match else "")
 
 
 def _tasks_of_node(environ: Environ, tasks: int) -> int:
@@ -279,9 +279,9 @@ def _may_ask(environ: Environ) -> bool:
 def _check_complete(environ: Environ) -> None:
     """Refuse a part of jax's variables where nothing else says what is missing."""
     needed = {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"}
-    if there := sorted(needed & environ.keys()):
+    if present := sorted(needed & environ.keys()):
         missing = sorted((needed | {"JAX_PROCESS_ID"}) - environ.keys())
-        raise GlideError(f"{there[0]} is set, but not {' and '.join(missing)}: {REMEDY}")
+        raise GlideError(f"{present[0]} is set, but not {' and '.join(missing)}: {REMEDY}")
 
 
 def _coordinator(environ: Environ, host: str, port: int) -> str:

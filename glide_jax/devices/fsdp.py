@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from glide_jax.devices.mesh import device_mesh, pin_batch, rows, state_sharding, whole
+from glide_jax.devices.mesh import device_mesh, pin_batch, replicated, rows, state_sharding
 from glide_jax.devices.runtime import fast_compile_options
 
 Step = Callable[..., tuple[Any, Any]]
@@ -31,7 +31,7 @@ class FSDP:
     def compile_steps(self, steps: Step, data: Any) -> Step:
         program = fsdp_step(steps, self._mesh, batch_axis=1)
         held = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, whole(self._mesh), lambda i: x[i]),
+            lambda x: jax.make_array_from_callback(x.shape, replicated(self._mesh), lambda i: x[i]),
             data,
         )
         return lambda state, items, control: program(state, items, control, held)
@@ -58,7 +58,7 @@ class FSDP:
             batch = jax.lax.with_sharding_constraint(batch, rows(self._mesh))
             with pin_batch(self._mesh.abstract_mesh):
                 metrics = measure(params, batch, key, axis=None)
-            return jax.lax.with_sharding_constraint(metrics, whole(self._mesh))
+            return jax.lax.with_sharding_constraint(metrics, replicated(self._mesh))
 
         program = jax.jit(pinned)
         return lambda params, batch, key: self.gather(program(params, self.put_batch(batch), key))
@@ -108,7 +108,7 @@ def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
         batch = jax.lax.with_sharding_constraint(batch, rows(mesh, batch_axis))
         with pin_batch(mesh.abstract_mesh):
             state, metrics = step(state, batch, key, *shared, axis=None)
-        metrics = jax.lax.with_sharding_constraint(metrics, whole(mesh))
+        metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
         layout = state_sharding(state, mesh)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 

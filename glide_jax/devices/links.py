@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 # What a process tells the others: its work is done, it has failed, it has lost another one.
-DONE, FAILED, LOSES = b"d", b"f", b"l"
+DONE, FAILED, LOST_ANOTHER = b"d", b"f", b"l"
 # Seconds that a process has to end by itself, with its own message, once another one is gone: the
 # step that it waits in fails, or it meets the same error.
 GRACE_SECONDS = 5
@@ -51,13 +51,13 @@ class Links:
         """
         # Held for good: the thread no longer ends this process.
         self._ending.acquire()
-        self._tell(DONE if done else FAILED)
+        self._send(DONE if done else FAILED)
 
     def end(self, line: str) -> None:
         """End this process with an error; only the first call prints its line."""
         if not self._ending.acquire(blocking=False):
             return
-        self._tell(LOSES)
+        self._send(LOST_ANOTHER)
         # Below a progress bar.
         try:
             print(f"\nerror: {line}", file=sys.stderr, flush=True)
@@ -65,7 +65,7 @@ class Links:
         finally:
             os._exit(1)  # also where both are closed
 
-    def _tell(self, word: bytes) -> None:
+    def _send(self, word: bytes) -> None:
         for peer in self._peers.values():
             with suppress(OSError):
                 peer.sendall(word)
@@ -84,7 +84,7 @@ class Links:
                     if word == DONE:
                         selector.unregister(peer)
                         continue
-                    name = "another process" if word == LOSES else f"process {index}"
+                    name = "another process" if word == LOST_ANOTHER else f"process {index}"
                     # If process 0 was killed, jax aborts the others at once: do not wait.
                     if word == FAILED or index != 0:
                         time.sleep(GRACE_SECONDS)

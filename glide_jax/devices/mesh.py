@@ -51,9 +51,9 @@ def hybrid_mesh(devices: list[jax.Device], per_copy: int = 0) -> Mesh:
     if not per_copy:
         sizes = {len(list(members)) for _, members in groupby(devices, group)}
         if len(sizes) > 1:
-            found = " and ".join(map(str, sorted(sizes)))
+            counts = " and ".join(map(str, sorted(sizes)))
             raise UsageError(
-                f"slices of {found} devices cannot hold equal copies: add --devices-per-copy N"
+                f"slices of {counts} devices cannot hold equal copies: add --devices-per-copy N"
             )
         per_copy = sizes.pop()
     if len(devices) % per_copy:
@@ -70,7 +70,7 @@ def rows(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 

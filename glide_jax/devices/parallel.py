@@ -179,12 +179,12 @@ class PMap:
     def for_sampling(self, params: Any) -> Any:
         where = NamedSharding(device_mesh(self._local), PartitionSpec())
 
-        def whole(x: jax.Array) -> jax.Array:
+        def as_replicated(x: jax.Array) -> jax.Array:
             # Each device's own copy: nothing moves between devices.
             copies = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
             return jax.make_array_from_single_device_arrays(x.shape[1:], where, copies)
 
-        return jax.tree.map(whole, params)
+        return jax.tree.map(as_replicated, params)
 
     def gather(self, tree: Any) -> Any:
         return unreplicate(tree)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
-from glide_jax.devices.mesh import device_mesh, rows, whole
+from glide_jax.devices.mesh import device_mesh, replicated, rows
 from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError
 
@@ -23,12 +23,14 @@ def local_devices(count: int | str) -> list[jax.Device]:
         UsageError: there are fewer.
         GlideError: jax finds none.
     """
-    here = find_devices()
+    local_devices = find_devices()
     if count == "all":
-        return here
-    if not (str(count).isdecimal() and 1 <= int(count) <= len(here)):
-        raise UsageError(f"cannot use {count} devices: there are {len(here)} here; or give all")
-    return here[: int(count)]
+        return local_devices
+    if not (str(count).isdecimal() and 1 <= int(count) <= len(local_devices)):
+        raise UsageError(
+            f"cannot use {count} devices: there are {len(local_devices)} here; or give all"
+        )
+    return local_devices[: int(count)]
 
 
 GPUS = "gpu", "cuda"
@@ -65,7 +67,7 @@ class Placement:
         """Put whole arrays on each device."""
         if self.mesh.size == 1:
             return jax.device_put(tree)
-        return jax.device_put(tree, whole(self.mesh))
+        return jax.device_put(tree, replicated(self.mesh))
 
     def put_weights(self, tree: Any) -> Any:
         """Put weights on each device; those that lie on these devices already stay as they are."""

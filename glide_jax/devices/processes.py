@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from glide_jax.devices.cluster import (
     REMEDY,
     Cluster,
-    alone_though_several,
     detect,
     local_devices,
+    note_if_alone,
 )
 from glide_jax.devices.links import Links
 from glide_jax.devices.roll_call import roll_call
@@ -32,8 +32,8 @@ JOIN_SECONDS = 300
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE", "reset by peer", "closed by peer")
 
 
-class Peers(NamedTuple):
-    """How a process finds the others.
+class Membership(NamedTuple):
+    """The place of a process among several, and how it finds the others.
 
     Attributes:
         coordinator: `host:port` of process 0; "auto" to ask the cluster; "none" for a process
@@ -47,11 +47,11 @@ class Peers(NamedTuple):
     process: int | None = None
 
 
-def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> Links:
+def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) -> Links:
     """Connect this process to the others; call it before anything else of jax.
 
     Args:
-        peers: the others; None: those that the environment names, or none.
+        membership: its place among the others; None: as the environment says, or alone.
         seconds: how long to wait for them.
 
     Returns:
@@ -61,27 +61,27 @@ def join(peers: Peers | None = None, seconds: float = JOIN_SECONDS) -> Links:
     Raises:
         GlideError: the others cannot be reached.
     """
-    if peers is not None and peers.coordinator == "none":
+    if membership is not None and membership.coordinator == "none":
         return Links({})
-    if peers is not None and peers.coordinator != "auto":
-        by_hand = Cluster("--coordinator", "", *peers)
+    if membership is not None and membership.coordinator != "auto":
+        by_hand = Cluster("--coordinator", "", *membership)
         return _connect(by_hand, seconds, cluster_detection_method="deactivate")
-    asks = find_spec("kubernetes") is not None
-    found = detect(os.environ, metadata=tpu_metadata(), kubernetes=asks)
-    if found is None and peers is None:
-        if note := alone_though_several(os.environ):
+    has_kubernetes = find_spec("kubernetes") is not None
+    cluster = detect(os.environ, metadata=tpu_metadata(), kubernetes=has_kubernetes)
+    if cluster is None and membership is None:
+        if note := note_if_alone(os.environ):
             print(f"note: {note}", file=sys.stderr)
         return Links({})
-    if found is None or found.coordinator is None:
-        return _connect(found or Cluster("--coordinator auto", ""), seconds)
+    if cluster is None or cluster.coordinator is None:
+        return _connect(cluster or Cluster("--coordinator auto", ""), seconds)
     ids = None
     if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        ids = local_devices(found.local, visible_gpus())
-    links = _connect(found, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
-    if found.process == 0:
+        ids = local_devices(cluster.local, visible_gpus())
+    links = _connect(cluster, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
+    if cluster.process == 0:
         print(
-            f"{found.processes} processes found each other by {found.name} ({found.why}), the "
-            f"first at {found.coordinator}"
+            f"{cluster.processes} processes found each other by {cluster.name} ({cluster.why}), "
+            f"the first at {cluster.coordinator}"
         )
     return links
 
@@ -103,14 +103,14 @@ def own_process(process: int | None = None, processes: int | None = None) -> tup
         if processes is None or process is None or not 0 <= process < processes:
             raise UsageError("give --processes N and --process I, with I from 0 to N - 1")
         return process, processes
-    found = detect(os.environ, metadata=tpu_metadata())
-    if found is None or found.process is None or found.processes is None:
+    cluster = detect(os.environ, metadata=tpu_metadata())
+    if cluster is None or cluster.process is None or cluster.processes is None:
         return 0, 1
-    ids = local_devices(found.local, visible_gpus())
+    ids = local_devices(cluster.local, visible_gpus())
     if ids is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, ",".join(map(str, ids)))
-    return found.process, found.processes
+    return cluster.process, cluster.processes
 
 
 def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
@@ -184,15 +184,15 @@ def shared_text(text: str) -> str:
     """Return the first non-empty text of all processes, cut to 1024 bytes; "" if all are empty."""
     if jax.process_count() == 1:
         return text
-    own = np.zeros(TEXT_BYTES, np.uint8)
+    message = np.zeros(TEXT_BYTES, np.uint8)
     data = text.encode()[:TEXT_BYTES]
-    own[: len(data)] = np.frombuffer(data, np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(own))
+    message[: len(data)] = np.frombuffer(data, np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(message))
     texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every)
     return next(filter(None, texts), "")
 
 
-def on_first(do: Callable[[], Any]) -> None:
+def on_first_process(do: Callable[[], Any]) -> None:
     """Call a function in process 0 alone, while the others wait.
 
     Raises:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from glide_jax.errors import GlideError, one_line
 
 GREETING = "glide-jax process"
-PATTERN = re.compile(rf"{GREETING} ([0-9]{{1,9}}) of ([0-9]{{1,9}})")
+GREETING_PATTERN = re.compile(rf"{GREETING} ([0-9]{{1,9}}) of ([0-9]{{1,9}})")
 GO = "go"
 RETRY_SECONDS = 0.5
 ANSWER_SECONDS = 10
@@ -40,18 +40,18 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         server = stack.enter_context(_listen(port))
-        there: dict[int, socket.socket] = {}
-        while len(there) < processes - 1:
+        arrived: dict[int, socket.socket] = {}
+        while len(arrived) < processes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(5)
-                greeting = PATTERN.fullmatch(_line(peer))
+                greeting = GREETING_PATTERN.fullmatch(_read_line(peer))
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue
-                why = _missing(there, processes, seconds)
-                _tell(there, why)
+                why = _missing(arrived, processes, seconds)
+                _answer(arrived, why)
                 raise GlideError(why) from None
             except OSError:
                 continue
@@ -61,26 +61,26 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
             why = ""
             if count != processes:
                 why = f"process {index} expects {count} processes, process 0 {processes}"
-            elif index in there or not 0 < index < processes:
+            elif index in arrived or not 0 < index < processes:
                 why = f"process {index} of {processes} came twice, or is out of range"
             if why:
-                _tell({**there, -1: peer}, why)
+                _answer({**arrived, -1: peer}, why)
                 raise GlideError(why)
-            there[index] = peer
-        _tell(there, GO)
-        return {index: peer.dup() for index, peer in there.items()}
+            arrived[index] = peer
+        _answer(arrived, GO)
+        return {index: peer.dup() for index, peer in arrived.items()}
 
 
 def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socket:
     """Come to the first process, and wait for its word."""
     deadline, why = time.monotonic() + seconds, "no answer"
-    while (left := deadline - time.monotonic()) > 0:
+    while (remaining := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=min(left, 10)) as peer:
+            with socket.create_connection((host, port), timeout=min(remaining, 10)) as peer:
                 peer.sendall(f"{greeting}\n".encode())
                 # The first process ends the wait; it knows who is missing.
                 peer.settimeout(seconds + ANSWER_SECONDS)
-                answer = _line(peer)
+                answer = _read_line(peer)
                 if answer == GO:
                     return peer.dup()
         except OSError as error:
@@ -110,7 +110,7 @@ def _listen(port: int) -> socket.socket:
         ) from None
 
 
-def _line(peer: socket.socket) -> str:
+def _read_line(peer: socket.socket) -> str:
     """Return one line of at most 1000 bytes."""
     data = b""
     while not data.endswith(b"\n") and len(data) < 1000 and (more := peer.recv(1000)):
@@ -118,7 +118,7 @@ def _line(peer: socket.socket) -> str:
     return data.decode(errors="replace").strip()
 
 
-def _tell(peers: dict[int, socket.socket], text: str) -> None:
+def _answer(peers: dict[int, socket.socket], text: str) -> None:
     for peer in peers.values():
         try:
             peer.sendall(f"{text}\n".encode())
@@ -126,8 +126,8 @@ def _tell(peers: dict[int, socket.socket], text: str) -> None:
             continue  # it ended; jax will miss it
 
 
-def _missing(there: dict[int, socket.socket], processes: int, seconds: float) -> str:
-    names = [str(i) for i in range(1, processes) if i not in there]
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def _missing(arrived: dict[int, socket.socket], processes: int, seconds: float) -> str:
+    names = [str(i) for i in range(1, processes) if i not in arrived]
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     noun = "process" if len(names) == 1 else "processes"
-    return f"{noun} {some} of {processes} did not come in {seconds:g} s"
+    return f"{noun} {listed} of {processes} did not come in {seconds:g} s"

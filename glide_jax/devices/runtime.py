@@ -66,11 +66,11 @@ def has_tpu() -> bool:
     named = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "TPU_NAME")
     if any(os.environ.get(name) for name in (*named, "CLOUD_TPU_TASK_ID", "COLAB_TPU_ADDR")):
         return True
-    found = (*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"))
-    return bool(found) or any(map(_of_google, Path("/sys/bus/pci/devices").glob("*/vendor")))
+    chips = (*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return bool(chips) or any(map(_is_google, Path("/sys/bus/pci/devices").glob("*/vendor")))
 
 
-def _of_google(vendor: Path) -> bool:
+def _is_google(vendor: Path) -> bool:
     try:
         return vendor.read_text().strip() == "0x1ae0"
     except OSError:

@@ -22,7 +22,7 @@ def tpu_metadata(pci: Path = Path("/sys/bus/pci/devices")) -> Callable[[str], st
     """
     if find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         return None
-    return ask if any(map(_of_google, pci.glob("*/vendor"))) else None
+    return ask if any(map(_is_google, pci.glob("*/vendor"))) else None
 
 
 def ask(attribute: str) -> str | None:
@@ -54,7 +54,7 @@ def ask(attribute: str) -> str | None:
     return None
 
 
-def _of_google(vendor: Path) -> bool:
+def _is_google(vendor: Path) -> bool:
     try:
         return vendor.read_text().strip() == VENDOR
     except OSError:

@@ -58,14 +58,14 @@ def make_tables(schedule: Schedule) -> LossTables:
     return LossTables(*(column.astype(np.float32) for column in columns))
 
 
-def at(table: np.ndarray, t: jax.Array) -> jax.Array:
+def at_timesteps(table: np.ndarray, t: jax.Array) -> jax.Array:
     """Return `table[t]` as `(B, 1, 1, 1)`, to multiply images with."""
     return jnp.asarray(table)[t][:, None, None, None]
 
 
 def q_sample(tables: LossTables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """`x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
-    return at(tables.alpha, t) * x_0 + at(tables.sigma, t) * eps
+    return at_timesteps(tables.alpha, t) * x_0 + at_timesteps(tables.sigma, t) * eps
 
 
 def mean_flat(x: jax.Array) -> jax.Array:
@@ -129,11 +129,11 @@ def vlb_terms(
         `(B,)` float32.
     """
     variance_fraction = (variance_output + 1) / 2
-    low, high = at(tables.log_beta_tilde, t), at(tables.log_beta, t)
+    low, high = at_timesteps(tables.log_beta_tilde, t), at_timesteps(tables.log_beta, t)
     log_variance = variance_fraction * high + (1 - variance_fraction) * low
-    predicted_x_0 = (x_t - at(tables.sigma, t) * eps) / at(tables.alpha, t)
-    mean = at(tables.mean_x_0, t) * predicted_x_0 + at(tables.mean_x_t, t) * x_t
-    true_mean = at(tables.mean_x_0, t) * x_0 + at(tables.mean_x_t, t) * x_t
+    predicted_x_0 = (x_t - at_timesteps(tables.sigma, t) * eps) / at_timesteps(tables.alpha, t)
+    mean = at_timesteps(tables.mean_x_0, t) * predicted_x_0 + at_timesteps(tables.mean_x_t, t) * x_t
+    true_mean = at_timesteps(tables.mean_x_0, t) * x_0 + at_timesteps(tables.mean_x_t, t) * x_t
 
     kl = mean_flat(normal_kl(true_mean, low, mean, log_variance))
     nll = mean_flat(-discretised_log_likelihood(x_0, mean, 0.5 * log_variance))
@@ -201,7 +201,7 @@ def hybrid_loss(
     """
     channels = x_0.shape[-1]
     predicted, variance_output = output[..., :channels], output[..., channels:]
-    alpha, sigma = at(tables.alpha, t), at(tables.sigma, t)
+    alpha, sigma = at_timesteps(tables.alpha, t), at_timesteps(tables.sigma, t)
     error = predicted - target_of(prediction, x_0, eps, alpha, sigma)
     mse = mean_flat(error**2)
     simple = mean_flat(pseudo_huber(error, huber_width)) if huber_width else mse

@@ -164,8 +164,8 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        kept = exact or isinstance(value, Network)
-        return value if kept else jnp.asarray(value, jnp.float32)
+        keep = exact or isinstance(value, Network)
+        return value if keep else jnp.asarray(value, jnp.float32)
 
     return jax.tree.map(convert, args, is_leaf=lambda value: isinstance(value, Network))
 
@@ -376,7 +376,7 @@ def stream(
     check_variance(networks, conds, plan, x)
     state, flat = start(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
-        some = slice(first, first + rows)
-        part = replace(plan, table=Table(*(column[some] for column in plan.table)))
-        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[some])
+        span = slice(first, first + rows)
+        part = replace(plan, table=Table(*(column[span] for column in plan.table)))
+        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[span])
         yield min(first + rows, len(plan)), state

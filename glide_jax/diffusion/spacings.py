@@ -117,8 +117,8 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
     Halves are rounded up: no two levels coincide.
     """
     length = len(schedule)
-    left = np.arange(steps, 0, -1)
-    return ((2 * length * left + steps) // (2 * steps) - 1).astype(np.float64)
+    remaining = np.arange(steps, 0, -1)
+    return ((2 * length * remaining + steps) // (2 * steps) - 1).astype(np.float64)
 
 
 def noisiest_timestep(schedule: Schedule) -> float:

@@ -31,10 +31,10 @@ def read_captions(where: str, images: ImageSet) -> list[str]:
     """
     if where == BESIDE:
         if images.captions is not None:
-            found = images.captions()
-            if "" in found:
-                raise GlideError(f"{images.path}: image {found.index('')} has no caption")
-            return found
+            captions = images.captions()
+            if "" in captions:
+                raise GlideError(f"{images.path}: image {captions.index('')} has no caption")
+            return captions
         if not images.names:
             raise UsageError(
                 f"{images.path} is an .npz, which has no captions: give a text file to --captions"
@@ -68,14 +68,14 @@ def _caption(path: Path) -> str:
     beside = path.with_suffix(".txt")
     if beside.is_file():
         lines = [line.strip() for line in _text(beside, "").splitlines() if line.strip()]
-        found = lines[0] if lines else ""
+        caption = lines[0] if lines else ""
     else:
-        found = _prompt(path)
-    if not found:
+        caption = _prompt(path)
+    if not caption:
         raise GlideError(
             f"{path} has no caption: write it into {beside.name}, or give a text file to --captions"
         )
-    return found
+    return caption
 
 
 def _prompt(path: Path) -> str:

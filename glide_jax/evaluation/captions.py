@@ -83,9 +83,9 @@ class Vocabulary:
         Raises:
             UsageError: there are fewer than `count` captions.
         """
-        others, style = self._others(record, rng), record["style"]
-        first = [(concept, style) for concept in others]
-        return self._captions(record, first, others, count)
+        others, style = self._shuffled_concepts(record, rng), record["style"]
+        first_pairs = [(concept, style) for concept in others]
+        return self._captions(record, first_pairs, others, count)
 
     def pair_choices(
         self, record: Mapping[str, Any], count: int, rng: np.random.Generator
@@ -98,43 +98,43 @@ class Vocabulary:
         Raises:
             UsageError: there are fewer than `count` captions, or `count` is too small for these.
         """
-        others, style = self._others(record, rng), record["style"]
-        first = [(record["concept"], other) for other in self.styles if other != style]
-        first += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
+        others, style = self._shuffled_concepts(record, rng), record["style"]
+        first_pairs = [(record["concept"], other) for other in self.styles if other != style]
+        first_pairs += [(concept, style) for concept in others[:CONCEPTS_IN_STYLE]]
         least = len(self.styles) + CONCEPTS_IN_STYLE
         if len(others) < CONCEPTS_IN_STYLE or count < least:
             raise UsageError(
                 f"{count} captions of {len(others) + 1} concepts cannot hold every style of one "
                 f"and {CONCEPTS_IN_STYLE} others in its style"
             )
-        return self._captions(record, first, others, count)
+        return self._captions(record, first_pairs, others, count)
 
-    def _others(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
+    def _shuffled_concepts(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         others = [concept for concept in self.captions if concept != record["concept"]]
         return [others[i] for i in rng.permutation(len(others))]
 
     def _captions(
         self,
         record: Mapping[str, Any],
-        first: list[tuple[str, str]],
+        first_pairs: list[tuple[str, str]],
         others: list[str],
         count: int,
     ) -> list[str]:
         if count < 2:
             raise UsageError(f"{count} captions leave nothing to choose: ask for at least two")
-        pairs = first + [(concept, style) for concept in others for style in self.styles]
-        found = [
+        pairs = first_pairs + [(concept, style) for concept in others for style in self.styles]
+        choices = [
             prompt_of({"caption": self.captions[concept], "style": style})
             for concept, style in pairs
         ]
         # A concept may have several captions: the right one is the prompt of the record.
-        found = list(dict.fromkeys([prompt_of(record), *found]))[:count]
-        if len(found) < count:
+        choices = list(dict.fromkeys([prompt_of(record), *choices]))[:count]
+        if len(choices) < count:
             raise UsageError(
-                f"{len(self.captions)} concepts in {len(self.styles)} styles make {len(found)} "
+                f"{len(self.captions)} concepts in {len(self.styles)} styles make {len(choices)} "
                 f"captions to choose from, not {count}: ask for fewer with --captions"
             )
-        return found
+        return choices
 
 
 def vocabulary(config: RunConfig) -> Vocabulary:
@@ -184,7 +184,7 @@ def random_records(
     return [records[i] for i in rng.choice(len(records), count, replace=False)]
 
 
-def in_passes(
+def sample_in_passes(
     records: Sequence[dict[str, Any]], count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Return `count` records in random order; none repeats before all have occurred."""

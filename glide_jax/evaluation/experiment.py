@@ -20,9 +20,9 @@ from glide_jax.data.emoji.npz import fingerprint
 from glide_jax.data.records import digest
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.captions import (
-    in_passes,
     npz_of,
     prompt_of,
+    sample_in_passes,
     training_pairs,
     vocabulary,
 )
@@ -79,7 +79,7 @@ class Experiment:
         """All training records in random order, the generated ones first, repeated if need be."""
         records = training_pairs(self.config)
         rng = np.random.default_rng((self.seed, 0))
-        return in_passes(records, max(self.images, len(records)), rng)
+        return sample_in_passes(records, max(self.images, len(records)), rng)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
@@ -140,11 +140,11 @@ class Experiment:
         """
         records = {record["index"]: i for i, record in enumerate(self.records)}
         choices = [self.choices[i] for i in records.values()]
-        found: dict[str, Any] = self._alignment(self.scorer(self.reference), choices)
+        scores: dict[str, Any] = self._alignment(self.scorer(self.reference), choices)
         others = self.pairs[len(self.reference) : 2 * len(self.reference)]
         if len(others) == len(self.reference) == self.images:
-            found["distances_of_others"] = self._distances(_images(others))
-        return found
+            scores["distances_of_others"] = self._distances(_images(others))
+        return scores
 
     def description(self, task: Task) -> dict[str, Any]:
         """Return how a task generates, as JSON values: its settings, and the guiding CLIP, if any.
@@ -157,7 +157,7 @@ class Experiment:
         if settings.clip_scale and guide is None:
             raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip-model")
         guidances = settings.guidances(read_prompts(prompt_of(self.records[0])))
-        return plain(
+        return json_round_trip(
             {
                 "settings": describe(settings),
                 "evaluations": len(settings.plan(self.pipe.schedule, guidances)),
@@ -190,20 +190,20 @@ class Experiment:
         }
 
     def _distances(self, images: np.ndarray) -> dict[str, dict[str, float]]:
-        found = {}
+        distances = {}
         for space in self.spaces:
             real = self.features[space.name]
             generated, classes = space.both(images)
             precision, recall = precision_recall(real, generated, self.nearest_k)
-            found[space.name] = {
+            distances[space.name] = {
                 "frechet_distance": frechet_distance(real, generated),
                 "kernel_distance": kernel_distance(real, generated),
                 "precision": precision,
                 "recall": recall,
             }
             if classes is not None:
-                found[space.name]["inception_score"] = inception_score(classes)
-        return found
+                distances[space.name]["inception_score"] = inception_score(classes)
+        return distances
 
 
 def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, Any]:
@@ -220,18 +220,18 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
     """
     check_writable(out / "images")
     head = experiment.head()
-    found = read(out)
-    if found is None:
-        found = {"experiment": head, "real": experiment.real(), "points": []}
-    elif wrong := [key for key in head if found["experiment"].get(key) != head[key]]:
+    sweep = read(out)
+    if sweep is None:
+        sweep = {"experiment": head, "real": experiment.real(), "points": []}
+    elif wrong := [key for key in head if sweep["experiment"].get(key) != head[key]]:
         what = wrong[0].replace("_", " ")
         raise UsageError(f"{out} holds a sweep with other {what}: choose another --out")
-    measured = {_key(point): point for point in found["points"]}
+    measured = {_key(point): point for point in sweep["points"]}
     # An impossible setting must fail before the first point, not after an hour.
     keys = [_key({"sweep": task.sweep} | experiment.description(task)) for task in todo]
-    left = {key: task for task, key in zip(todo, keys, strict=True) if key not in measured}
+    remaining = {key: task for task, key in zip(todo, keys, strict=True) if key not in measured}
     by_settings = {settings: point for (_, settings), point in measured.items()}
-    with tqdm.tqdm(left.items(), unit="point", desc="sweep", disable=not left) as bar:
+    with tqdm.tqdm(remaining.items(), unit="point", desc="sweep", disable=not remaining) as bar:
         for (_, settings), task in bar:
             bar.set_postfix_str(f"{task.sweep} {task.value}")
             if settings in by_settings:
@@ -243,10 +243,10 @@ def run(experiment: Experiment, todo: Sequence[Task], out: Path) -> dict[str, An
                 name = slug(f"{task.sweep} {task.value} {point['settings']['sampler']}")
                 name += f"-{point['settings']['steps']}-{digest([settings])[:6]}.png"
                 write_png(out / "images" / name, Image.fromarray(image_grid(generated.images)))
-            found["points"].append(point)
-            write_json(out / FILE, found)
-    write_json(out / FILE, found)
-    return found
+            sweep["points"].append(point)
+            write_json(out / FILE, sweep)
+    write_json(out / FILE, sweep)
+    return sweep
 
 
 def read(out: Path) -> dict[str, Any] | None:
@@ -259,15 +259,15 @@ def read(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["points"], list) or not isinstance(found["experiment"], dict):
+        sweep = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(sweep["points"], list) or not isinstance(sweep["experiment"], dict):
             raise ValueError("it does not hold a sweep")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GlideError(f"cannot read {path}: {error}") from None
-    return found
+    return sweep
 
 
-def plain(value: Any) -> Any:
+def json_round_trip(value: Any) -> Any:
     """Return a value as JSON would read it back."""
     return json.loads(json.dumps(value))
 

@@ -15,7 +15,7 @@ import tqdm
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.evaluation.features import FeatureSpace, Scorer
 from glide_jax.evaluation.image_sets import ImageSet
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 PART = 1024  # images of a file
 BATCH = 64  # images in memory at a time
@@ -48,27 +48,27 @@ def features_of(
     """
     known = {"format": FORMAT, "images": images.fingerprint, **identity(space)}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
-    own = folder / key
+    own_folder = folder / key
     parts: list[np.ndarray] = []
     shape: tuple[int, int] | None = None
     starts = range(0, len(images), PART)
     for start in starts:
-        found = _read(own / f"{start:08}.npz", min(PART, len(images) - start))
-        if found is None:
+        saved = _read(own_folder / f"{start:08}.npz", min(PART, len(images) - start))
+        if saved is None:
             break
-        parts.append(found[0])
-        shape = found[1]
-    left = starts[len(parts) :]
-    if left:
+        parts.append(saved[0])
+        shape = saved[1]
+    remaining = starts[len(parts) :]
+    if remaining:
         try:
-            own.mkdir(parents=True, exist_ok=True)
+            own_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise GlideError(f"cannot write {own}: {error.strerror}") from None
-        source = images.images(left[0], shape)
+            raise GlideError(f"cannot write {own_folder}: {error.strerror}") from None
+        source = images.images(remaining[0], shape)
         name = Path(images.path).name or images.path
         # Quiet where nobody watches.
-        with tqdm.tqdm(total=len(images), initial=left[0], desc=name, disable=None) as bar:
-            for start in left:
+        with tqdm.tqdm(total=len(images), initial=remaining[0], desc=name, disable=None) as bar:
+            for start in remaining:
                 rows = []
                 for size in _sizes(min(PART, len(images) - start)):
                     batch = np.stack(list(islice(source, size)))
@@ -77,7 +77,7 @@ def features_of(
                     bar.update(size)
                 parts.append(np.concatenate(rows))
                 assert shape is not None
-                _write(own / f"{start:08}.npz", parts[-1], shape)
+                _write(own_folder / f"{start:08}.npz", parts[-1], shape)
     assert shape is not None
     return np.concatenate(parts), shape
 
@@ -114,6 +114,6 @@ def _write(path: Path, features: np.ndarray, shape: tuple[int, int]) -> None:
     data = io.BytesIO()
     np.savez(data, features=features, size=np.array(shape))
     try:
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None

@@ -107,9 +107,10 @@ def ten_views(images: np.ndarray) -> Iterator[np.ndarray]:
     Args:
         images: `(N, S, S, 3)`.
     """
-    rest = images.shape[1] - round(7 / 8 * images.shape[1])
-    side = images.shape[1] - rest
-    for top, left in ((0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)):
+    cut = images.shape[1] - round(7 / 8 * images.shape[1])
+    side = images.shape[1] - cut
+    corners = [(0, 0), (0, cut), (cut, 0), (cut, cut)]
+    for top, left in (*corners, (cut // 2, cut // 2)):
         view = images[:, top : top + side, left : left + side]
         yield view
         yield view[:, :, ::-1]

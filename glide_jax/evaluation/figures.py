@@ -50,23 +50,25 @@ def curves(points: Sequence[Point], names: Sequence[str] = TRADE_OFF) -> dict[st
     groups: dict[str, list[Point]] = {}
     for point in points:
         if point["sweep"] in names:
-            groups.setdefault(json.dumps([point["sweep"], _others(point)]), []).append(point)
+            groups.setdefault(json.dumps([point["sweep"], _unswept_settings(point)]), []).append(
+                point
+            )
     _share_unguided(groups)
     alike: dict[str, list[list[Point]]] = {}
     for curve in groups.values():
         alike.setdefault(_label(curve[0]), []).append(curve)
-    found = {}
+    by_label = {}
     for label, same in alike.items():
         for curve in same:
-            others = [_others(other[0]) for other in same]
+            others = [_unswept_settings(other[0]) for other in same]
             differing = {n: v for n, v in others[0].items() if any(o[n] != v for o in others)}
-            mine = _others(curve[0])
+            mine = _unswept_settings(curve[0])
             name = ", ".join([label, *(f"{n} {mine[n]}" for n in differing)])
-            found[name] = sorted(curve, key=_order) if curve[0]["sweep"] in NUMBERS else curve
-    return found
+            by_label[name] = sorted(curve, key=_order) if curve[0]["sweep"] in NUMBERS else curve
+    return by_label
 
 
-def _others(point: Point) -> dict[str, Any]:
+def _unswept_settings(point: Point) -> dict[str, Any]:
     """Return the settings of a point that are not swept, and the guiding CLIP, if any."""
     swept = SWEEPS[point["sweep"]].setting
     settings = {name: value for name, value in point["settings"].items() if name != swept}
@@ -83,8 +85,8 @@ def _share_unguided(groups: dict[str, list[Point]]) -> None:
             curve
             for curve in groups.values()
             if curve[0]["sweep"] == sweep
-            and _others(curve[0])[GUIDE]
-            and _others(curve[0]) | {GUIDE: ""} == others
+            and _unswept_settings(curve[0])[GUIDE]
+            and _unswept_settings(curve[0]) | {GUIDE: ""} == others
         ]
         for curve in guided:
             curve.extend(unguided)
@@ -114,7 +116,7 @@ def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
     positions, or none.
     """
     by_sweep = {name: curves(points, (name,)) for name in TRADE_OFF}
-    found = []
+    matches = []
     for free_name, free in by_sweep["guidance-scale"].items():
         scales = [float(point["value"]) for point in free]
         for clip_name, guided in by_sweep["clip-scale"].items():
@@ -126,30 +128,30 @@ def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
                     for name in MATCHED:
                         cfg[name] = _between([measure(p, name, space) for p in free], position)
                         clip[name] = measure(point, name, space)
-                    found.append({"recall": at, "classifier-free": cfg, "clip": clip})
-    return found
+                    matches.append({"recall": at, "classifier-free": cfg, "clip": clip})
+    return matches
 
 
 def _crossings(values: Sequence[float], wanted: float) -> list[float]:
     """Return the positions at which a line through values at 0, 1, ... has the value wanted."""
-    found = [float(i) for i, value in enumerate(values) if value == wanted]
+    positions = [float(i) for i, value in enumerate(values) if value == wanted]
     for i, (a, b) in enumerate(itertools.pairwise(values)):
         if (a - wanted) * (b - wanted) < 0:
-            found.append(i + (wanted - a) / (b - a))
-    return sorted(found)
+            positions.append(i + (wanted - a) / (b - a))
+    return sorted(positions)
 
 
 def _between(values: Sequence[float], position: float) -> float:
     return float(np.interp(position, range(len(values)), values))
 
 
-def write_figures(found: dict[str, Any], out: Path) -> list[Path]:
+def write_figures(results: dict[str, Any], out: Path) -> list[Path]:
     """Write `trade_off.png`, and one figure for each sweep, to `out`.
 
     If both kinds of guidance were swept, `trade_off.json` holds `matched` for each feature space.
 
     Args:
-        found: the contents of `sweep.json`.
+        results: the contents of `sweep.json`.
 
     Returns:
         The files.
@@ -158,16 +160,16 @@ def write_figures(found: dict[str, Any], out: Path) -> list[Path]:
         UsageError: matplotlib is not installed.
         GlideError: a file cannot be written.
     """
-    spaces, points = found["experiment"]["features"], found["points"]
+    spaces, points = results["experiment"]["features"], results["points"]
     files = []
     if all(any(point["sweep"] == name for point in points) for name in TRADE_OFF):
         files.append(out / "trade_off.json")
         write_json(files[0], {space: matched(points, space) for space in spaces})
     if any(point["sweep"] in TRADE_OFF for point in points):
-        files.append(_save(_trade_off(found, spaces), out / "trade_off.png"))
+        files.append(_save(_trade_off(results, spaces), out / "trade_off.png"))
     for name in SWEEPS:
         if any(point["sweep"] == name for point in points):
-            figure = _one_setting(found, name, spaces)
+            figure = _setting_figure(results, name, spaces)
             files.append(_save(figure, out / f"{name.replace('-', '_')}.png"))
     return files
 
@@ -191,31 +193,31 @@ def _figure(rows: int, columns: int, title: str) -> Any:
     return figure
 
 
-def _title(found: dict[str, Any]) -> str:
-    e = found["experiment"]
+def _title(results: dict[str, Any]) -> str:
+    e = results["experiment"]
     return (
         f"{e['weights'][0]}: {e['images']} images a point, seed {e['seed']}; "
         f"scored by {e['scorer'][0]} among {e['captions']} captions"
     )
 
 
-def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
-    figure = _figure(len(spaces), len(PANELS), _title(found))
+def _trade_off(results: dict[str, Any], spaces: Sequence[str]) -> Any:
+    figure = _figure(len(spaces), len(PANELS), _title(results))
     rows = figure.subplots(len(spaces), len(PANELS), squeeze=False)
     lines = {}
     for space, row in zip(spaces, rows, strict=True):
         for axes, (across, up) in zip(row, PANELS, strict=True):
-            for i, (name, curve) in enumerate(curves(found["points"]).items()):
+            for i, (name, curve) in enumerate(curves(results["points"]).items()):
                 x, y = ([measure(p, n, space) for p in curve] for n in (across, up))
                 (lines[name],) = axes.plot(x, y, "o-", color=f"C{i}", markersize=4, linewidth=1.2)
                 for point, *at in zip(curve, x, y, strict=True):
                     offset = {"xytext": (3, 3), "textcoords": "offset points"}
                     axes.annotate(point["value"], at, **offset, fontsize=7, color=f"C{i}")
             if across in ALIGNMENT:
-                line = axes.axvline(found["real"][across], color="grey", linestyle=":")
+                line = axes.axvline(results["real"][across], color="grey", linestyle=":")
                 lines["real images"] = line
             if up in ALIGNMENT:
-                axes.axhline(found["real"][up], color="grey", linestyle=":")
+                axes.axhline(results["real"][up], color="grey", linestyle=":")
             axes.set(xlabel=AXES[across], ylabel=AXES[up])
             axes.grid(alpha=0.3)
         row[0].set_title(space, fontsize=9, loc="left")
@@ -223,24 +225,24 @@ def _trade_off(found: dict[str, Any], spaces: Sequence[str]) -> Any:
     return figure
 
 
-def _one_setting(found: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
+def _setting_figure(results: dict[str, Any], sweep: str, spaces: Sequence[str]) -> Any:
     panels = [(name, spaces[0]) for name in ALIGNMENT]
     for space in spaces:
-        known = found["points"][0]["distances"][space]
+        known = results["points"][0]["distances"][space]
         panels += [(name, space) for name in AXES if name in known and name != "kernel_distance"]
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = _figure(rows, columns, _title(found))
+    figure = _figure(rows, columns, _title(results))
     grid = figure.subplots(rows, columns, squeeze=False).flat
     lines = {}
     for (name, space), axes in zip(panels, grid, strict=False):
-        for i, (label, curve) in enumerate(curves(found["points"], (sweep,)).items()):
+        for i, (label, curve) in enumerate(curves(results["points"], (sweep,)).items()):
             y = [measure(point, name, space) for point in curve]
             x = _positions(curve)
             style = "o-" if sweep in NUMBERS else "o"
             (lines[label],) = axes.plot(x, y, style, color=f"C{i}", markersize=4, linewidth=1.2)
         if name in ALIGNMENT:
-            axes.axhline(found["real"][name], color="grey", linestyle=":")
+            axes.axhline(results["real"][name], color="grey", linestyle=":")
         if sweep not in NUMBERS:
             axes.tick_params(axis="x", rotation=90)
         suffix = "" if name in ALIGNMENT else f"\n{space}"

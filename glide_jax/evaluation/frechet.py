@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 # Images whose deviations from the mean are in memory at the same time.
 ROWS = 4096
@@ -79,20 +79,20 @@ def distance(a: Moments, b: Moments) -> float:
     return float(max(between + traces - 2 * np.sqrt(np.maximum(overlap, 0)).sum(), 0.0))
 
 
-def save_statistics(path: Path, found: Moments) -> None:
+def save_statistics(path: Path, moments: Moments) -> None:
     """Write mean and covariance, with their origin, to an `.npz` that pytorch-fid reads too.
 
     Raises:
         GlideError: the file cannot be written.
     """
     data = io.BytesIO()
-    more: dict[str, Any] = {name: np.array(text) for name, text in found.source}
-    if found.count is not None:
-        more["count"] = np.array(found.count)
-    np.savez(data, mu=found.mean, sigma=found.covariance, **more)
+    more: dict[str, Any] = {name: np.array(text) for name, text in moments.source}
+    if moments.count is not None:
+        more["count"] = np.array(moments.count)
+    np.savez(data, mu=moments.mean, sigma=moments.covariance, **more)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None
 

@@ -125,17 +125,17 @@ def has_images(path: str | Path) -> bool:
 
 
 def _folder(folder: str, size: int | None) -> ImageSet:
-    every = find(folder).names
-    tars = sorted((n for n in every if is_tar_name(n)), key=_numerical)
-    if tars and not any(map(is_image, every)):
-        if found := missing_shards(Path(folder)):
+    all_names = find(folder).names
+    tars = sorted((n for n in all_names if is_tar_name(n)), key=_numerical)
+    if tars and not any(map(is_image, all_names)):
+        if shards := missing_shards(Path(folder)):
             raise GlideError(
-                f"{folder} has {found} shards: the command that generated them continues"
+                f"{folder} has {shards} shards: the command that generated them continues"
             )
         return _tars(folder, [storage.join(folder, n) for n in tars], size)
-    names = tuple(sorted(_without_grids([n for n in every if is_image(n)]), key=_numerical))
+    names = tuple(sorted(_without_grids([n for n in all_names if is_image(n)]), key=_numerical))
     if not names:
-        others = f"{len(every)} files, none with" if every else "no files, so none with"
+        others = f"{len(all_names)} files, none with" if all_names else "no files, so none with"
         raise GlideError(f"{folder} has no images: {others} the suffix of an image (.png, .jpg)")
     stamps = [f"{name} {storage.stamp(storage.join(folder, name))}" for name in names]
     start_at = partial(_decoded, folder, names, size)
@@ -199,8 +199,10 @@ def _tars(path: str, shards: list[str], size: int | None) -> ImageSet:
                 yield from threads.map(read, range(first, min(first + AHEAD, len(records))))
 
     def captions() -> list[str]:
-        found = (record(index)["caption"] for index in range(len(records)))
-        return [one if isinstance(one, str) else one[0] for one in found]
+        captions_per_record = (record(index)["caption"] for index in range(len(records)))
+        return [
+            caption if isinstance(caption, str) else caption[0] for caption in captions_per_record
+        ]
 
     stamps = [f"{shard} {storage.stamp(shard)}" for shard in shards]
     return ImageSet(path, (), len(records), _digest(*stamps, f"{size}"), start_at, captions)

@@ -38,8 +38,8 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
         return sum(((a[rows] @ b.T / a.shape[1] + 1) ** 3).sum() for rows in _blocks(a, b))
 
     def within(x: np.ndarray) -> float:
-        own = (((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum()
-        return (total(x, x) - own) / (len(x) * (len(x) - 1))
+        diagonal = (((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum()
+        return (total(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
     between = total(real, generated) / (len(real) * len(generated))
     return float(within(real) + within(generated) - 2 * between)
@@ -76,11 +76,11 @@ def _share_among(points: np.ndarray, others: np.ndarray, k: int) -> float:
             for rows in _blocks(others, others)
         ]
     )
-    found = sum(
+    covered = sum(
         np.count_nonzero((_distances(points[rows], others) <= radius).any(axis=1))
         for rows in _blocks(points, others)
     )
-    return found / len(points)
+    return covered / len(points)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -95,8 +95,8 @@ def r_precision(similarity: np.ndarray, right: np.ndarray) -> float:
         similarity: `(N, M)`, of N images with M captions.
         right: `(N,)`, the column of each image's own caption. A tie counts as wrong.
     """
-    own = np.take_along_axis(similarity, right[:, None], axis=1)
-    return float(((similarity >= own).sum(axis=1) == 1).mean())
+    right_similarity = np.take_along_axis(similarity, right[:, None], axis=1)
+    return float(((similarity >= right_similarity).sum(axis=1) == 1).mean())
 
 
 def inception_score(probabilities: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import LossTables, at, make_tables
+from glide_jax.diffusion.losses import LossTables, at_timesteps, make_tables
 from glide_jax.diffusion.schedule import make_schedule, to_eps
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import TrainConfig
@@ -46,7 +46,7 @@ class NoisePredictor:
         x_t, t, _ = inputs
         output = self.model.apply(variables, *inputs, **options)
         assert isinstance(output, jax.Array)
-        alpha, sigma = at(self.tables.alpha, t), at(self.tables.sigma, t)
+        alpha, sigma = at_timesteps(self.tables.alpha, t), at_timesteps(self.tables.sigma, t)
         return to_eps(self.prediction, output[..., : x_t.shape[-1]], x_t, alpha, sigma)
 
 
@@ -99,12 +99,12 @@ def noise_loss(
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)
     count = -(-images // measure.batch_size)
-    found: dict[str, Any] = {"images": count * measure.batch_size}
+    losses: dict[str, Any] = {"images": count * measure.batch_size}
     for name, captions in (("captions", True), ("no captions", False)):
         values = measure({"model": params, "captions": jnp.asarray(captions)}, count)
         quartiles = [values.get(f"loss_quartile_{i}") for i in range(QUARTILES)]
-        found[name] = {"loss": values["loss"], "quartiles": quartiles}
-    return found
+        losses[name] = {"loss": values["loss"], "quartiles": quartiles}
+    return losses
 
 
 def report(

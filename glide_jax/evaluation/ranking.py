@@ -61,8 +61,8 @@ def rank(scorer: Scorer, images: np.ndarray, choices: Sequence[Sequence[str]]) -
     """
     table = similarity(scorer, scorer(images), choices)
     best = tuple(row[int(i)] for row, i in zip(choices, table.argmax(axis=1), strict=True))
-    own = np.zeros(len(images), int)
-    return Ranks((table >= table[:, :1]).sum(axis=1), best, r_precision(table, own))
+    right = np.zeros(len(images), int)
+    return Ranks((table >= table[:, :1]).sum(axis=1), best, r_precision(table, right))
 
 
 def choose_pairs(
@@ -78,7 +78,7 @@ def choose_pairs(
     Raises:
         UsageError: the data has too few pairs or captions.
     """
-    found = {}
+    pairs = {}
     for number, kind in enumerate(KINDS):
         rng = np.random.default_rng((seed, number))
         if kind == "training_concepts":
@@ -87,8 +87,8 @@ def choose_pairs(
         else:
             records = random_records(held_out_pairs(config), images, rng)
             choose = words.pair_choices
-        found[kind] = records, [choose(record, captions, rng) for record in records]
-    return found
+        pairs[kind] = records, [choose(record, captions, rng) for record in records]
+    return pairs
 
 
 def report(
@@ -120,7 +120,7 @@ def report(
     check_writable(out)
     overrides: dict[str, Any] = settings or {}
     chosen = choose_pairs(config, vocabulary(config), seed=seed, images=images, captions=captions)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "weights": pipe.model.name,
         "scorer": scorer.clip.name,
         "views": scorer.views,
@@ -133,11 +133,11 @@ def report(
         generated = pipe(prompts, seed=seed, batch_size=batch_size, **overrides)
         real = np.stack([record["image"] for record in records])
         ranks = rank(scorer, generated.images, choices), rank(scorer, real, choices)
-        found["settings"] = generated.settings
-        found[kind] = _results(prompts, *ranks)
+        results["settings"] = generated.settings
+        results[kind] = _results(prompts, *ranks)
         write_png(out / f"{kind}.png", contact_sheet(_tiles(records, generated.images, *ranks)))
-    write_json(out / "ranking.json", found)
-    return found
+    write_json(out / "ranking.json", results)
+    return results
 
 
 def _results(prompts: Sequence[str], generated: Ranks, real: Ranks) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -19,7 +19,7 @@ def write_json(path: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
-        write_whole(path, text.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None
 
@@ -33,6 +33,6 @@ def write_png(path: Path, image: Image.Image) -> None:
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     try:
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror}") from None

@@ -69,7 +69,7 @@ def report(
         kind: [s for s, scene in zip(scores, scenes, strict=True) if kind_of(scene) == kind]
         for kind in KINDS
     }
-    found = {
+    results = {
         "weights": pipe.model.name,
         "split": split,
         "images": images,
@@ -94,5 +94,5 @@ def report(
         for i, scene in enumerate(scenes[:SHOWN])
     ]
     write_png(out / "scenes.png", contact_sheet(tiles))
-    write_json(out / "scenes.json", found)
-    return found
+    write_json(out / "scenes.json", results)
+    return results

@@ -64,16 +64,16 @@ def score(image: np.ndarray, scene: Scene) -> Score:
     """
     seen = look(image)
 
-    def same(detail: Callable[[SceneObject], Any]) -> bool:
+    def all_agree(detail: Callable[[SceneObject], Any]) -> bool:
         return sorted(map(detail, seen.objects)) == sorted(map(detail, scene.objects))
 
     return Score(
         background=seen.background == scene.background,
         count=len(seen.objects) == len(scene.objects),
-        colours=same(lambda one: one.colour),
-        shapes=same(lambda one: one.shape),
-        sizes=same(lambda one: one.size),
-        objects=same(lambda one: (one.colour, one.shape, one.size)),
+        colours=all_agree(lambda item: item.colour),
+        shapes=all_agree(lambda item: item.shape),
+        sizes=all_agree(lambda item: item.size),
+        objects=all_agree(lambda item: (item.colour, item.shape, item.size)),
         relation=not scene.relation or _related(seen.objects, scene),
     )
 
@@ -98,8 +98,8 @@ def look(image: np.ndarray) -> Scene:
     # scipy declares one of several return types; without `output` it is this pair.
     components: Any = ndimage.label(away > COVERED * least)
     labels, count = components
-    found = [_object(pixels, ground, labels == i + 1) for i in range(count)]
-    return Scene(background, tuple(one for one in found if one is not None))
+    scene_objects = [_object(pixels, ground, labels == i + 1) for i in range(count)]
+    return Scene(background, tuple(each for each in scene_objects if each is not None))
 
 
 def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
@@ -152,11 +152,11 @@ def _dilated(component: np.ndarray) -> np.ndarray:
 
 def _related(seen: tuple[SceneObject, ...], scene: Scene) -> bool:
     """Whether two objects have the relation of the caption."""
-    wanted = [(one.colour, one.shape) for one in scene.objects]
-    found = {(one.colour, one.shape): one for one in seen}
-    if len(seen) != 2 or any(look not in found for look in wanted):
+    wanted = [(scene_object.colour, scene_object.shape) for scene_object in scene.objects]
+    by_look = {(scene_object.colour, scene_object.shape): scene_object for scene_object in seen}
+    if len(seen) != 2 or any(look not in by_look for look in wanted):
         return False
-    first, second = (found[look] for look in wanted)
+    first, second = (by_look[look] for look in wanted)
     across, down = first.x - second.x, first.y - second.y
     dx, dy = RELATIONS[scene.relation]
     # On the correct side, and further apart along the relation than across it.
@@ -179,7 +179,7 @@ def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
     changed = replace(first, **{field: others[rng.integers(len(others))]})
     equal = not scene.relation
     objects = tuple(
-        replace(changed, x=one.x, y=one.y) if equal or i == 0 else one
-        for i, one in enumerate(scene.objects)
+        replace(changed, x=scene_object.x, y=scene_object.y) if equal or i == 0 else scene_object
+        for i, scene_object in enumerate(scene.objects)
     )
     return replace(scene, objects=objects)

@@ -51,9 +51,9 @@ def measure(
         UsageError: there are too few images, or the statistics are those of another network.
         GlideError: see `features_of`.
     """
-    own = tuple(identity(space).items())
+    network = tuple(identity(space).items())
     if isinstance(source, Moments):
-        _check_source(source, own, path)
+        _check_source(source, network, path)
         return Side(source, shape=_shape(dict(source.source).get("size", "")))
     if len(source) < 2:
         raise UsageError(f"{path} has one image: a distance between sets needs at least two")
@@ -64,7 +64,7 @@ def measure(
             f"dimensions: give more than {features.shape[1]:,} images, or --allow-few-images, "
             "which makes the Frechet distance too large"
         )
-    origin = (*own, ("size", f"{shape[0]}x{shape[1]}"))
+    origin = (*network, ("size", f"{shape[0]}x{shape[1]}"))
     return Side(moments(features, origin), features, shape)
 
 
@@ -73,15 +73,15 @@ def _shape(text: str) -> tuple[int, int] | None:
     return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
 
 
-def _check_source(found: Moments, own: tuple[tuple[str, str], ...], path: str) -> None:
-    known = dict(found.source)
+def _check_source(moments: Moments, network: tuple[tuple[str, str], ...], path: str) -> None:
+    known = dict(moments.source)
     if not known:
         print(
             f"{path} does not say which network and size of images it was made with: the Frechet "
             "distance is right only for the same ones",
             file=sys.stderr,
         )
-    for name, value in own:
+    for name, value in network:
         if known.get(name, value) != value:
             raise UsageError(
                 f"{path} was made with another network ({name} {known[name]}, here {value}): give "
@@ -110,7 +110,7 @@ def compare(
             f"{path} has statistics of {a.dimensions:,} dimensions, {space.name} has "
             f"{b.dimensions:,}: give the network that made them to --features"
         )
-    found: dict[str, Any] = {
+    scores: dict[str, Any] = {
         **identity(space),
         "dimensions": a.dimensions,
         "images": {"real": a.count, "generated": b.count},
@@ -120,10 +120,10 @@ def compare(
         "recall": None,
     }
     if real.features is not None and generated.features is not None:
-        found["kernel_distance"] = kernel_distance(real.features, generated.features)
+        scores["kernel_distance"] = kernel_distance(real.features, generated.features)
         precision, recall = precision_recall(real.features, generated.features, nearest_k)
-        found |= {"precision": precision, "recall": recall, "nearest_k": nearest_k}
-    return found
+        scores |= {"precision": precision, "recall": recall, "nearest_k": nearest_k}
+    return scores
 
 
 COLUMNS = {
@@ -144,10 +144,10 @@ def label(extractor: str) -> str:
 def table(scores: Sequence[dict[str, Any]]) -> str:
     """Return the scores as a table, a line for each feature space; `-`: not measured."""
     rows = [["features", *(title for title, _ in COLUMNS.values())]]
-    for found in scores:
-        values = ((found[name], form) for name, (_, form) in COLUMNS.items())
+    for score in scores:
+        values = ((score[name], form) for name, (_, form) in COLUMNS.items())
         numbers = ["-" if value is None else form.format(value) for value, form in values]
-        rows.append([label(found["extractor"]), *numbers])
+        rows.append([label(score["extractor"]), *numbers])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

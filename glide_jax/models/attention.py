@@ -78,30 +78,30 @@ def attend(
         out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         return out.reshape(*out.shape[:2], -1)
     if kernel == "pallas":
-        return _on_tpu(query, key, value)
+        return _tpu_attention(query, key, value)
     on_cpu = (compile_for.value or _device().platform) == "cpu"
     if on_cpu and mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
-        return _head_by_head(query, key, value)
-    return _plain(query, key, value, mask)
+        return _attend_head_by_head(query, key, value)
+    return _plain_attention(query, key, value, mask)
 
 
-def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """The plain form of one head of one image after another, whose logits stay in the caches."""
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.
-    def one(head: list[jax.Array]) -> jax.Array:
+    def attend_head(head: list[jax.Array]) -> jax.Array:
         query, key, value = head
         logits = (query * scale) @ (key * scale).T
         return nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype) @ value
 
     batch, length, heads, width = query.shape
-    each = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
-    out = jax.lax.map(one, each).reshape(batch, heads, length, width)
+    arrays = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
+    out = jax.lax.map(attend_head, arrays).reshape(batch, heads, length, width)
     return out.swapaxes(1, 2).reshape(batch, length, -1)
 
 
-def _plain(
+def _plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
     # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
@@ -116,14 +116,14 @@ def _plain(
 
 
 @jax.custom_vjp
-def _on_tpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return tpu_attention.attend(query, key, value)
 
 
 # The backward pass computes the logits again, in the plain form: the forward pass keeps none.
-_on_tpu.defvjp(
-    lambda *arrays: (_on_tpu(*arrays), arrays),
-    lambda arrays, gradient: jax.vjp(_plain, *arrays)[1](gradient),
+_tpu_attention.defvjp(
+    lambda *arrays: (_tpu_attention(*arrays), arrays),
+    lambda arrays, gradient: jax.vjp(_plain_attention, *arrays)[1](gradient),
 )
 
 

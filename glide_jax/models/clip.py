@@ -154,12 +154,12 @@ class ImageEncoder(nn.Module):
 
         if t is not None:
             _check("t", t, (), jnp.integer, "integer (round it: each timestep has a row)")
-            first = self.param("timestep_embedding", table, (c.n_timestep, width))
-            first = look_up(first, t)
+            first_token = self.param("timestep_embedding", table, (c.n_timestep, width))
+            first_token = look_up(first_token, t)
         else:
-            first = self.param("class_embedding", table, (width,))
-            first = jnp.broadcast_to(first, (len(x), width))
-        h = jnp.concatenate([first[:, None], h], axis=1)
+            first_token = self.param("class_embedding", table, (width,))
+            first_token = jnp.broadcast_to(first_token, (len(x), width))
+        h = jnp.concatenate([first_token[:, None], h], axis=1)
         h = h + self.param("position_embedding", table, (h.shape[1], width))
         h = layer_norm("norm_in")(h).astype(self.dtype)
         block = nn.remat(Block) if self.remat else Block

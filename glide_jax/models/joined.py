@@ -37,8 +37,8 @@ def join_projections(params: dict[str, Any], layers: tuple[str, ...]) -> dict[st
 
 def _place(block: str) -> tuple[int, list[int], str]:
     """Where a block stands in the order of evaluation: encoder, middle, decoder."""
-    kind, *rest = block.split("_")
-    return ("down", "mid", "up").index(kind), [int(n) for n in rest if n.isdigit()], block
+    kind, *parts = block.split("_")
+    return ("down", "mid", "up").index(kind), [int(n) for n in parts if n.isdigit()], block
 
 
 def _concatenate(arrays: list[Any]) -> Any:

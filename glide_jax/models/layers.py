@@ -116,7 +116,7 @@ class GroupNorm(nn.Module):
                 (FiLM, 1709.07871), before the nonlinearity.
         """
         if x.dtype in HALF:
-            y = self._in_one_pass(x, film)
+            y = self._fused_norm(x, film)
         else:
             y = _GroupNorm(
                 num_groups=NORM_GROUPS,
@@ -132,7 +132,7 @@ class GroupNorm(nn.Module):
             y = y * nn.sigmoid(self.swish * y)
         return y.astype(x.dtype)
 
-    def _in_one_pass(self, x: jax.Array, film: jax.Array | None) -> jax.Array:
+    def _fused_norm(self, x: jax.Array, film: jax.Array | None) -> jax.Array:
         """Return the norm in float32; all factors become one for each image and channel."""
         scale, bias = Affine(x.shape[-1], name="norm")()
         wide, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
@@ -255,14 +255,15 @@ class Projections(_Stored, nn.Module):
         # register. The kernel is small.
         kernels = split_heads(kernel[None], self.heads, self.parts)
         biases = split_heads(bias[None, None], self.heads, self.parts)
-        found = [
+        projections = [
             x @ k.reshape(shape[0], -1) + b.reshape(-1)
             for k, b in zip(kernels, biases, strict=True)
         ]
         if pair:
             narrow = split_heads(pair[1][None], self.heads, self.parts)
             low = x @ pair[0]
-            found = [
-                y + low @ k.reshape(low.shape[-1], -1) for y, k in zip(found, narrow, strict=True)
+            projections = [
+                y + low @ k.reshape(low.shape[-1], -1)
+                for y, k in zip(projections, narrow, strict=True)
             ]
-        return [y.reshape(*y.shape[:2], self.heads, -1) for y in found]
+        return [y.reshape(*y.shape[:2], self.heads, -1) for y in projections]

@@ -25,8 +25,8 @@ def suits(query: jax.Array, key: jax.Array) -> bool:
         # Without a mesh the kernel cannot know how the batch is sharded.
         return False
     parts = math.prod(mesh.shape[axis] for axis in _split_axes())
-    whole = query.shape[0] % parts == 0 and LANES % head == 0 and heads * head % LANES == 0
-    return whole and length % QUERIES == 0 and keys % LANES == 0 and keys <= KEYS
+    divisible = query.shape[0] % parts == 0 and LANES % head == 0 and heads * head % LANES == 0
+    return divisible and length % QUERIES == 0 and keys % LANES == 0 and keys <= KEYS
 
 
 def attend(
@@ -98,5 +98,5 @@ def _kernel(query: Any, key: Any, value: Any, out: Any, *, head: int) -> None:
         logits = product(query[0, :, columns], key[0, :, columns], 1) * head**-0.5
         weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         weights = weights / weights.sum(axis=-1, keepdims=True)
-        found = product(weights.astype(value.dtype), value[0, :, columns], 0)
-        out[0, :, columns] = found.astype(out.dtype)
+        attended = product(weights.astype(value.dtype), value[0, :, columns], 0)
+        out[0, :, columns] = attended.astype(out.dtype)

@@ -63,22 +63,22 @@ class Kernel(NamedTuple):
 def scales(config: ModelConfig) -> dict[str, int]:
     """Return the downsampling factor of each residual block, by name."""
     last = len(config.channel_mult) - 1
-    found, scale, i = {}, 1, 1
+    scales, scale, i = {}, 1, 1
     for level in range(last + 1):
         for _ in range(config.num_res_blocks):
-            found[f"down_{i}_res"] = scale
+            scales[f"down_{i}_res"] = scale
             i += 1
         if level < last:
             scale *= 2
-            found[f"down_{i}_res"] = scale
+            scales[f"down_{i}_res"] = scale
             i += 1
-    found |= {"mid_res_1": scale, "mid_res_2": scale}
+    scales |= {"mid_res_1": scale, "mid_res_2": scale}
     for i in range((last + 1) * (config.num_res_blocks + 1)):
-        found[f"up_{i}_res"] = scale
+        scales[f"up_{i}_res"] = scale
         if scale > 1 and (i + 1) % (config.num_res_blocks + 1) == 0:
             scale //= 2
-            found[f"up_{i}_up"] = scale
-    return found
+            scales[f"up_{i}_up"] = scale
+    return scales
 
 
 def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
     rows = jax.lax.optimization_barrier(blocks(padded, 1))
     pixels = [blocks(row, 2) for row in rows]
     # Products of matrices one by one: as one batched product they run at half the speed.
-    found = [[pixels[i][j] @ u[i][j] for i in range(length)] for j in range(length)]
-    columns = [_products(a, column) for column in found]
+    products = [[pixels[i][j] @ u[i][j] for i in range(length)] for j in range(length)]
+    columns = [_products(a, column) for column in products]
     rows = [_products(a, [column[i] for column in columns]) for i in range(step)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)
     return y.reshape(*x.shape[:3], -1)
@@ -157,8 +157,8 @@ def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
 
 def _products(matrix: Sequence[Sequence[float]], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Multiply a constant matrix by arrays, without what is multiplied by 0."""
-    found = []
+    sums = []
     for row in matrix:
         terms = (np.float32(c) * x if c != 1 else x for c, x in zip(row, arrays, strict=True) if c)
-        found.append(sum(terms, start=next(terms)))
-    return found
+        sums.append(sum(terms, start=next(terms)))
+    return sums

@@ -33,15 +33,15 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     longest = -(-size // devices)
     powers = (4**k for k in reversed(range(longest.bit_length())))
     lengths = [n * devices for n in (longest, *(n for n in powers if n < longest))]
-    found, done = [], 0
+    batches, done = [], 0
     while done < count:
         length = next((n for n in lengths if 4 * (count - done) > 3 * n), lengths[-1])
-        found.append(np.minimum(np.arange(done, done + length), count - 1))
+        batches.append(np.minimum(np.arange(done, done + length), count - 1))
         done += length
-    return found
+    return batches
 
 
-def usual_batch(side: int) -> int:
+def default_batch_size(side: int) -> int:
     """Return how many images a device generates at a time, by their side in pixels.
 
     16 images of 64x64 on a CPU, 64 on other devices; a quarter of that at 256x256, where networks
@@ -88,10 +88,10 @@ def select_images(
 
     return tuple(
         replace(
-            g,
-            args=jax.tree.map(partial(select, g.name), g.args, is_leaf=leaf),
-            needs=tuple(map(captions, g.needs)),
+            elementary,
+            args=jax.tree.map(partial(select, elementary.name), elementary.args, is_leaf=leaf),
+            needs=tuple(map(captions, elementary.needs)),
         )
-        for whole in guidances
-        for g in whole.parts()
+        for guidance in guidances
+        for elementary in guidance.parts()
     )

@@ -45,14 +45,16 @@ class Similarity:
     model: NoisedCLIP
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
-        found: Any = self.model.apply({"params": params}, x, t, cond, method=NoisedCLIP.similarity)
-        return found
+        similarity: Any = self.model.apply(
+            {"params": params}, x, t, cond, method=NoisedCLIP.similarity
+        )
+        return similarity
 
 
 @partial(jax.jit, static_argnums=0)
 def _encode_text(model: NoisedCLIP, params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-    found: Any = model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
-    return found
+    features: Any = model.apply({"params": params}, ids, lengths, method=NoisedCLIP.encode_text)
+    return features
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +88,11 @@ class CLIP:
         """
         tokens = CLIPTokenizer(self.config.max_text_len)(list(captions))
         network = self.network
-        found = [
+        features = [
             _encode_text(network.fn.model, network.params, ids[None], length[None])
             for ids, length in zip(tokens.ids, tokens.lengths, strict=True)
         ]
-        return np.concatenate(found)
+        return np.concatenate(features)
 
     def guidance(
         self, prompts: Sequence[str | Prompt], scale: float, limit: float | None = None

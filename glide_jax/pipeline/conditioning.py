@@ -52,12 +52,12 @@ class Conditioning:
 
     def inputs(self, config: ModelConfig) -> dict[str, np.ndarray]:
         """Return the inputs of the network besides text and noise."""
-        found = {}
+        inputs = {}
         if self.low_res is not None:
-            found["low_res"] = from_uint8(self.low_res)
+            inputs["low_res"] = from_uint8(self.low_res)
         if self.known is not None and config.inpaints:
-            found["inpaint_image"], found["inpaint_mask"] = self.known_image()
-        return found
+            inputs["inpaint_image"], inputs["inpaint_mask"] = self.known_image()
+        return inputs
 
     def known_pixel_guidance(self) -> tuple[Guidance, ...]:
         """Return the guidance that sets the known pixels in each estimate of the image."""
@@ -132,10 +132,10 @@ class Sources:
     def names(self) -> dict[str, Any]:
         """Return the metadata: the files, "array" for what has none, and how they were read."""
         sources = {"image": self.image, "mask": self.mask}
-        found = {key: s.name or "array" for key, s in sources.items() if s is not None}
-        found |= {} if self.noise is None else {"noise": "array"}
+        names = {key: s.name or "array" for key, s in sources.items() if s is not None}
+        names |= {} if self.noise is None else {"noise": "array"}
         usual = ("crop", False)
-        return found | {key: value for key, value in self.reading.items() if value not in usual}
+        return names | {key: value for key, value in self.reading.items() if value not in usual}
 
 
 def read_sources(
@@ -185,7 +185,7 @@ def _noted(images: SourceImages, side: int | None, what: str) -> list[str]:
 def small_side(images: SourceImages, side: int) -> int | None:
     """Return the side that small images are reduced to; None: as small as they are."""
     choose = min if images.fit == "crop" else max
-    return side if any(choose(found.size) > side for found in images.images) else None
+    return side if any(choose(image.size) > side for image in images.images) else None
 
 
 def read_conditioning(

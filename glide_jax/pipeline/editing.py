@@ -64,7 +64,7 @@ def invert_images(
         if getattr(settings, name) is not None:
             raise UsageError(f"inversion takes no {name}")
     noise = np.empty(images.shape, np.float32)
-    for found in run(
+    for batch in run(
         stage,
         prompts,
         0,
@@ -77,7 +77,7 @@ def invert_images(
         progress=progress,
         reverse=True,
     ):
-        noise[found.index] = found.state.x
+        noise[batch.index] = batch.state.x
     return noise
 
 
@@ -100,6 +100,6 @@ def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> jax.Array:
     # Equal and opposite noises have no arc between them.
     straight = jnp.sin(angle) < 1e-4
     arc = jnp.where(straight, 1.0, angle)
-    first = jnp.where(straight, 1 - s, jnp.sin((1 - s) * arc) / jnp.sin(arc))
-    second = jnp.where(straight, s, jnp.sin(s * arc) / jnp.sin(arc))
-    return first * a + second * b
+    first_weight = jnp.where(straight, 1 - s, jnp.sin((1 - s) * arc) / jnp.sin(arc))
+    second_weight = jnp.where(straight, s, jnp.sin(s * arc) / jnp.sin(arc))
+    return first_weight * a + second_weight * b

@@ -54,18 +54,18 @@ class SourceImages:
             )
         if size is None:
             side = min if self.fit == "crop" else max
-            sides = {side(found.image.size) for found in self.images}
+            sides = {side(upright.image.size) for upright in self.images}
             if len(sides) > 1:
                 raise UsageError(f"{self.label} has several sizes: make them equal")
             size = sides.pop()
-        squares = np.stack([to_square(found.image, size, self.fit) for found in self.images])
+        squares = np.stack([to_square(upright.image, size, self.fit) for upright in self.images])
         return np.broadcast_to(squares, (count, *squares.shape[1:]))
 
     def changes(self, size: int | None) -> list[str]:
         """Return what is done to the images to make squares of them, such as "turned upright"."""
-        found = [c for image in self.images for c in image.changes]
-        found += [c for image in self.images for c in _fitting(image.size, size, self.fit)]
-        return list(dict.fromkeys(found))
+        changes = [c for image in self.images for c in image.changes]
+        changes += [c for image in self.images for c in _fitting(image.size, size, self.fit)]
+        return list(dict.fromkeys(changes))
 
 
 # What an image can be given as: a file, a PIL image, an array `(H, W)`, `(H, W, C)` or
@@ -75,13 +75,15 @@ ImageLike = str | Path | Image.Image | np.ndarray | Images | SourceImages | Sequ
 
 def _fitting(size: tuple[int, int], side: int | None, fit: Fit) -> list[str]:
     width, height = size
-    found, now = [], min(size) if fit == "crop" else max(size)
+    changes, now = [], min(size) if fit == "crop" else max(size)
     if width != height:
         how = "cropped to its central" if fit == "crop" else "padded with white to"
-        found.append(f"{how} {now}x{now} of {width}x{height}")
+        changes.append(f"{how} {now}x{now} of {width}x{height}")
     if side is not None and now != side:
-        found.append(f"{'reduced' if now > side else 'enlarged'} from {now}x{now} to {side}x{side}")
-    return found
+        changes.append(
+            f"{'reduced' if now > side else 'enlarged'} from {now}x{now} to {side}x{side}"
+        )
+    return changes
 
 
 def to_square(image: Image.Image, size: int, fit: Fit) -> np.ndarray:
@@ -124,14 +126,18 @@ def open_images(source: ImageLike, side: int | None = None, *, fit: Fit = "crop"
         return SourceImages((decode(read_file(source, "image"), side),), str(source), fit)
     if isinstance(source, Image.Image):
         return SourceImages((decode(source, side),), file_of(source), fit)
-    if isinstance(source, list | tuple) and any(_is_image(one) for one in source):
-        each = [open_images(one, side, fit=fit) for one in source]
-        return SourceImages(tuple(found for one in each for found in one.images), "", fit)
+    if isinstance(source, list | tuple) and any(_is_image(item) for item in source):
+        opened = [open_images(item, side, fit=fit) for item in source]
+        return SourceImages(
+            tuple(upright for images in opened for upright in images.images), "", fit
+        )
     images, change = _from_array(to_array(source, "an image"))
-    before = (change,) if change else ()
+    mode_change = (change,) if change else ()
     decoded = (decode(image) for image in images)
     return SourceImages(
-        tuple(found._replace(changes=before + found.changes) for found in decoded), "", fit
+        tuple(upright._replace(changes=mode_change + upright.changes) for upright in decoded),
+        "",
+        fit,
     )
 
 
@@ -187,8 +193,8 @@ def _from_array(array: np.ndarray) -> tuple[list[Image.Image], str | None]:
     batch = array[..., None] if array.ndim == 2 else array
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[-1] > 4:
-        first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
-        hint = ": put the channels last" if first else ""
+        channels_first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
+        hint = ": put the channels last" if channels_first else ""
         raise UsageError(f"an image is (H, W, 3) uint8, not {array.shape} {array.dtype}{hint}")
     try:
         values, change = to_bytes(batch)

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import expand_home, locked, write_new, write_whole
+from glide_jax.folders import expand_home, locked, write_atomically, write_new
 
 # The text chunk of a PNG file that holds an image's metadata, as JSON.
 METADATA = "glide_jax"
@@ -93,11 +93,11 @@ class Images:
         """Return one line on how the images were sampled, with the number of evaluations."""
 
         def stage(settings: dict[str, Any]) -> str:
-            found = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
+            text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
-                    found += f", {name.replace('_', ' ')} {settings[name]:g}"
-            return found
+                    text += f", {name.replace('_', ' ')} {settings[name]:g}"
+            return text
 
         line = f"{self.weights}: {stage(self.settings)}"
         if upsampler := self.settings.get("upsampler"):
@@ -153,7 +153,7 @@ class Images:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # A rename: a viewer never sees half an image.
-            write_whole(path, self._repr_png_())
+            write_atomically(path, self._repr_png_())
         except OSError as error:
             raise GlideError(f"cannot write {path}: {error.strerror or error}") from None
         return path

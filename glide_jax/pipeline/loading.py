@@ -65,7 +65,7 @@ def load(
     upsampler = companion(weights, "upsampler", upsampler)
     clip = companion(weights, "clip", clip_model)
     where: dict[str, Any] = {"dtype": dtype, "devices": devices}
-    model = with_loras(open_model(weights), lora)
+    model = merge_loras(open_model(weights), lora)
     larger = None if upsampler is None else load(upsampler, **where)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is not an upsampler")
@@ -85,7 +85,7 @@ def load(
     )
 
 
-def with_loras(model: Model, lora: LoRAs) -> Model:
+def merge_loras(model: Model, lora: LoRAs) -> Model:
     """Return a model with low-rank pairs merged into its weights; see `load`.
 
     Raises:
@@ -93,12 +93,12 @@ def with_loras(model: Model, lora: LoRAs) -> Model:
         GlideError: a LoRA cannot be read, or does not fit the model.
     """
     single = isinstance(lora, (str, Path)) or _is_weighted(lora)
-    named = [_weighted(one) for one in ([lora] if single else lora)]  # pyright: ignore
-    if not named:
+    weighted = [_weighted(item) for item in ([lora] if single else lora)]  # pyright: ignore
+    if not weighted:
         return model
-    loras = [(open_lora(source), weight) for source, weight in named]
+    loras = [(open_lora(source), weight) for source, weight in weighted]
     merged = merge(model.params, loras)
-    say_other_base([one for one, weight in loras if weight], model.params, model.name)
+    say_other_base([adapter for adapter, weight in loras if weight], model.params, model.name)
     return replace(model, params=merged)
 
 

@@ -132,8 +132,8 @@ def open_masks(
         return source
     fit: Fit = "crop" if images is None else images.fit
     if isinstance(source, list | tuple) and not _is_number_list(source):
-        each = [open_masks(one, images, invert=invert) for one in source]
-        return SourceMasks(tuple(region for one in each for region in one.regions), "", fit)
+        opened = [open_masks(item, images, invert=invert) for item in source]
+        return SourceMasks(tuple(region for masks in opened for region in masks.regions), "", fit)
     name, reading = "", ""
     if isinstance(source, str | Path):
         name, loaded = str(source), [load_upright(read_file(source, "mask"))]
@@ -149,7 +149,7 @@ def open_masks(
             mask = mask if image is None else _turned_like(mask, image)
             region, reading = _region(mask.image, label, image)
         else:
-            region = _by_level(mask, label, lossy=False)
+            region = _region_by_level(mask, label, lossy=False)
         if image is not None:
             _check_proportions(region, image, label)
         regions.append(region ^ invert)
@@ -165,7 +165,7 @@ def read_known(mask: MaskLike, size: int, batch: int) -> np.ndarray:
 
 def _is_number_list(source: Sequence[Any]) -> bool:
     """Whether a list is one mask written as numbers, not a list of masks."""
-    return not any(isinstance(one, str | Path | Image.Image | np.ndarray) for one in source)
+    return not any(isinstance(item, str | Path | Image.Image | np.ndarray) for item in source)
 
 
 def _from_array(array: np.ndarray) -> list[Upright | np.ndarray]:
@@ -188,12 +188,16 @@ def _turned_like(mask: Upright, image: Upright) -> Upright:
     """Return a mask that was drawn on the image as it is stored, turned like the image."""
     (w, h), (wide, high) = mask.size, image.size
     sideways = image.orientation > 4 and mask.orientation == 1 and w != h
-    if sideways and _alike((h, w), (wide, high)) and not _alike((w, h), (wide, high)):
+    if (
+        sideways
+        and _same_proportions((h, w), (wide, high))
+        and not _same_proportions((w, h), (wide, high))
+    ):
         return mask._replace(image=turned(mask.image, image.orientation), size=(h, w))
     return mask
 
 
-def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
+def _same_proportions(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two sizes have the same proportions, up to rounding."""
     off = abs(a[0] * b[1] - a[1] * b[0])
     return off <= max(a[0] * b[1], a[1] * b[0]) * max(0.02, 1 / min(a), 1 / min(b))
@@ -201,7 +205,7 @@ def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 def _check_proportions(region: np.ndarray, image: Upright, label: str) -> None:
     size = (region.shape[1], region.shape[0])
-    if size[0] != size[1] and not _alike(size, image.size):
+    if size[0] != size[1] and not _same_proportions(size, image.size):
         raise UsageError(
             f"{label} is {size[0]}x{size[1]} and the image {image.size[0]}x{image.size[1]}: make "
             "it of the image's proportions, or square to lie on the square that is made of it"
@@ -247,19 +251,19 @@ def _region(image: Image.Image, label: str, edited: Upright | None) -> tuple[np.
         # An alpha that hardly varies says nothing.
         if high - low >= _NOISE:
             visible = opacity.astype(int) * 2 > low + high
-            return _by_alpha(to_rgb(colours)[0], visible, edited)
+            return _region_by_alpha(to_rgb(colours)[0], visible, edited)
     if is_deep(colours):
-        return _by_level(stored_values(colours), label, lossy=False), ""
+        return _region_by_level(stored_values(colours), label, lossy=False), ""
     rgb = np.asarray(to_rgb(colours)[0])
     if int(np.ptp(rgb, axis=2).max()) <= _COLOURED:
         if image.mode == "P" and not np.ptp(rgb, axis=(0, 1)).any():
             # A palette that was not filled in: the labels themselves.
-            return _by_level(np.asarray(image), label, lossy=False), ""
-        return _by_level(np.asarray(to_rgb(colours)[0].convert("L")), label, lossy=lossy), ""
-    return _by_colour(image, rgb, label)
+            return _region_by_level(np.asarray(image), label, lossy=False), ""
+        return _region_by_level(np.asarray(to_rgb(colours)[0].convert("L")), label, lossy=lossy), ""
+    return _region_by_colour(image, rgb, label)
 
 
-def _by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
+def _region_by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
     """Threshold levels at half of the range in use; of several labels, 0 alone is kept."""
     if values.dtype == bool:
         return values
@@ -271,13 +275,13 @@ def _by_level(values: np.ndarray, label: str, *, lossy: bool) -> np.ndarray:
     levels = np.unique(values)
     if lossy and len(levels) > 2 and float(high) - float(low) < _NOISE:
         return np.full(values.shape, float(high) > 127)
-    whole = values.dtype.kind in "iu"
-    if whole and low == 0 and len(levels) > 2 and high < _LABELS:
+    are_integers = values.dtype.kind in "iu"
+    if are_integers and low == 0 and len(levels) > 2 and high < _LABELS:
         return values > 0
     return values > (float(low) + float(high)) / 2
 
 
-def _by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndarray, str]:
+def _region_by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndarray, str]:
     """Return the coloured part of a drawing on black, or the labels above 0 of a palette."""
     brightness = rgb.max(axis=2)
     if brightness.min() <= _LABELS // 2:
@@ -288,7 +292,7 @@ def _by_colour(image: Image.Image, rgb: np.ndarray, label: str) -> tuple[np.ndar
     raise UsageError(f"{label} has colours and no black: {_HOW}, or paint on a transparent layer")
 
 
-def _by_alpha(
+def _region_by_alpha(
     colours: Image.Image, visible: np.ndarray, edited: Upright | None
 ) -> tuple[np.ndarray, str]:
     """Tell a brush on a transparent layer from a region erased from a photo.
@@ -312,11 +316,11 @@ def _by_alpha(
         return erased
     if border.mean() <= 0.5:
         return painted
-    own = False
+    same_pixels = False
     if edited is not None:
         image = edited.image
         if colours.width == colours.height:
             image = Image.fromarray(to_square(image, colours.width, "crop"))
         image = np.asarray(image.resize(colours.size, Image.Resampling.BOX))
-        own = np.abs(image[visible].astype(int) - seen).mean() <= _SAME
-    return painted if brightness.min() >= 192 and not own else erased
+        same_pixels = np.abs(image[visible].astype(int) - seen).mean() <= _SAME
+    return painted if brightness.min() >= 192 and not same_pixels else erased

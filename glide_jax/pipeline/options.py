@@ -232,32 +232,32 @@ def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     All that follows `--` is prompts.
     """
-    lengths, chosen, prompts = _lengths(Options), [], []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
+    value_counts, chosen, prompts = _value_counts(Options), [], []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         if word == "--":
-            return chosen, prompts + rest
+            return chosen, prompts + remaining
         if not word.startswith("-") or " " in word.partition("=")[0] or word == "-":
             prompts.append(word)
             continue
         chosen.append(word)
         if "=" not in word:
-            count = lengths.get(word.replace("_", "-"), 0)
-            count = min(count, 1) if rest[:1] == [NONE] else count
-            chosen += rest[:count]
-            del rest[:count]
+            count = value_counts.get(word.replace("_", "-"), 0)
+            count = min(count, 1) if remaining[:1] == [NONE] else count
+            chosen += remaining[:count]
+            del remaining[:count]
     return chosen, prompts
 
 
-def _lengths(kind: Any) -> dict[str, int]:
+def _value_counts(kind: Any) -> dict[str, int]:
     """Return the number of values that each option takes."""
-    found: dict[str, int] = {}
+    value_counts: dict[str, int] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         marks = [mark for mark in getattr(hint, "__metadata__", ()) if hasattr(mark, "aliases")]
         plain = get_type_hints(kind)[name]
         if is_dataclass(plain):
-            found |= _lengths(plain)
+            value_counts |= _value_counts(plain)
             continue
         tuples = [get_args(kind) for kind in (plain, *get_args(plain)) if get_origin(kind) is tuple]
         if any(Ellipsis in kinds for kinds in tuples):
@@ -267,8 +267,8 @@ def _lengths(kind: Any) -> dict[str, int]:
         else:
             count = 0 if plain is bool else len(tuples[0]) if tuples else 1
         names = [f"--{name.replace('_', '-')}", *(a for mark in marks for a in mark.aliases or ())]
-        found |= dict.fromkeys(names, count)
-    return found
+        value_counts |= dict.fromkeys(names, count)
+    return value_counts
 
 
 def show_defaults_of(weights: str, words: Sequence[str]) -> None:

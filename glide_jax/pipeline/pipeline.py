@@ -142,7 +142,7 @@ class Pipeline(Stage):
             allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.
             noise: the initial noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
             upsampler: settings of the upsampler; "none": the images are not enlarged.
-            batch_size: images at a time; None: see `glide_jax.pipeline.batching.usual_batch`.
+            batch_size: images at a time; None: by their side (`default_batch_size`).
             every: yield after this many network evaluations; None: after each batch.
             progress: show a progress bar.
             **settings: any field of `Settings`.

@@ -40,8 +40,8 @@ def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
         return read_text_prompts(path)
     name = str(expand_home(path))
     plain = _plain_texts(name) if field is None and suffix in JSON else None
-    found = _captions(name, field) if plain is None else iter(plain)
-    return tuple(prompt for text in found if (prompt := " ".join(clean(text).split())))
+    texts = _captions(name, field) if plain is None else iter(plain)
+    return tuple(prompt for text in texts if (prompt := " ".join(clean(text).split())))
 
 
 def _plain_texts(path: str) -> list[str] | None:
@@ -65,13 +65,13 @@ def _plain_texts(path: str) -> list[str] | None:
 def _captions(path: str, field: str | None) -> Iterator[str]:
     for place, row in rows_of(path, (field,) if field else ()):
         try:
-            captions = _of_row(row, field)
+            captions = _row_captions(row, field)
         except BrokenRecord as error:
             raise UsageError(f"{path}, {place}: {error}") from None
         yield from (captions,) if isinstance(captions, str) else captions
 
 
-def _of_row(row: Row, field: str | None) -> str | tuple[str, ...]:
+def _row_captions(row: Row, field: str | None) -> str | tuple[str, ...]:
     if isinstance(row, str):
         raise BrokenRecord(row)
     values = _values(row, field)

@@ -109,15 +109,17 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.60}")
     prompt = clean(prompt)
-    first, *rest = _JOINTS.split(prompt)
-    if not rest or shouts(prompt):
+    first, *joints_and_captions = _JOINTS.split(prompt)
+    if not joints_and_captions or shouts(prompt):
         return Prompt(prompt, (Part(prompt),))
     parts = []
-    for joint, caption in zip(["AND", *rest[::2]], [first, *rest[1::2]], strict=True):
+    for joint, caption in zip(
+        ["AND", *joints_and_captions[::2]], [first, *joints_and_captions[1::2]], strict=True
+    ):
         caption = caption.strip()
         weight = 1.0
-        if found := _WEIGHT.search(f" {caption}"):
-            weight, caption = float(found[1]), f" {caption}"[: found.start()].strip()
+        if match := _WEIGHT.search(f" {caption}"):
+            weight, caption = float(match[1]), f" {caption}"[: match.start()].strip()
         if not caption:
             raise UsageError(f"AND and NOT stand between two captions: {prompt!r} lacks one")
         parts.append(Part(caption, weight if joint == "AND" else -weight))
@@ -135,7 +137,7 @@ def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -
     prompts = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     if not prompts or num < 1:
         raise UsageError("give at least one prompt, and a num of at least 1")
-    found = [read_prompt(prompt) for prompt in prompts]
+    parsed = [read_prompt(prompt) for prompt in prompts]
     if loud := [prompt for prompt in prompts if isinstance(prompt, str) and shouts(prompt)]:
         more = f" and in {len(loud) - 1} more" if loud[1:] else ""
         print(
@@ -143,8 +145,8 @@ def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -
             "write the captions in lower case to join them",
             file=sys.stderr,
         )
-    count = max(len(prompt.parts) for prompt in found)
-    return [prompt.padded(count) for prompt in found for _ in range(num)]
+    count = max(len(prompt.parts) for prompt in parsed)
+    return [prompt.padded(count) for prompt in parsed for _ in range(num)]
 
 
 def interpolated(start: Prompt, end: Prompt, share: float) -> Prompt:

@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import State, stream
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
-from glide_jax.pipeline.batching import batches, select_images, usual_batch
+from glide_jax.pipeline.batching import batches, default_batch_size, select_images
 from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
 from glide_jax.pipeline.conditioning import Conditioning
 from glide_jax.pipeline.images import from_uint8
@@ -132,7 +132,7 @@ def run(
     """
     count, placement = len(prompts), Placement(stage.devices)
     if batch_size is None:
-        batch_size = usual_batch(stage.model.config.image_size) * placement.mesh.size
+        batch_size = default_batch_size(stage.model.config.image_size) * placement.mesh.size
     todo = batches(count, batch_size, placement.mesh.size)
     what = "1 image" if count == 1 else f"{count} images"
     with tqdm.tqdm(unit="evaluation", desc=what, disable=not progress) as bar:

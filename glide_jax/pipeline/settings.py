@@ -243,14 +243,14 @@ class Settings:
 
     def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         """The guidance that is linear in the branches."""
-        found = self._towards_prompts(prompts)
+        guidances = self._towards_prompts(prompts)
         if self.negative_prompt:
-            if not found:
+            if not guidances:
                 raise UsageError("a negative_prompt needs a guidance_scale other than 1")
-            found = [g.against(self.negative_prompt) for g in found]
+            guidances = [g.against(self.negative_prompt) for g in guidances]
         if self.autoguidance_scale != 1:
-            found.append(autoguidance(self.autoguidance_scale))
-        return found
+            guidances.append(autoguidance(self.autoguidance_scale))
+        return guidances
 
     def _towards_prompts(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         scale, method = self.guidance_scale, self.guidance_method
@@ -258,8 +258,8 @@ class Settings:
             raise UsageError(f"unknown guidance_method {method!r}: choose {', '.join(METHODS)}")
         scales = np.atleast_1d(scale)
         if method == "cfg++" and not ((scales >= 0) & (scales <= 1)).all():
-            wrong = scales[(scales < 0) | (scales > 1)][0]
-            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {wrong:g}")
+            outlier = scales[(scales < 0) | (scales > 1)][0]
+            raise UsageError(f"cfg++ takes a guidance_scale from 0 to 1, not {outlier:g}")
         columns = list(zip(*(prompt.parts for prompt in prompts), strict=True))
         if len(columns) > 1:
             if method != "cfg":
@@ -331,9 +331,9 @@ class SettingsArguments(TypedDict, total=False):
 def setting_texts() -> dict[str, str]:
     """Return the text on each setting, from the docstring of `Settings`."""
     listed = inspect.cleandoc(Settings.__doc__ or "").partition("Attributes:\n")[2]
-    _, *found = re.split(r"^    (\w+): ", listed, flags=re.MULTILINE)
+    _, *parts = re.split(r"^    (\w+): ", listed, flags=re.MULTILINE)
     return {
-        name: " ".join(text.split()) for name, text in zip(found[::2], found[1::2], strict=True)
+        name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)
     }
 
 
@@ -366,22 +366,22 @@ def describe(settings: Settings) -> dict[str, Any]:
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     guidance = values.pop("guidance")
     values = {name: NONE if value is None else value for name, value in values.items()}
-    values["guidance_scale"] = _plain(settings.guidance_scale)
+    values["guidance_scale"] = _json_value(settings.guidance_scale)
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [
-            {"name": part.name, "interval": [_plain(level) for level in part.interval]}
-            | {name: _plain(value) for name, value in part.args.items()}
+            {"name": part.name, "interval": [_json_value(level) for level in part.interval]}
+            | {name: _json_value(value) for name, value in part.args.items()}
             for g in guidance
             for part in g.parts()
         ]
     return values
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Numbers as JSON writes them; for anything larger, its type and shape."""
 
-    def plain(leaf: Any) -> Any:
+    def json_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Network):
             return str(leaf.fn)
         if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
@@ -389,4 +389,4 @@ def _plain(value: Any) -> Any:
         # JSON has no infinity.
         return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
 
-    return jax.tree.map(plain, value, is_leaf=lambda leaf: isinstance(leaf, Network))
+    return jax.tree.map(json_leaf, value, is_leaf=lambda leaf: isinstance(leaf, Network))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from glide_jax.data.webdataset import MANIFEST
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import locked, write_whole
+from glide_jax.folders import locked, write_atomically
 from glide_jax.pipeline.images import Images, png
 
 try:
@@ -65,11 +65,11 @@ def claimed(path: Path) -> Iterator[BinaryIO | None]:
     Raises:
         OSError: it cannot be written.
     """
-    found = None if path.exists() else _lock(path)
-    if found is None:
+    lock = None if path.exists() else _lock(path)
+    if lock is None:
         yield None
         return
-    descriptor, part = found
+    descriptor, part = lock
     with open(descriptor, "wb") as file:
         try:
             yield file
@@ -135,12 +135,12 @@ def check_same_run(folder: Path, description: dict[str, Any]) -> None:
                         f"{folder} has {strange[0]}, but no {MANIFEST}: give a new folder to "
                         "--shards"
                     )
-                write_whole(path, json.dumps(description, indent=1).encode() + b"\n")
+                write_atomically(path, json.dumps(description, indent=1).encode() + b"\n")
                 return
-        found = read_manifest(folder)
+        manifest = read_manifest(folder)
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error.strerror or error}") from None
-    if differences := _differences(found, description):
+    if differences := _differences(manifest, description):
         more = f" and {len(differences) - 3} more" if differences[3:] else ""
         raise UsageError(
             f"{folder} has shards of another run ({'; '.join(differences[:3])}{more}): give "
@@ -156,10 +156,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
             raise ValueError("it is not an object")
-        return found
+        return manifest
     except OSError as error:
         raise GlideError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
@@ -176,21 +176,21 @@ def missing_shards(folder: Path) -> str:
     if not isinstance(count, int):
         print(f"note: {folder / MANIFEST} does not say how many shards there are", file=sys.stderr)
         return ""
-    there = sum(shard_path(folder, number).exists() for number in range(count))
-    return "" if there == count else f"{there} of {count}"
+    present = sum(shard_path(folder, number).exists() for number in range(count))
+    return "" if present == count else f"{present} of {count}"
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return what differs between two descriptions: `seed 1, here 2`, `other prompts`."""
-    found = []
+    differences = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
         if name == _NAMES or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b)
+            differences += _differences(a, b)
         elif isinstance(b, str) and name.endswith("digest"):
-            found.append(f"other {name.removesuffix(' digest')}")
+            differences.append(f"other {name.removesuffix(' digest')}")
         else:
-            found.append(f"{name} {a}, here {b}")
-    return found
+            differences.append(f"{name} {a}, here {b}")
+    return differences

@@ -12,7 +12,7 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import expand_home
-from glide_jax.pipeline.batching import usual_batch
+from glide_jax.pipeline.batching import default_batch_size
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
@@ -91,7 +91,7 @@ def sample_shards(
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
     size = batch_size
     if size is None:
-        size = usual_batch(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size
+        size = default_batch_size(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size
     if size < 1:
         raise UsageError(f"a batch holds at least one image, not {size}")
     busy = 0
@@ -108,18 +108,18 @@ def sample_shards(
                         continue
                     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                         for start in range(span.start, span.stop, size):
-                            some = range(start, min(start + size, span.stop))
+                            indices = range(start, min(start + size, span.stop))
                             images = pipe(
-                                [_unpadded(parsed[i]) for i in some],
+                                [_unpadded(parsed[i]) for i in indices],
                                 seed=seed,
-                                first_index=[first_index + i for i in some],
+                                first_index=[first_index + i for i in indices],
                                 batch_size=batch_size,
                                 upsampler=upsampler,
                                 progress=False,
                                 **settings,
                             )
                             add_images(tar, images)
-                            bar.update(len(some))
+                            bar.update(len(indices))
     except OSError as error:
         why = error.strerror or error
         raise GlideError(
@@ -143,11 +143,11 @@ def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> di
     """Return what else the images depend on: settings, and checksums of the weights."""
     chosen = pipe.settings.changed(**settings)
     larger = chosen_upsampler(pipe.upsampler, upsampler)
-    found: dict[str, Any] = {"settings": describe(chosen)}
+    identity: dict[str, Any] = {"settings": describe(chosen)}
     used: dict[str, tuple[str, Any]] = {"weights": (pipe.model.name, pipe.model.params)}
     if larger is not None:
         changed = upsampler if isinstance(upsampler, Mapping) else {}
-        found["upsampler"] = describe(larger.settings.changed(**changed))
+        identity["upsampler"] = describe(larger.settings.changed(**changed))
         used["upsampler weights"] = larger.model.name, larger.model.params
     if chosen.clip_scale and pipe.clip is not None:
         used["CLIP"] = pipe.clip.name, pipe.clip.params
@@ -155,6 +155,6 @@ def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> di
         used["weak model"] = pipe.weak_model.model.name, pipe.weak_model.model.params
     for what, (_, params) in used.items():
         sums = checksums(params)
-        found[f"{what} digest"] = digest(f"{name} {value}" for name, value in sums.items())
-    found["dtype"] = trunk_dtype(pipe.dtype).__name__
-    return found | {"names": {what: name for what, (name, _) in used.items()}}
+        identity[f"{what} digest"] = digest(f"{name} {value}" for name, value in sums.items())
+    identity["dtype"] = trunk_dtype(pipe.dtype).__name__
+    return identity | {"names": {what: name for what, (name, _) in used.items()}}

@@ -100,8 +100,8 @@ class Stage:
         One caption at a time: the same compiled program then serves every number of captions.
         """
         tokens, network = self.tokenizer(list(captions)), self.network
-        found = [
+        features = [
             encode_text(network.fn.model, network.params, ids[None], mask[None])
             for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
         ]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *features)

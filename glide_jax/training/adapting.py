@@ -45,17 +45,17 @@ def init_pairs(
         UsageError: the network has no such layers.
     """
     shapes = jax.eval_shape(base, key)
-    flat, found = flatten(shapes), {}
+    flat, pairs = flatten(shapes), {}
     for layer in adapted_layers(shapes, config.layers):
         inputs, outputs = flat[layer + KERNEL].shape
-        own = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
-        first = nn.initializers.orthogonal()(own, (inputs, config.rank))
-        found[f"{layer}/{PAIR[0]}"] = first
-        found[f"{layer}/{PAIR[1]}"] = jnp.zeros((config.rank, outputs))
-    return unflatten(found)
+        layer_key = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
+        first = nn.initializers.orthogonal()(layer_key, (inputs, config.rank))
+        pairs[f"{layer}/{PAIR[0]}"] = first
+        pairs[f"{layer}/{PAIR[1]}"] = jnp.zeros((config.rank, outputs))
+    return unflatten(pairs)
 
 
-def with_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def add_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Return the parameters of the network with the pairs beside its kernels.
 
     Args:
@@ -84,4 +84,4 @@ def adapted_loss(
     **options: Any,
 ) -> Any:
     """Return the loss of a base with pairs; without `base`, `params` are those of the network."""
-    return loss(params if base is None else with_pairs(params, base, scale), *batch, **options)
+    return loss(params if base is None else add_pairs(params, base, scale), *batch, **options)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from glide_jax.devices.processes import on_first, shared_text
+from glide_jax.devices.processes import on_first_process, shared_text
 from glide_jax.errors import GlideError
 from glide_jax.training.checksums import checksums, name_of
 from glide_jax.training.state import TrainState
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
     position: dict[str, Any]
 
 
-def _on_disk(state: TrainState) -> dict[str, Any]:
+def _saved_fields(state: TrainState) -> dict[str, Any]:
     """Return the fields that orbax is given: without None, which older checkpoints do not have."""
     return {name: value for name, value in vars(state).items() if value is not None}
 
@@ -161,14 +161,16 @@ def _digest(manifest: dict[str, Any]) -> str:
 def _read_state(folder: Path, like: TrainState, wanted: Wanted | None) -> TrainState:
     # Not the manager's `restore`: it waits for other processes, which may have failed.
     handler: Any = ocp.StandardCheckpointHandler()
-    arguments: Any = ocp.args.StandardRestore(_on_disk(like))
+    arguments: Any = ocp.args.StandardRestore(_saved_fields(like))
     if wanted is not None:
         handler = ocp.PyTreeCheckpointHandler()
-        some = jax.tree_util.tree_map_with_path(
+        wanted_leaves = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if wanted(name_of(path)) else ocp.PLACEHOLDER, like
         )
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
-        arguments = ocp.args.PyTreeRestore(item=_on_disk(some), restore_args=_on_disk(kinds))
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted_leaves)
+        arguments = ocp.args.PyTreeRestore(
+            item=_saved_fields(wanted_leaves), restore_args=_saved_fields(kinds)
+        )
     try:
         return TrainState(**handler.restore(folder, args=arguments))
     except Exception as error:  # orbax and tensorstore raise many types
@@ -251,7 +253,7 @@ class Checkpoints:
             lightweight_initialize=True,
         )
         with self._writing():
-            on_first(partial(_remove_unfinished, folder))
+            on_first_process(partial(_remove_unfinished, folder))
             self._manager = ocp.CheckpointManager(folder, options=options)
 
     @contextmanager
@@ -316,7 +318,7 @@ class Checkpoints:
         manifest |= {"data": position, "source": source}
         manifest |= {"digest": _digest(manifest)}
         items = {
-            STATE: ocp.args.StandardSave(_on_disk(state)),
+            STATE: ocp.args.StandardSave(_saved_fields(state)),
             MANIFEST: ocp.args.JsonSave(manifest),
         }
         with self._writing():
@@ -337,7 +339,7 @@ class Checkpoints:
         """
         state, manifest, broken = newest(self._folder, like)
         if broken:
-            on_first(lambda: self._set_aside(broken))
+            on_first_process(lambda: self._set_aside(broken))
             self._manager.reload()
         before = manifest["source"]
         if source != before and jax.process_index() == 0:

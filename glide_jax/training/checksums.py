@@ -23,8 +23,8 @@ def checksums(tree: Any) -> dict[str, int]:
             _summed_in_turn(leaf) if isinstance(leaf, jax.Array) else pool.submit(_host_sum, leaf)
             for _, leaf in leaves
         ]
-        found = [s.result() if isinstance(s, Future) else s.addressable_data(0) for s in sums]
-    totals = jax.device_get(found)
+        summed = [s.result() if isinstance(s, Future) else s.addressable_data(0) for s in sums]
+    totals = jax.device_get(summed)
     return {name_of(path): int(total) for (path, _), total in zip(leaves, totals, strict=True)}
 
 
@@ -43,8 +43,8 @@ def _device_sum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     index, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
-        here = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index, stride = index + here * np.uint32(stride % 2**32), stride * x.shape[axis]
+        axis_index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index, stride = index + axis_index * np.uint32(stride % 2**32), stride * x.shape[axis]
     return (bits * (2 * index + 1)).sum(dtype=jnp.uint32)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from glide_jax.devices.processes import Peers
+from glide_jax.devices.processes import Membership
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
@@ -96,11 +96,11 @@ def called_as() -> str:
     return f"python {program}" if program.endswith(".py") else program
 
 
-def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
+def take_membership(arguments: Sequence[str]) -> tuple[list[str], Membership | None]:
     """Split off the options by which processes find each other.
 
     Returns:
-        The other arguments; and the peers, None if no option names them.
+        The other arguments; and the place of this process, None if no option names it.
 
     Raises:
         UsageError: the options are incomplete, or not numbers where numbers belong.
@@ -111,7 +111,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
     if coordinator is None and numbers == [None, None]:
         return arguments, None
     if coordinator in ("auto", "none") and numbers == [None, None]:
-        return arguments, Peers(coordinator)
+        return arguments, Membership(coordinator)
     coordinator = coordinator or ""
     host, _, port = coordinator.rpartition(":")
     try:
@@ -123,7 +123,7 @@ def take_peers(arguments: Sequence[str]) -> tuple[list[str], Peers | None]:
             "processes find each other by --coordinator HOST:PORT --processes N --process I with "
             "I from 0 to N - 1, or by --coordinator auto; --coordinator none is a process alone"
         )
-    return arguments, Peers(coordinator, count, index)
+    return arguments, Membership(coordinator, count, index)
 
 
 def _take(arguments: list[str], option: str) -> str | None:

@@ -12,7 +12,7 @@ from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import GlideError, UsageError, check_finite, did_you_mean
-from glide_jax.folders import expand_home, write_whole
+from glide_jax.folders import expand_home, write_atomically
 from glide_jax.models.presets import CLIPConfig, ModelConfig
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.lora_config import LoRAConfig
@@ -322,7 +322,9 @@ KINDS: dict[str, type[RunConfig]] = {"glide": TrainConfig, "clip": CLIPTrainConf
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a recipe as JSON, atomically: a killed run leaves the old file or the new one."""
     kind = next(k for k, t in KINDS.items() if type(config) is t)
-    write_whole(path, json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1).encode())
+    write_atomically(
+        path, json.dumps({"kind": kind} | dataclasses.asdict(config), indent=1).encode()
+    )
 
 
 def check_same_model(config: RunConfig) -> None:
@@ -338,11 +340,11 @@ def check_same_model(config: RunConfig) -> None:
     if not path.exists():
         return
     recipe = read_config(path)
-    before = recipe.model
-    same = type(before) is type(config.model)
-    if isinstance(before, ModelConfig):
-        before = replace(before, image_size=config.model.image_size)
-    if not same or before != config.model:
+    recipe_model = recipe.model
+    same_kind = type(recipe_model) is type(config.model)
+    if isinstance(recipe_model, ModelConfig):
+        recipe_model = replace(recipe_model, image_size=config.model.image_size)
+    if not same_kind or recipe_model != config.model:
         raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
     if isinstance(recipe, TrainConfig) and isinstance(config, TrainConfig):
         # Off is off, whatever the other fields say.

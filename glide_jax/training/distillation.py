@@ -9,7 +9,6 @@ at (x_r, r), without gradient. Where r is the clean image, the target is x_r its
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from glide_jax.diffusion.spacings import NOISIEST_HALF_LOG_SNR
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
-from glide_jax.training.inputs import Inputs, dropout_keys
+from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
 
 # The largest weight of an error of x_0 is 1 / MIN_SIGMA.
 MIN_SIGMA = 0.05
@@ -52,7 +51,7 @@ class ConsistencyTerms(NamedTuple):
 # --- noise levels
 
 
-def timesteps_of(config: TrainConfig, tables: LossTables) -> int:
+def distilled_timesteps(config: TrainConfig, tables: LossTables) -> int:
     """Return the number of timesteps, from the cleanest, that are distilled.
 
     They end where the spacings of the sampler do: beyond, nothing is left of the image, and an
@@ -95,16 +94,16 @@ def earlier(
 def point_at(tables: LossTables, t: jax.Array, r: jax.Array) -> Point:
     """Return where records stand, at timesteps t, on their way to r; both `(B,)`."""
 
-    def level(table: np.ndarray, clean: float, i: jax.Array) -> jax.Array:
+    def coefficient(table: np.ndarray, clean: float, i: jax.Array) -> jax.Array:
         return jnp.append(clean, jnp.asarray(table))[i + 1][:, None, None, None]
 
     return Point(
         # A network is never asked about the clean image, but its input is well defined.
         t=jnp.maximum(t, 0),
-        alpha=level(tables.alpha, 1.0, t),
-        sigma=level(tables.sigma, 0.0, t),
-        next_alpha=level(tables.alpha, 1.0, r),
-        next_sigma=level(tables.sigma, 0.0, r),
+        alpha=coefficient(tables.alpha, 1.0, t),
+        sigma=coefficient(tables.sigma, 0.0, t),
+        next_alpha=coefficient(tables.alpha, 1.0, r),
+        next_sigma=coefficient(tables.sigma, 0.0, r),
         memory={},
     )
 
@@ -112,7 +111,7 @@ def point_at(tables: LossTables, t: jax.Array, r: jax.Array) -> Point:
 # --- teacher and student
 
 
-def teacher_of(
+def teacher_predictor(
     network: Callable[..., Any],
     prediction: str,
     tokens: jax.Array | np.ndarray,
@@ -140,7 +139,7 @@ def teacher_of(
     return apply(predict, guidances)
 
 
-def student_of(
+def student_denoiser(
     network: Callable[..., Any], prediction: str, inputs: dict[str, Any], clip: bool = False
 ) -> Denoise:
     """Return the student's clean image as a function of a noised image and its noise level."""
@@ -164,7 +163,7 @@ def ddim_step(x: jax.Array, x_0: jax.Array, point: Point) -> jax.Array:
 
 def consistency_target(
     tables: LossTables,
-    student: Denoise,
+    frozen_student: Denoise,
     x_t: jax.Array,
     x_r: jax.Array,
     t: jax.Array,
@@ -177,16 +176,16 @@ def consistency_target(
     interval. With one interval it is the clean image, and the target is the student's x_0 itself.
 
     Args:
-        student: without gradient.
+        frozen_student: the student, without gradient.
         t, r, end: `(B,)` timesteps, see `earlier`.
     """
-    here, there = point_at(tables, t, end), point_at(tables, r, end)
+    at_t, at_r = point_at(tables, t, end), point_at(tables, r, end)
     arrived = (r == end)[:, None, None, None]
     # Avoid division by sigma = 0 where r is the clean image; the result is not used there.
-    there = there._replace(sigma=jnp.where(arrived, 1.0, there.sigma))
-    x_end = jnp.where(arrived, x_r, ddim_step(x_r, student(x_r, there), there))
-    ratio = here.next_sigma / here.sigma
-    return (x_end - ratio * x_t) / (here.next_alpha - ratio * here.alpha)
+    at_r = at_r._replace(sigma=jnp.where(arrived, 1.0, at_r.sigma))
+    x_end = jnp.where(arrived, x_r, ddim_step(x_r, frozen_student(x_r, at_r), at_r))
+    ratio = at_t.next_sigma / at_t.sigma
+    return (x_end - ratio * x_t) / (at_t.next_alpha - ratio * at_t.alpha)
 
 
 def image_pseudo_huber(
@@ -204,8 +203,8 @@ def image_pseudo_huber(
         huber_constant: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
-    of_v = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2
-    return ConsistencyTerms(jnp.sqrt(of_v + huber_constant**2) - huber_constant, mse)
+    v_mse = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2
+    return ConsistencyTerms(jnp.sqrt(v_mse + huber_constant**2) - huber_constant, mse)
 
 
 def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
@@ -213,13 +212,13 @@ def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
     low, high = config.guidance_scales
     if low == high:
         return jnp.float32(low)
-    which, where = jax.random.uniform(key, (2,))
-    return jnp.where(which < config.unguided_share, 1.0, low + (high - low) * where)
+    choice, position = jax.random.uniform(key, (2,))
+    return jnp.where(choice < config.unguided_share, 1.0, low + (high - low) * position)
 
 
 def consistency(
     student: Callable[..., Any],
-    still: Callable[..., Any],
+    frozen_student: Callable[..., Any],
     teacher: Callable[..., Any] | None,
     inputs: Inputs,
     *,
@@ -232,14 +231,14 @@ def consistency(
 
     Args:
         student: the student as a function of its inputs.
-        still: the same function of weights without gradient.
+        frozen_student: the same function of weights without gradient.
         teacher: the teacher as a function of its inputs; None: the images take its place, and x_r
             is the image with the same noise  (2303.01469, algorithm 3).
         teacher_steps: of the whole range of timesteps.
         options: of the student: dropout.
     """
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
-    length = timesteps_of(config, tables)
+    length = distilled_timesteps(config, tables)
     gap = jnp.maximum(jnp.round(length / teacher_steps), 1).astype(t.dtype)
     r, end = earlier(t, gap, length, c.student_steps)
     point = point_at(tables, t, r)
@@ -247,7 +246,7 @@ def consistency(
     if teacher is None:
         x_r = point.next_alpha * inputs.x_0 + point.next_sigma * inputs.eps
     else:
-        predict = teacher_of(
+        predict = teacher_predictor(
             teacher,
             config.prediction,
             inputs.tokens,
@@ -259,14 +258,13 @@ def consistency(
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
     text = student(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
-    given = inputs.conditioning | options
+    arguments = inputs.conditioning | options
     if config.model.guidance_scale_input:
-        given = given | {"guidance_scale": scale}
-    at_r = given | {"text": jax.lax.stop_gradient(text)}
-    target = consistency_target(
-        tables, student_of(still, config.prediction, at_r, c.clip_x0), x_t, x_r, t, r, end
-    )
-    x_0 = student_of(student, config.prediction, given | {"text": text})(x_t, point)
+        arguments = arguments | {"guidance_scale": scale}
+    frozen_arguments = arguments | {"text": jax.lax.stop_gradient(text)}
+    denoise = student_denoiser(frozen_student, config.prediction, frozen_arguments, c.clip_x0)
+    target = consistency_target(tables, denoise, x_t, x_r, t, r, end)
+    x_0 = student_denoiser(student, config.prediction, arguments | {"text": text})(x_t, point)
     return image_pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
 
 
@@ -292,17 +290,13 @@ def consistency_terms(
     Args:
         teacher: its weights; {}: none.
     """
-
-    def network(model: GLIDE, params: Any) -> Callable[..., Any]:
-        return partial(model.apply, {"params": params})
-
     teacher_steps = teacher_steps_at(done, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     terms = consistency(
-        network(model, params),
-        network(model, jax.lax.stop_gradient(params)),
-        network(teacher_model(model), teacher) if teacher else None,
+        bind_network(model, params),
+        bind_network(model, jax.lax.stop_gradient(params)),
+        bind_network(teacher_model(model), teacher) if teacher else None,
         inputs,
         tables=tables,
         config=config,

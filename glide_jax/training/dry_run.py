@@ -28,16 +28,16 @@ from glide_jax.devices.mesh import (
     COPIES,
     device_mesh,
     hybrid_mesh,
+    replicated,
     rows,
     state_sharding,
-    whole,
 )
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.attention import compile_for
 from glide_jax.training.config import RunConfig, adapts
 from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
 from glide_jax.training.flops import cost_of_update, flops_per_image
-from glide_jax.training.freezing import without_frozen
+from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import Batch, abstract_batch, make_objective
 from glide_jax.training.state import TrainState, abstract_state
 from glide_jax.training.step import make_step
@@ -140,10 +140,10 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     # With LoRA the network is the base and its pairs.
-    held = (state.params, state.frozen_params if adapts(config) else {})
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(held))
-    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
-    trained = without_frozen(state.params, config.optimiser.freeze)
+    params = (state.params, state.frozen_params if adapts(config) else {})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    trained = drop_frozen(state.params, config.optimiser.freeze)
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the
     # forward and for the backward pass, and sum all gradients. Frozen parameters have none.
@@ -215,13 +215,13 @@ def parallel_step(
         )
         program, where = (
             jax.jit(mapped, donate_argnums=0),
-            jax.tree.map(lambda _: whole(mesh), state),
+            jax.tree.map(lambda _: replicated(mesh), state),
         )
     state = jax.tree.map(_placed, state, where)
     batch = jax.tree.map(
         partial(_placed, where=rows(mesh)), abstract_batch(config, config.batch_size)
     )
-    return program, (state, batch, _placed(key, whole(mesh)))
+    return program, (state, batch, _placed(key, replicated(mesh)))
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -119,12 +119,12 @@ def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
         "FLOPs a step": f"{needs.model_flops:.3g}; as compiled {needs.flops:.3g} a device",
     }
     if chips:
-        lines |= _on_slice(config, needs, chips)
+        lines |= _slice_lines(config, needs, chips)
     lines["compiled in"] = minutes(needs.seconds)
     return "\n".join(f"{name:16} {text}" for name, text in lines.items())
 
 
-def _on_slice(config: RunConfig, needs: Needs, chips: Slice) -> dict[str, str]:
+def _slice_lines(config: RunConfig, needs: Needs, chips: Slice) -> dict[str, str]:
     device = chips.device
     largest = largest_microbatch(needs, device.memory)
     batch = largest * needs.devices * config.accumulate

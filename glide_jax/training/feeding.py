@@ -91,10 +91,12 @@ def compile_steps(
         program = parallel.compile_steps(partial(scan_steps, step=step, read=read), batches.data)
         return lambda state, item, control: program(state, parallel.put_items(item), control)
 
-    def one(state: Any, batch: Batch, control: Control, *, axis: str | None) -> tuple[Any, Any]:
+    def single_step(
+        state: Any, batch: Batch, control: Control, *, axis: str | None
+    ) -> tuple[Any, Any]:
         return step(state, batch, *control, axis=axis)
 
-    single = parallel.compile(one)
+    single = parallel.compile(single_step)
 
     def call(state: Any, item: Any, control: Control) -> tuple[Any, Any]:
         return single(state, parallel.put_batch(to_batch(item)), control)

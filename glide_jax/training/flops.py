@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from glide_jax.training.config import RunConfig
-from glide_jax.training.freezing import without_frozen
+from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import abstract_batch, make_objective
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.state import TrainState
@@ -30,7 +30,7 @@ def flops_per_image(config: RunConfig) -> float:
     frozen_params = jax.eval_shape(objective.init_frozen_params, key)
 
     def loss(params: Any, batch: Any, key: jax.Array, frozen_params: Any) -> Any:
-        return objective.loss(params, batch, key, **objective.of_run(frozen_params, 0))
+        return objective.loss(params, batch, key, **objective.loss_inputs(frozen_params, 0))
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     return count_flops(gradient, params, batch, key, frozen_params) / IMAGES
@@ -68,7 +68,7 @@ def cost_of_update(
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
         config=config.optimiser,
     )
-    grads = without_frozen(state.params, config.optimiser.freeze)
+    grads = drop_frozen(state.params, config.optimiser.freeze)
     program = jax.jit(update, donate_argnums=0)
     compiled = program.lower(state, grads, {"loss": state.loss_mean}).compile(
         compiler_options=options

@@ -25,7 +25,7 @@ def frozen_labels(params: Any, frozen: Sequence[str]) -> Any:
     return unflatten({k: "frozen" if k.startswith(tuple(frozen)) else "trained" for k in flat})
 
 
-def without_frozen(params: Any, frozen: Sequence[str]) -> Any:
+def drop_frozen(params: Any, frozen: Sequence[str]) -> Any:
     """Return the same tree with None in place of frozen parameters, so that they are no leaves."""
     if not frozen:
         return params
@@ -33,8 +33,8 @@ def without_frozen(params: Any, frozen: Sequence[str]) -> Any:
     return jax.tree.map(lambda x, label: x if label == "trained" else None, params, labels)
 
 
-def with_frozen(trained: Any, params: Any, fill: Callable[[Any], Any] = lambda x: x) -> Any:
-    """Return the tree of `without_frozen` filled up: frozen parameters become `fill(parameter)`."""
+def merge_frozen(trained: Any, params: Any, fill: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Return the tree of `drop_frozen` filled up: frozen parameters become `fill(parameter)`."""
     return jax.tree.map(
         lambda x, p: fill(p) if x is None else x, trained, params, is_leaf=lambda x: x is None
     )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from glide_jax.devices.parallel import Parallel
-from glide_jax.devices.processes import on_first
+from glide_jax.devices.processes import on_first_process
 from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.precision import cast_trunk
@@ -65,7 +65,7 @@ def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -
     assert isinstance(config, TrainConfig)
     params = base_of(config)
     if begins:
-        on_first(partial(write_base, config, params))
+        on_first_process(partial(write_base, config, params))
     else:
         check_base(config, config.folder, params)
     return cast_trunk(params, objective.model.dtype)
@@ -87,16 +87,16 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         return {}
     model = open_model(name)
     for what in ("schedule", "diffusion_steps", "prediction"):
-        if (have := getattr(model, what)) != (wanted := getattr(config, what)):
-            raise GlideError(f"{name} cannot be the teacher: its {what} is {have}, not {wanted}")
-    found = flatten(model.params)
+        if (own := getattr(model, what)) != (wanted := getattr(config, what)):
+            raise GlideError(f"{name} cannot be the teacher: its {what} is {own}, not {wanted}")
+    flat = flatten(model.params)
     wanted = jax.eval_shape(objective.init_frozen_params, jax.random.key(0))
-    if wrong := differences(found, wanted):
-        raise GlideError(f"{name} cannot be the teacher: {_other(wrong)}")
-    return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})
+    if wrong := differences(flat, wanted):
+        raise GlideError(f"{name} cannot be the teacher: {_mismatch(wrong)}")
+    return unflatten({path: np.asarray(array, np.float32) for path, array in flat.items()})
 
 
-def _other(wrong: list[str]) -> str:
+def _mismatch(wrong: list[str]) -> str:
     return (
         f"{len(wrong)} parameters are missing, unexpected or of another shape "
         f"({', '.join(wrong[:3])})"
@@ -115,19 +115,19 @@ def params_from(config: RunConfig, objective: Objective, key: jax.Array) -> dict
     """
     wanted = flatten(jax.eval_shape(objective.init, key))
     if isinstance(config, CLIPTrainConfig):
-        found = flatten(open_clip(config.starts_from).params)
+        flat = flatten(open_clip(config.starts_from).params)
     else:
         assert isinstance(config, TrainConfig)
         model = open_model(config.starts_from)
-        found = flatten(model.params)
-        if STEM in found:
-            found[STEM] = extend_stem(found[STEM], model.config, config.model)
-        if added := [p for p in wanted if p.startswith(ADDED) and p not in found]:
+        flat = flatten(model.params)
+        if STEM in flat:
+            flat[STEM] = extend_stem(flat[STEM], model.config, config.model)
+        if added := [p for p in wanted if p.startswith(ADDED) and p not in flat]:
             random = flatten(jax.jit(objective.init, compiler_options=fast_compile_options())(key))
-            found |= {path: random[path] for path in added}
-    if wrong := differences(found, unflatten(wanted)):
-        raise GlideError(f"{config.starts_from} cannot start this model: {_other(wrong)}")
-    return unflatten({path: np.asarray(array, np.float32) for path, array in found.items()})
+            flat |= {path: random[path] for path in added}
+    if wrong := differences(flat, unflatten(wanted)):
+        raise GlideError(f"{config.starts_from} cannot start this model: {_mismatch(wrong)}")
+    return unflatten({path: np.asarray(array, np.float32) for path, array in flat.items()})
 
 
 def extend_stem(kernel: np.ndarray, before: ModelConfig, after: ModelConfig) -> np.ndarray:

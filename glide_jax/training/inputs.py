@@ -1,7 +1,10 @@
 """What the loss of a diffusion model is computed from."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -29,6 +32,11 @@ class Inputs(NamedTuple):
     mask: jax.Array | np.ndarray
     conditioning: dict[str, jax.Array]
     key: jax.Array
+
+
+def bind_network(model: nn.Module, params: Any) -> Callable[..., Any]:
+    """Return the network as a function of its inputs."""
+    return partial(model.apply, {"params": params})
 
 
 def dropout_keys(inputs: Inputs) -> jax.Array:

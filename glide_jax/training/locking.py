@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from glide_jax.devices.processes import on_first
+from glide_jax.devices.processes import on_first_process
 from glide_jax.errors import GlideError
 
 try:
@@ -32,7 +32,7 @@ def only_run(folder: Path) -> Iterator[None]:
     held: list[int] = []
     is_new = not folder.exists()
     try:
-        on_first(lambda: held.append(_lock(folder / LOCK)))
+        on_first_process(lambda: held.append(_lock(folder / LOCK)))
         yield
     finally:
         for descriptor in held:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params
@@ -192,7 +192,7 @@ class Logger:
         grid.save(data, "PNG")
         try:
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, data.getvalue())
+            write_atomically(path, data.getvalue())
         except OSError as error:
             raise GlideError(f"cannot write {path}: {error.strerror}") from None
         self._writer.image("samples", np.asarray(grid), step)

@@ -31,8 +31,8 @@ class LoRAConfig:
         if not self.alpha > 0:
             raise UsageError(f"lora.alpha must be above 0, not {self.alpha:g}")
         if not self.layers or set(self.layers) - set(KINDS):
-            have = " ".join(self.layers) or "none"
-            raise UsageError(f"lora.layers are one or more of {', '.join(KINDS)}, not {have}")
+            layers = " ".join(self.layers) or "none"
+            raise UsageError(f"lora.layers are one or more of {', '.join(KINDS)}, not {layers}")
 
     @property
     def scale(self) -> float:

@@ -53,8 +53,8 @@ def probabilities(history: LossHistory) -> jax.Array:
     total = size.sum()
     uniform = jnp.full(steps, 1 / steps)
     ready = (history.count >= MEMORY).all() & (total > 0)
-    found = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / steps
-    return jnp.where(ready, found, uniform)
+    aware = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / steps
+    return jnp.where(ready, aware, uniform)
 
 
 def sample_timestep(key: jax.Array, probability: jax.Array) -> jax.Array:
@@ -83,10 +83,10 @@ def add_losses(history: LossHistory, records: Records, axis: str | None = None) 
     order = jnp.lexsort((records.row, records.t))
     t, loss = records.t[order], records.loss[order]
     # Rank of each loss among those at its timestep, and how many come after it.
-    before = jnp.arange(len(t)) - jnp.searchsorted(t, t, side="left")
-    after = jnp.searchsorted(t, t, side="right") - 1 - jnp.arange(len(t))
-    slot = (history.count[t] + before) % MEMORY
+    earlier_records = jnp.arange(len(t)) - jnp.searchsorted(t, t, side="left")
+    later_records = jnp.searchsorted(t, t, side="right") - 1 - jnp.arange(len(t))
+    slot = (history.count[t] + earlier_records) % MEMORY
     # Of more than ten losses at a timestep the last ten stay: no place is written twice.
-    kept = jnp.where(after < MEMORY, t, len(history.count))
-    losses = history.losses.at[kept, slot].set(loss, mode="drop", unique_indices=True)
+    written_t = jnp.where(later_records < MEMORY, t, len(history.count))
+    losses = history.losses.at[written_t, slot].set(loss, mode="drop", unique_indices=True)
     return LossHistory(losses, history.count.at[t].add(1))

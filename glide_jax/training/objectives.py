@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +20,18 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.training.adapting import adapted_loss, init_base, init_pairs, with_pairs
+from glide_jax.training.adapting import adapted_loss, add_pairs, init_base, init_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
-from glide_jax.training.distillation import consistency_terms, teacher_model, timesteps_of
+from glide_jax.training.distillation import consistency_terms, distilled_timesteps, teacher_model
 from glide_jax.training.freezing import frozen_labels
-from glide_jax.training.inputs import Inputs, dropout_keys
-from glide_jax.training.levels import Levels, make_levels
+from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
 from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
 from glide_jax.training.masks import random_mask
-from glide_jax.training.quartiles import by_quartile
+from glide_jax.training.quartiles import quartile_losses
+from glide_jax.training.timestep_distribution import (
+    TimestepDistribution,
+    make_timestep_distribution,
+)
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -81,8 +83,8 @@ class Objective:
         init: `key -> params`, random.
         loss: `(params, batch, key, *, train, axis) -> (loss, metrics)`, the mean over the batch;
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
-            which the batch is split, if any. With loss-aware levels it takes the `loss_history` of
-            the state, and its metrics have the `RECORDS`.
+            which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
+            of the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher` (frozen parameters), `step` and `done`.
         init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
             {} without one.
@@ -97,11 +99,11 @@ class Objective:
     init_frozen_params: Callable[[jax.Array], Params] = lambda key: {}
     lora_scale: float = 0.0
 
-    def whole(self, params: Params, frozen_params: Params) -> Params:
+    def full_params(self, params: Params, frozen_params: Params) -> Params:
         """Return the parameters of the network: those trained, or these beside their base."""
-        return with_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
+        return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
-    def of_run(
+    def loss_inputs(
         self, frozen_params: Params, step: jax.Array | int, done: Any = None
     ) -> dict[str, Any]:
         """Return the loss's extra arguments: teacher, step and time done, or the base of LoRA."""
@@ -119,7 +121,7 @@ def make_objective(config: RunConfig) -> Objective:
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         highest = max(round(config.timestep_share * config.diffusion_steps), 1)
-        loss = partial(contrastive_loss, model=model, tables=tables, levels=highest)
+        loss = partial(contrastive_loss, model=model, tables=tables, timesteps=highest)
         init = partial(clip.init_params, model)
     else:
         assert isinstance(config, TrainConfig)
@@ -131,10 +133,10 @@ def make_objective(config: RunConfig) -> Objective:
         if distils:
             loss = partial(distillation_loss, **options)
         else:
-            loss = partial(denoising_loss, levels=make_levels(config), **options)
+            loss = partial(denoising_loss, timesteps=make_timestep_distribution(config), **options)
         init = partial(unet.init_params, model)
     if config.optimiser.freeze:
-        loss = partial(_without_gradient, loss, config.optimiser.freeze)
+        loss = partial(_frozen_loss, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
         loss = partial(adapted_loss, loss, scale)
         init_frozen_params = partial(init_base, init, dtype)
@@ -142,7 +144,7 @@ def make_objective(config: RunConfig) -> Objective:
     return Objective(model, init, loss, distils, init_frozen_params, scale)
 
 
-def _without_gradient(
+def _frozen_loss(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     frozen: tuple[str, ...],
     params: Params,
@@ -150,8 +152,8 @@ def _without_gradient(
     **options: Any,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss without a gradient of frozen parameters."""
-    held = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
-    params = jax.tree.map(lambda x, label: held[label](x), params, frozen_labels(params, frozen))
+    use = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
+    params = jax.tree.map(lambda x, label: use[label](x), params, frozen_labels(params, frozen))
     return loss(params, *batch, **options)
 
 
@@ -178,22 +180,22 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def sample_noise(key: jax.Array, batch: Batch, levels: Levels | int) -> Noise:
+def sample_noise(key: jax.Array, batch: Batch, timesteps: TimestepDistribution | int) -> Noise:
     """Return timesteps, noise and keys, each record's from its row.
 
     Args:
         key: of the step.
         batch: its images and rows.
-        levels: distribution of the timesteps; an integer T: uniform over 0..T-1.
+        timesteps: distribution of the timesteps; an integer T: uniform over 0..T-1.
     """
-    levels = Levels(levels) if isinstance(levels, int) else levels
+    timesteps = TimestepDistribution(timesteps) if isinstance(timesteps, int) else timesteps
 
-    def one(row: jax.Array | np.ndarray) -> Noise:
-        t_key, eps_key, rest = jax.random.split(jax.random.fold_in(key, row), 3)
+    def record_noise(row: jax.Array | np.ndarray) -> Noise:
+        t_key, eps_key, other_key = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
-        return Noise(levels.sample(t_key), eps, rest)
+        return Noise(timesteps.sample(t_key), eps, other_key)
 
-    return jax.vmap(one)(batch.row)
+    return jax.vmap(record_noise)(batch.row)
 
 
 def to_range(image: jax.Array | np.ndarray) -> jax.Array:
@@ -213,11 +215,6 @@ def shrink(image: jax.Array | np.ndarray, factor: int = 4) -> jax.Array:
     return jnp.round(blocks.astype(jnp.float32).mean(axis=(2, 4)))
 
 
-def network_of(model: nn.Module, params: Params) -> Callable[..., Any]:
-    """Return the network as a function of its inputs."""
-    return partial(model.apply, {"params": params})
-
-
 def denoising_loss(
     params: Params,
     batch: Batch,
@@ -226,7 +223,7 @@ def denoising_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
-    levels: Levels | None = None,
+    timesteps: TimestepDistribution | None = None,
     loss_history: LossHistory | None = None,
     train: bool = False,
     axis: str | None = None,
@@ -239,11 +236,11 @@ def denoising_loss(
     With a `loss_history` the timesteps are loss-aware. The means are weighted: their expectation
     is that of uniform timesteps.
     """
-    levels = levels or Levels(len(tables.alpha))
+    timesteps = timesteps or TimestepDistribution(len(tables.alpha))
     if loss_history is not None:
-        levels = replace(levels, probability=probabilities(loss_history))
-    inputs = prepare(batch, key, levels, tables, config)
-    network = network_of(model, params)
+        timesteps = replace(timesteps, probability=probabilities(loss_history))
+    inputs = prepare(batch, key, timesteps, tables, config)
+    network = bind_network(model, params)
     text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, **dropout)
@@ -259,14 +256,16 @@ def denoising_loss(
         gamma=config.snr_gamma,
         huber_width=config.huber_width,
     )
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     weight = None
-    if levels.probability is not None:
-        found[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
-        weight = importance(levels.probability, inputs.t)
+    if timesteps.probability is not None:
+        metrics[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
+        weight = importance(timesteps.probability, inputs.t)
         terms = Terms(*(term * weight for term in terms))
-    found |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
-    return found["loss"], found | by_quartile(terms.loss, inputs.t, len(tables.alpha), weight)
+    metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
+    return metrics["loss"], metrics | quartile_losses(
+        terms.loss, inputs.t, len(tables.alpha), weight
+    )
 
 
 def distillation_loss(
@@ -291,7 +290,7 @@ def distillation_loss(
         done: share of the time limit that is used up, if there is one. The number of teacher steps
             depends on it or on the share of the steps, whichever is larger.
     """
-    inputs = prepare(batch, key, timesteps_of(config, tables), tables, config)
+    inputs = prepare(batch, key, distilled_timesteps(config, tables), tables, config)
     terms, teacher_steps = consistency_terms(
         params,
         inputs,
@@ -304,14 +303,18 @@ def distillation_loss(
         train=train,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
-    return metrics["loss"], metrics | by_quartile(terms.loss, inputs.t, len(tables.alpha))
+    return metrics["loss"], metrics | quartile_losses(terms.loss, inputs.t, len(tables.alpha))
 
 
 def prepare(
-    batch: Batch, key: jax.Array, levels: Levels | int, tables: LossTables, config: TrainConfig
+    batch: Batch,
+    key: jax.Array,
+    timesteps: TimestepDistribution | int,
+    tables: LossTables,
+    config: TrainConfig,
 ) -> Inputs:
     """Return a batch noised at sampled timesteps, with its conditioning."""
-    noise = sample_noise(key, batch, levels)
+    noise = sample_noise(key, batch, timesteps)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = to_range(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
@@ -326,8 +329,8 @@ def prepare(
             conditioning["low_res"], conditioning["low_res_timestep"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]
-        one = partial(random_mask, size=size, share_all=config.mask_all_share)
-        known = jax.vmap(one)(keys[:, 2])
+        one_mask = partial(random_mask, size=size, share_all=config.mask_all_share)
+        known = jax.vmap(one_mask)(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
     # A key of its own: the three above are those of denoising.
     key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
@@ -343,12 +346,12 @@ def noise_low_res(
     """
     highest = max(round(share * len(tables.alpha)), 1)
 
-    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def timestep_and_noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         t_key, eps_key = jax.random.split(key)
         t = jax.random.randint(t_key, (), 0, highest)
         return t, jax.random.normal(eps_key, low_res.shape[1:])
 
-    t, eps = jax.vmap(one)(keys)
+    t, eps = jax.vmap(timestep_and_noise)(keys)
     return q_sample(tables, low_res, t, eps), t
 
 
@@ -359,7 +362,7 @@ def contrastive_loss(
     *,
     model: NoisedCLIP,
     tables: LossTables,
-    levels: int | None = None,
+    timesteps: int | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -369,29 +372,29 @@ def contrastive_loss(
 
     Args:
         batch: `mask` is True at the tokens of the caption, start and end token included.
-        levels: timesteps are sampled below this one; None: all timesteps.
+        timesteps: they are sampled below this one; None: all timesteps.
     """
-    noise = sample_noise(key, batch, levels or len(tables.alpha))
+    noise = sample_noise(key, batch, timesteps or len(tables.alpha))
     x_t = q_sample(tables, to_range(batch.image), noise.t, noise.eps)
     lengths = batch.mask.sum(axis=1)
-    network = network_of(model, params)
+    network = bind_network(model, params)
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)
     text = normalise(network(batch.tokens, lengths, method=NoisedCLIP.text_features).raw)
     scale = network(method=NoisedCLIP.scale)
-    every_image, every_text, first = image, text, 0
+    every_image, every_text, offset = image, text, 0
     if axis is not None:
         every_image, every_text = (jax.lax.all_gather(z, axis, tiled=True) for z in (image, text))
-        first = jax.lax.axis_index(axis) * len(image)
-    own = first + jnp.arange(len(image))
+        offset = jax.lax.axis_index(axis) * len(image)
+    own_columns = offset + jnp.arange(len(image))
     highest = jax.lax.Precision.HIGHEST
     by_image = scale * jnp.matmul(image, every_text.T, precision=highest)
     by_text = scale * jnp.matmul(text, every_image.T, precision=highest)
 
-    def of_own(values: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, own[:, None], axis=1)[:, 0]
+    def own_entry(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, own_columns[:, None], axis=1)[:, 0]
 
-    loss = -(of_own(jax.nn.log_softmax(by_image)) + of_own(jax.nn.log_softmax(by_text))) / 2
+    loss = -(own_entry(jax.nn.log_softmax(by_image)) + own_entry(jax.nn.log_softmax(by_text))) / 2
     # Equal captions share the first place, so each of them is right.
-    right = (of_own(by_image) == by_image.max(axis=1)).astype(jnp.float32)
-    metrics = {"loss": loss.mean(), "accuracy": right.mean(), "scale": scale}
-    return metrics["loss"], metrics | by_quartile(loss, noise.t, len(tables.alpha))
+    is_right = (own_entry(by_image) == by_image.max(axis=1)).astype(jnp.float32)
+    metrics = {"loss": loss.mean(), "accuracy": is_right.mean(), "scale": scale}
+    return metrics["loss"], metrics | quartile_losses(loss, noise.t, len(tables.alpha))

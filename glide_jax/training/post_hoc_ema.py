@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.devices.processes import on_first
+from glide_jax.devices.processes import on_first_process
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig, read_config
 from glide_jax.training.export import description
@@ -64,7 +64,7 @@ def snapshot(config: RunConfig, step: int, emas: Iterable[Any]) -> None:
     for width, ema in zip(config.optimiser.ema_power, emas, strict=True):
         flat = {path: _half(array) for path, array in flatten(ema).items()}
         folder = config.folder / FOLDER / f"{step:08}_{width:g}"
-        on_first(partial(save_weights, folder, description(config, step), flat))
+        on_first_process(partial(save_weights, folder, description(config, step), flat))
 
 
 def _half(array: Any) -> np.ndarray:
@@ -75,12 +75,12 @@ def _half(array: Any) -> np.ndarray:
 
 def snapshots(run: Path) -> dict[Profile, Path]:
     """Return the snapshots that a run has saved, by step and width."""
-    found = {}
+    folders = {}
     for folder in sorted((run / FOLDER).glob("*")):
         name = re.fullmatch(r"(\d+)_([\d.e-]+)", folder.name)
         if name and (folder / CONFIG).is_file():
-            found[Profile(int(name[1]), float(name[2]))] = folder
-    return found
+            folders[Profile(int(name[1]), float(name[2]))] = folder
+    return folders
 
 
 def inner(a: Profile, b: Profile) -> float:
@@ -105,12 +105,12 @@ def fit(saved: list[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
     """
     count, scale = len(saved), inner(wanted, wanted)
     gram = np.array([[inner(a, b) for b in saved] for a in saved]) / scale
-    right = np.array([inner(a, wanted) for a in saved]) / scale
+    right_side = np.array([inner(a, wanted) for a in saved]) / scale
     system = np.ones((count + 1, count + 1))
     system[:count, :count], system[count, count] = gram, 0.0
-    found = np.linalg.lstsq(system, np.append(right, 1.0), rcond=None)[0][:count]
-    squared_error = found @ gram @ found - 2 * found @ right + 1
-    return found, float(np.sqrt(max(squared_error, 0.0)))
+    coefficients = np.linalg.lstsq(system, np.append(right_side, 1.0), rcond=None)[0][:count]
+    squared_error = coefficients @ gram @ coefficients - 2 * coefficients @ right_side + 1
+    return coefficients, float(np.sqrt(max(squared_error, 0.0)))
 
 
 def reconstruct(
@@ -132,15 +132,15 @@ def reconstruct(
         GlideError: a snapshot is broken.
     """
     check_width(width)
-    found = snapshots(run)
-    if not found:
+    folders = snapshots(run)
+    if not folders:
         raise UsageError(f"{run} has saved no EMAs: train with --optimiser.ema-power 0.05 0.1")
-    last = max(profile.step for profile in found)
-    wanted = Profile(last if step is None else step, width)
-    saved = [profile for profile in found if profile.step <= wanted.step]
+    last_step = max(profile.step for profile in folders)
+    wanted = Profile(last_step if step is None else step, width)
+    saved = [profile for profile in folders if profile.step <= wanted.step]
     if not saved:
-        first = min(profile.step for profile in found)
-        raise UsageError(f"the first EMAs were saved at step {first}, after {wanted.step}")
+        first_step = min(profile.step for profile in folders)
+        raise UsageError(f"the first EMAs were saved at step {first_step}, after {wanted.step}")
     coefficients, error = fit(saved, wanted)
     if error > MAX_ERROR:
         widths = sorted({profile.width for profile in saved})
@@ -151,7 +151,7 @@ def reconstruct(
         )
     total: dict[str, np.ndarray] = {}
     for profile, coefficient in zip(saved, coefficients, strict=True):
-        _, flat, _ = load_weights(found[profile])
+        _, flat, _ = load_weights(folders[profile])
         for path, array in flat.items():
             term = np.float32(coefficient) * array.astype(np.float32)
             total[path] = total[path] + term if path in total else term

@@ -7,7 +7,7 @@ import numpy as np
 QUARTILES = 4
 
 
-def by_quartile(
+def quartile_losses(
     loss: jax.Array, t: jax.Array, steps: int, weight: jax.Array | None = None
 ) -> dict[str, jax.Array]:
     """Return the loss `(B,)` summed over quarters of the timesteps, and the records in each.

@@ -78,25 +78,26 @@ def toy(config: RunConfig) -> RunConfig:
     fit: `init_from` and the teacher are empty.
     """
     rate = 2e-3
-    late = bool(config.optimiser.freeze)  # with a frozen text transformer captions take longer
-    own: Mapping[str, Any]
+    # With a frozen text transformer captions take longer.
+    slow_captions = bool(config.optimiser.freeze)
+    changes: Mapping[str, Any]
     if isinstance(config, CLIPTrainConfig):
         rate = 1e-3
-        own = {"model": toy_clip(config.model), "steps": 300, "batch_size": 16}
+        changes = {"model": toy_clip(config.model), "steps": 300, "batch_size": 16}
     else:
         assert isinstance(config, TrainConfig)
         model = config.model
         if config.objective == "consistency":
             rate = 5e-4  # it starts from trained weights
-        own = {
+        changes = {
             "model": toy_model(model),
-            "steps": 300 if late or model.inpaints else 150,
+            "steps": 300 if slow_captions or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
             "train_size": 0,
         }
         if config.objective == "consistency":
             low, high = config.distillation.guidance_scales
-            own["distillation"] = replace(
+            changes["distillation"] = replace(
                 config.distillation,
                 teacher="",
                 guidance_scales=(low, high) if low < high else (1.0, 1.0),
@@ -122,5 +123,5 @@ def toy(config: RunConfig) -> RunConfig:
         save_every=50,
         log_every=10,
         sample_every=0,
-        **own,
+        **changes,
     )

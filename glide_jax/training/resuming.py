@@ -25,25 +25,25 @@ def say_changes(config: RunConfig, step: int, seconds: float = 0.0) -> None:
 
 def changes(before: RunConfig, config: RunConfig, step: int, seconds: float = 0.0) -> list[str]:
     """Return one note for each change that affects a run resumed after `step` steps."""
-    found = []
+    notes = []
     if config.steps < step:
-        found.append(
+        notes.append(
             f"step {step:,} is done and --steps is {config.steps:,}: there is nothing to train"
         )
     if before.seed != config.seed:
-        found.append(
+        notes.append(
             f"the seed is {config.seed}, it was {before.seed}: the order of the data and the noise "
             f"are others from step {step:,} on"
         )
     if config.starts_from != before.starts_from:
-        found.append(
+        notes.append(
             f"the run resumes from step {step:,}: --init-from {_name(config.starts_from)} has no "
             f"effect (it began with {_name(before.starts_from)}); to start anew, choose another "
             "--out"
         )
     if config.steps > step and (note := _rate_note(before, config, step, seconds)):
-        found.append(note)
-    return found
+        notes.append(note)
+    return notes
 
 
 def _name(weights: str) -> str:

@@ -26,7 +26,7 @@ def run_facts(run: Path, step: int) -> dict[str, str]:
     """
     config = read_config(run / "config.json")
     optimiser = config.optimiser
-    found = {
+    facts = {
         "planned steps": f"{config.steps:,}" if step < config.steps else "",
         "batch size": f"{config.batch_size:,}",
         "data": f"`{shown(config.data.source)}`" if config.data.source else "",
@@ -39,7 +39,7 @@ def run_facts(run: Path, step: int) -> dict[str, str]:
         "dtype of the trunk": config.dtype,
         "seed": str(config.seed),
     }
-    return {name: text for name, text in (found | _logged(run, config, step)).items() if text}
+    return {name: text for name, text in (facts | _logged(run, config, step)).items() if text}
 
 
 def shown(source: str) -> str:
@@ -64,12 +64,12 @@ def _logged(run: Path, config: RunConfig, step: int) -> dict[str, str]:
                 if value.tag == "held_out/loss" and (loss is None or event.step >= loss[0]):
                     loss = event.step, value.simple_value
         seconds += times[-1] - times[0] if times else 0.0
-    found = {}
+    facts = {}
     if loss is not None:
-        found["held-out loss"] = f"{loss[1]:.5g} (step {loss[0]:,}, `{config.validation_split}`)"
+        facts["held-out loss"] = f"{loss[1]:.5g} (step {loss[0]:,}, `{config.validation_split}`)"
     if seconds:
-        found["time by the log"] = f"{seconds / 60:.1f} minutes, with compilation"
-    return found
+        facts["time by the log"] = f"{seconds / 60:.1f} minutes, with compilation"
+    return facts
 
 
 def events(file: Path) -> Iterator[Any]:

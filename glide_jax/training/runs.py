@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import expand_home, write_whole
+from glide_jax.folders import expand_home, write_atomically
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.models.unet import GLIDE, init_params
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, adapts, read_config
@@ -144,16 +144,16 @@ def write_base(config: TrainConfig, params: dict[str, Any]) -> None:
     path = config.folder / BASE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise GlideError(f"cannot write {path}: {error}") from None
 
 
 def _read_base(folder: Path) -> dict[str, str]:
-    found = read_config_json(folder / BASE)
-    if not all(isinstance(found.get(name), str) for name in ("base", "checksum")):
+    base = read_config_json(folder / BASE)
+    if not all(isinstance(base.get(name), str) for name in ("base", "checksum")):
         raise GlideError(f"{folder / BASE} names no base and checksum: copy it again")
-    return found
+    return base
 
 
 def check_base(config: TrainConfig, folder: Path, params: dict[str, Any]) -> None:
@@ -237,19 +237,19 @@ def model_of(config: TrainConfig, params: Any, name: str = "") -> Model:
 
 def run_defaults(config: TrainConfig) -> dict[str, Any]:
     """Return the sampling settings that a recipe recommends."""
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guidance_scale,
     }
     if config.sample_clip_scale:
-        found["clip_scale"] = config.sample_clip_scale
+        settings["clip_scale"] = config.sample_clip_scale
     if config.sample_strength is not None:
-        found["strength"] = config.sample_strength
+        settings["strength"] = config.sample_strength
     if config.sample_sampler:
-        found["sampler"] = config.sample_sampler
+        settings["sampler"] = config.sample_sampler
     if config.sample_spacing:
-        found["spacing"] = config.sample_spacing
-    return found
+        settings["spacing"] = config.sample_spacing
+    return settings
 
 
 def sampling_defaults(weights: str | Path) -> dict[str, Any]:

@@ -97,13 +97,13 @@ def new_state(
         params,
         optimiser,
         config.optimiser,
-        float16=_in_float16(objective),
+        float16=_uses_float16(objective),
         frozen_params=frozen_params,
         loss_history=empty_history(config.diffusion_steps) if aware else None,
     )
 
 
-def _in_float16(objective: Objective) -> bool:
+def _uses_float16(objective: Objective) -> bool:
     return objective.model.dtype == jnp.float16
 
 
@@ -114,7 +114,7 @@ def fit_loss_scale(state: TrainState, objective: Objective) -> TrainState:
     bfloat16 or float32 does not have; the others need none.
     """
     scaled = float(state.log2_loss_scale) > 0
-    if scaled == _in_float16(objective):
+    if scaled == _uses_float16(objective):
         return state
     return replace(state, log2_loss_scale=np.float32(0.0 if scaled else INITIAL_LOG2_LOSS_SCALE))
 

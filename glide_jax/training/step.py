@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from glide_jax.training.config import RunConfig
-from glide_jax.training.freezing import with_frozen, without_frozen
+from glide_jax.training.freezing import drop_frozen, merge_frozen
 from glide_jax.training.loss_aware import LossHistory, Records, add_losses
 from glide_jax.training.objectives import RECORDS, Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
@@ -31,7 +31,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         train_step,
         loss=objective.loss,
         optimiser=make_optimiser(config.optimiser, config.steps, bool(config.minutes)),
-        of_run=objective.of_run,
+        loss_inputs=objective.loss_inputs,
         config=config.optimiser,
         lr_schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
@@ -78,12 +78,12 @@ def scan_steps(
         The new state, and the metrics: of each step, or of the single one.
     """
 
-    def one(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
+    def single_step(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
         return step(state, read(data, item), *control, axis=axis)
 
     if jax.tree.leaves(items)[0].shape[0] == 1:
-        return one(state, jax.tree.map(lambda x: x[0], items))
-    return jax.lax.scan(one, state, items)
+        return single_step(state, jax.tree.map(lambda x: x[0], items))
+    return jax.lax.scan(single_step, state, items)
 
 
 def train_step(
@@ -97,7 +97,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
     lr_schedule: optax.Schedule | None = None,
-    of_run: Callable[..., dict[str, Any]] = lambda *_: {},
+    loss_inputs: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
     spike: float = 0.0,
     axis: str | None = None,
@@ -118,7 +118,7 @@ def train_step(
         optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
         lr_schedule: the optimiser's learning rate, for the metrics; None: they have none.
-        of_run: what the loss takes of the state besides the parameters: see `Objective.of_run`.
+        loss_inputs: other arguments of the loss: see `Objective.loss_inputs`.
         accumulate: number of microbatches (gradient accumulation).
         spike: see `RunConfig.spike`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
@@ -133,17 +133,19 @@ def train_step(
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
         params, frozen_params = weights
-        more = of_run(frozen_params, state.step, done)
+        extra_inputs = loss_inputs(frozen_params, state.step, done)
         if state.loss_history is not None:
-            more["loss_history"] = state.loss_history
+            extra_inputs["loss_history"] = state.loss_history
 
         def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
-            whole = with_frozen(trained, params)
-            value, metrics = loss(whole, rows, record_key, train=True, axis=axis, **more)
+            full_params = merge_frozen(trained, params)
+            value, metrics = loss(
+                full_params, rows, record_key, train=True, axis=axis, **extra_inputs
+            )
             return value * scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
-        grads, metrics = jax.grad(scaled, has_aux=True)(without_frozen(params, config.freeze))
+        grads, metrics = jax.grad(scaled, has_aux=True)(drop_frozen(params, config.freeze))
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
@@ -227,9 +229,9 @@ def _accumulate(
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
         # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
-        held, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        found, records = gradient(held, microbatch)
-        return jax.tree.map(jnp.add, total, found), records
+        held_weights, microbatch = jax.lax.optimization_barrier((weights, microbatch))
+        gradient_sums, records = gradient(held_weights, microbatch)
+        return jax.tree.map(jnp.add, total, gradient_sums), records
 
     total, records = jax.lax.scan(add, zeros, split)
     return jax.tree.map(lambda x: x / count, total), jax.tree.map(jnp.ravel, records)
@@ -243,13 +245,13 @@ def _update(
     config: OptimiserConfig,
     lr_factor: jax.Array | np.ndarray | None,
 ) -> TrainState:
-    whole = with_frozen(grads, state.params, fill=jnp.zeros_like)
-    updates, opt_state = optimiser.update(whole, state.opt_state, state.params)
+    full_grads = merge_frozen(grads, state.params, fill=jnp.zeros_like)
+    updates, opt_state = optimiser.update(full_grads, state.opt_state, state.params)
     if lr_factor is not None:
         updates = jax.tree.map(lambda x: x * lr_factor, updates)
     params = optax.apply_updates(state.params, updates)
-    trained = without_frozen(params, config.freeze)
-    params = with_frozen(trained, state.params)
+    trained = drop_frozen(params, config.freeze)
+    params = merge_frozen(trained, state.params)
     step = state.step + 1
     decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(

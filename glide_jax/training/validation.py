@@ -93,10 +93,10 @@ class Validation:
             seed=0,
             process=self._process,
         )
-        found: list[dict[str, Any]] = []
+        measured: list[dict[str, Any]] = []
         for i in range(count or config.validation_batches):
             batch = to_batch(next(batches))
             batch = batch._replace(row=batch.row + np.int32(i * self.batch_size))
-            found.append(jax.device_get(self._measure(params, batch, jax.random.key(0))))
+            measured.append(jax.device_get(self._measure(params, batch, jax.random.key(0))))
         batches.close()
-        return finish({name: np.mean([m[name] for m in found], axis=0) for name in found[0]})
+        return finish({name: np.mean([m[name] for m in measured], axis=0) for name in measured[0]})

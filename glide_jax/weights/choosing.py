@@ -70,12 +70,12 @@ def choose(path: Path, arrays: Mapping[str, np.ndarray], choice: str = "") -> di
             f"{path}:{example}"
         )
     (name,) = wanted
-    found = models[name]
+    chosen = models[name]
     if name != TOP:
-        rest = len(arrays) - len(found)
-        left = f"; {rest} other arrays are left out" if rest else ""
+        unread = len(arrays) - len(chosen)
+        left = f"; {unread} other arrays are left out" if unread else ""
         print(f"note: {path}: the model under {printable(name)!r} is read{left}", file=sys.stderr)
-    return found
+    return chosen
 
 
 def _models(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -86,13 +86,13 @@ def _models(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
         for anchor in ANCHORS
         if name == anchor or name.endswith(f".{anchor}")
     }
-    found: dict[str, dict[str, np.ndarray]] = {p.rstrip(".") or TOP: {} for p in sorted(prefixes)}
+    models: dict[str, dict[str, np.ndarray]] = {p.rstrip(".") or TOP: {} for p in sorted(prefixes)}
     longest = sorted(prefixes, key=len, reverse=True)
     for name, array in arrays.items():
         prefix = next((p for p in longest if name.startswith(p)), None)
         if prefix is not None:
-            found[prefix.rstrip(".") or TOP][name.removeprefix(prefix)] = array
-    return found
+            models[prefix.rstrip(".") or TOP][name.removeprefix(prefix)] = array
+    return models
 
 
 def _matching(names: list[str], choice: str) -> list[str]:

@@ -49,8 +49,8 @@ def load_clip_model(weights: str | Path = RELEASED) -> CLIPModel:
         image, text = (fetch(f"openai/clip-{side}") for side in ("image", "text"))
         return clip_from_files(image, text)
     if on_hub(weights):
-        found = download(weights)
-        return replace(load_clip_model(found.path), name=found.name)
+        downloaded = download(weights)
+        return replace(load_clip_model(downloaded.path), name=downloaded.name)
     embedded = str(weights) in EMBEDDED_CLIPS
     folder = ASSETS / str(weights) if embedded else expand_home(weights)
     if not folder.is_dir():

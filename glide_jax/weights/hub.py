@@ -65,10 +65,10 @@ def download(weights: str | Path) -> Download:
     snapshot = _config_or_file(name)
     # The commit does not change between two requests, the branch could.
     pinned = replace(name, revision=snapshot.name)
-    found = snapshot / name.path
-    if not found.is_file():
-        found = _weights_in(name, pinned, snapshot)
-    path = f"{found}:{name.choice}" if name.choice else str(found)
+    place = snapshot / name.path
+    if not place.is_file():
+        place = _weights_in(name, pinned, snapshot)
+    path = f"{place}:{name.choice}" if name.choice else str(place)
     return Download(path, str(pinned))
 
 
@@ -104,16 +104,19 @@ def _weights_in(name: HubName, pinned: HubName, snapshot: Path) -> Path:
     files, start = _files_of(pinned, snapshot), _inside(name, "")
     beside = [file.removeprefix(start) for file in files if file.startswith(start)]
     if not beside:
-        raise GlideError(f"{name} is no folder or file: {name.repo} holds {_few(files)}")
+        raise GlideError(f"{name} is no folder or file: {name.repo} holds {_first_files(files)}")
     foreign = (folder / CONFIG).is_file()
     torch = [file for file in beside if file.endswith(FILES) and "/" not in file]
     if foreign or not torch:
-        other = f" ({CONFIG} is of another program)" if foreign else ""
-        raise GlideError(f"{name} holds no weights of glide-jax{other}: it holds {_few(beside)}")
+        note = f" ({CONFIG} is of another program)" if foreign else ""
+        raise GlideError(
+            f"{name} holds no weights of glide-jax{note}: it holds {_first_files(beside)}"
+        )
     if len(torch) > 1:
         example = replace(name, path=_inside(name, torch[0]))
         raise UsageError(
-            f"{name} holds several files of weights, {_few(torch)}: name one, for example {example}"
+            f"{name} holds several files of weights, {_first_files(torch)}: name one, for example "
+            f"{example}"
         )
     _snapshot(pinned, [_inside(name, torch[0])])
     return folder / torch[0]
@@ -123,7 +126,7 @@ def _inside(name: HubName, file: str) -> str:
     return f"{name.path}/{file}" if name.path else file
 
 
-def _few(files: Sequence[str]) -> str:
+def _first_files(files: Sequence[str]) -> str:
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
     return (", ".join(files[:_SHOWN]) or "no files") + more
 
@@ -147,17 +150,17 @@ def _hub() -> Any:
 
 def _snapshot(name: HubName, files: Sequence[str]) -> Path:
     """Return the cached folder of a commit, with those of these files that the commit has."""
-    # Imported here by the package, which then sets the level of its log: before `_one_line_of`.
+    # Imported here by the package, which then sets the level of its log: before `_one_line_errors`.
     fetch, bar = _hub().snapshot_download, _bar()
-    with _one_line_of(name):
-        found = fetch(
+    with _one_line_errors(name):
+        folder = fetch(
             name.repo,
             revision=name.revision or None,
             allow_patterns=[glob.escape(file) for file in files],
             library_name="glide-jax",
             tqdm_class=bar,
         )
-    return Path(found)
+    return Path(folder)
 
 
 def _bar() -> Any:
@@ -177,7 +180,7 @@ def _files_of(name: HubName, snapshot: Path) -> list[str]:
     """Return the files of a repository; without a network, those in the cache."""
     hub = _hub()
     try:
-        with _one_line_of(name):
+        with _one_line_errors(name):
             # `list_repo_files` would retry for half a minute where there is no network.
             about = hub.HfApi().model_info(name.repo, revision=name.revision or None)
         return sorted(file.rfilename for file in about.siblings or ())
@@ -209,7 +212,7 @@ def upload(folder: Path, to: HubName, *, private: bool = False, message: str = "
     if COMMIT.fullmatch(to.revision):
         raise UsageError(f"{to} is a commit, which cannot change: push to a branch")
     api = _hub().HfApi(library_name="glide-jax")
-    with _one_line_of(to, pushes=True):
+    with _one_line_errors(to, pushes=True):
         api.create_repo(to.repo, private=private or None, exist_ok=True)
         if private and not api.model_info(to.repo).private:
             raise UsageError(
@@ -229,7 +232,7 @@ def upload(folder: Path, to: HubName, *, private: bool = False, message: str = "
 
 
 @contextmanager
-def _one_line_of(name: HubName, *, pushes: bool = False) -> Iterator[None]:
+def _one_line_errors(name: HubName, *, pushes: bool = False) -> Iterator[None]:
     """Make one line of the errors of huggingface_hub; its warnings repeat them."""
     log = logging.getLogger("huggingface_hub")
     level = log.level

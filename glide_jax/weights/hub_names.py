@@ -61,24 +61,24 @@ def read_hub_name(name: str | Path) -> HubName:
     """
     text = str(name).strip()
     if site := _SITE.match(text.lower()):
-        rest = text[site.end() :].rstrip("/")
-        parts = rest.split("/")
+        address = text[site.end() :].rstrip("/")
+        parts = address.split("/")
         hint = f"hf://{'/'.join(parts[:2])}" if len(parts) > 1 else FORM
         raise UsageError(f"{text} is the address of a page: write {hint}")
     prefix = _PREFIX.match(text)
-    found = _REPO.fullmatch(text[prefix.end() :]) if prefix else None
-    if found is None:
+    match = _REPO.fullmatch(text[prefix.end() :]) if prefix else None
+    if match is None:
         raise UsageError(f"{text!r} does not name a repository of the Hub: write {FORM}")
-    repo, revision = found["repo"], unquote(found["revision"] or "")
+    repo, revision = match["repo"], unquote(match["revision"] or "")
     user, title = repo.split("/")
     if user in _OTHERS:
         raise UsageError(f"{text!r} names {user} of the Hub, which hold no weights: write {FORM}")
     for part in (user, title):
         if not _PART.fullmatch(part) or "--" in part or ".." in part:
             raise UsageError(f"{text!r}: {part!r} cannot be a name on the Hub: write {FORM}")
-    if found["revision"] is not None and not _REVISION.fullmatch(revision):
+    if match["revision"] is not None and not _REVISION.fullmatch(revision):
         raise UsageError(f"{text!r} has no revision after the @: name a branch, a tag or a commit")
-    path = (found["path"] or "").strip("/")
+    path = (match["path"] or "").strip("/")
     if {"", ".", ".."} & set(path.split("/")) and path:
         raise UsageError(f"{text!r}: {path!r} cannot be a folder of a repository: write {FORM}")
     if "@" in path.rpartition("/")[2]:

@@ -60,14 +60,14 @@ def adapted_layers(params: Mapping[str, Any], kinds: Sequence[str]) -> list[str]
         UsageError: the network has no layer of one of the kinds.
     """
     paths = [path.removesuffix(KERNEL) for path in flatten(params) if path.endswith(KERNEL)]
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for kind in kinds:
         start, names = KINDS[kind]
         of_kind = [p for p in paths if p.startswith(start) and p.rsplit("/", 1)[-1] in names]
         if not of_kind:
             raise UsageError(f"the network has no {kind} layers: change lora.layers")
-        found |= dict.fromkeys(of_kind)
-    return [path for path in paths if path in found]
+        chosen |= dict.fromkeys(of_kind)
+    return [path for path in paths if path in chosen]
 
 
 def to_pairs(tree: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -118,10 +118,10 @@ def merge(params: Mapping[str, Any], loras: Sequence[tuple[LoRA, float]]) -> dic
             kernel = flat.get(layer + KERNEL)
             shape = None if kernel is None else np.shape(kernel)
             if shape != (a.shape[0], b.shape[1]):
-                have = "has no such layer" if shape is None else f"has a kernel of {shape}"
+                reason = "has no such layer" if shape is None else f"has a kernel of {shape}"
                 raise GlideError(
                     f"{lora.name} does not fit these weights: its pair of {layer} is for a kernel "
-                    f"of {(a.shape[0], b.shape[1])}, the network {have}"
+                    f"of {(a.shape[0], b.shape[1])}, the network {reason}"
                 )
             if weight:
                 product = a.astype(np.float64) @ b.astype(np.float64)
@@ -136,9 +136,9 @@ def say_other_base(loras: Sequence[LoRA], params: Mapping[str, Any], name: str) 
     """Print a note on stderr for pairs that were trained beside other weights."""
     if not any(lora.checksum for lora in loras):
         return
-    own = checksum(params)
+    own_checksum = checksum(params)
     for lora in loras:
-        if lora.checksum not in ("", own):
+        if lora.checksum not in ("", own_checksum):
             base = lora.base or "random weights"
             print(
                 f"note: {lora.name} was trained on {base}, whose weights are not those of {name}",

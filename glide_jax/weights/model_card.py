@@ -117,13 +117,13 @@ def _front_matter(head: Mapping[str, Any]) -> str:
 
 
 def _training(config: Mapping[str, Any], facts: Facts) -> dict[str, str]:
-    found = {"recipe": f"`{config['recipe']}`"} if config.get("recipe") else {}
+    entries = {"recipe": f"`{config['recipe']}`"} if config.get("recipe") else {}
     if "steps" in config:
-        found["steps"] = f"{config['steps']:,}"
+        entries["steps"] = f"{config['steps']:,}"
     if "prediction" in config:
-        found["prediction"] = config["prediction"]
-        found["noise schedule"] = f"{config['schedule']}, {config['diffusion_steps']} steps"
-    return found | dict(facts.training)
+        entries["prediction"] = config["prediction"]
+        entries["noise schedule"] = f"{config['schedule']}, {config['diffusion_steps']} steps"
+    return entries | dict(facts.training)
 
 
 def _use(name: str, sizes: ModelConfig | CLIPConfig, prompts: Sequence[str]) -> str:

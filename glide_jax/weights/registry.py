@@ -82,8 +82,8 @@ def companion(weights: str | Path, kind: str, chosen: str | Path | None) -> str 
         chosen: a name, a folder or a file; "none": no such model; None: the default of the weights.
     """
     if chosen is None:
-        own = COMPANIONS.get(str(weights), {}).get(kind)
-        return own if own in (*EMBEDDED, *EMBEDDED_CLIPS) else None
+        default = COMPANIONS.get(str(weights), {}).get(kind)
+        return default if default in (*EMBEDDED, *EMBEDDED_CLIPS) else None
     return None if str(chosen) == NONE else chosen
 
 
@@ -99,8 +99,8 @@ def load_model(name: str | Path) -> Model:
         GlideError: the files are missing, broken, do not fit together, or cannot be downloaded.
     """
     if on_hub(name):
-        found = download(name)
-        return replace(load_model(found.path), name=found.name)
+        downloaded = download(name)
+        return replace(load_model(downloaded.path), name=downloaded.name)
     if str(name) in EMBEDDED:
         return _load_exported(str(name), ASSETS / str(name))
     if str(name) in PRESET_OF:

@@ -139,8 +139,8 @@ def misfits(flat: Mapping[str, np.ndarray], config: ModelConfig) -> list[str]:
 def differences(flat: Mapping[str, np.ndarray], abstract: Mapping[str, Any]) -> list[str]:
     """Return the paths at which flat arrays and an abstract tree differ in shape."""
     wanted = {path: leaf.shape for path, leaf in flatten(abstract).items()}
-    have = {path: np.shape(array) for path, array in flat.items()}
-    return sorted(path for path in wanted | have if wanted.get(path) != have.get(path))
+    shapes = {path: np.shape(array) for path, array in flat.items()}
+    return sorted(path for path in wanted | shapes if wanted.get(path) != shapes.get(path))
 
 
 def from_released(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -200,14 +200,14 @@ def assemble(
             # Aligned, but not made contiguous: a mapped array stays in its file until it is used.
             params[path] = np.require(array, np.float32, "A")
     problems = [
-        f"{len(found)} {kind} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
-        for kind, found in (
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of the wrong shape", shaped),
             ("of the wrong dtype", typed),
         )
-        if found
+        if names
     ]
     if problems:
         raise GlideError(f"these weights do not fit the {what}: {'; '.join(problems)}")

@@ -16,7 +16,7 @@ import tqdm
 from glide_jax.errors import GlideError, did_you_mean
 from glide_jax.folders import cache_folder
 from glide_jax.models.presets import PRESETS, ModelConfig
-from glide_jax.weights.store import whole_files
+from glide_jax.weights.store import atomic_files
 
 SERVER = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021"
 FILES = {
@@ -94,7 +94,7 @@ def _stated(record: Path) -> str | None:
 
 
 def _download(url: str, path: Path, record: Path) -> None:
-    with whole_files(path, record) as (data, note):
+    with atomic_files(path, record) as (data, note):
         try:
             with urllib.request.urlopen(url, timeout=30) as answer, data.open("wb") as file:
                 sha256 = _copy(answer, file, path.name)

@@ -98,7 +98,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole_files(*targets: Path) -> Iterator[list[Path]]:
+def atomic_files(*targets: Path) -> Iterator[list[Path]]:
     """Provide temporary paths to write to, and rename them to `targets` at the end.
 
     The folder of the targets is created if needed. The files are flushed to the disk before they
@@ -149,7 +149,7 @@ def save_weights(
     params: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors` into a folder; see `whole_files`.
+    """Write `config.json` and `model.safetensors` into a folder; see `atomic_files`.
 
     Args:
         folder: the target; other files in it stay unchanged.
@@ -170,7 +170,7 @@ def save_weights(
     header = _header(params, metadata or {})
     # The arrays first: their rename can fail (on Windows, while they are in use), and then neither
     # file has changed.
-    with whole_files(folder / MODEL, folder / CONFIG) as (model, config_file):
+    with atomic_files(folder / MODEL, folder / CONFIG) as (model, config_file):
         config_file.write_text(text, encoding="utf-8")
         _write_file(model, header, params, _network_crc(json.loads(text)))
 
@@ -185,7 +185,7 @@ def save_arrays(
         GlideError: the disk is full or the file cannot be written.
     """
     header = _header(params, metadata or {})
-    with whole_files(path) as (temporary,):
+    with atomic_files(path) as (temporary,):
         _write_file(temporary, header, params)
 
 
@@ -257,8 +257,8 @@ def _write_arrays(file: BinaryIO, header: dict[str, Any], params: Mapping[str, A
 def _header_crc(header: Mapping[str, Any]) -> int:
     """Return the checksum of the names, dtypes and shapes of arrays, and of the metadata."""
     metadata = {k: v for k, v in header.get(_HEADER_METADATA, {}).items() if k != _CRC}
-    plain = {**header, _HEADER_METADATA: metadata}
-    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+    header_without_crc = {**header, _HEADER_METADATA: metadata}
+    return zlib.crc32(json.dumps(header_without_crc, sort_keys=True).encode())
 
 
 def _network_crc(config: Mapping[str, Any]) -> str:
@@ -290,8 +290,8 @@ def load_weights(
         if not (folder / name).is_file():
             raise GlideError(f"{folder / name} is missing: copy it there, or save the model again")
     config = read_config_json(folder / CONFIG)
-    own = str(config.pop(_CRC, ""))
-    params, metadata, stated = _mapped(folder / MODEL, own)
+    own_crc = str(config.pop(_CRC, ""))
+    params, metadata, stated = _mapped(folder / MODEL, own_crc)
     if stated and stated.split(" ")[1:] != [_network_crc(config)]:
         raise GlideError(
             f"{folder / CONFIG} describes another network than when {MODEL} was saved: copy both "

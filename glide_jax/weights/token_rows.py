@@ -34,9 +34,9 @@ def expand(flat: Mapping[str, np.ndarray], n_vocab: int) -> dict[str, np.ndarray
     """Restore the whole token table: the inverse of `compact`. A whole table stays as it is."""
     if ROWS not in flat:
         return dict(flat)
-    whole = dict(flat)
-    rows, kept = whole.pop(ROWS), np.asarray(whole[TABLE])
+    expanded = dict(flat)
+    rows, kept = expanded.pop(ROWS), np.asarray(expanded[TABLE])
     table = np.broadcast_to(kept[-1], (n_vocab, kept.shape[1])).copy()
     table[rows] = kept[:-1]
-    whole[TABLE] = table
-    return whole
+    expanded[TABLE] = table
+    return expanded

@@ -229,7 +229,7 @@ def _name_tensors(path: Path, tree: Any, unwrap: bool) -> dict[str, Tensor]:
     if unwrap and isinstance(tree, dict):
         inner = [tree[key] for key in _WRAPPERS if isinstance(tree.get(key), dict)]
         tree = inner[0] if inner else tree
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     entries = 0
     while waiting:
@@ -237,19 +237,19 @@ def _name_tensors(path: Path, tree: Any, unwrap: bool) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             require(sum(map(len, name)) <= _MAX_NAME, "a name of more than 1000 characters")
             joined = ".".join(name)
-            if not name or joined in found:
+            if not name or joined in tensors:
                 what = f"two tensors named {printable(joined)}" if name else "a tensor without name"
                 raise GlideError(f"{path} holds {what}: save model.state_dict() instead")
-            found[joined] = value
+            tensors[joined] = value
         elif isinstance(value, dict | list | tuple):
             parts = value.items() if isinstance(value, dict) else enumerate(value)
             entries += len(value)
             if entries > _MAX_ENTRIES or len(name) >= _MAX_DEPTH:
                 raise GlideError(f"{path} is nested too deeply: save model.state_dict() alone")
             waiting += reversed([((*name, str(key)), part) for key, part in parts])
-    if not found:
+    if not tensors:
         raise GlideError(f"{path} holds no tensors: give the file of a state_dict")
-    return found
+    return tensors
 
 
 def _as_array(path: Path, name: str, tensor: Tensor, data: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_home
-from glide_jax.weights.store import whole_files
+from glide_jax.weights.store import atomic_files
 from glide_jax.weights.torch_pickle import STORAGES
 
 _STORAGE_OF = {dtype: storage for storage, dtype in reversed(STORAGES.items())}
@@ -44,7 +44,7 @@ def write_torch_file(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> 
         GlideError: the disk is full or the file cannot be written.
     """
     with (
-        whole_files(expand_home(path)) as (temporary,),
+        atomic_files(expand_home(path)) as (temporary,),
         temporary.open("wb") as file,
         zipfile.ZipFile(file, "w") as archive,
     ):
@@ -86,5 +86,5 @@ def _tensor(key: str, name: str, array: np.ndarray) -> bytes:
     strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
     view = _plain(0) + _plain(array.shape) + _plain(strides)
     # requires_grad=False, and no hooks.
-    rest = b"\x89ccollections\nOrderedDict\n)R"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + rest + b"tR"
+    hooks = b"\x89ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + hooks + b"tR"

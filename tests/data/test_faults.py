@@ -8,7 +8,7 @@ from PIL import Image
 
 from glide_jax.data.batches import make_batches
 from glide_jax.data.data_config import DataConfig
-from glide_jax.data.faults import Fault, Faults, by_reason
+from glide_jax.data.faults import Fault, Faults, group_by_reason
 from glide_jax.data.sources import open_source
 from glide_jax.errors import UsageError
 from glide_jax.models.tokenizers import GPT2Tokenizer
@@ -114,7 +114,7 @@ def test_the_log_of_a_run_has_every_name(tmp_path):
 
 def test_reasons_are_counted_apart():
     faults = [Fault("a", "x"), Fault("b", "y"), Fault("c", "x")]
-    assert by_reason(faults) == "a, c (x: 2), b (y: 1)"
+    assert group_by_reason(faults) == "a, c (x: 2), b (y: 1)"
 
 
 def test_a_folder_of_broken_images_alone_is_refused(tmp_path):

@@ -4,10 +4,10 @@ import pytest
 
 from glide_jax.devices.cluster import (
     PORTS,
-    alone_though_several,
     detect,
     first_host,
     local_devices,
+    note_if_alone,
 )
 from glide_jax.errors import GlideError
 
@@ -235,10 +235,10 @@ def test_contradictions_are_one_error_with_the_way_out(environ, message):
 
 
 def test_a_job_that_forgot_srun_is_told():
-    assert "start it by srun" in alone_though_several(BATCH)
-    assert "JAX_NUM_PROCESSES" in alone_though_several(POD)
+    assert "start it by srun" in note_if_alone(BATCH)
+    assert "JAX_NUM_PROCESSES" in note_if_alone(POD)
     for environ in (GPU, COLAB, ONE_TASK, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}):
-        assert alone_though_several(environ) == ""
+        assert note_if_alone(environ) == ""
 
 
 @pytest.mark.parametrize(

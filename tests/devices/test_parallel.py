@@ -13,10 +13,10 @@ import pytest
 
 from glide_jax.devices.mesh import hybrid_mesh, shard_spec
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.devices.processes import Peers, join, on_first, shared_text
+from glide_jax.devices.processes import Membership, join, on_first_process, shared_text
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import base64_paper
-from glide_jax.training.command_line import take_peers
+from glide_jax.training.command_line import take_membership
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.export import export
 from glide_jax.training.objectives import make_objective
@@ -311,21 +311,24 @@ def test_errors_of_the_first_process_keep_their_kind():
         raise UsageError("no such folder")
 
     done = []
-    on_first(lambda: done.append(1))
+    on_first_process(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(UsageError, match="no such folder"):
-        on_first(wrong)
+        on_first_process(wrong)
     # Of any kind: the others must not wait. The first process keeps its own.
     with pytest.raises(FileNotFoundError):
-        on_first(lambda: os.stat("/no/such/file"))
+        on_first_process(lambda: os.stat("/no/such/file"))
 
 
 def test_peers_are_taken_out_of_the_arguments():
-    assert take_peers(["--steps", "3"]) == (["--steps", "3"], None)
-    assert take_peers(["--coordinator", "auto", "--steps", "3"])[1] == Peers("auto")
-    assert take_peers(["--coordinator=none", "--steps", "3"]) == (["--steps", "3"], Peers("none"))
+    assert take_membership(["--steps", "3"]) == (["--steps", "3"], None)
+    assert take_membership(["--coordinator", "auto", "--steps", "3"])[1] == Membership("auto")
+    assert take_membership(["--coordinator=none", "--steps", "3"]) == (
+        ["--steps", "3"],
+        Membership("none"),
+    )
     mixed = ["--process=1", "--steps", "3", "--coordinator", "host:99", "--processes", "4"]
-    assert take_peers(mixed) == (["--steps", "3"], Peers("host:99", 4, 1))
+    assert take_membership(mixed) == (["--steps", "3"], Membership("host:99", 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_peers_are_taken_out_of_the_arguments():
 )
 def test_incomplete_peers_are_refused(options):
     with pytest.raises(UsageError, match="--coordinator HOST:PORT --processes N --process I"):
-        take_peers(options.split())
+        take_membership(options.split())
 
 
 def test_peers_that_cannot_be_found_are_one_error(tmp_path):
@@ -351,4 +354,4 @@ def test_peers_that_cannot_be_found_are_one_error(tmp_path):
     # jax has started in this process, so it cannot join others.
     jax.devices()
     with pytest.raises(GlideError, match="cannot join the other processes"):
-        join(Peers("localhost:1", 2, 1), seconds=1)
+        join(Membership("localhost:1", 2, 1), seconds=1)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from glide_jax.devices.processes import Peers, join, visible_gpus
+from glide_jax.devices.processes import Membership, join, visible_gpus
 from glide_jax.errors import GlideError
 from glide_jax.training.runs import restore_run
 from tests.devices.test_parallel import free_port
@@ -114,7 +114,7 @@ def test_peers_that_do_not_come_are_one_error(monkeypatch):
         "SLURM_STEP_NUM_TASKS=2): name the peers with --coordinator HOST:PORT --processes N "
         "--process I, or say --coordinator none for a process alone"
     )
-    join(Peers("none"))
+    join(Membership("none"))
 
 
 def test_a_process_alone_says_nothing_and_opens_no_connection(monkeypatch, capsys):

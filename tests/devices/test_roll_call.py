@@ -51,8 +51,11 @@ def test_all_learn_that_two_have_one_index():
 
 @pytest.mark.parametrize("words", ["1 a b", "1 of b", "² of 2", "GET / HTTP/1.1"])
 def test_only_the_whole_greeting_counts(words):
-    assert not roll_call_module.PATTERN.fullmatch(words)
-    assert roll_call_module.PATTERN.fullmatch("glide-jax process 1 of 2").groups() == ("1", "2")
+    assert not roll_call_module.GREETING_PATTERN.fullmatch(words)
+    assert roll_call_module.GREETING_PATTERN.fullmatch("glide-jax process 1 of 2").groups() == (
+        "1",
+        "2",
+    )
 
 
 def test_a_missing_first_process_is_named():

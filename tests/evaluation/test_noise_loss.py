@@ -13,7 +13,7 @@ from PIL import Image
 from glide_jax.data.batches import make_batches
 from glide_jax.data.scenes import Scene, ScenesSource, render
 from glide_jax.data.sources import open_source
-from glide_jax.diffusion.losses import at, make_tables, q_sample
+from glide_jax.diffusion.losses import at_timesteps, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.evaluation import experiment, ranking, scene_report
@@ -55,7 +55,7 @@ def test_the_output_of_a_network_becomes_the_noise(prediction):
     x_0, eps, other = (jnp.float32(rng.normal(size=(5, 4, 4, 3))) for _ in range(3))
     t = jnp.array([0, 10, 500, 900, 999])
     x_t = q_sample(TABLES, x_0, t, eps)
-    alpha, sigma = at(TABLES.alpha, t), at(TABLES.sigma, t)
+    alpha, sigma = at_timesteps(TABLES.alpha, t), at_timesteps(TABLES.sigma, t)
     exact = eps if prediction == "eps" else alpha * eps - sigma * x_0
 
     def apply(variables, *inputs, method=None, **options):
@@ -92,7 +92,7 @@ def test_a_network_whose_output_is_zero(config):
         batch = batch._replace(row=batch.row + 12 * i)
         noise = sample_noise(jax.random.key(0), batch, 1000)
         x_t = q_sample(TABLES, to_range(batch.image), noise.t, noise.eps)
-        error = (at(TABLES.sigma, noise.t) * x_t - noise.eps) ** 2
+        error = (at_timesteps(TABLES.sigma, noise.t) * x_t - noise.eps) ** 2
         errors.append(np.asarray(error).mean(axis=(1, 2, 3)))
         quarters.append(np.asarray(noise.t) // 250)
     errors, quarters = np.concatenate(errors), np.concatenate(quarters)

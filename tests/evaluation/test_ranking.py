@@ -12,8 +12,8 @@ from glide_jax.errors import UsageError
 from glide_jax.evaluation.captions import (
     Vocabulary,
     held_out_pairs,
-    in_passes,
     one_of_each_concept,
+    sample_in_passes,
     training_pairs,
     vocabulary,
 )
@@ -117,7 +117,7 @@ def test_the_recipe_limits_concepts_and_styles(config):
 
 def test_no_pair_repeats_before_all_have_occurred(config):
     records = training_pairs(config)
-    found = [r["index"] for r in in_passes(records, 2 * len(records) + 5, generator())]
+    found = [r["index"] for r in sample_in_passes(records, 2 * len(records) + 5, generator())]
     assert len(set(found[:90])) == len(set(found[90:180])) == 90 and found[:90] != found[90:180]
     with pytest.raises(UsageError, match="there are 30 concepts to choose from: cannot take 31"):
         one_of_each_concept(records, 31, generator())

@@ -11,7 +11,7 @@ import glide_jax as glide
 from glide_jax.devices.placement import local_devices
 from glide_jax.diffusion.sampling import run_rows
 from glide_jax.errors import UsageError
-from glide_jax.pipeline.batching import batches, select_images, usual_batch
+from glide_jax.pipeline.batching import batches, default_batch_size, select_images
 from tests.support.commands import make_weights, run
 from tests.support.exact_model import EVALUATED, Oracle, exact_pipeline
 
@@ -46,7 +46,7 @@ def test_batches_have_few_lengths_and_hold_each_image(count, size, devices, leng
 
 
 def test_the_usual_batch_is_smaller_for_larger_images():
-    assert [usual_batch(side) for side in (16, 64, 128, 256, 4096)] == [16, 16, 8, 4, 1]
+    assert [default_batch_size(side) for side in (16, 64, 128, 256, 4096)] == [16, 16, 8, 4, 1]
 
 
 def test_a_list_of_captions_in_a_guidance_is_split_into_batches(pipe):

@@ -36,7 +36,7 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training.checkpoint import steps_in
 from glide_jax.training.checksums import checksums
-from glide_jax.training.command_line import take_peers
+from glide_jax.training.command_line import take_membership
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
 from glide_jax.training.logger import Logger
 from glide_jax.training.lora_config import LoRAConfig
@@ -205,17 +205,19 @@ def damage(run: Path) -> None:
 
 def main() -> None:
     """Run the command line."""
-    (images, runs, report, *jobs), peers = take_peers(sys.argv[1:])
-    if peers:
-        processes.join(peers)
+    (images, runs, report, *jobs), membership = take_membership(sys.argv[1:])
+    if membership:
+        processes.join(membership)
     enable_compilation_cache()
     found: dict[str, Any] = {}
     for job in jobs:
         name, *words = job.split(":")
         if name == "copy":
-            processes.on_first(partial(shutil.copytree, *(Path(runs) / word for word in words)))
+            processes.on_first_process(
+                partial(shutil.copytree, *(Path(runs) / word for word in words))
+            )
         elif name == "damage":
-            processes.on_first(partial(damage, Path(runs) / words[0]))
+            processes.on_first_process(partial(damage, Path(runs) / words[0]))
         elif name == "facts":
             found[job] = sharding_facts()
         else:

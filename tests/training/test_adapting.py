@@ -73,7 +73,7 @@ def first_update(config, params, pairs=None):
                 jax.random.key(1),
                 loss=objective.loss,
                 optimiser=descent,
-                of_run=objective.of_run,
+                loss_inputs=objective.loss_inputs,
                 config=OptimiserConfig(),
             )
         )(state, batch())

@@ -11,10 +11,10 @@ from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
     consistency,
+    distilled_timesteps,
     earlier,
     point_at,
     teacher_steps_at,
-    timesteps_of,
 )
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.inputs import Inputs
@@ -72,7 +72,7 @@ def path_map(gap, scale, student_steps=1, timestep_share=1.0):
     From each timestep t the teacher takes steps of DDIM to t - gap, t - 2 gap, ... and the end of
     its part. The student's x_0 is the one from which a single step leads to the same point.
     """
-    length = timesteps_of(config_of(timestep_share=timestep_share), TABLES)
+    length = distilled_timesteps(config_of(timestep_share=timestep_share), TABLES)
     t = np.arange(length)
     r, end = (np.asarray(a) for a in earlier(jnp.asarray(t), gap, length, student_steps))
     mean = NULL_MEAN + scale * (MEAN - NULL_MEAN)
@@ -182,13 +182,13 @@ def test_a_linear_student_learns_the_known_map_from_its_teacher():
     wanted = path_map(LENGTH // 4, 2.0)
 
     def loss(params, step, key):
-        moving, still = (
+        student, frozen_student = (
             as_network(linear(*p), "v") for p in (params, jax.lax.stop_gradient(params))
         )
         inputs = inputs_at(t, step)
         return consistency(
-            moving,
-            still,
+            student,
+            frozen_student,
             as_network(gaussian, "v"),
             inputs,
             tables=TABLES,

@@ -6,7 +6,7 @@ import pytest
 
 import tests.tools.full_disk as tool
 from glide_jax.errors import GlideError
-from glide_jax.folders import write_whole
+from glide_jax.folders import write_atomically
 from glide_jax.training.writers import TensorBoard
 
 
@@ -18,7 +18,7 @@ def test_a_write_to_a_full_disk_is_one_line_and_loses_nothing(kind):
 def test_an_error_of_a_write_names_the_file_not_its_temporary_one(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken") as caught:
-        write_whole(tmp_path / "taken", b"a")
+        write_atomically(tmp_path / "taken", b"a")
     assert caught.value.filename == str(tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 

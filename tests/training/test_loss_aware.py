@@ -17,7 +17,6 @@ from glide_jax.training import loss_aware
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import name_of
 from glide_jax.training.config import OptimiserConfig, TrainConfig
-from glide_jax.training.levels import Levels
 from glide_jax.training.loss_aware import (
     LossHistory,
     Records,
@@ -31,6 +30,7 @@ from glide_jax.training.objectives import Batch, denoising_loss, make_objective,
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.state import init_state, new_state
 from glide_jax.training.step import Control, scan_steps, train_step
+from glide_jax.training.timestep_distribution import TimestepDistribution
 from tests.support.commands import TINY, run
 
 KEY = jax.random.key(5)
@@ -121,10 +121,11 @@ def test_losses_of_zero_leave_the_timesteps_uniform():
 
 
 def test_the_timestep_of_a_record_depends_on_its_row_alone(spread):
-    levels = Levels(200, probability=probabilities(spread))
+    timesteps = TimestepDistribution(200, probability=probabilities(spread))
     batch = make_batch()
     whole, half = (
-        sample_noise(KEY, rows, levels).t for rows in (batch, jax.tree.map(lambda x: x[16:], batch))
+        sample_noise(KEY, rows, timesteps).t
+        for rows in (batch, jax.tree.map(lambda x: x[16:], batch))
     )
     np.testing.assert_array_equal(whole[16:], half)
 
@@ -200,8 +201,8 @@ def test_the_step_records_unweighted_losses_and_weights_their_mean():
     for seed in range(10):
         batch, p = make_batch(seed), reference.probabilities()
         record_key, _ = jax.random.split(jax.random.fold_in(KEY, state.step))
-        levels = Levels(STEPS, probability=probabilities(state.loss_history))
-        noise = sample_noise(record_key, batch, levels)
+        timesteps = TimestepDistribution(STEPS, probability=probabilities(state.loss_history))
+        noise = sample_noise(record_key, batch, timesteps)
         tables = LOSS.keywords["tables"]
         alpha, sigma = (
             np.asarray(x)[noise.t][:, None, None, None] for x in (tables.alpha, tables.sigma)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.losses import (
-    at,
+    at_timesteps,
     hybrid_loss,
     loss_weight,
     make_tables,
@@ -21,7 +21,6 @@ from glide_jax.errors import UsageError
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training import objectives
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, TrainConfig
-from glide_jax.training.levels import make_levels
 from glide_jax.training.objectives import (
     Batch,
     denoising_loss,
@@ -35,6 +34,7 @@ from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.quartiles import finish
 from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
+from glide_jax.training.timestep_distribution import make_timestep_distribution
 from tests.support.commands import TINY
 
 TABLES = make_tables(make_schedule("cosine"))
@@ -68,7 +68,9 @@ def test_min_snr_weighs_the_error_and_not_the_bound():
     x_0, eps, t = jnp.zeros((4, 2, 2, 3)), jnp.ones((4, 2, 2, 3)), jnp.array([0, 300, 600, 999])
     output = jnp.full((4, 2, 2, 6), 0.5)
     plain, weighted = (
-        hybrid_loss(TABLES, x_0, at(TABLES.sigma, t) * eps, t, eps, output, weighting=weighting)
+        hybrid_loss(
+            TABLES, x_0, at_timesteps(TABLES.sigma, t) * eps, t, eps, output, weighting=weighting
+        )
         for weighting in ("none", "min-snr")
     )
     snr = (TABLES.alpha[t] / TABLES.sigma[t]) ** 2
@@ -94,7 +96,7 @@ def test_weighting_v_gives_the_squared_error_of_v_whatever_is_predicted():
     rng = np.random.default_rng(0)
     x_0, eps, guess = (jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32) for _ in range(3))
     t = jnp.array([20, 300, 600, 990])
-    alpha, sigma = at(TABLES.alpha, t), at(TABLES.sigma, t)
+    alpha, sigma = at_timesteps(TABLES.alpha, t), at_timesteps(TABLES.sigma, t)
     x_t = alpha * x_0 + sigma * eps
     # The same guess of x_0 as each kind of prediction.
     guessed_eps = (x_t - alpha * guess) / sigma
@@ -122,11 +124,11 @@ def test_log_normal_levels_have_their_mean_and_spread():
         level_std=0.8,
         level_uniform_share=0.0,
     )
-    levels = make_levels(config)
-    t = np.asarray(jax.vmap(levels.sample)(jax.random.split(KEY, 20_000)))
+    timesteps = make_timestep_distribution(config)
+    t = np.asarray(jax.vmap(timesteps.sample)(jax.random.split(KEY, 20_000)))
     assert half_log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
     assert half_log_snr[t].std() == pytest.approx(0.8, abs=0.02)
-    everywhere = make_levels(replace(config, level_uniform_share=1.0))
+    everywhere = make_timestep_distribution(replace(config, level_uniform_share=1.0))
     t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
     assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)
 
@@ -211,8 +213,10 @@ def test_a_noised_small_image_comes_with_its_timestep():
     found = recorded(batch, "superres", low_res_timestep=True, low_res_timestep_share=0.3)[0]
     t = found["low_res_timestep"]
     assert t.min() < 15 and 285 < t.max() < 300
-    noise = found["low_res"] - at(TABLES.alpha, t) * to_range(shrink(jnp.asarray(batch.image)))
-    noise = np.asarray(noise / at(TABLES.sigma, t))
+    noise = found["low_res"] - at_timesteps(TABLES.alpha, t) * to_range(
+        shrink(jnp.asarray(batch.image))
+    )
+    noise = np.asarray(noise / at_timesteps(TABLES.sigma, t))
     assert noise.mean() == pytest.approx(0, abs=0.1)
     assert noise.std() == pytest.approx(1, abs=0.1)
     # The noise of the large image is independent of it.

@@ -103,14 +103,16 @@ class UnicodeNames:
                     group=groups.get(emoji.get("group"), ""),
                     subgroup=subgroups.get(emoji.get("subgroup"), ""),
                     tone=tone if isinstance(tone, int) else 10 * tone[0] + tone[1],
-                    codepoint=bare(variant["hexcode"]),
+                    codepoint=bare_codepoint(variant["hexcode"]),
                 )
                 self.by_code[description.codepoint] = description
                 self.by_slug[slug(variant["label"])] = description
-        self.by_joined = {s.replace("-", ""): found for s, found in self.by_slug.items()}
+        self.by_joined = {
+            s.replace("-", ""): description for s, description in self.by_slug.items()
+        }
 
 
-def bare(code: str) -> str:
+def bare_codepoint(code: str) -> str:
     """Return a code point without the variation selector."""
     return code.lower().replace("-fe0f", "")
 
@@ -131,18 +133,20 @@ def records(sources: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]
 def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
     """Yield the artwork of an Iconify package: SVG in icons.json, code points in chars.json."""
     icons = read_json(archive, "icons.json")
-    codes = {name: bare(code) for code, name in read_json(archive, "chars.json").items()}
+    codes = {name: bare_codepoint(code) for code, name in read_json(archive, "chars.json").items()}
     for name, icon in sorted(icons["icons"].items()):
         plain = name.replace("-", " ")
-        found = Description(plain, plain)
+        description = Description(plain, plain)
         if name in codes:
-            found = names.by_code.get(codes[name], found._replace(codepoint=codes[name]))
+            description = names.by_code.get(
+                codes[name], description._replace(codepoint=codes[name])
+            )
         elif codes:
             continue  # not an emoji: digits without a keycap, bare hair styles
         elif vendor == "fxemoji":
-            found = names.by_slug.get(name) or names.by_joined.get(name, found)
+            description = names.by_slug.get(name) or names.by_joined.get(name, description)
         elif vendor != "flat-color-icons":
-            found = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), found)
+            description = names.by_slug.get(name.replace("flag-for-flag-", "flag-"), description)
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
@@ -151,14 +155,14 @@ def _icons(archive: Path, vendor: str, names: UnicodeNames) -> Iterator[Record]:
             f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             f"{icon['body']}</svg>"
         )
-        yield Record(vendor, name, found, svg)
+        yield Record(vendor, name, description, svg)
 
 
 def _webp(archive: Path, names: UnicodeNames) -> Iterator[Record]:
     """Yield Fluent 3D: one image per file, 256x256 with an alpha channel, named by code point."""
     files = dict(read_members(archive, lambda n: n.endswith(".webp")))
     for path, data in sorted(files.items()):
-        code = bare(Path(path).stem)
+        code = bare_codepoint(Path(path).stem)
         if code in names.by_code:
             yield Record("fluent-emoji-3d", code, names.by_code[code], data)
 

@@ -142,12 +142,12 @@ def read_fields(
         UsageError: the file has no such field.
     """
     with _Opened(path) as file:
-        have = [n.removesuffix(".npy") for n in file.namelist()]
-        if "image" not in have or "caption" not in have:
+        names = [n.removesuffix(".npy") for n in file.namelist()]
+        if "image" not in names or "caption" not in names:
             raise GlideError(f"{path}: not an emoji64 file (it has no image or no caption); {_HOW}")
         out = {}
         for name in names:
-            _check_known(keys_of, [name], have, path)
+            _check_known(keys_of, [name], names, path)
             with file.open(name + ".npy") as member:
                 out[name] = np.lib.format.read_array(member, allow_pickle=False)
     for name, array in out.items():
@@ -238,13 +238,13 @@ class _Opened:
 
 
 def _check_known(
-    kind: str, wanted: Iterable[str], have: Iterable[str], path: str | os.PathLike
+    kind: str, wanted: Iterable[str], known: Iterable[str], path: str | os.PathLike
 ) -> None:
     """Raise UsageError, with the nearest name, if one of `wanted` is not in `have`."""
-    have = sorted(set(map(str, have)))
+    known = sorted(set(map(str, known)))
     for name in wanted:
-        if name not in have:
-            lower = {h.lower(): h for h in have}
+        if name not in known:
+            lower = {h.lower(): h for h in known}
             word = str(name).lower()
             near = (
                 difflib.get_close_matches(word, lower, n=1, cutoff=0.6)

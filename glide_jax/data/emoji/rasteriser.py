@@ -137,7 +137,7 @@ def rasterise(
         raise UsageError(f"workers must be at least 1, not {workers}")
     check_sources(sources, vendors)
     names = UnicodeNames(sources)
-    found = [
+    candidates = [
         r for v in VENDORS if vendors is None or v in vendors for r in records(sources, v, names)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def rasterise(
         kept: list[Record] = []
         images: list[bytes] = []
         seen = set()
-        for record, pixels in _rendered(apply, found, 64, progress, "64x64"):
+        for record, pixels in _rendered(apply, candidates, 64, progress, "64x64"):
             if pixels is None or np.frombuffer(pixels, np.uint8).std() < 4:
                 continue
             digest = (record.vendor, hashlib.blake2b(pixels, digest_size=16).digest())
@@ -179,14 +179,14 @@ def _pool(workers: int) -> Iterator[Map]:
 
 
 def _rendered(
-    apply: Map, found: list[Record], size: int, progress: bool, label: str
+    apply: Map, candidates: list[Record], size: int, progress: bool, label: str
 ) -> Iterator[tuple[Record, Any]]:
     """Yield each record in order, with its pixels or None."""
     from tqdm import tqdm
 
-    pixels = apply(render, found, [size] * len(found))
-    bar = tqdm(pixels, label, len(found), unit=" images", disable=not progress)
-    return zip(found, bar, strict=True)
+    pixels = apply(render, candidates, [size] * len(candidates))
+    bar = tqdm(pixels, label, len(candidates), unit=" images", disable=not progress)
+    return zip(candidates, bar, strict=True)
 
 
 def _fields(kept: list[Record]) -> dict[str, np.ndarray]:

@@ -17,8 +17,8 @@ def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.
     """
     p = predict(x, point)
     cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
-    wanted, found = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in (cond, p.x_0))
-    gain = wanted / jnp.maximum(found, TINY)
+    wanted, actual = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in (cond, p.x_0))
+    gain = wanted / jnp.maximum(actual, TINY)
     return p.with_x_0(p.x_0 * (1 + per_image(amount) * (gain - 1)), x, point)
 
 

@@ -153,14 +153,14 @@ def noise_predictor(
         batch, channels = x.shape[0], x.shape[-1]
         outputs: dict[str, jax.Array] = {}
         for name in dict.fromkeys(b.network for b in branches):
-            mine = [b.name for b in branches if b.network == name]
+            own_branches = [b.name for b in branches if b.network == name]
             output = networks[name](
-                interleave([x] * len(mine)),
-                jnp.repeat(jnp.broadcast_to(point.t, (batch,)), len(mine)),
-                interleave([conds[branch] for branch in mine]),
+                interleave([x] * len(own_branches)),
+                jnp.repeat(jnp.broadcast_to(point.t, (batch,)), len(own_branches)),
+                interleave([conds[branch] for branch in own_branches]),
             )
-            output = output.reshape(batch, len(mine), *output.shape[1:])
-            outputs |= {branch: output[:, i] for i, branch in enumerate(mine)}
+            output = output.reshape(batch, len(own_branches), *output.shape[1:])
+            outputs |= {branch: output[:, i] for i, branch in enumerate(own_branches)}
         eps = {
             b.name: to_eps(
                 networks[b.network].prediction,
@@ -181,7 +181,7 @@ def noise_predictor(
             point.alpha,
             point.sigma,
         )
-        own = eps[CONDITIONAL.name]
-        return Prediction(own, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
+        conditional_eps = eps[CONDITIONAL.name]
+        return Prediction(conditional_eps, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
 
     return predict

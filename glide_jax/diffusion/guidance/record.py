@@ -185,13 +185,13 @@ def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
     Raises:
         UsageError: two guidances use one name for different branches.
     """
-    found = {CONDITIONAL.name: CONDITIONAL}
+    branches = {CONDITIONAL.name: CONDITIONAL}
     for branch in (b for g in guidances for b in g.needs):
-        if found.setdefault(branch.name, branch) != branch:
+        if branches.setdefault(branch.name, branch) != branch:
             raise UsageError(
                 f"two different branches are both called {branch.name!r}: keep one, or rename one"
             )
-    return list(found.values())
+    return list(branches.values())
 
 
 def apply(predict: Predict, guidances: Sequence[Guidance]) -> Predict:

@@ -96,11 +96,11 @@ def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Ta
     flipped = forward.rows(slice(None, None, -1))
     noisier = np.append(flipped.alpha[1:], 0.0)
     next_sigma = np.append(flipped.sigma[1:], 1.0)
-    away = next_sigma / flipped.sigma
+    ratio = next_sigma / flipped.sigma
     return flipped._replace(
         next_alpha=noisier,
         next_sigma=next_sigma,
-        Qx=away,
-        E=on_history(noisier - away * flipped.alpha),
+        Qx=ratio,
+        E=on_history(noisier - ratio * flipped.alpha),
         index=forward.index,
     )

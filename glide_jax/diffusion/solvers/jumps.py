@@ -44,7 +44,7 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
                     f"restart from {low} to {high}: no step lies between them, take more steps"
                 )
             jumps += [(bottom, top)] * repeats
-        return with_jumps(solver, schedule, grid, breaks, sorted(jumps, key=lambda jump: jump[0]))
+        return add_jumps(solver, schedule, grid, breaks, sorted(jumps, key=lambda jump: jump[0]))
 
     return restarted
 
@@ -74,12 +74,12 @@ def repaint(solver: Solver, jump: int = 10, resamplings: int = 10) -> Solver:
         # Jumps are counted back from the cleanest level, so that the last block is repeated too.
         bottoms = range(jump + (len(grid) - 1) % jump, len(grid), jump)
         jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(resamplings - 1)]
-        return with_jumps(solver, schedule, grid, breaks, jumps)
+        return add_jumps(solver, schedule, grid, breaks, jumps)
 
     return repainted
 
 
-def with_jumps(
+def add_jumps(
     solver: Solver,
     schedule: Schedule,
     grid: np.ndarray,

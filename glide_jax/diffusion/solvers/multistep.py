@@ -58,12 +58,12 @@ def history_weights(
         counts: `(R,)`, how many predictions each row uses.
         points, weights: `(R, Q)`, the quadrature of each row.
     """
-    found = np.zeros((len(counts), HISTORY))
+    coefficients = np.zeros((len(counts), HISTORY))
     for count in range(1, HISTORY + 1):
         rows = np.flatnonzero(counts == count)
         nodes = at[newest[rows, None] - np.arange(count)]
-        found[rows, :count] = lagrange_weights(nodes, points[rows], weights[rows])
-    return found
+        coefficients[rows, :count] = lagrange_weights(nodes, points[rows], weights[rows])
+    return coefficients
 
 
 def exponential(
@@ -96,10 +96,10 @@ def exponential(
     Raises:
         UsageError: the history does not hold that many predictions.
     """
-    most = HISTORY - 1 if corrector else HISTORY
-    if not (1 <= predictor <= most and 0 <= corrector <= HISTORY):
+    max_order = HISTORY - 1 if corrector else HISTORY
+    if not (1 <= predictor <= max_order and 0 <= corrector <= HISTORY):
         raise UsageError(
-            f"a predictor uses 1 to {most} predictions and a corrector at most {HISTORY}, "
+            f"a predictor uses 1 to {max_order} predictions and a corrector at most {HISTORY}, "
             f"not {predictor} and {corrector}"
         )
     table = one_row_per_step(schedule, grid)
@@ -127,8 +127,8 @@ def exponential(
     # that it was taken with. The noise of that step stays. No correction across a break: there this
     # row predicts with another set of guidances.
     counts = np.where(age[1:] > 0, np.minimum(corrector, age[1:] + 1), 0)
-    before = np.pad(predicted, ((0, 0), (1, 0)))[:, :HISTORY]
-    B[1:] = np.where(counts[:, None] > 0, weigh(first + 1, counts) - before, 0.0)
+    previous_weights = np.pad(predicted, ((0, 0), (1, 0)))[:, :HISTORY]
+    B[1:] = np.where(counts[:, None] > 0, weigh(first + 1, counts) - previous_weights, 0.0)
     return table._replace(Px=np.ones(len(grid)), B=B, Qy=decay, E=E, s=s)
 
 

@@ -57,7 +57,7 @@ def natural_images(size: int = 64, known: int = 0) -> Spectrum:
     return Spectrum(variance[unknown], counts[unknown] / counts[unknown].sum())
 
 
-def usual_spectrum(schedule: Schedule) -> Spectrum:
+def default_spectrum(schedule: Schedule) -> Spectrum:
     """Return the spectrum of what a schedule's models generate.
 
     OpenAI's upsamplers use the linear schedule and add the high frequencies; other models generate
@@ -106,9 +106,9 @@ def image_error(
     """Return the 2-Wasserstein distance of generated from true images, root mean square per pixel.
 
     Args:
-        spectrum: spectrum of the true images; None: `usual_spectrum(schedule)`.
+        spectrum: spectrum of the true images; None: `default_spectrum(schedule)`.
     """
-    spectrum = usual_spectrum(schedule) if spectrum is None else spectrum
+    spectrum = default_spectrum(schedule) if spectrum is None else spectrum
     table = solver(schedule, grid, np.zeros(len(grid), bool))
     error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
     return float(np.sqrt(spectrum.share @ error**2))
@@ -146,7 +146,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     from scipy.optimize import least_squares
 
     schedule, solver = Schedule(np.frombuffer(betas)), partial(solver, **dict(options))
-    spectrum, (low, high) = usual_spectrum(schedule), end_levels(schedule)
+    spectrum, (low, high) = default_spectrum(schedule), end_levels(schedule)
     if steps == 1:
         return np.array([low])
 
@@ -192,12 +192,12 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
 
 def main() -> None:
     """Write the shipped grids: log(alpha/sigma) of their levels."""
-    found = {}
+    shipped = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)
         grids = {n: schedule.half_log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
-        found[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
-    SHIPPED.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        shipped[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
+    SHIPPED.write_text(json.dumps(shipped) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

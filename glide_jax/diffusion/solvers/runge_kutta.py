@@ -28,15 +28,17 @@ def two_rows_per_step(
         second: `t`, `alpha`, `sigma` of each step's second evaluation, each `(N - 1,)`.
     """
     row = np.arange(2 * len(grid) - 1)
-    again = row % 2 == 1
+    is_second = row % 2 == 1
     table = one_row_per_step(schedule, grid).rows(row // 2)
     for name, values in zip(("t", "alpha", "sigma"), second, strict=True):
         column = getattr(table, name).copy()
-        column[again] = values
+        column[is_second] = values
         table = table._replace(**{name: column})
     gradient_x_0 = x_0_weight(table.alpha, table.sigma)
-    table = table._replace(Px=1.0 - again, Py=1.0 * again, gradient_x_0=gradient_x_0, index=row)
-    return table, again
+    table = table._replace(
+        Px=1.0 - is_second, Py=1.0 * is_second, gradient_x_0=gradient_x_0, index=row
+    )
+    return table, is_second
 
 
 def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
@@ -46,13 +48,13 @@ def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
     N steps take 2 N - 1 evaluations.
     """
     alpha, sigma, _ = levels(schedule, grid)
-    table, again = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
+    table, is_second = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
     a, next_a = alpha[table.step], table.next_alpha
     slope = table.next_sigma - next_a * sigma[table.step] / a
     return predicting_noise(table)._replace(
-        Qx=np.where(again, 0.0, next_a / a),
-        Qy=np.where(again, next_a / a, 0.0),
-        E=on_history(np.where(again, slope / 2, slope), np.where(again, slope / 2, 0.0)),
+        Qx=np.where(is_second, 0.0, next_a / a),
+        Qy=np.where(is_second, next_a / a, 0.0),
+        E=on_history(np.where(is_second, slope / 2, slope), np.where(is_second, slope / 2, 0.0)),
     )
 
 
@@ -65,15 +67,15 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     alpha, sigma, half_log_snr = levels(schedule, grid)
     middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, again = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
+    table, is_second = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
     # The level that each row leads to: the middle, then the end.
-    to_a, to_s = table.next_alpha.copy(), table.next_sigma.copy()
-    to_a[:-1:2], to_s[:-1:2] = a, s
-    ratio = to_s / sigma[table.step]
+    target_alpha, target_sigma = table.next_alpha.copy(), table.next_sigma.copy()
+    target_alpha[:-1:2], target_sigma[:-1:2] = a, s
+    ratio = target_sigma / sigma[table.step]
     return table._replace(
-        Qx=np.where(again, 0.0, ratio),
-        Qy=np.where(again, ratio, 0.0),
-        E=on_history(to_a - ratio * alpha[table.step]),
+        Qx=np.where(is_second, 0.0, ratio),
+        Qy=np.where(is_second, ratio, 0.0),
+        E=on_history(target_alpha - ratio * alpha[table.step]),
     )
 
 
@@ -112,26 +114,27 @@ LAST_STAGE = np.array(
 )
 ADAMS_BASHFORTH_4 = np.array([55, -59, 37, -9]) / 24
 
-# One evaluation: `(t, alpha, sigma)`.
-Level = tuple[float, float, float]
+# A noise level with its timestep: `(t, alpha, sigma)`.
+NoiseLevel = tuple[float, float, float]
 
 
 def _row(
     step: int,
-    start: Level,
-    point: Level,
-    to: Level,
-    end: Level,
+    start: NoiseLevel,
+    point: NoiseLevel,
+    target: NoiseLevel,
+    end: NoiseLevel,
     S: np.ndarray,
     slopes: np.ndarray,
     multistep: bool,
 ) -> dict[str, Any]:
-    """Return a row that evaluates eps at `point` and leads from a step's `start` to level `to`.
+    """Return a row that evaluates eps at `point` and leads from a step's `start` to `target`.
 
-    `x_to = (alpha_to / alpha) x_start + (sigma_to - alpha_to sigma / alpha) sum slopes_i eps_i`.
+    `x' = (alpha' / alpha) x + (sigma' - alpha' sigma / alpha) sum slopes_i eps_i`, from `start` to
+    `target`, which has the primes.
     """
-    (_, alpha, sigma), (_, to_alpha, to_sigma) = start, to
-    change = to_sigma - to_alpha * sigma / alpha
+    (_, alpha, sigma), (_, target_alpha, target_sigma) = start, target
+    change = target_sigma - target_alpha * sigma / alpha
     return {
         "step": step,
         **dict(zip(("t", "alpha", "sigma"), point, strict=True)),
@@ -139,15 +142,17 @@ def _row(
         "next_sigma": end[2],
         "S": S,
         "E": change * np.pad(slopes, (0, HISTORY - len(slopes))),
-        "Qx" if multistep else "Qy": to_alpha / alpha,
+        "Qx" if multistep else "Qy": target_alpha / alpha,
     }
 
 
-def _multistep_rows(step: int, start: Level, end: Level) -> list[dict[str, Any]]:
+def _multistep_rows(step: int, start: NoiseLevel, end: NoiseLevel) -> list[dict[str, Any]]:
     return [_row(step, start, start, end, end, SHIFT, ADAMS_BASHFORTH_4, multistep=True)]
 
 
-def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> list[dict[str, Any]]:
+def _runge_kutta_rows(
+    step: int, start: NoiseLevel, middle: NoiseLevel, end: NoiseLevel
+) -> list[dict[str, Any]]:
     # The anchor y keeps x at the start of the step.
     newest = np.ones(1)
     return [
@@ -161,9 +166,9 @@ def _runge_kutta_rows(step: int, start: Level, middle: Level, end: Level) -> lis
 def _table(rows: list[dict[str, Any]]) -> Table:
     """Return a table of rows whose history holds noise; columns that a row leaves out are zero."""
     empty = {"S": np.zeros((HISTORY, HISTORY + 1)), "B": np.zeros(HISTORY), "E": np.zeros(HISTORY)}
-    whole = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
+    defaults = {"keep": 1.0, "index": 0, "step": 0, "guidance_set": 0}
     columns = {
-        name: np.array([row.get(name, whole.get(name, empty.get(name, 0.0))) for row in rows])
+        name: np.array([row.get(name, defaults.get(name, empty.get(name, 0.0))) for row in rows])
         for name in Table._fields
     }
     table = Table(**columns)
@@ -192,7 +197,7 @@ def plms(
         raise UsageError(f"plms needs at least three levels, not {len(grid)}")
     alpha_bar = schedule.alpha_bar_at(grid)
 
-    def between(i: int, j: int) -> Level:
+    def between(i: int, j: int) -> NoiseLevel:
         level = (alpha_bar[i] + alpha_bar[j]) / 2
         return (grid[i] + grid[j]) / 2, np.sqrt(level), np.sqrt(1 - level)
 

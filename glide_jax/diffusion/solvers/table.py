@@ -69,9 +69,9 @@ class Table(NamedTuple, Generic[Column]):
     step: Column
     guidance_set: Column
 
-    def rows(self, some: np.ndarray | slice | int) -> "Table[Column]":
+    def rows(self, index: np.ndarray | slice | int) -> "Table[Column]":
         """Return some rows, or, for an integer, one row as a table of scalars."""
-        return Table(*(column[some] for column in self._asdict().values()))
+        return Table(*(column[index] for column in self._asdict().values()))
 
 
 # `(schedule, grid, breaks) -> Table`; breaks `(N,)` bool marks steps where the history is reset.

@@ -66,14 +66,14 @@ class CleanCLIP:
         A caption that is longer than the context is cut, as with `clip.tokenize(truncate=True)`.
         """
         size = min(64, len(captions))
-        found = []
+        parts = []
         for start in range(0, len(captions), size):
-            some = list(captions[start : start + size])
+            batch = list(captions[start : start + size])
             # The last batch is filled up: another size would compile anew.
-            filled = some + some[:1] * (size - len(some))
+            filled = batch + batch[:1] * (size - len(batch))
             ids = CLIPTokenizer(self.module.config.context)(filled).ids
-            found.append(np.asarray(_encode(self.module, self.params, ids))[: len(some)])
-        features = np.concatenate(found)
+            parts.append(np.asarray(_encode(self.module, self.params, ids))[: len(batch)])
+        features = np.concatenate(parts)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 

@@ -83,12 +83,12 @@ class Extractor:
             batch = images[start : start + size]
             # The last batch is filled up: another size would compile anew.
             filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-            found = _apply(self.module, self.params, self.prepare(filled))
+            outputs = _apply(self.module, self.params, self.prepare(filled))
             stop = start + len(batch)
-            features[start:stop] = found.features[: len(batch)]
+            features[start:stop] = outputs.features[: len(batch)]
             if classes is not None:
-                assert found.probabilities is not None
-                classes[start:stop] = found.probabilities[: len(batch)]
+                assert outputs.probabilities is not None
+                classes[start:stop] = outputs.probabilities[: len(batch)]
         return features, classes
 
 

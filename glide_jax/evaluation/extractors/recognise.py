@@ -66,12 +66,12 @@ def read_state(path: str | Path) -> tuple[Path, Mapping[str, np.ndarray], dict[s
     """
     path, described = expand_home(path), {}
     if path.is_dir():
-        found = [path / name for name in IN_FOLDER if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        if not files:
             raise GlideError(f"{path} holds none of {', '.join(IN_FOLDER)}")
         if (path / CONFIG).is_file():
             described = read_config_json(path / CONFIG)
-        path = found[0]
+        path = files[0]
     if path.suffix != ".safetensors":
         return path, read_torch_file(path), described
     if not path.is_file():
@@ -185,8 +185,10 @@ def checked(
     """
     wanted = flatten(jax.eval_shape(module.init, jax.random.key(0), like)["params"])
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
-    found = {name: leaf.shape for name, leaf in params.items()}
-    if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):
+    own_shapes = {name: leaf.shape for name, leaf in params.items()}
+    if wrong := sorted(
+        name for name in shapes | own_shapes if shapes.get(name) != own_shapes.get(name)
+    ):
         raise GlideError(
             f"{path}: {len(wrong)} parameters are missing, unexpected or of the wrong shape "
             f"({', '.join(wrong[:3])})"

@@ -120,8 +120,8 @@ def read_transformers_text(tensors: Tensors) -> tuple[TextConfig, dict[str, Any]
     )
     layers = _count(tensors, blocks)
     config = TextConfig(len(tokens), len(position), position.shape[1], layers, len(projection))
-    whole = {"norm": "text_model.final_layer_norm"}
-    params = _common(tensors, whole, TRANSFORMERS_BLOCK, blocks, config)
+    text_norm = {"norm": "text_model.final_layer_norm"}
+    params = _common(tensors, text_norm, TRANSFORMERS_BLOCK, blocks, config)
     params |= {"tokens": tokens, "position": position, "projection/kernel": projection.T}
     return config, params | _separate_attention(tensors, blocks, layers)
 

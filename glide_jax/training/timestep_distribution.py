@@ -1,4 +1,4 @@
-"""The distribution of noise levels in training."""
+"""The distribution of the timesteps, and so of the noise levels, in training."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from glide_jax.training.loss_aware import sample_timestep
 
 
 @dataclass(frozen=True, eq=False)
-class Levels:
+class TimestepDistribution:
     """A distribution of timesteps.
 
     Attributes:
@@ -20,7 +20,7 @@ class Levels:
         half_log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it;
             None: uniform timesteps.
         mean, std: of the normal distribution.
-        uniform: share of timesteps that are sampled uniformly.
+        uniform_share: share of timesteps that are sampled uniformly.
         probability: `(T,)` of each timestep; None: as above.
     """
 
@@ -28,7 +28,7 @@ class Levels:
     half_log_snr: np.ndarray | None = None
     mean: float = 0.0
     std: float = 1.0
-    uniform: float = 0.0
+    uniform_share: float = 0.0
     probability: jax.Array | None = None
 
     def sample(self, key: jax.Array) -> jax.Array:
@@ -42,20 +42,20 @@ class Levels:
         # np.interp needs increasing points; half_log_snr falls with t.
         t = jnp.interp(-half_log_snr, -self.half_log_snr, np.arange(self.steps, dtype=np.float32))
         t = jnp.round(t).astype(jnp.int32)
-        everywhere = jax.random.uniform(share_key) < self.uniform
+        everywhere = jax.random.uniform(share_key) < self.uniform_share
         return jnp.where(everywhere, jax.random.randint(t_key, (), 0, self.steps), t)
 
 
-def make_levels(config: TrainConfig) -> Levels:
-    """Return the noise levels of a recipe  (log-normal: EDM, 2206.00364, sec. 5).
+def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
+    """Return the timesteps of a recipe  (log-normal: EDM, 2206.00364, sec. 5).
 
     Loss-aware levels are uniform where there is no history of losses: in held-out losses.
     """
     steps = config.diffusion_steps
     if config.levels != "log-normal":
-        return Levels(steps)
+        return TimestepDistribution(steps)
     half_log_snr = make_schedule(config.schedule, steps).half_log_snr(np.arange(steps))
-    return Levels(
+    return TimestepDistribution(
         steps,
         half_log_snr.astype(np.float32),
         config.level_mean,
