@@ -73,7 +73,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         sample_steps=12,
         sample_sampler="ddpm",
         sample_spacing="trailing-capped",
-        sample_guidance_scale=1.5,
+        sample_guidance_scale=2.5,
         sample_prompts=PROMPTS,
     )
     if size == "eleven-styles":

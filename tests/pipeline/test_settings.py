@@ -186,7 +186,7 @@ def test_the_command_line_has_every_setting_with_the_same_type_and_text(capsys):
 
 
 def test_the_help_names_every_sampler_and_spacing_and_the_defaults_of_the_weights(capsys):
-    for weights, scales in (("emoji64", ("1.5", "0.0")), ("openai/base", ("3.0", "0.0"))):
+    for weights, scales in (("emoji64", ("2.5", "0.0")), ("openai/base", ("3.0", "0.0"))):
         with pytest.raises(SystemExit):
             read_options("", ["--weights", weights, "--help"])
         shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
