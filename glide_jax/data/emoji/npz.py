@@ -142,12 +142,12 @@ def read_fields(
         UsageError: the file has no such field.
     """
     with _Opened(path) as file:
-        names = [n.removesuffix(".npy") for n in file.namelist()]
-        if "image" not in names or "caption" not in names:
+        stored = [n.removesuffix(".npy") for n in file.namelist()]
+        if "image" not in stored or "caption" not in stored:
             raise GlideError(f"{path}: not an emoji64 file (it has no image or no caption); {_HOW}")
         out = {}
         for name in names:
-            _check_known(keys_of, [name], names, path)
+            _check_known(keys_of, [name], stored, path)
             with file.open(name + ".npy") as member:
                 out[name] = np.lib.format.read_array(member, allow_pickle=False)
     for name, array in out.items():
