@@ -2,8 +2,9 @@
 
 If glide-jax is installed, write `glide-jax sample` instead of `python sample.py` in the examples.
 
-Without a prompt it generates a few example images. Several prompts give several images. Within one
-prompt, AND and NOT join captions, each with an optional weight. Examples:
+Without a prompt it generates a few example images; with --image it then uses the empty prompt.
+Several prompts give several images. Within one prompt, AND and NOT join captions, each with an
+optional weight. Examples:
 
   python sample.py "a red apple" "a rocket" --num 4 --steps 20 --sampler unipc2
   python sample.py "a red apple AND a tulip :0.5 NOT a rose" --guidance-scale 4

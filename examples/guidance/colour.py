@@ -15,13 +15,13 @@ from glide_jax.diffusion.guidance import per_image
 
 @glide.guidance(amount=(0, 1))
 def colour(predict, x, point, *, goal, amount=1.0):
-    """`x_0 + a w (goal - m) sum w / sum w^2`, w the ink of a pixel, m the mean of x_0 by w."""
+    """`x_0 + a w (goal - m) sum w / sum w^2`, m: mean of x_0 with weights `w = 1 - min_rgb x_0`."""
     p = predict(x, point)
-    ink = 1 - jnp.clip(p.x_0, -1, 1).min(axis=-1, keepdims=True)
-    total, squares = (jnp.sum(w, (1, 2), keepdims=True) + 1e-3 for w in (ink, ink**2))
-    mean = jnp.sum(ink * p.x_0, (1, 2), keepdims=True) / total
-    push = ink * total / squares * (goal[:, None, None] - mean)
-    return p.with_x_0(p.x_0 + per_image(amount) * push, x, point)
+    weight = 1 - jnp.clip(p.x_0, -1, 1).min(axis=-1, keepdims=True)
+    total, squares = (jnp.sum(w, (1, 2), keepdims=True) + 1e-3 for w in (weight, weight**2))
+    mean = jnp.sum(weight * p.x_0, (1, 2), keepdims=True) / total
+    change = weight * total / squares * (goal[:, None, None] - mean)
+    return p.with_x_0(p.x_0 + per_image(amount) * change, x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

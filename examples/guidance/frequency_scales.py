@@ -17,12 +17,12 @@ from glide_jax.diffusion.guidance import NULL, per_image
 def frequency_scales(predict, x, point, *, low, high):
     """`eps(c) + (s_low - 1) L d + (s_high - 1)(d - L d)`, `d = eps(c) - eps(null)`."""
     p = predict(x, point)
-    push = p.branches["cond"] - p.branches["null"]
+    difference = p.branches["cond"] - p.branches["null"]
     batch, side, _, channels = x.shape
-    small = jax.image.resize(push, (batch, side // 4, side // 4, channels), "linear")
+    small = jax.image.resize(difference, (batch, side // 4, side // 4, channels), "linear")
     coarse = jax.image.resize(small, x.shape, "cubic")
-    push = (per_image(low) - 1) * coarse + (per_image(high) - 1) * (push - coarse)
-    return p.with_eps(p.eps + push, x, point)
+    change = (per_image(low) - 1) * coarse + (per_image(high) - 1) * (difference - coarse)
+    return p.with_eps(p.eps + change, x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

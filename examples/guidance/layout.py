@@ -21,8 +21,8 @@ def layout(predict, x, point, *, box, amount=1.0):
     at = (jnp.arange(x.shape[1]) + 0.5) / x.shape[1]
     left, top, right, bottom = (side[:, None] for side in box.T)
     inside = ((top <= at) & (at < bottom))[:, :, None] & ((left <= at) & (at < right))[:, None]
-    push = per_image(amount) * (1 - p.x_0)
-    return p.with_x_0(jnp.where(inside[..., None], p.x_0, p.x_0 + push), x, point)
+    change = per_image(amount) * (1 - p.x_0)
+    return p.with_x_0(jnp.where(inside[..., None], p.x_0, p.x_0 + change), x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

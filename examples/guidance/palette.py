@@ -1,6 +1,7 @@
 """Palette: every pixel gets the nearest of a few colours  (projection of x_0, 2402.03559).
 
-Soft where the noise is high, hard at its end, below sigma/alpha 0.25. Cost: no network evaluation.
+Soft at high noise levels, hard at the end of sampling, below sigma/alpha 0.25. Cost: no network
+evaluation of its own.
 
 python examples/guidance/palette.py
 """
@@ -16,7 +17,7 @@ FOUR = jnp.array([[15, 56, 15], [48, 98, 48], [139, 172, 15], [240, 250, 220]]) 
 
 @glide.guidance()
 def palette(predict, x, point, *, colours):
-    """`sum_k softmax(-|x_0 - c_k|^2 / 2 v)_k c_k`, `v = max(sigma / alpha - 0.25, 0.01)^2`."""
+    """`sum_k softmax(-|x_0 - c_k|^2 / (2 v))_k c_k`, `v = max(sigma / alpha - 0.25, 0.01)^2`."""
     p = predict(x, point)
     distance = jnp.sum((p.x_0[..., None, :] - colours[:, None, None]) ** 2, axis=-1)
     width = jnp.maximum(point.sigma / point.alpha - 0.25, 0.01) ** 2

@@ -1,7 +1,8 @@
 """Scheduled scale: classifier-free guidance that grows while the noise falls  (2404.13040).
 
-`growth` 1 rises linearly in time from no guidance to twice the push, with the same mean; 0 is
-constant, -1 falls. Cost: 2 network evaluations per step, as classifier-free guidance.
+With `growth` 1 the factor of `(s - 1) (eps(c) - eps(null))` rises linearly from 0 at the noisiest
+timestep to 2 at the cleanest; its mean is 1. 0 keeps it constant, -1 lets it fall from 2 to 0.
+Cost: 2 network evaluations per step, as classifier-free guidance.
 
 python examples/guidance/scheduled_scale.py
 """
@@ -18,9 +19,9 @@ LAST = 999  # the noisiest timestep
 def scheduled_scale(predict, x, point, *, scale, growth=1.0):
     """`eps(c) + (s - 1)(1 + g (1 - 2 t / T)) (eps(c) - eps(null))`."""
     p = predict(x, point)
-    push = p.branches["cond"] - p.branches["null"]
+    difference = p.branches["cond"] - p.branches["null"]
     weight = 1 + per_image(growth) * (1 - 2 * point.t / LAST)
-    return p.with_eps(p.eps + (per_image(scale) - 1) * weight * push, x, point)
+    return p.with_eps(p.eps + (per_image(scale) - 1) * weight * difference, x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

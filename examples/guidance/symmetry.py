@@ -1,6 +1,7 @@
 """Kaleidoscope: an image that all mirrors and quarter turns leave unchanged  (2402.03559).
 
-A projection of x_0 onto the images with this symmetry, at every step. Cost: no network evaluation.
+A projection of x_0 onto the images with this symmetry, at every step. Cost: no network evaluation
+of its own.
 
 python examples/guidance/symmetry.py
 """

@@ -79,7 +79,13 @@ def lora(run: Run, to: To) -> None:
     print(f"{count:,} parameters in {len(lora.pairs)} pairs, {_megabytes(to)}: {to}")
 
 
-def ema(run: Run, *, width: float, out: Path, step: int | None = None) -> None:
+def ema(
+    run: Run,
+    *,
+    width: float,
+    out: Path,
+    step: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
+) -> None:
     """Make a post-hoc EMA of any width, from a run that saved power-function EMAs.
 
     The width should lie between the saved widths, or close to them. Larger averages over more

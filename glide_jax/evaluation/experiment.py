@@ -184,7 +184,7 @@ class Experiment:
     def _alignment(self, features: np.ndarray, choices: list[list[str]]) -> dict[str, float]:
         table = similarity(self.scorer, features, choices)
         return {
-            # E[s f(image) . g(caption)]  (GLIDE, sec. 5.2).
+            # E[k f(image) . g(caption)]  (GLIDE, sec. 5.2).
             "clip_score": self.scorer.scale * float(table[:, 0].mean()),
             "r_precision": r_precision(table, np.zeros(len(table), int)),
         }

@@ -47,7 +47,7 @@ class Scorer:
 
     @cached_property
     def scale(self) -> float:
-        """The logit scale, the factor from cosine to logit: the s of GLIDE's CLIP score, here k."""
+        """The logit scale, k, the factor from cosine to logit (in GLIDE's CLIP score: s)."""
         network = self.clip.network
         variables = {"params": network.params}
         return float(network.fn.model.apply(variables, method=NoisedCLIP.scale))

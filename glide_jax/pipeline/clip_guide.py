@@ -28,8 +28,8 @@ from glide_jax.training.runs import open_clip
 from glide_jax.weights.clip_registry import RELEASED
 from glide_jax.weights.registry import Model
 
-# Limit of the pipeline where the sampler is not ancestral. With the embedded models at 8 steps and
-# scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
+# Limit of the pipeline where the sampler is not ancestral. With the embedded models, 8 steps of
+# dpm++2m and scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
 LIMIT = 0.25
 # The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance is not limited.
 ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")

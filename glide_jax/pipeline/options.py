@@ -36,8 +36,9 @@ class NetworkOptions:
     Attributes:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
             a training run, or hf://user/name of the Hugging Face Hub.
-        dtype: Dtype of the networks: float32, bfloat16 or float16. auto: bfloat16 on TPUs and
-            recent GPUs, float16 on older GPUs, float32 on CPUs.
+        dtype: Dtype of the trunk, which is most of the network: float32, bfloat16 or float16. The
+            rest is float32. auto: bfloat16 on TPUs and recent GPUs, float16 on older GPUs, float32
+            on CPUs.
     """
 
     weights: str = "emoji64"
@@ -108,8 +109,9 @@ class EditingOptions:
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
             option such a mask is an error.
         fit: How to make an image square. crop takes its central square, pad adds white borders.
-        variation: Generate variations of --image with this strength, from 0 (its DDIM
-            reconstruction) to 1 (an unrelated image).
+        variation: Generate variations of --image with this strength, from 0 (approximately the
+            image itself) to 1 (an unrelated image). Unless set, the sampler is dpm++2m and guidance
+            is off, whatever the defaults of the weights.
         image_caption: Caption of the input image, for --variation, if the prompt does not describe
             that image.
         interpolate: Generate --num images (2 or more) from one prompt to another, from

@@ -77,17 +77,18 @@ class Settings:
         eta: amount of noise added at each step, from 0 to 1 (the reverse SDE), by the samplers ddim
             (0 unless set), dpm++2m-sde and sa (1 unless set).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling by three numbers, LOW, HIGH and REPEATS, such as 0.3, 2 and 3. At
-            the noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps
-            from HIGH to LOW are run again. This happens REPEATS times.
+        restart: Restart sampling by three numbers, LOW HIGH REPEATS, for example 0.3 2 3. At the
+            noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps from
+            HIGH to LOW are run again. This happens REPEATS times.
         guidance_scale: classifier-free guidance scale, in Python also one per image; 1 is off,
             larger follows the prompt more closely with less variety. For the method cfg++ it is
             from 0 to 1. A model with distilled guidance takes it as an input, without an evaluation
             for the empty prompt.
         guidance_method: method of guidance: cfg (classifier-free), cfg++, or apg, which saturates
             less at high scales.
-        guidance_interval: two noise levels sigma/alpha, LOW and HIGH, between which guidance acts;
-            otherwise it acts at all levels.
+        guidance_interval: two noise levels sigma/alpha, LOW HIGH, for example 0.3 5:
+            classifier-free guidance, autoguidance and CFG rescale act only between them. Unless
+            set, they act at all levels. CLIP guidance, thresholding and clipping always do.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.
         negative_prompt: prompt to guide away from, instead of the empty one.
@@ -102,8 +103,8 @@ class Settings:
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
-        repaint: RePaint by two numbers, JUMP and RESAMPLINGS. Groups of JUMP steps are run
-            RESAMPLINGS times each. Unless set, it is 5 and 4 for inpainting with a model that was
+        repaint: RePaint by two numbers, JUMP RESAMPLINGS, for example 5 4. Groups of JUMP steps are
+            run RESAMPLINGS times each. Unless set, it is 5 4 for inpainting with a model that was
             not trained to inpaint, and otherwise off.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights

@@ -1,12 +1,15 @@
 """The command line of training: `--config recipe --any.field value`."""
 
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from glide_jax.devices.processes import Membership
 from glide_jax.errors import UsageError
@@ -14,6 +17,7 @@ from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.unused_fields import check_used, without_leftovers
+from glide_jax.weights.registry import NONE
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
             raise SystemExit(0)
         raise UsageError(f"name a recipe: {program} --config emoji64")
     recipe = load_recipe(name)
-    chosen: Any = tyro.cli(
-        _options(recipe),
-        prog=f"{program} --config {name}",
-        description=description,
-        args=arguments,
-    )
+    with _options_in_the_help(recipe):
+        chosen: Any = tyro.cli(
+            _options(recipe),
+            prog=f"{program} --config {name}",
+            description=description,
+            args=arguments,
+            registry=_registry(),
+        )
     if again := [option for option, value in vars(chosen.start).items() if value]:
         raise UsageError(f"--{again[0].replace('_', '-')} is given twice")
     config = without_leftovers(chosen.recipe, recipe)
@@ -88,6 +94,58 @@ def _options(recipe: RunConfig) -> type:
         ],
         frozen=True,
     )
+
+
+@contextmanager
+def _options_in_the_help(recipe: RunConfig) -> Iterator[None]:
+    """Let the docstrings of a recipe, which the help shows, name options in place of fields.
+
+    `ema_power` of the optimiser becomes `--optimiser.ema-power`, and None becomes none.
+    """
+    parts = {name: part for name, part in vars(recipe).items() if is_dataclass(part)}
+    options = {
+        f.name: f"--{f.name}.*" if f.name in parts else f"--{f.name}" for f in fields(recipe)
+    }
+    own = {
+        name: {f.name: f"--{name}.{f.name}" for f in fields(part)} for name, part in parts.items()
+    }
+    options |= {f"{name}.{field}": own[name][field] for name in own for field in own[name]}
+    named = {type(part): options | own[name] for name, part in parts.items()}
+    named |= dict.fromkeys(type(recipe).__mro__[:-1], options)
+    texts = {kind: kind.__doc__ or "" for kind in named}
+    try:
+        for kind, names in named.items():
+            kind.__doc__ = _with_options(texts[kind], names)
+        yield
+    finally:
+        for kind, text in texts.items():
+            kind.__doc__ = text
+
+
+def _with_options(text: str, names: Mapping[str, str]) -> str:
+    def option(word: re.Match[str]) -> str:
+        return f"`{names[word[1]].replace('_', '-')}`" if word[1] in names else word[0]
+
+    return re.sub(r"\bNone\b", NONE, re.sub(r"`([a-z0-9_.]+)`", option, text))
+
+
+def _registry() -> ConstructorRegistry:
+    """Return how numbers that can be off are read and shown: `none`, as in `glide-jax sample`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def number_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float | None] | None:
+        if info.type != float | None:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"FLOAT|{{{NONE}}}",
+            instance_from_str=lambda words: None if words[0].lower() == NONE else float(words[0]),
+            is_instance=lambda value: value is None or isinstance(value, float | int),
+            str_from_instance=lambda value: [NONE if value is None else str(value)],
+        )
+
+    return registry
 
 
 def called_as() -> str:

@@ -172,7 +172,7 @@ class TrainConfig(RunConfig):
         level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
             from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
-            student that samples in few steps, with the fields of `distillation` in place of those
+            student that samples in few steps, with the options `distillation` in place of those
             from `weighting` to `level_uniform_share`.
         distillation: Teacher, noise levels and loss of the objective "consistency".
         lora: LoRA fine-tuning: low-rank pairs are trained, and the weights of `init_from` are

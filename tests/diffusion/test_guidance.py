@@ -220,8 +220,8 @@ def test_guidance_adds_up_in_any_order():
     @guidance(Branch("weak", network="weak"))
     def away_from_weak(predict, x, point, *, scale):
         p = predict(x, point)
-        push = p.branches["cond"] - p.branches["weak"]
-        return p.with_eps(p.eps + scale * push, x, point)
+        difference = p.branches["cond"] - p.branches["weak"]
+        return p.with_eps(p.eps + scale * difference, x, point)
 
     def both(params, x, t, cond):
         return (

@@ -98,11 +98,11 @@ def test_a_negative_prompt_replaces_the_empty_one():
 def test_weighted_prompts():
     """The image's caption AND another, NOT a third."""
     null = eps_of("null")
-    pushes = [eps_of(name) - null for name in ("cond", "prompt 0", "prompt 1")]
-    wanted = null + 2 * pushes[0] + 1.5 * pushes[1] - 0.5 * pushes[2]
+    differences = [eps_of(name) - null for name in ("cond", "prompt 0", "prompt 1")]
+    wanted = null + 2 * differences[0] + 1.5 * differences[1] - 0.5 * differences[2]
     assert_close(predicted(made("all_of")).eps, wanted, 1e-5)
     without = all_of(["a", "b"], [1.5, -0.5])
-    assert_close(predicted(without).eps, null + 1.5 * pushes[1] - 0.5 * pushes[2], 1e-5)
+    assert_close(predicted(without).eps, null + 1.5 * differences[1] - 0.5 * differences[2], 1e-5)
 
 
 def test_autoguidance_leads_away_from_the_weak_model():
@@ -115,11 +115,11 @@ def adaptive(memory, scale, eta, momentum, radius):
     cond, null = (np.float64(x_0_of(eps_of(name))).reshape(3, -1) for name in ("cond", "null"))
     memory = cond - null + momentum * memory.reshape(3, -1)
     found = []
-    for c, push in zip(cond, memory, strict=True):
-        push = push * min(1, radius / np.linalg.norm(push))
+    for c, difference in zip(cond, memory, strict=True):
+        difference = difference * min(1, radius / np.linalg.norm(difference))
         along = c / np.linalg.norm(c)
-        parallel = (push @ along) * along
-        found.append(c + (scale - 1) * (push - parallel + eta * parallel))
+        parallel = (difference @ along) * along
+        found.append(c + (scale - 1) * (difference - parallel + eta * parallel))
     return np.reshape(found, SHAPE), memory.reshape(SHAPE)
 
 
@@ -138,7 +138,7 @@ def test_neutral_adaptive_projected_guidance_is_classifier_free():
     assert_close(predicted(plain).x_0, predicted(classifier_free(3.0)).x_0, 1e-5)
 
 
-def test_adaptive_projected_guidance_without_a_push():
+def test_adaptive_projected_guidance_without_a_difference():
     """No NaN where both captions are the same, or where the radius is 0."""
     conds, none = CONDS | {"null": CONDS["cond"]}, {"apg": 0 * X}
     for found in (
@@ -336,8 +336,8 @@ def only(name, i):
 def test_the_order_is_left_to_right_innermost_first():
     low = clip_x0(-0.25, 0.25)
     free = classifier_free(3.0)
-    clipped, push = np.clip(predicted().x_0, -0.25, 0.25), eps_of("cond") - eps_of("null")
-    wanted = clipped - 2 * SIGMA / ALPHA * push
+    clipped, difference = np.clip(predicted().x_0, -0.25, 0.25), eps_of("cond") - eps_of("null")
+    wanted = clipped - 2 * SIGMA / ALPHA * difference
     assert_close(predicted(low, free).x_0, wanted, 1e-5)
     assert_close(predicted(free, low).x_0, np.clip(predicted(free).x_0, -0.25, 0.25), 1e-6)
     assert (np.abs(wanted) > 0.5).any()
@@ -371,7 +371,7 @@ def test_composition_is_a_guidance():
 
 
 def test_momentum_is_reset_where_guidance_changes():
-    """Each row adds the push of the row before, unless another guidance set acted there."""
+    """Each row adds the difference of the row before, unless another guidance set acted there."""
     free = classifier_free(1.0).within(*INTERVAL)
     run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
     table = run.table
@@ -380,9 +380,9 @@ def test_momentum_is_reset_where_guidance_changes():
         cond, null = (
             toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1] for name in ("cond", "null")
         )
-        push = table.sigma[i] / table.alpha[i] * (null - cond)
+        difference = table.sigma[i] / table.alpha[i] * (null - cond)
         reset = i > 0 and table.guidance_set[i] != table.guidance_set[i - 1]
-        memory = push - 0.5 * memory * (not reset)
+        memory = difference - 0.5 * memory * (not reset)
         assert_close(state.memory["apg"], memory, 1e-5 * max(1, np.abs(memory).max()))
         x = state.x
     assert (np.diff(table.guidance_set) != 0).sum() == 2

@@ -69,7 +69,7 @@ def test_a_constant_schedule_is_classifier_free():
     )
 
 
-def test_a_rising_schedule_goes_from_no_push_to_twice_the_push():
+def test_a_rising_schedule_goes_from_no_guidance_to_twice_the_guidance():
     rising = make("scheduled_scale", 3.0, 1.0)
     for t, scale in ((999.0, 1.0), (499.5, 3.0), (0.0, 5.0)):
         assert_close(prediction(rising, t=t).eps, prediction(classifier_free(scale), t=t).eps, 1e-5)
@@ -80,7 +80,7 @@ def test_equal_scales_of_both_frequencies_are_classifier_free():
     assert_close(found, predicted(classifier_free(3.0)).eps, 1e-6)
 
 
-def test_a_push_of_one_colour_is_of_low_frequency():
+def test_a_difference_of_one_colour_is_of_low_frequency():
     def plain(params, x, t, cond):
         return 0 * x + cond[:, None, None, None]
 

@@ -127,6 +127,31 @@ def test_help_shows_each_field_with_the_value_of_the_recipe(capsys, monkeypatch)
         assert len(re.findall(r"\b[a-z-]{2,}\b", shown)) >= 2, (option, shown)
 
 
+def test_help_names_options_where_the_docstrings_name_fields(capsys, monkeypatch):
+    before = OptimiserConfig.__doc__
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--config", "upsample256", "--help"], "")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for phrase in (
+        "(see `--spike`)", "snapshots of `--optimiser.ema-power`", "and `--model.residual`",
+        "weights of `--init-from`", "the options `--distillation.*`", "instead of `--data.source`",
+        "as multiples of `--model.model-channels`", "--sample-strength FLOAT|{none}",
+    ):  # fmt: skip
+        assert phrase in text, phrase
+    assert not re.findall(r"`[a-z.]*_[a-z_.]*`", text.replace("`save_to_disk`", ""))
+    assert not re.search(r"\bNone\b", text)
+    assert OptimiserConfig.__doc__ == before and "`ema_power`" in before
+
+
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_the_word_none_turns_a_number_off(word):
+    options = ["--config", "fewstep256:toy", "--data.min-score", "5", "--data.score-field", "a"]
+    assert parse_recipe(options, "")[0].data.min_score == 5.0
+    config, _ = parse_recipe(["--config", "fewstep256", "--sample-strength", word], "")
+    assert load_recipe("fewstep256").sample_strength == 0.5 and config.sample_strength is None
+
+
 # --- their fields
 
 

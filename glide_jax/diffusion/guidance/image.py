@@ -56,7 +56,7 @@ def clip_x0(
 def known_pixels(
     predict: Predict, x: jax.Array, point: Point, *, image: jax.Array, known: jax.Array
 ) -> Prediction:
-    """Known pixels: `x_0 (1 - k) + image k`, k = 1 where the pixel is kept  (GLIDE, sec. 4.3).
+    """Known pixels: `x_0 (1 - known) + image known`  (GLIDE, sec. 4.3).
 
     Args:
         image: `(B, H, W, 3)` in [-1, 1]; known: `(B, H, W, 1)`, 1 where the pixel is kept.

@@ -38,8 +38,8 @@ def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Numb
     Scale 1 is off.
     """
     p = predict(x, point)
-    push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
-    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+    difference = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * difference, x, point)
 
 
 def all_of(
@@ -78,8 +78,8 @@ def _all_of(
 ) -> Prediction:
     p = predict(x, point)
     null = p.branches[NULL.name]
-    push = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
-    return p.with_eps(p.eps + push, x, point)
+    change = sum(per_image(w) * (p.branches[name] - null) for name, w in weights.items())
+    return p.with_eps(p.eps + change, x, point)
 
 
 @guidance(NULL, looks_ahead=True)
@@ -92,8 +92,8 @@ def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number
     """
     p = predict(x, point)
     gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
-    push = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
-    return p.with_eps(p.eps + (per_image(scale) / gain - 1) * push, x, point)
+    difference = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
+    return p.with_eps(p.eps + (per_image(scale) / gain - 1) * difference, x, point)
 
 
 @guidance(WEAK)
@@ -103,8 +103,8 @@ def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number)
     Scale 1 is off.
     """
     p = predict(x, point)
-    push = p.branches[CONDITIONAL.name] - p.branches[WEAK.name]
-    return p.with_eps(p.eps + (per_image(scale) - 1) * push, x, point)
+    difference = p.branches[CONDITIONAL.name] - p.branches[WEAK.name]
+    return p.with_eps(p.eps + (per_image(scale) - 1) * difference, x, point)
 
 
 # The paper recommends eta 0 and a negative momentum. The radius depends on the model and on the
@@ -122,19 +122,20 @@ def apg(
 ) -> Prediction:
     """Adaptive projected guidance: `x_0 + (s - 1)(D_orth + eta D_par)`  (2410.02416, alg. 1).
 
-    D is `x_0(c) - x_0(null)`, plus momentum times the D of the step before, shrunk to the length
-    `radius`. D_par is its part along `x_0(c)`, D_orth the rest. With eta 1, no momentum and radius
-    inf it is `classifier_free`.
+    M is `x_0(c) - x_0(null)` plus momentum times the M of the step before. D is M, scaled down to a
+    norm of at most `radius`. D_par is the part of D parallel to `x_0(c)`, D_orth the rest. With
+    eta 1, no momentum and radius inf it is `classifier_free`.
     """
     p = predict(x, point)
     cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
-    push = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CONDITIONAL.name])
-    push = push + per_image(momentum) * p.memory["apg"]
-    p = p._replace(memory=p.memory | {"apg": push})
-    push = push * jnp.minimum(1, per_image(radius) / jnp.sqrt(jnp.maximum(_dot(push, push), TINY)))
-    parallel = _dot(push, cond) / jnp.maximum(_dot(cond, cond), TINY) * cond
-    push = push - parallel + per_image(eta) * parallel
-    return p.with_x_0(p.x_0 + (per_image(scale) - 1) * push, x, point)
+    memory = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CONDITIONAL.name])
+    memory = memory + per_image(momentum) * p.memory["apg"]
+    p = p._replace(memory=p.memory | {"apg": memory})
+    norm = jnp.sqrt(jnp.maximum(_dot(memory, memory), TINY))
+    difference = memory * jnp.minimum(1, per_image(radius) / norm)
+    parallel = _dot(difference, cond) / jnp.maximum(_dot(cond, cond), TINY) * cond
+    difference = difference - parallel + per_image(eta) * parallel
+    return p.with_x_0(p.x_0 + (per_image(scale) - 1) * difference, x, point)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
