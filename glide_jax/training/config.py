@@ -68,8 +68,8 @@ class RunConfig:
         sample_every: Steps between grids of samples; 0: none.
         validate_every: Steps between measurements of the held-out loss; 0: none.
         validation_split: Split of the data source for the held-out loss.
-        validation_batches: Batches per measurement of the held-out loss; more is slower and less
-            noisy.
+        validation_batches: Batches per measurement of the held-out loss, at least 1; more is slower
+            and less noisy.
         profile: Steps to trace for TensorBoard's profiler, as "first:last" with first at least 2.
             Empty: no trace.
         wandb: Project of Weights & Biases to which the run is logged too, besides TensorBoard. It
@@ -109,7 +109,15 @@ class RunConfig:
     def __post_init__(self):
         check_finite(vars(self))
         check_finite({f"model.{name}": value for name, value in vars(self.model).items()})
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "save_every",
+            "log_every",
+            "keep",
+            "validation_batches",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
         for name in (
