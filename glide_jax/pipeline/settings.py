@@ -30,6 +30,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
+from glide_jax.pipeline.setting_types import checked
 from glide_jax.weights.registry import NONE
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -134,12 +135,15 @@ class Settings:
             if isinstance(value, str) and name not in TEXTS:
                 raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
+        for name, value in checked(Settings, vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def changed(self, **values: Any) -> "Settings":
         """Return these settings with some replaced; None leaves a value, "none" makes it None.
 
         Raises:
-            UsageError: an unknown setting, or one that `guidance` replaces is given beside it.
+            UsageError: an unknown setting, a value of another type or length, or a setting that
+                `guidance` replaces is given beside it.
         """
         names = [f.name for f in fields(self)]
         for name in values:
@@ -290,9 +294,10 @@ class Settings:
         if self.restart and self.repaint:
             raise UsageError("restart and repaint both go back to higher noise: choose one")
         if self.restart:
-            solver = restart(solver, [self.restart])
+            low, high, repeats = self.restart
+            solver = restart(solver, [(low, high, int(repeats))])
         if self.repaint:
-            solver = repaint(solver, *self.repaint)
+            solver = repaint(solver, *map(int, self.repaint))
         return make_plan(schedule, self.grid(schedule), solver, guidances)
 
 
