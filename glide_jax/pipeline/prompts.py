@@ -4,9 +4,10 @@
 
 Only these two words, in capitals and between spaces, have a meaning; the networks read lower case,
 so a caption can always write them in lower case. A weight after a space and a colon belongs to the
-caption before it: the guidance towards it, or away from it (1 if not given). A prompt without the
-two words is one caption. So is a prompt that is all capitals and has no weight, "DO NOT ENTER": one
-line on stderr says so. White space and byte-order marks around a prompt change nothing.
+caption before it: the guidance towards it, or away from it (1 if not given). Another number there,
+such as ":-1", ":1e3" or "dog:2", is refused. A prompt without the two words is one caption. So is a
+prompt that is all capitals and has no weight, "DO NOT ENTER": one line on stderr says so. White
+space and byte-order marks around a prompt change nothing.
 """
 
 import codecs
@@ -24,6 +25,11 @@ from glide_jax.errors import UsageError
 
 _JOINTS = re.compile(r"(?:^|\s+)((?:AND\s+)?NOT|AND)(?=\s|$)")
 _WEIGHT = re.compile(r"\s:(\d+\.?\d*|\.\d+)$")
+# What is meant as a weight at the end of a caption, whether it can be read or not: a signed number,
+# one with an exponent, a comma or %, one after ": ", or one without the space before the colon.
+_MEANT_AS_WEIGHT = re.compile(
+    r"(?:\s|(?<=[^\W\d])):\s*[-+\u2212]?(?:[\d.,]*\d[\d.,]*(?:e[-+]?\d+)?%?|inf|nan)$", re.I
+)
 # Invisible around a text, and no white space to Python: byte-order mark, zero-width space, joiner.
 _INVISIBLE = "\ufeff\u200b\u2060"
 _MARKS = (
@@ -94,7 +100,7 @@ def shouts(prompt: str) -> bool:
     """Whether AND and NOT are words of a prompt: it is all capitals and has no weights."""
     captions = _JOINTS.split(clean(prompt))[::2]
     letters = [c for caption in captions for c in caption if c.upper() != c.lower()]
-    weighted = any(_WEIGHT.search(f" {caption.strip()}") for caption in captions)
+    weighted = any(_MEANT_AS_WEIGHT.search(f" {caption.strip()}") for caption in captions)
     return len(captions) > 1 and bool(letters) and not weighted and all(map(str.isupper, letters))
 
 
@@ -102,7 +108,8 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
     """Parse a prompt.
 
     Raises:
-        UsageError: it is not a string, or AND or NOT lacks a caption on one side.
+        UsageError: it is not a string, AND or NOT lacks a caption on one side, or a weight is not
+            a number of at least 0 after a space and a colon.
     """
     if isinstance(prompt, Prompt):
         return prompt
@@ -120,6 +127,11 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
         weight = 1.0
         if match := _WEIGHT.search(f" {caption}"):
             weight, caption = float(match[1]), f" {caption}"[: match.start()].strip()
+        if not np.isfinite(weight) or _MEANT_AS_WEIGHT.search(f" {caption}"):
+            raise UsageError(
+                f"cannot read the weight of {caption!r:.60}: write a number after a space and a "
+                "colon, such as :0.5, and NOT to guide away"
+            )
         if not caption:
             raise UsageError(f"AND and NOT stand between two captions: {prompt!r} lacks one")
         parts.append(Part(caption, weight if joint == "AND" else -weight))

@@ -240,9 +240,22 @@ def is_network(node: Any) -> bool:
 
 
 def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
-    """Return the caption of a branch for each image."""
-    if branch.prompt is None:
-        return [prompt.parts[0] for prompt in prompts]
-    if isinstance(branch.prompt, str):
-        return [Part(clean(branch.prompt))] * len(prompts)
-    return [part if isinstance(part, Part) else Part(clean(part)) for part in branch.prompt]
+    """Return the caption of a branch for each image.
+
+    Raises:
+        UsageError: a caption of the branch is no string.
+    """
+    own = [prompt.parts[0] for prompt in prompts]
+    given = branch.prompt
+    given = [given] * len(own) if given is None or isinstance(given, str) else given
+    return [_caption_of(branch, *pair) for pair in zip(given, own, strict=True)]
+
+
+def _caption_of(branch: Branch, given: Any, own: Part) -> Part:
+    if given is None or isinstance(given, Part):
+        return own if given is None else given
+    if not isinstance(given, str):
+        raise UsageError(
+            f"a caption of branch {branch.name!r} must be a string, not {type(given).__name__}"
+        )
+    return Part(clean(given))
