@@ -142,7 +142,7 @@ def run(
                 [prompts[i] for i in index],
                 image_keys(seed, indices[index], upsampler=stage.model.config.upsamples),
                 conditioning.select(index),
-                _settings_of(settings, index, count),
+                settings_of(settings, index, count),
                 clip=clip,
                 weak_model=weak_model,
             )
@@ -162,8 +162,12 @@ def run(
             bar.update()
 
 
-def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
-    """The settings of some of `count` images."""
+def settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
+    """Return the settings of some of `count` images: a value per image is selected.
+
+    Raises:
+        UsageError: a setting has neither one value nor one per image.
+    """
     if np.ndim(settings.guidance_scale):
         scale = np.asarray(settings.guidance_scale, np.float32)
         if len(scale) not in (1, count):
