@@ -60,6 +60,11 @@ class Plan:
         """The number of rows, that is of network evaluations."""
         return len(self.table.t)
 
+    @property
+    def needs_learned_variance(self) -> bool:
+        """Whether a row adds noise of the variance that the network predicts."""
+        return bool(self.table.s_learned.any())
+
 
 class State(NamedTuple):
     """What a run carries from row to row; images are `(B, H, W, C)` float32.
@@ -312,12 +317,11 @@ def check_variance(
     Raises:
         UsageError: it does not.
     """
-    uses = plan.table.s_learned
-    name = CONDITIONAL.network
+    name, traced = CONDITIONAL.network, not isinstance(plan.table.s_learned, np.ndarray)
     # A caller's own compiled function hides the table; `noise_predictor` names what is missing.
-    if not isinstance(uses, np.ndarray) or name not in networks or CONDITIONAL.name not in conds:
+    if traced or name not in networks or CONDITIONAL.name not in conds:
         return
-    if uses.any():
+    if plan.needs_learned_variance:
         t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
         output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
         if output.shape[-1] == x.shape[-1]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
 from glide_jax.diffusion.sampling import NO_VARIANCE
+from glide_jax.diffusion.schedule import Schedule
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
@@ -15,6 +16,9 @@ class _Stage(Protocol):
 
     @property
     def model(self) -> Model: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
 
 
 P = TypeVar("P", bound=_Stage)
@@ -46,6 +50,7 @@ def chosen_upsampler(
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     settings = upsampler.settings.changed(**(chosen or {}))
-    if settings.sampler == "ddpm" and upsampler.model.config.out_channels == 3:
+    plan = settings.plan(upsampler.schedule, ())
+    if plan.needs_learned_variance and upsampler.model.config.out_channels == 3:
         raise UsageError(f"the upsampler: {NO_VARIANCE}")
     return upsampler

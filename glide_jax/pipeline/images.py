@@ -85,9 +85,17 @@ class Images:
             "index": self.indices[i],
             "weights": self.weights,
             **self.settings,
+            **self._own_scale(i),
             **(self.details[i] if self.details else {}),
             "version": package_version(),
         }
+
+    def _own_scale(self, i: int) -> dict[str, float]:
+        """The guidance scale of image i, where each image has one of its own."""
+        scale = self.settings.get("guidance_scale")
+        if not isinstance(scale, list):
+            return {}
+        return {"guidance_scale": scale[i if len(scale) == len(self) else 0]}
 
     def summary(self) -> str:
         """Return one line on how the images were sampled, with the number of evaluations."""
@@ -96,7 +104,8 @@ class Images:
             text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
-                    text += f", {name.replace('_', ' ')} {settings[name]:g}"
+                    ends = sorted({np.min(settings[name]), np.max(settings[name])})
+                    text += f", {name.replace('_', ' ')} {' to '.join(f'{end:g}' for end in ends)}"
             return text
 
         line = f"{self.weights}: {stage(self.settings)}"

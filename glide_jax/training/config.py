@@ -109,25 +109,12 @@ class RunConfig:
     def __post_init__(self):
         check_finite(vars(self))
         check_finite({f"model.{name}": value for name, value in vars(self.model).items()})
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "save_every",
-            "log_every",
-            "keep",
-            "validation_batches",
-        ):
+        counts = ("steps", "batch_size", "accumulate", "keep", "validation_batches")
+        for name in (*counts, "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        for name in (
-            "keep_every",
-            "sample_every",
-            "validate_every",
-            "spike",
-            "minutes",
-            "devices_per_copy",
-        ):
+        intervals = ("keep_every", "sample_every", "validate_every")
+        for name in (*intervals, "spike", "minutes", "devices_per_copy"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:

@@ -90,7 +90,7 @@ def check_used(config: RunConfig) -> None:
     such a field can still be read.
 
     Raises:
-        UsageError: one of them is set; or the sampler of the grids does not suit the model.
+        UsageError: one of them is set.
     """
     for rule in rules_of(config):
         if rule.used(config):
@@ -101,13 +101,6 @@ def check_used(config: RunConfig) -> None:
                 raise UsageError(
                     f"{path} is for {rule.owner}: choose that, or set it to {default!r}"
                 )
-    if not isinstance(config, TrainConfig):
-        return
-    if config.sample_sampler == "ddpm" and config.model.out_channels == 3:
-        raise UsageError(
-            "sample_sampler ddpm needs a learned variance, and model.out_channels is 3: choose "
-            "ddpm-small or ddpm-large"
-        )
 
 
 def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:

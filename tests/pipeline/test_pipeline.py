@@ -175,6 +175,10 @@ def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path)
     both = replace(both, upsampler=replace(both.upsampler, model=model))
     with pytest.raises(glide.UsageError, match=message.replace("^", "^the upsampler: ")):
         next(both.stream("red", upsampler={"sampler": "ddpm"}))
+    # One step needs no variance: its end is the clean image.
+    call = {"steps": 1, "progress": False}
+    pipe("red", sampler="ddpm", **call)
+    both("red", upsampler={"sampler": "ddpm", "steps": 1}, **call)
 
 
 def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
