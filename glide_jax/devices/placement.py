@@ -80,7 +80,7 @@ class Placement:
         return jax.tree.map(put, tree)
 
     def in_parts(self, tree: Any) -> bool:
-        """Whether some array is split over these devices, so that none of them holds it whole."""
+        """Whether some array is split over devices, so that none of these holds it whole."""
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
         return not all(leaf.is_fully_replicated for leaf in leaves)
 

@@ -89,8 +89,8 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
 def own_process(process: int | None = None, processes: int | None = None) -> tuple[int, int]:
     """Return the index of this process and the number of processes, without connecting them.
 
-    Call it before anything else of jax: where several processes share a machine, this one is left
-    its own GPUs.
+    Call it before anything else of jax. If several processes share a machine, this one then sees
+    only its own GPUs.
 
     Args:
         process, processes: index and number; None: those that the environment names, or (0, 1).

@@ -1,4 +1,4 @@
-"""All processes in one place before jax connects them, which would abort where one is missing."""
+"""Waits until all processes are there; jax itself would abort if one were missing."""
 
 import errno
 import re

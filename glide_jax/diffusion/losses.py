@@ -64,7 +64,7 @@ def at_timesteps(table: np.ndarray, t: jax.Array) -> jax.Array:
 
 
 def q_sample(tables: LossTables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """`x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
+    """Return `x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
     return at_timesteps(tables.alpha, t) * x_0 + at_timesteps(tables.sigma, t) * eps
 
 
@@ -76,7 +76,7 @@ def mean_flat(x: jax.Array) -> jax.Array:
 def normal_kl(
     mean_1: jax.Array, log_var_1: jax.Array, mean_2: jax.Array, log_var_2: jax.Array
 ) -> jax.Array:
-    """`KL(N_1 || N_2)` in nats, elementwise."""
+    """Return `KL(N_1 || N_2)` in nats, elementwise."""
     return 0.5 * (
         -1.0
         + log_var_2

@@ -11,7 +11,7 @@ from glide_jax.models import tpu_attention
 HALF = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
 MAX_HEAD = 128
-# Below it, the logits are small, and cuDNN has no kernel in some versions.
+# Shorter sequences have small logits, and no kernel in some versions of cuDNN.
 MIN_LENGTH = 64
 # If one head has this many logits or more, those of all heads exceed the caches of a CPU.
 MANY_LOGITS = 2**19
@@ -22,7 +22,10 @@ compile_for = jax.make_user_context(None)
 
 
 def accelerator() -> str:
-    """Return what traced programs are for, if it has fused attention: "cuda" (sm80 on) or "tpu"."""
+    """Return "cuda" or "tpu" if programs are traced for a device with fused attention, else "".
+
+    Of GPUs these are NVIDIA's from compute capability 8.0 on.
+    """
     if compile_for.value is not None:
         return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
     device = _device()

@@ -18,9 +18,9 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 64}
 def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     """Return the indices of `count` images, in batches of a few fixed sizes, largest first.
 
-    The lengths are `size` and the powers of 4 below it, each for one device: a run of another
-    number of images then uses programs that are compiled already. A batch takes the longest that
-    the remaining images fill to more than three quarters, and repeats the last image in the rest.
+    Batch lengths per device are `size` and the powers of 4 below it, so that few programs are
+    compiled. Each batch takes the longest length of which the remaining images fill more than three
+    quarters; the rest of it repeats the last image.
 
     Args:
         size: the most images at a time, rounded up to a multiple of the devices.
@@ -44,8 +44,8 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
 def default_batch_size(side: int) -> int:
     """Return how many images a device generates at a time, by their side in pixels.
 
-    16 images of 64x64 on a CPU, 64 on other devices; a quarter of that at 256x256, where networks
-    are narrower at full resolution.
+    16 images of 64x64 on a CPU, 64 on other devices, and of larger images fewer, in inverse
+    proportion to the side: a quarter at 256x256.
     """
     kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     return max(1, USUAL_BATCH[kind] * 64 // max(64, side))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
 from glide_jax.diffusion.sampling import NO_VARIANCE
-from glide_jax.diffusion.schedule import Schedule
+from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
@@ -16,9 +16,6 @@ class _Stage(Protocol):
 
     @property
     def model(self) -> Model: ...
-
-    @property
-    def schedule(self) -> Schedule: ...
 
 
 P = TypeVar("P", bound=_Stage)
@@ -34,8 +31,8 @@ def chosen_upsampler(
         chosen: settings of a call, "none", or None for the upsampler's own settings.
 
     Raises:
-        UsageError: there is no upsampler for the settings, they are no settings, or its network
-            does not suit their sampler.
+        UsageError: there are settings but no upsampler; `chosen` is no mapping; its settings cannot
+            be used; or the upsampler's network does not suit the sampler.
     """
     if isinstance(chosen, str) and chosen == NONE:
         return None
@@ -50,7 +47,8 @@ def chosen_upsampler(
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     settings = upsampler.settings.changed(**(chosen or {}))
-    plan = settings.plan(upsampler.schedule, ())
-    if plan.needs_learned_variance and upsampler.model.config.out_channels == 3:
+    model = upsampler.model
+    plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), ())
+    if plan.needs_learned_variance and model.config.out_channels == 3:
         raise UsageError(f"the upsampler: {NO_VARIANCE}")
     return upsampler

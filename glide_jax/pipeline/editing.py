@@ -30,9 +30,9 @@ WHOLE: SettingsArguments = {"restart": "none", "strength": "none", "repaint": "n
 
 
 def unguided(settings: SettingsArguments) -> SettingsArguments:
-    """Return settings that leave out the weights' own guidance, unless guidance is set in them.
+    """Return these settings with guidance off wherever they do not set it.
 
-    The weights' own Restart sampling, strength and RePaint are left out too.
+    Restart sampling, strength and RePaint are off too unless they are set.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     guidance = {} if "guidance" in given else UNGUIDED

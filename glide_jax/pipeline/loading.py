@@ -52,7 +52,7 @@ def load(
             or several of them. Each may have a weight, which may be negative:
             `("runs/mine", 0.5)` or `"runs/mine:0.5"`. The weights become `W + sum_i w_i scale_i A_i
             B_i`.
-        dtype: see `Pipeline`.
+        dtype: dtype of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
         devices: number of this process's devices that share a batch, or "all".
 
     Raises:

@@ -328,7 +328,7 @@ def check_options(options: Options) -> None:
         (into and options.preview, "--shards has no --preview"),
         (
             into and options.out != Options.out,
-            "--shards names the folder: leave --out out",
+            "--shards names the folder: give no --out",
         ),
         (
             not into and (sharding.processes is not None or sharding.process is not None),

@@ -148,8 +148,8 @@ class Pipeline(Stage):
             **settings: any field of `Settings`.
 
         Raises:
-            UsageError: a setting is unknown or cannot be used, there is no prompt, an input is
-                missing, or the model does not take it.
+            UsageError: a setting is unknown, of a wrong type or length, or cannot be used; there is
+                no prompt; an input is missing, or the model does not take it.
             GlideError: a file cannot be read.
         """
         chosen = self.settings.changed(**settings)

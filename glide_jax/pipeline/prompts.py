@@ -97,7 +97,7 @@ def clean(text: str) -> str:
 
 
 def shouts(prompt: str) -> bool:
-    """Whether AND and NOT are words of a prompt: it is all capitals and has no weights."""
+    """Whether a prompt is all capitals without weights, so that AND and NOT are plain words."""
     captions = _JOINTS.split(clean(prompt))[::2]
     letters = [c for caption in captions for c in caption if c.upper() != c.lower()]
     weighted = any(_MEANT_AS_WEIGHT.search(f" {caption.strip()}") for caption in captions)

@@ -105,8 +105,9 @@ class Settings:
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint by two numbers, JUMP RESAMPLINGS, for example 5 4. Groups of JUMP steps are
-            run RESAMPLINGS times each. Unless set, it is 5 4 for inpainting with a model that was
-            not trained to inpaint, and otherwise off.
+            run RESAMPLINGS times each. Unless set, it is 5 4 (JUMP at most all steps) for
+            inpainting with a base model that was not trained to inpaint, without Restart sampling,
+            and otherwise off.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.
@@ -367,7 +368,8 @@ def lists_settings(method: F) -> F:
 def describe(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, for an image's metadata.
 
-    As the arguments of a call, they make the same settings for weights with any defaults.
+    As the arguments of a call they make the same settings, for weights with any defaults; but a
+    list `guidance` is only described.
     """
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     guidance = values.pop("guidance")

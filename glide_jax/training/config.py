@@ -176,8 +176,8 @@ class TrainConfig(RunConfig):
             classifier-free guidance; larger trains the unconditional model more.
         low_res_timestep_share: For upsamplers with `model.low_res_timestep`: the small image is
             noised at a random timestep (noise-conditioning augmentation: CDM, 2106.15282). This
-            share of the timesteps is used, from the clean end: from 0 (no noise) to 1. Larger
-            tolerates worse small images.
+            share of the timesteps is used, from the clean end: above 0 and up to 1, and 0 for all
+            other models. Larger tolerates worse small images.
         mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1;
             larger trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the

@@ -85,7 +85,7 @@ def earlier(
         t: `(B,)` timesteps below `length`.
         gap: timesteps from t to the earlier one, if the interval does not end before.
         length: number of timesteps that are distilled.
-        student_steps: number of intervals, which are equally long.
+        student_steps: number of intervals, equally long up to rounding.
     """
     end = (t * student_steps // length) * length // student_steps - 1
     return jnp.maximum(t - gap, end), end

@@ -1,6 +1,7 @@
-"""How batches reach the training step: from a loader, one step a call, or from the device, several.
+"""How batches reach the training step.
 
-Both ways see the same records with the same random numbers.
+They come from a loader, one step per call, or from device memory, several steps per call. Both ways
+give the same records with the same random numbers.
 """
 
 import math

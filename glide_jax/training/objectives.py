@@ -86,10 +86,10 @@ class Objective:
             which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
             of the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher` (frozen parameters), `step` and `done`.
-        init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
-            {} without one.
-        lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen
-            parameters that the loss also takes; 0: the parameters are the network's own.
+        init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
+            LoRA in its dtypes. Without a teacher or a base they are {}.
+        lora_scale: factor of the low-rank pairs, if these are trained; the loss then also takes
+            `base`, the frozen parameters. 0: the network's own parameters are trained.
     """
 
     model: GLIDE | NoisedCLIP

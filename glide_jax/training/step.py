@@ -26,7 +26,7 @@ LOG2_LOSS_SCALE_GROWTH, MIN_LOG2_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Return a recipe's `train_step`, of state, batch, the fields of `Control` and axis."""
+    """Return `train_step(state, batch, *control, axis=...)` with the recipe's fields filled in."""
     return partial(
         train_step,
         loss=objective.loss,
@@ -128,6 +128,7 @@ def train_step(
         `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
+    # Split and not used as it is: other keys would change the random numbers of runs before.
     record_key, _ = jax.random.split(key)
     scale = 2.0**state.log2_loss_scale
 

@@ -1,4 +1,4 @@
-"""Fields of a recipe that have no effect beside its other fields: set ones are refused."""
+"""Refuses fields of a recipe that are set but have no effect, given the other fields."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,10 +13,10 @@ class Rule(NamedTuple):
     """Fields that have an effect in some recipes alone.
 
     Attributes:
-        fields: their names, with a dot for those of a part of the recipe.
-        owner: the recipes in which they have one, for messages.
-        used: whether a recipe is one of these.
-        off: a value that is always accepted besides the default.
+        fields: names of the fields, with a dot for those of a part of the recipe.
+        owner: what a recipe must have for the fields to act, as messages say it.
+        used: whether a recipe has it.
+        off: a value of the fields that is always accepted, besides the default.
     """
 
     fields: tuple[str, ...]

@@ -272,7 +272,7 @@ def test_as_a_command(whole, weights, tmp_path):
     ("words", "message"),
     [
         (("--shards", "o", "--preview"), "--shards has no --preview"),
-        (("--shards", "o", "--out", "x"), "--shards names the folder: leave --out out"),
+        (("--shards", "o", "--out", "x"), "--shards names the folder: give no --out"),
         (("--shards", "o", "--mask", "m.png"), "--shards takes prompts: it has no --image"),
         (("--shard-size", "5"), "--shard-size is for --shards"),
         (("--processes", "2", "--process", "0"), "--processes and --process are for --shards"),

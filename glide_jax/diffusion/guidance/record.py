@@ -36,7 +36,7 @@ class Guidance:
 
     Attributes:
         fn: the function, hashable and defined at module level. A lambda or a closure is a new
-            function each time it is created, and compiles again.
+            function each time, so the sampler compiles again.
         args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
         needs: branches that it reads besides "cond".
         remembers: names of the images that it carries from step to step.
@@ -80,7 +80,7 @@ class Guidance:
     def against(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.
 
-        Costs nothing: branch "null" is evaluated with this caption.
+        Needs no extra evaluation: branch "null" is evaluated with this caption.
 
         Raises:
             UsageError: this guidance does not use the empty prompt.
@@ -220,6 +220,6 @@ def compose(*guidances: Guidance) -> Guidance:
 
 
 def per_image(value: Number) -> jax.Array:
-    """A scalar as it is, `(B,)` as `(B, 1, 1, 1)`: one value per image."""
+    """Return a scalar as it is, and `(B,)`, one value per image, as `(B, 1, 1, 1)`."""
     value = jnp.asarray(value)
     return value if value.ndim == 0 else value[:, None, None, None]
