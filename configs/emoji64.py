@@ -32,8 +32,7 @@ PROMPTS = (
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
 # Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
-# captions with a part only let `all_of([concept, style], [w, w])` compose what was never seen
-# together.
+# captions with a part only let `all_of([concept, style], [w, w])` compose unseen pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTIONS = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 
