@@ -115,7 +115,7 @@ def own_process(process: int | None = None, processes: int | None = None) -> tup
 
 def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
     """Wait for all processes, and start jax over them."""
-    coordinator, processes, process = cluster[2:5]
+    coordinator, processes, process = cluster.coordinator, cluster.processes, cluster.process
     peers = {}
     try:
         if coordinator is not None and processes is not None and process is not None:

@@ -19,6 +19,7 @@ from glide_jax.diffusion.guidance.predictor import (
     Network,
     Point,
     Predict,
+    is_network,
     noise_predictor,
 )
 from glide_jax.diffusion.guidance.record import Guidance, apply, branches_of
@@ -169,10 +170,10 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        keep = exact or isinstance(value, Network)
+        keep = exact or is_network(value)
         return value if keep else jnp.asarray(value, jnp.float32)
 
-    return jax.tree.map(convert, args, is_leaf=lambda value: isinstance(value, Network))
+    return jax.tree.map(convert, args, is_leaf=is_network)
 
 
 def start(plan: Plan, x: jax.Array) -> State:
@@ -381,6 +382,6 @@ def stream(
     state, flat = start(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         span = slice(first, first + rows)
-        part = replace(plan, table=Table(*(column[span] for column in plan.table)))
+        part = replace(plan, table=plan.table.rows(span))
         state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[span])
         yield min(first + rows, len(plan)), state

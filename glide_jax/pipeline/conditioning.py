@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.diffusion.guidance import Guidance, known_pixels
 from glide_jax.diffusion.sampling import Plan
 from glide_jax.errors import UsageError, check_finite
 from glide_jax.models.presets import ModelConfig
 from glide_jax.pipeline.image_files import Fit, ImageLike, SourceImages, open_images
-from glide_jax.pipeline.images import Images, from_uint8
+from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.mask_files import MaskLike, SourceMasks, open_masks
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights.registry import Model

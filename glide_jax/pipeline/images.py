@@ -178,11 +178,6 @@ def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
     return np.clip(np.round((np.asarray(x) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
 
 
-def from_uint8(images: np.ndarray) -> np.ndarray:
-    """Convert `0..255 -> [-1, 1]` float32."""
-    return np.asarray(images, np.float32) / np.float32(127.5) - 1
-
-
 def check_writable(folder: Path) -> None:
     """Create a folder, and check that it can be written before anything is computed.
 

@@ -14,7 +14,6 @@ import numpy as np
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
-    Network,
     all_of,
     apg,
     autoguidance,
@@ -23,6 +22,7 @@ from glide_jax.diffusion.guidance import (
     clip_x0,
     compose,
     dynamic_threshold,
+    is_network,
     rescale,
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
@@ -390,11 +390,11 @@ def _json_value(value: Any) -> Any:
     """Numbers as JSON writes them; for anything larger, its type and shape."""
 
     def json_leaf(leaf: Any) -> Any:
-        if isinstance(leaf, Network):
+        if is_network(leaf):
             return str(leaf.fn)
         if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
             return f"{type(leaf).__name__} {np.shape(leaf)}"
         # JSON has no infinity.
         return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
 
-    return jax.tree.map(json_leaf, value, is_leaf=lambda leaf: isinstance(leaf, Network))
+    return jax.tree.map(json_leaf, value, is_leaf=is_network)

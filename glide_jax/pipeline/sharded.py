@@ -13,7 +13,7 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import expand_home
-from glide_jax.pipeline.batching import default_batch_size
+from glide_jax.pipeline.batching import chosen_batch_size
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
@@ -97,11 +97,8 @@ def sample_shards(
         return {name: getattr(chosen, name) for name in names if settings.get(name) is not None}
 
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
-    size = batch_size
-    if size is None:
-        size = default_batch_size(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size
-    if size < 1:
-        raise UsageError(f"a batch holds at least one image, not {size}")
+    devices = Placement(pipe.devices).mesh.size
+    size = chosen_batch_size(batch_size, pipe.model.config.image_size, devices)
     busy = 0
     try:
         total = sum(len(spans(number)) for number in todo)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.losses import LossTables, Terms, hybrid_loss, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
@@ -198,11 +199,6 @@ def sample_noise(key: jax.Array, batch: Batch, timesteps: TimestepDistribution |
     return jax.vmap(record_noise)(batch.row)
 
 
-def to_range(image: jax.Array | np.ndarray) -> jax.Array:
-    """Map `0..255` to `[-1, 1]` float32."""
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1
-
-
 def shrink(image: jax.Array | np.ndarray, factor: int = 4) -> jax.Array:
     """Average blocks of `factor x factor` pixels of a uint8 image  (as `super_res_train` of ADM).
 
@@ -316,14 +312,14 @@ def prepare(
     """Return a batch noised at sampled timesteps, with its conditioning."""
     noise = sample_noise(key, batch, timesteps)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
-    x_0 = to_range(batch.image)
+    x_0 = from_uint8(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
     u = jax.vmap(jax.random.uniform)(keys[:, 0])
     mask = batch.mask & (u >= config.caption_dropout)[:, None]
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
-        low_res = conditioning["low_res"] = to_range(shrink(batch.image))
+        low_res = conditioning["low_res"] = from_uint8(shrink(batch.image))
         if config.model.low_res_timestep:
             noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_timestep_share)
             conditioning["low_res"], conditioning["low_res_timestep"] = noised
@@ -375,7 +371,7 @@ def contrastive_loss(
         timesteps: they are sampled below this one; None: all timesteps.
     """
     noise = sample_noise(key, batch, timesteps or len(tables.alpha))
-    x_t = q_sample(tables, to_range(batch.image), noise.t, noise.eps)
+    x_t = q_sample(tables, from_uint8(batch.image), noise.t, noise.eps)
     lengths = batch.mask.sum(axis=1)
     network = bind_network(model, params)
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)
