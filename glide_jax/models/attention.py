@@ -62,11 +62,11 @@ def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> st
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
+    """Return `softmax(q k^T / sqrt(d)) v` with the softmax in float32.
 
-    In bfloat16 and float16, without a mask, this is one kernel where `fused_kernel` has one for the
-    sizes: cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. It does not write the logits to
-    memory (FlashAttention, 2205.14135). All forms are equal up to rounding.
+    In bfloat16 and float16, without a mask, this is a single fused kernel if `fused_kernel` names
+    one for the sizes: cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. A fused kernel does not
+    write the logits to memory (FlashAttention, 2205.14135). All forms are equal up to rounding.
 
     Args:
         query: `(B, T, heads, d)`.
@@ -89,7 +89,7 @@ def attend(
 
 
 def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The plain form of one head of one image after another, whose logits stay in the caches."""
+    """Compute the plain form for one head of one image at a time: its logits stay in the caches."""
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.

@@ -22,7 +22,7 @@ NORM_GROUPS = 32
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
+    """Return sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
 
     Args:
         t: `(B,)` timesteps of the training schedule, integer or fractional.
@@ -226,9 +226,9 @@ class Projections(_Stored, nn.Module):
     """A linear layer to queries, keys and values, or to keys and values, of all heads.
 
     Attributes:
-        width: channels of each, over all heads.
+        width: channels of queries, keys and values each, over all heads.
         heads: number of heads, the outer axis of the packing, as in OpenAI's weights.
-        parts: how many are packed: 3 or 2.
+        parts: number of packed outputs: 3, or 2 without queries.
     """
 
     width: int

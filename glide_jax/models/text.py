@@ -23,7 +23,7 @@ class TextFeatures(NamedTuple):
 
 
 class TextBlock(nn.Module):
-    """`x += attention(norm x); x += mlp(norm x)`, bidirectional, without a mask."""
+    """A block: `x += attention(norm x); x += mlp(norm x)`, bidirectional, without a mask."""
 
     heads: int
     dtype: jnp.dtype

@@ -41,7 +41,7 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
 
 
 def default_batch_size(side: int) -> int:
-    """Return how many images a device generates at a time, by their side in pixels.
+    """Return how many images of a side, in pixels, a device generates at a time.
 
     16 images of 64x64 on a CPU, 64 on other devices, and of larger images fewer, in inverse
     proportion to the side: a quarter at 256x256.
@@ -54,7 +54,7 @@ def check_batch_size(size: int) -> None:
     """Check the number of images of a batch.
 
     Raises:
-        UsageError: it is below 1.
+        UsageError: the number is below 1.
     """
     if size < 1:
         raise UsageError(f"a batch holds at least one image, not {size}")

@@ -84,8 +84,8 @@ def invert_images(
 def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> jax.Array:
     """Spherical interpolation: `(sin((1 - s) w) a + sin(s w) b) / sin w`  (DDIM, app. D.5).
 
-    w is the angle between a and b. Between two noises, this stays as far from the origin as they
-    are.
+    w is the angle between a and b. The interpolation between two noises is as far from the origin
+    as the noises are.
 
     Args:
         a, b: `(B, H, W, C)`; share: s from 0 to 1, one number or one per image.

@@ -136,7 +136,7 @@ class Pipeline(Stage):
             mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)`. White (or
                 painted on a transparent layer, or erased from the image) is regenerated, black is
                 kept byte for byte. See `glide_jax.pipeline.mask_files`.
-            low_res: for an upsampler, the small images to enlarge: `Images`, or as `image`.
+            low_res: for an upsampler, the small images to enlarge: `Images`, or what `image` takes.
             fit: how images become squares: "crop" takes the centre, "pad" adds white.
             invert_mask: regenerate what the mask keeps, and keep the rest.
             allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.

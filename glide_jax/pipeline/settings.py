@@ -203,7 +203,10 @@ class Settings:
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
-        """Return the settings with RePaint of at most all steps, unless it or `restart` is set."""
+        """Return the settings with the default RePaint, unless `repaint` or `restart` is set.
+
+        Its jump is at most all steps. With a single step there is no RePaint.
+        """
         jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self
@@ -234,7 +237,7 @@ class Settings:
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether classifier-free guidance has a scale alone, which can be an input of a network.
+        """Whether guidance is classifier-free and its scale alone can be an input of a network.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
         """
@@ -248,7 +251,7 @@ class Settings:
         )
 
     def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
-        """The guidance that is linear in the branches."""
+        """Return the guidance that is linear in the branches."""
         guidances = self._towards_prompts(prompts)
         if self.negative_prompt:
             if not guidances:
@@ -387,7 +390,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
-    """Numbers as JSON writes them; for anything larger, its type and shape."""
+    """Return numbers as JSON writes them, and of anything larger the type and shape."""
 
     def json_leaf(leaf: Any) -> Any:
         if is_network(leaf):

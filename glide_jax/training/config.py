@@ -354,7 +354,7 @@ def write_config(config: RunConfig) -> None:
     """Write the recipe into the run's folder.
 
     Raises:
-        GlideError: it cannot be written.
+        GlideError: the recipe cannot be written.
     """
     path = config.folder / "config.json"
     try:
@@ -368,7 +368,7 @@ def read_config(path: Path) -> RunConfig:
     """Return the recipe that `save_config` wrote.
 
     Raises:
-        GlideError: the file is missing or is no such recipe.
+        GlideError: the file is missing or holds no recipe.
     """
     try:
         values = json.loads(path.read_text())

@@ -101,7 +101,7 @@ class Objective:
     lora_scale: float = 0.0
 
     def full_params(self, params: Params, frozen_params: Params) -> Params:
-        """Return the parameters of the network: those trained, or these beside their base."""
+        """Return the parameters of the network: the trained ones, with LoRA beside their base."""
         return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
@@ -185,8 +185,8 @@ def sample_noise(key: jax.Array, batch: Batch, timesteps: TimestepDistribution |
     """Return timesteps, noise and keys, each record's from its row.
 
     Args:
-        key: of the step.
-        batch: its images and rows.
+        key: key of the step.
+        batch: images and rows of the step.
         timesteps: distribution of the timesteps; an integer T: uniform over 0..T-1.
     """
     timesteps = TimestepDistribution(timesteps) if isinstance(timesteps, int) else timesteps
@@ -281,8 +281,8 @@ def distillation_loss(
     """Return the mean consistency loss of a batch (`glide_jax.training.distillation`).
 
     Args:
-        teacher: its weights; {}: none, the images take its place.
-        step: of the run.
+        teacher: weights of the teacher; {}: there is no teacher, and the images take its place.
+        step: number of steps that the run has done.
         done: share of the time limit that is used up, if there is one. The number of teacher steps
             depends on it or on the share of the steps, whichever is larger.
     """
@@ -336,7 +336,7 @@ def prepare(
 def noise_low_res(
     tables: LossTables, low_res: jax.Array, keys: jax.Array, share: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Return small images at random noise levels, and these as timesteps  (CDM, sec. 4.2).
+    """Return small images at random noise levels, and their timesteps  (CDM, sec. 4.2).
 
     Timesteps are uniform from 0 to `share` of the diffusion process.
     """
@@ -368,7 +368,7 @@ def contrastive_loss(
 
     Args:
         batch: `mask` is True at the tokens of the caption, start and end token included.
-        timesteps: they are sampled below this one; None: all timesteps.
+        timesteps: the timesteps below this number are sampled; None: all timesteps.
     """
     noise = sample_noise(key, batch, timesteps or len(tables.alpha))
     x_t = q_sample(tables, from_uint8(batch.image), noise.t, noise.eps)

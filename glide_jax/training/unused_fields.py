@@ -86,11 +86,11 @@ GLIDE_RULES = (
 def check_used(config: RunConfig) -> None:
     """Check that the fields that have no effect in a recipe have their defaults.
 
-    It is called where a training begins, not where a recipe is built: a run that was trained with
-    such a field can still be read.
+    The check belongs where a training begins, not where a recipe is built: a run that was trained
+    with such a field can still be read.
 
     Raises:
-        UsageError: one of them is set.
+        UsageError: a field without effect is set.
     """
     for rule in rules_of(config):
         if rule.used(config):
