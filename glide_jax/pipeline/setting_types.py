@@ -1,4 +1,4 @@
-"""The types and shapes of settings: a setting of another type is refused by its name."""
+"""The types of settings: another type is refused by the setting's name; values as JSON."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -6,8 +6,10 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 
+from glide_jax.diffusion.guidance import is_network
 from glide_jax.errors import UsageError, one_line
 
 NAMES = {int: "whole number", float: "number", str: "text"}
@@ -88,3 +90,17 @@ def _in_words(hint: Any) -> str:
         (part,) = arguments
         return f"a list of {NAMES[part] if part in NAMES else part.__name__.lower()}s"
     return "text" if hint is str else f"a {NAMES[hint]}"
+
+
+def json_value(value: Any) -> Any:
+    """Return numbers as JSON writes them, and of anything larger the type and shape."""
+
+    def json_leaf(leaf: Any) -> Any:
+        if is_network(leaf):
+            return str(leaf.fn)
+        if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
+            return f"{type(leaf).__name__} {np.shape(leaf)}"
+        # JSON has no infinity.
+        return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
+
+    return jax.tree.map(json_leaf, value, is_leaf=is_network)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
-import jax
 import numpy as np
 
 from glide_jax.diffusion.grids import make_timesteps
@@ -22,7 +21,6 @@ from glide_jax.diffusion.guidance import (
     clip_x0,
     compose,
     dynamic_threshold,
-    is_network,
     rescale,
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
@@ -30,7 +28,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
-from glide_jax.pipeline.setting_types import checked
+from glide_jax.pipeline.setting_types import checked, json_value
 from glide_jax.weights.registry import NONE
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -203,10 +201,7 @@ class Settings:
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
-        """Return the settings with the default RePaint, unless `repaint` or `restart` is set.
-
-        Its jump is at most all steps. With a single step there is no RePaint.
-        """
+        """Return the settings with RePaint by default, unless `repaint` or `restart` is set."""
         jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self
@@ -377,27 +372,13 @@ def describe(settings: Settings) -> dict[str, Any]:
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     guidance = values.pop("guidance")
     values = {name: NONE if value is None else value for name, value in values.items()}
-    values["guidance_scale"] = _json_value(settings.guidance_scale)
+    values["guidance_scale"] = json_value(settings.guidance_scale)
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [
-            {"name": part.name, "interval": [_json_value(level) for level in part.interval]}
-            | {name: _json_value(value) for name, value in part.args.items()}
+            {"name": part.name, "interval": [json_value(level) for level in part.interval]}
+            | {name: json_value(value) for name, value in part.args.items()}
             for g in guidance
             for part in g.parts()
         ]
     return values
-
-
-def _json_value(value: Any) -> Any:
-    """Return numbers as JSON writes them, and of anything larger the type and shape."""
-
-    def json_leaf(leaf: Any) -> Any:
-        if is_network(leaf):
-            return str(leaf.fn)
-        if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
-            return f"{type(leaf).__name__} {np.shape(leaf)}"
-        # JSON has no infinity.
-        return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
-
-    return jax.tree.map(json_leaf, value, is_leaf=is_network)
