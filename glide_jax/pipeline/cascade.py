@@ -46,9 +46,11 @@ def chosen_upsampler(
             raise UsageError("settings of an upsampler, but there is none: load one")
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
-    settings = upsampler.settings.changed(**(chosen or {}))
-    model = upsampler.model
-    plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), ())
-    if plan.needs_learned_variance and model.config.out_channels == 3:
-        raise UsageError(f"the upsampler: {NO_VARIANCE}")
+    try:
+        settings, model = upsampler.settings.changed(**(chosen or {})), upsampler.model
+        plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), ())
+        if plan.needs_learned_variance and model.config.out_channels == 3:
+            raise UsageError(NO_VARIANCE)
+    except UsageError as error:
+        raise UsageError(f"the upsampler: {error}") from None
     return upsampler
