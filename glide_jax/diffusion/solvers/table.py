@@ -71,7 +71,7 @@ class Table(NamedTuple, Generic[Column]):
 
     def rows(self, index: np.ndarray | slice | int) -> "Table[Column]":
         """Return some rows, or, for an integer, one row as a table of scalars."""
-        return Table(*(column[index] for column in self._asdict().values()))
+        return Table(*(column[index] for column in self))
 
 
 # `(schedule, grid, breaks) -> Table`; breaks `(N,)` bool marks steps where the history is reset.
