@@ -27,7 +27,8 @@ import glide_jax as glide
 from glide_jax.devices.processes import own_process
 from glide_jax.devices.runtime import prepare
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.pipeline.images import Images, check_writable
+from glide_jax.folders import check_writable
+from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.options import (
     Options,
     check_options,

@@ -28,9 +28,10 @@ from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import branches_of
 from glide_jax.diffusion.sampling import run_rows, start
+from glide_jax.folders import package_version
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE
-from glide_jax.pipeline.images import package_version, to_uint8
+from glide_jax.pipeline.images import to_uint8
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.devices.hardware import peak_flops
+from glide_jax.folders import package_version
 from glide_jax.models.presets import ModelConfig, base64, upsample256
-from glide_jax.pipeline.images import package_version
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage, encode_text

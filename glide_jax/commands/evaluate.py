@@ -31,8 +31,7 @@ from glide_jax.evaluation import (
 )
 from glide_jax.evaluation.features import SCORER, open_scorer, open_space
 from glide_jax.evaluation.reports import write_json
-from glide_jax.folders import expand_words
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable, expand_words
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
     HIDDEN,

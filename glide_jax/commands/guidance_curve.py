@@ -22,7 +22,7 @@ from glide_jax.evaluation.image_sets import ImageSet, open_images
 from glide_jax.evaluation.metrics import inception_score
 from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import Side, compare, measure
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
     HIDDEN,

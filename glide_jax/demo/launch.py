@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from glide_jax.demo.studio import Studio
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import GlideError, UsageError, one_line_errors
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import HIDDEN, WeightsOptions
 

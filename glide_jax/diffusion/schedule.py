@@ -111,6 +111,14 @@ def to_x_0(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
 
 
+def x_0_weight(alpha: Any, sigma: Any) -> Any:
+    """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
+
+    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
+    """
+    return sigma**2 / alpha
+
+
 def target_of(prediction: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
     """Return what a network is to predict: `eps`, `alpha eps - sigma x_0` for v, or `x_0`."""
     if prediction == "x":

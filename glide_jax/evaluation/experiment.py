@@ -37,8 +37,9 @@ from glide_jax.evaluation.metrics import (
 )
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sweep_options import Task
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.images import Images, check_writable, image_grid, slug
+from glide_jax.pipeline.images import Images, image_grid, slug
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import describe

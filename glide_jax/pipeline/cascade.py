@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
 from glide_jax.diffusion.sampling import NO_VARIANCE
+from glide_jax.diffusion.solvers import traits_of
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
 
 
-class _Stage(Protocol):
+class _PipelineLike(Protocol):
     @property
     def settings(self) -> Settings: ...
 
@@ -17,7 +18,7 @@ class _Stage(Protocol):
     def model(self) -> Model: ...
 
 
-P = TypeVar("P", bound=_Stage)
+P = TypeVar("P", bound=_PipelineLike)
 
 
 def chosen_upsampler(
@@ -46,6 +47,6 @@ def chosen_upsampler(
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     settings = upsampler.settings.changed(**(chosen or {}))
-    if settings.sampler == "ddpm" and upsampler.model.config.out_channels == 3:
+    if traits_of(settings.sampler).learns_variance and upsampler.model.config.out_channels == 3:
         raise UsageError(f"the upsampler: {NO_VARIANCE}")
     return upsampler

@@ -5,11 +5,9 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import expand_home, locked, write_atomically, write_new
+from glide_jax.folders import (
+    check_writable,
+    expand_home,
+    locked,
+    package_version,
+    write_atomically,
+    write_new,
+)
 
 # The text chunk of a PNG file that holds an image's metadata, as JSON.
 METADATA = "glide_jax"
-
-
-def package_version() -> str:
-    """Return the installed version, or "source" in a checkout that is not installed."""
-    try:
-        return version("glide-jax")
-    except PackageNotFoundError:
-        return "source"
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,22 +169,6 @@ def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
 def from_uint8(images: np.ndarray) -> np.ndarray:
     """Convert `0..255 -> [-1, 1]` float32."""
     return np.asarray(images, np.float32) / np.float32(127.5) - 1
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder, and check that it can be written before anything is computed.
-
-    Raises:
-        GlideError: it cannot.
-    """
-    folder = expand_home(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except FileExistsError:
-        raise GlideError(f"cannot write images to {folder}: it is a file, not a folder") from None
-    except OSError as error:
-        raise GlideError(f"cannot write images to {folder}: {error.strerror}") from None
 
 
 def next_number(folder: Path) -> int:

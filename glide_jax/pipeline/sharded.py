@@ -11,10 +11,9 @@ from glide_jax.data.records import digest
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import expand_home
+from glide_jax.folders import check_writable, expand_home
 from glide_jax.pipeline.batching import default_batch_size
 from glide_jax.pipeline.cascade import chosen_upsampler
-from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import Prompt, read_prompts
 from glide_jax.pipeline.runner import check_32_bits

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from glide_jax.diffusion.solvers import traits_of
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig, TrainConfig
 
@@ -103,10 +104,11 @@ def check_used(config: RunConfig) -> None:
                 )
     if not isinstance(config, TrainConfig):
         return
-    if config.sample_sampler == "ddpm" and config.model.out_channels == 3:
+    sampler = config.sample_sampler
+    if sampler and traits_of(sampler).learns_variance and config.model.out_channels == 3:
         raise UsageError(
-            "sample_sampler ddpm needs a learned variance, and model.out_channels is 3: choose "
-            "ddpm-small or ddpm-large"
+            f"sample_sampler {sampler} needs a learned variance, and "
+            "model.out_channels is 3: choose ddpm-small or ddpm-large"
         )
 
 

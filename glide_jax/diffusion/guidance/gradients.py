@@ -17,17 +17,10 @@ import jax.numpy as jnp
 
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
 from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
+from glide_jax.diffusion.schedule import x_0_weight
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
 DATA_STD = 0.5
-
-
-def x_0_weight(alpha: Any, sigma: Any) -> Any:
-    """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
-
-    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
-    """
-    return sigma**2 / alpha
 
 
 @guidance()

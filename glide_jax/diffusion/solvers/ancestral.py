@@ -65,7 +65,7 @@ def ddim(
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.
-        released: round alpha-bar to float32, as OpenAI's code does.
+        released: round alpha-bar to float32, as OpenAI's code does: for comparing with it.
     """
     table = one_row_per_step(schedule, grid)
     alpha, sigma, _ = levels(schedule, grid, released)

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.diffusion.guidance.gradients import x_0_weight
-from glide_jax.diffusion.schedule import Schedule
+from glide_jax.diffusion.schedule import Schedule, x_0_weight
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
     Table,

@@ -6,7 +6,7 @@ linear map of its noise, and the distribution of its results is computed exactly
 
 This command rewrites the shipped grids, `glide_jax/assets/grids.json`:
 
-    python -m glide_jax.diffusion.solvers.optimised
+    python -m glide_jax.diffusion.optimised_grids
 """
 
 import json
@@ -24,7 +24,7 @@ from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
 MAX_STEPS = 50
-SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
+SHIPPED = Path(__file__).parents[1] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
 
