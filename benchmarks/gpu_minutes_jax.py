@@ -27,7 +27,7 @@ from benchmarks.speed_parts import TOY_STEPS, config_of, random_params, training
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import branches_of
-from glide_jax.diffusion.sampling import run_rows, start
+from glide_jax.diffusion.sampling import run_rows, start_state
 from glide_jax.folders import package_version
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE
@@ -214,7 +214,7 @@ def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any,
         conds[branch.name] = {"text": text} | inputs
     keys = image_keys(0, np.arange(batch))
     x = settings.temperature * start_noise(keys.start, config.image_size)
-    arguments = {"main": stage.network}, conds, plan, start(plan, x), keys.steps
+    arguments = {"main": stage.network}, conds, plan, start_state(plan, x), keys.steps
     return len(plan), len(branches), arguments
 
 

@@ -150,12 +150,12 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     if steps == 1:
         return np.array([low])
 
-    def levels_of(logits: np.ndarray) -> np.ndarray:
+    def half_log_snrs_of(logits: np.ndarray) -> np.ndarray:
         widths = np.exp(logits - logits.max())
         return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
-        grid = schedule.at_half_log_snr(levels_of(logits))
+        grid = schedule.at_half_log_snr(half_log_snrs_of(logits))
         table = solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
@@ -165,7 +165,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     logits = np.append(np.zeros(steps - 1), np.log(1 / 3))
     for smoothness in SMOOTHNESS:
         logits = least_squares(residuals, logits, max_nfev=100, args=(smoothness,)).x
-    return levels_of(logits)
+    return half_log_snrs_of(logits)
 
 
 @cache

@@ -15,7 +15,7 @@ from glide_jax.models.blocks import (
     space_to_depth,
     upsample,
 )
-from glide_jax.models.joined import JOINED, Parts
+from glide_jax.models.joined import JOINED, JoinedOutputs
 from glide_jax.models.layers import GroupNorm, conv3x3, dense, timestep_embedding
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.text import TextFeatures, TextTransformer
@@ -90,8 +90,8 @@ class UNet(nn.Module):
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
-        time_parts = self._joined("emb", nn.silu(emb), jnp.float32)
-        text_parts = None if sequence is None else self._joined("text_kv", sequence, self.dtype)
+        time_outputs = self._joined("emb", nn.silu(emb), jnp.float32)
+        text_outputs = None if sequence is None else self._joined("text_kv", sequence, self.dtype)
 
         def res(
             h: jax.Array,
@@ -106,15 +106,15 @@ class UNet(nn.Module):
                 self.dtype,
                 film=c.use_scale_shift_norm,
                 resample=resample,
-                projects=time_parts is None,
+                projects=time_outputs is None,
                 name=name,
-            )(h, emb if time_parts is None else time_parts.take(width), dropout_keys)
+            )(h, emb if time_outputs is None else time_outputs.take(width), dropout_keys)
 
         def attention(h: jax.Array, name: str, heads: int = c.num_heads) -> jax.Array:
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
-            keys_values = sequence if text_parts is None else text_parts.take(2 * h.shape[-1])
-            block = attention_block(heads, self.dtype, projects=text_parts is None, name=name)
+            keys_values = sequence if text_outputs is None else text_outputs.take(2 * h.shape[-1])
+            block = attention_block(heads, self.dtype, projects=text_outputs is None, name=name)
             return block(h, keys_values)
 
         # Encoder: the decoder concatenates the output of every entry.
@@ -122,14 +122,14 @@ class UNet(nn.Module):
             space_to_depth(x, c.patch).astype(self.dtype)
         )
         skips, ds, i = [h], 1, 1
-        for level, mult in enumerate(c.channel_mult):
+        for resolution, mult in enumerate(c.channel_mult):
             for _ in range(c.num_res_blocks):
                 h = res(h, c.model_channels * mult, f"down_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"down_{i}_attn")
                 skips.append(h)
                 i += 1
-            if level < len(c.channel_mult) - 1:
+            if resolution < len(c.channel_mult) - 1:
                 if c.resblock_updown:
                     h = res(h, h.shape[-1], f"down_{i}_res", downsample)
                 else:
@@ -144,13 +144,13 @@ class UNet(nn.Module):
         # Decoder: the last skip comes first.
         i = 0
         up_heads = c.num_heads if c.num_heads_upsample == -1 else c.num_heads_upsample
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for resolution, mult in reversed(list(enumerate(c.channel_mult))):
             for block in range(c.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = res(h, c.model_channels * mult, f"up_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"up_{i}_attn", up_heads)
-                if level and block == c.num_res_blocks:
+                if resolution and block == c.num_res_blocks:
                     if c.resblock_updown:
                         h = res(h, h.shape[-1], f"up_{i}_up", upsample)
                     else:
@@ -162,13 +162,13 @@ class UNet(nn.Module):
         h = conv3x3(c.out_channels * c.patch**2, jnp.float32, "head", zero=True)(h)
         return depth_to_space(h, c.patch)
 
-    def _joined(self, layer: str, x: jax.Array, dtype: jnp.dtype) -> Parts | None:
+    def _joined(self, layer: str, x: jax.Array, dtype: jnp.dtype) -> JoinedOutputs | None:
         """Return the outputs of a layer of all blocks, if their weights are joined."""
         name = JOINED[layer]
         if not self.has_variable("params", name):
             return None
         features = self.get_variable("params", name)["bias"].shape[0]
-        return Parts(dense(features, dtype, name)(x))
+        return JoinedOutputs(dense(features, dtype, name)(x))
 
 
 class GLIDE(nn.Module):

@@ -89,16 +89,16 @@ class Images:
     def summary(self) -> str:
         """Return one line on how the images were sampled, with the number of evaluations."""
 
-        def stage(settings: dict[str, Any]) -> str:
+        def stage_text(settings: dict[str, Any]) -> str:
             text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
                     text += f", {name.replace('_', ' ')} {settings[name]:g}"
             return text
 
-        line = f"{self.weights}: {stage(self.settings)}"
+        line = f"{self.weights}: {stage_text(self.settings)}"
         if upsampler := self.settings.get("upsampler"):
-            line += f"; {upsampler['weights']}: {stage(upsampler)}"
+            line += f"; {upsampler['weights']}: {stage_text(upsampler)}"
         return line
 
     def save(self, folder: str | Path) -> list[Path]:

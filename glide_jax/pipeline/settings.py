@@ -45,7 +45,7 @@ from glide_jax.weights.registry import NONE
 REPAINT = (5, 4)
 METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 # The settings that can be text.
-TEXTS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
+TEXT_SETTINGS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -135,7 +135,7 @@ class Settings:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, str) and name not in TEXTS:
+            if isinstance(value, str) and name not in TEXT_SETTINGS:
                 raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
 

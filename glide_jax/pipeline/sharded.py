@@ -80,11 +80,11 @@ def sample_shards(
         },
     )
 
-    def there() -> str:
+    def done_line() -> str:
         done = sum(shard_path(folder, number).exists() for number in range(count))
         return f"{done:,} of {count:,} shards of {len(parsed):,} images are in {folder}"
 
-    def spans(number: int) -> range:
+    def span_of(number: int) -> range:
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
@@ -95,10 +95,10 @@ def sample_shards(
         raise UsageError(f"a batch holds at least one image, not {size}")
     busy = 0
     try:
-        total = sum(len(spans(number)) for number in todo)
+        total = sum(len(span_of(number)) for number in todo)
         with tqdm.tqdm(total=total, unit="image", disable=not progress or not todo) as bar:
             for number in todo:
-                path, span = shard_path(folder, number), spans(number)
+                path, span = shard_path(folder, number), span_of(number)
                 bar.set_description(path.name)
                 with claimed(path) as file:
                     if file is None:  # another process has it
@@ -122,11 +122,11 @@ def sample_shards(
     except OSError as error:
         why = error.strerror or error
         raise GlideError(
-            f"cannot write shards: {why}; {there()}, and the same command continues"
+            f"cannot write shards: {why}; {done_line()}, and the same command continues"
         ) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {there()}, and the same command continues") from None
-    return there() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
+        raise KeyboardInterrupt(f"stopped; {done_line()}, and the same command continues") from None
+    return done_line() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
 
 
 def _unpadded(prompt: Prompt) -> Prompt:
@@ -150,8 +150,8 @@ def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> di
         used["upsampler weights"] = larger.model.name, larger.model.params
     if chosen.clip_scale and pipe.clip is not None:
         used["CLIP"] = pipe.clip.name, pipe.clip.params
-    if chosen.autoguidance_scale != 1 and pipe.weak_model is not None:
-        used["weak model"] = pipe.weak_model.model.name, pipe.weak_model.model.params
+    if chosen.autoguidance_scale != 1 and pipe.weak_stage is not None:
+        used["weak model"] = pipe.weak_stage.model.name, pipe.weak_stage.model.params
     for what, (_, params) in used.items():
         sums = checksums(params)
         identity[f"{what} digest"] = digest(f"{name} {value}" for name, value in sums.items())

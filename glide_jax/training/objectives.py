@@ -22,7 +22,7 @@ from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.adapting import adapted_loss, add_pairs, init_base, init_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
-from glide_jax.training.distillation import consistency_terms, distilled_timesteps, teacher_model
+from glide_jax.training.distillation import consistency_loss_at, distilled_length, teacher_model
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
 from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
@@ -85,7 +85,7 @@ class Objective:
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
             which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
             of the state, and its metrics have the `RECORDS`.
-        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `done`.
+        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `time_share`.
         init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
             {} without one.
         lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen
@@ -104,12 +104,13 @@ class Objective:
         return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
-        self, frozen_params: Params, step: jax.Array | int, done: Any = None
+        self, frozen_params: Params, step: jax.Array | int, time_share: Any = None
     ) -> dict[str, Any]:
-        """Return the loss's extra arguments: teacher, step and time done, or the base of LoRA."""
+        """Return the loss's extra arguments: those of a distillation, or the base of LoRA."""
         if self.lora_scale:
             return {"base": frozen_params}
-        return {"teacher": frozen_params, "step": step, "done": done} if self.distils else {}
+        inputs = {"teacher": frozen_params, "step": step, "time_share": time_share}
+        return inputs if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -120,8 +121,8 @@ def make_objective(config: RunConfig) -> Objective:
     distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        highest = max(round(config.timestep_share * config.diffusion_steps), 1)
-        loss = partial(contrastive_loss, model=model, tables=tables, timesteps=highest)
+        limit = max(round(config.timestep_share * config.diffusion_steps), 1)
+        loss = partial(contrastive_loss, model=model, tables=tables, timestep_limit=limit)
         init = partial(clip.init_params, model)
     else:
         assert isinstance(config, TrainConfig)
@@ -129,11 +130,10 @@ def make_objective(config: RunConfig) -> Objective:
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
             init_frozen_params = partial(unet.init_params, teacher_model(model))
-        options = {"model": model, "tables": tables, "config": config}
-        if distils:
-            loss = partial(distillation_loss, **options)
-        else:
-            loss = partial(denoising_loss, timesteps=make_timestep_distribution(config), **options)
+        loss = partial(distillation_loss, model=model, tables=tables, config=config)
+        if not distils:
+            distribution = make_timestep_distribution(config)
+            loss = partial(denoising_loss, distribution=distribution, **loss.keywords)
         init = partial(unet.init_params, model)
     if config.optimiser.freeze:
         loss = partial(_frozen_loss, loss, config.optimiser.freeze)
@@ -180,20 +180,20 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def sample_noise(key: jax.Array, batch: Batch, timesteps: TimestepDistribution | int) -> Noise:
+def sample_noise(key: jax.Array, batch: Batch, distribution: TimestepDistribution | int) -> Noise:
     """Return timesteps, noise and keys, each record's from its row.
 
     Args:
         key: of the step.
         batch: its images and rows.
-        timesteps: distribution of the timesteps; an integer T: uniform over 0..T-1.
+        distribution: of the timesteps; an integer T: uniform over 0..T-1.
     """
-    timesteps = TimestepDistribution(timesteps) if isinstance(timesteps, int) else timesteps
+    given = TimestepDistribution(distribution) if isinstance(distribution, int) else distribution
 
     def record_noise(row: jax.Array | np.ndarray) -> Noise:
         t_key, eps_key, other_key = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
-        return Noise(timesteps.sample(t_key), eps, other_key)
+        return Noise(given.sample(t_key), eps, other_key)
 
     return jax.vmap(record_noise)(batch.row)
 
@@ -223,7 +223,7 @@ def denoising_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
-    timesteps: TimestepDistribution | None = None,
+    distribution: TimestepDistribution | None = None,
     loss_history: LossHistory | None = None,
     train: bool = False,
     axis: str | None = None,
@@ -236,10 +236,10 @@ def denoising_loss(
     With a `loss_history` the timesteps are loss-aware. The means are weighted: their expectation
     is that of uniform timesteps.
     """
-    timesteps = timesteps or TimestepDistribution(len(tables.alpha))
+    distribution = distribution or TimestepDistribution(len(tables.alpha))
     if loss_history is not None:
-        timesteps = replace(timesteps, probability=probabilities(loss_history))
-    inputs = prepare(batch, key, timesteps, tables, config)
+        distribution = replace(distribution, probability=probabilities(loss_history))
+    inputs = noise_batch(batch, key, distribution, tables, config)
     network = bind_network(model, params)
     text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
@@ -258,9 +258,9 @@ def denoising_loss(
     )
     metrics: dict[str, Any] = {}
     weight = None
-    if timesteps.probability is not None:
+    if distribution.probability is not None:
         metrics[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
-        weight = importance(timesteps.probability, inputs.t)
+        weight = importance(distribution.probability, inputs.t)
         terms = Terms(*(term * weight for term in terms))
     metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
     return metrics["loss"], metrics | quartile_losses(
@@ -278,7 +278,7 @@ def distillation_loss(
     config: TrainConfig,
     teacher: Params,
     step: jax.Array | int,
-    done: jax.Array | np.ndarray | None = None,
+    time_share: jax.Array | np.ndarray | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -287,11 +287,11 @@ def distillation_loss(
     Args:
         teacher: its weights; {}: none, the images take its place.
         step: of the run.
-        done: share of the time limit that is used up, if there is one. The number of teacher steps
-            depends on it or on the share of the steps, whichever is larger.
+        time_share: share of the time limit that is used up, if there is one. The number of teacher
+            steps depends on it or on the share of the steps, whichever is larger.
     """
-    inputs = prepare(batch, key, distilled_timesteps(config, tables), tables, config)
-    terms, teacher_steps = consistency_terms(
+    inputs = noise_batch(batch, key, distilled_length(config, tables), tables, config)
+    terms, teacher_steps = consistency_loss_at(
         params,
         inputs,
         model=model,
@@ -299,22 +299,22 @@ def distillation_loss(
         config=config,
         teacher=teacher,
         # Whichever limit comes first.
-        done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
+        progress=jnp.maximum(step / config.steps, 0.0 if time_share is None else time_share),
         train=train,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
     return metrics["loss"], metrics | quartile_losses(terms.loss, inputs.t, len(tables.alpha))
 
 
-def prepare(
+def noise_batch(
     batch: Batch,
     key: jax.Array,
-    timesteps: TimestepDistribution | int,
+    distribution: TimestepDistribution | int,
     tables: LossTables,
     config: TrainConfig,
 ) -> Inputs:
     """Return a batch noised at sampled timesteps, with its conditioning."""
-    noise = sample_noise(key, batch, timesteps)
+    noise = sample_noise(key, batch, distribution)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = to_range(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
@@ -344,11 +344,11 @@ def noise_low_res(
 
     Timesteps are uniform from 0 to `share` of the diffusion process.
     """
-    highest = max(round(share * len(tables.alpha)), 1)
+    limit = max(round(share * len(tables.alpha)), 1)
 
     def timestep_and_noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         t_key, eps_key = jax.random.split(key)
-        t = jax.random.randint(t_key, (), 0, highest)
+        t = jax.random.randint(t_key, (), 0, limit)
         return t, jax.random.normal(eps_key, low_res.shape[1:])
 
     t, eps = jax.vmap(timestep_and_noise)(keys)
@@ -362,7 +362,7 @@ def contrastive_loss(
     *,
     model: NoisedCLIP,
     tables: LossTables,
-    timesteps: int | None = None,
+    timestep_limit: int | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -372,9 +372,9 @@ def contrastive_loss(
 
     Args:
         batch: `mask` is True at the tokens of the caption, start and end token included.
-        timesteps: they are sampled below this one; None: all timesteps.
+        timestep_limit: timesteps are sampled below it; None: all timesteps.
     """
-    noise = sample_noise(key, batch, timesteps or len(tables.alpha))
+    noise = sample_noise(key, batch, timestep_limit or len(tables.alpha))
     x_t = q_sample(tables, to_range(batch.image), noise.t, noise.eps)
     lengths = batch.mask.sum(axis=1)
     network = bind_network(model, params)

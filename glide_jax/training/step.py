@@ -45,12 +45,12 @@ class Control(NamedTuple):
     Attributes:
         key: key of the run.
         lr_factor: factor of the learning rate; None: 1.
-        done: share of the time limit that is used up; None: there is no limit.
+        time_share: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
     lr_factor: jax.Array | np.ndarray | None = None
-    done: jax.Array | np.ndarray | None = None
+    time_share: jax.Array | np.ndarray | None = None
 
 
 def scan_steps(
@@ -91,7 +91,7 @@ def train_step(
     batch: Batch,
     key: jax.Array,
     lr_factor: jax.Array | np.ndarray | None = None,
-    done: jax.Array | np.ndarray | None = None,
+    time_share: jax.Array | np.ndarray | None = None,
     *,
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
@@ -113,7 +113,7 @@ def train_step(
         batch: this device's part, or the whole batch if `axis` is None.
         key: key of the run; the step and each record's row are folded in here.
         lr_factor: factor of this step's learning rate; None: 1.
-        done: see `Control`.
+        time_share: see `Control`.
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
@@ -133,7 +133,7 @@ def train_step(
 
     def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
         params, frozen_params = weights
-        extra_inputs = loss_inputs(frozen_params, state.step, done)
+        extra_inputs = loss_inputs(frozen_params, state.step, time_share)
         if state.loss_history is not None:
             extra_inputs["loss_history"] = state.loss_history
 

@@ -14,14 +14,14 @@ class Rule(NamedTuple):
     """Fields that have an effect in some recipes alone.
 
     Attributes:
-        fields: their names, with a dot for those of a part of the recipe.
-        owner: the recipes in which they have one, for messages.
+        fields: their names, with a dot for those of a section of the recipe.
+        needed: the recipes in which they have one, for messages.
         used: whether a recipe is one of these.
         off: a value that is always accepted besides the default.
     """
 
     fields: tuple[str, ...]
-    owner: str
+    needed: str
     used: Callable[[Any], bool]
     off: Any = None
 
@@ -100,7 +100,7 @@ def check_used(config: RunConfig) -> None:
             value, default = attrgetter(path)(config), default_of(config, path)
             if value != default and (rule.off is None or value != rule.off):
                 raise UsageError(
-                    f"{path} is for {rule.owner}: choose that, or set it to {default!r}"
+                    f"{path} is for {rule.needed}: choose that, or set it to {default!r}"
                 )
     if not isinstance(config, TrainConfig):
         return
@@ -136,15 +136,15 @@ def rules_of(config: RunConfig) -> tuple[Rule, ...]:
 
 
 def default_of(config: RunConfig, path: str) -> Any:
-    """Return the default of a field of a recipe, or of a part of it."""
-    part, _, name = path.rpartition(".")
-    owner = attrgetter(part)(config) if part else config
-    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
+    """Return the default of a field of a recipe, or of a section of it."""
+    section, _, name = path.rpartition(".")
+    fields = dataclasses.fields(attrgetter(section)(config) if section else config)
+    return next(f.default for f in fields if f.name == name)
 
 
 def _changed(config: RunConfig, path: str, value: Any) -> RunConfig:
-    part, _, name = path.rpartition(".")
-    if not part:
+    section, _, name = path.rpartition(".")
+    if not section:
         return dataclasses.replace(config, **{name: value})
-    changed: Any = dataclasses.replace(getattr(config, part), **{name: value})
-    return dataclasses.replace(config, **{part: changed})
+    changed: Any = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: changed})

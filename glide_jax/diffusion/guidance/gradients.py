@@ -67,11 +67,11 @@ def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
         gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.
         limit: above 0.
     """
-    left_open = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
+    posterior_std = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
     change = x_0_weight(point.alpha, point.sigma) * rms
     change = jnp.maximum(change, jnp.finfo(rms.dtype).tiny)
-    return gradient * jnp.minimum(1, per_image(limit) * left_open / change)
+    return gradient * jnp.minimum(1, per_image(limit) * posterior_std / change)
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:

@@ -101,7 +101,7 @@ def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Leve
     return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), half_log_snr)
 
 
-def ages(breaks: np.ndarray) -> np.ndarray:
+def history_lengths(breaks: np.ndarray) -> np.ndarray:
     """Return how many steps the history reaches back, `(N,)` int: 0 first and after a break."""
     steps = np.arange(len(breaks))
     return steps - np.maximum.accumulate(np.where(breaks, steps, 0))
