@@ -220,7 +220,7 @@ class GLIDE(nn.Module):
         *,
         low_res: jax.Array | None = None,
         inpaint_image: jax.Array | None = None,
-        inpaint_mask: jax.Array | None = None,
+        inpaint_known: jax.Array | None = None,
         low_res_timestep: jax.Array | None = None,
         guidance_scale: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
@@ -234,7 +234,7 @@ class GLIDE(nn.Module):
             low_res: `(B, h, w, 3)` in [-1, 1], for upsamplers; enlarged bilinearly here.
             inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by the
                 mask here. None: no pixel is known.
-            inpaint_mask: `(B, H, W, 1)`, 1 where the pixel is known.
+            inpaint_known: `(B, H, W, 1)`, 1 where the pixel is known.
             low_res_timestep: `(B,)` timesteps of the noise in `low_res`, for configs with
                 `low_res_timestep`. None: no noise, t = 0.
             guidance_scale: `(B,)` scales of classifier-free guidance, for configs with
@@ -254,10 +254,10 @@ class GLIDE(nn.Module):
             raise ValueError(
                 f"variant {c.variant!r} {'needs' if c.upsamples else 'takes no'} low_res"
             )
-        if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
-            raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
-        if (inpaint_image is None) != (inpaint_mask is None):
-            raise ValueError("inpaint_image and inpaint_mask go together")
+        if not c.inpaints and not (inpaint_image is None and inpaint_known is None):
+            raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_known")
+        if (inpaint_image is None) != (inpaint_known is None):
+            raise ValueError("inpaint_image and inpaint_known go together")
         if low_res_timestep is not None and not c.low_res_timestep:
             raise ValueError("this network takes no low_res_timestep")
         if c.low_res_timestep and low_res_timestep is None:
@@ -272,7 +272,7 @@ class GLIDE(nn.Module):
 
         inputs = [x]
         if c.inpaints:
-            mask = jnp.zeros_like(x[..., :1]) if inpaint_mask is None else inpaint_mask
+            mask = jnp.zeros_like(x[..., :1]) if inpaint_known is None else inpaint_known
             known = jnp.zeros_like(x) if inpaint_image is None else inpaint_image * mask
             inputs += [known, mask]
         if low_res is not None:

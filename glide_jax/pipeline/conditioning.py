@@ -56,7 +56,7 @@ class Conditioning:
         if self.low_res is not None:
             inputs["low_res"] = from_uint8(self.low_res)
         if self.known is not None and config.inpaints:
-            inputs["inpaint_image"], inputs["inpaint_mask"] = self.known_image()
+            inputs["inpaint_image"], inputs["inpaint_known"] = self.known_image()
         return inputs
 
     def known_pixel_guidance(self) -> tuple[Guidance, ...]:

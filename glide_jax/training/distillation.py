@@ -115,7 +115,7 @@ def teacher_predictor(
     network: Callable[..., Any],
     prediction: str,
     tokens: jax.Array | np.ndarray,
-    mask: jax.Array | np.ndarray,
+    caption_mask: jax.Array | np.ndarray,
     conditioning: dict[str, jax.Array],
     scale: jax.Array | None,
     clips_x0: bool,
@@ -126,7 +126,9 @@ def teacher_predictor(
         network: the teacher as a function of its inputs.
         scale: `(B,)` guidance scales; None: no guidance, and no second branch.
     """
-    branches = {CONDITIONAL.name: mask} | ({} if scale is None else {NULL.name: mask & False})
+    branches = {CONDITIONAL.name: caption_mask}
+    if scale is not None:
+        branches[NULL.name] = caption_mask & False
     conds = {
         name: {"text": network(tokens, shown, method=GLIDE.encode_text)} | conditioning
         for name, shown in branches.items()
@@ -250,14 +252,14 @@ def consistency_loss(
             teacher,
             config.prediction,
             inputs.tokens,
-            inputs.mask,
+            inputs.caption_mask,
             inputs.conditioning,
             None if c.guidance_scales == (1, 1) else scale,
             c.clip_x0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
-    text = student(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    text = student(inputs.tokens, inputs.caption_mask, method=GLIDE.encode_text)
     arguments = inputs.conditioning | options
     if config.model.guidance_scale_input:
         arguments = arguments | {"guidance_scale": scale}

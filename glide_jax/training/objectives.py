@@ -45,13 +45,13 @@ class Batch(NamedTuple):
     Attributes:
         image: `(B, H, W, 3)` uint8.
         tokens: `(B, L)` int32.
-        mask: `(B, L)` bool, True where a token belongs to the caption.
+        caption_mask: `(B, L)` bool, True where a token belongs to the caption.
         row: `(B,)` int32, row in the whole batch of the step.
     """
 
     image: jax.Array | np.ndarray
     tokens: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
+    caption_mask: jax.Array | np.ndarray
     row: jax.Array | np.ndarray
 
 
@@ -241,7 +241,7 @@ def denoising_loss(
         distribution = replace(distribution, probability=probabilities(loss_history))
     inputs = noise_batch(batch, key, distribution, tables, config)
     network = bind_network(model, params)
-    text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    text = network(inputs.tokens, inputs.caption_mask, method=GLIDE.encode_text)
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, **dropout)
     terms = hybrid_loss(
@@ -320,7 +320,7 @@ def noise_batch(
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
     u = jax.vmap(jax.random.uniform)(keys[:, 0])
-    mask = batch.mask & (u >= config.caption_dropout)[:, None]
+    caption_mask = batch.caption_mask & (u >= config.caption_dropout)[:, None]
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
         low_res = conditioning["low_res"] = to_range(shrink(batch.image))
@@ -331,10 +331,10 @@ def noise_batch(
         size = batch.image.shape[1]
         one_mask = partial(random_mask, size=size, share_all=config.mask_all_share)
         known = jax.vmap(one_mask)(keys[:, 2])
-        conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
+        conditioning |= {"inpaint_image": x_0 * known, "inpaint_known": known}
     # A key of its own: the three above are those of denoising.
     key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
-    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, mask, conditioning, key)
+    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, caption_mask, conditioning, key)
 
 
 def noise_low_res(
@@ -371,12 +371,12 @@ def contrastive_loss(
     Each image is compared with the captions of the whole batch, on all devices  (GLIDE, sec. 4.4).
 
     Args:
-        batch: `mask` is True at the tokens of the caption, start and end token included.
+        batch: `caption_mask` is True at the tokens of the caption, start and end token included.
         timestep_limit: timesteps are sampled below it; None: all timesteps.
     """
     noise = sample_noise(key, batch, timestep_limit or len(tables.alpha))
     x_t = q_sample(tables, to_range(batch.image), noise.t, noise.eps)
-    lengths = batch.mask.sum(axis=1)
+    lengths = batch.caption_mask.sum(axis=1)
     network = bind_network(model, params)
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)
     text = normalise(network(batch.tokens, lengths, method=NoisedCLIP.text_features).raw)

@@ -191,7 +191,7 @@ def update():
     batch = objectives.Batch(
         image=(nhwc(reference["x0"]) + 1) * 127.5,
         tokens=np.asarray(reference["tokens"], np.int32),
-        mask=reference["mask"],
+        caption_mask=reference["mask"],
         row=np.arange(4),
     )
     keys = jax.random.split(jax.random.key(0), 4)

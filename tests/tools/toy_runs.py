@@ -81,8 +81,8 @@ TOYS = {
     "improved64": Toy(),
     "upsample256": Toy(("low_res",), block=4),
     "improved256": Toy(("low_res",), block=4),
-    "inpaint64": Toy(("inpaint_mask",), "text64", block=2),
-    "inpaint256": Toy(("low_res", "inpaint_mask"), "upsample256", block=2),
+    "inpaint64": Toy(("inpaint_known",), "text64", block=2),
+    "inpaint256": Toy(("low_res", "inpaint_known"), "upsample256", block=2),
     "finetune64": Toy(starts_from="text64"),
     "clip64": Toy(),
 }

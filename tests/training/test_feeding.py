@@ -104,7 +104,7 @@ def test_only_the_first_call_of_a_run_stopped_between_calls_is_shorter(first, co
 def adding(state, batch, key, *_, axis):
     """A step that compiles at once: every number of the state depends on the order of the steps."""
     noise = jax.random.normal(jax.random.fold_in(key, state.step), batch.image.shape)
-    seen = (noise * batch.image).mean() + (batch.tokens * batch.mask).mean()
+    seen = (noise * batch.image).mean() + (batch.tokens * batch.caption_mask).mean()
     state = replace(
         state,
         step=state.step + 1,
