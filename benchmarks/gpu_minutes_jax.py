@@ -191,7 +191,7 @@ def conditioning(config: ModelConfig, batch: int) -> dict[str, np.ndarray]:
 def forward(row: Row) -> Program:
     """Return a forward pass, text features precomputed."""
     network, config = pipeline(row.model, row.dtype).network, config_of(row.model, TASK["size"])
-    text = pipeline(row.model, row.dtype).text_features([PROMPT] * row.batch)
+    text = pipeline(row.model, row.dtype).encode_captions([PROMPT] * row.batch)
     cond = {"text": text} | jax.device_put(conditioning(config, row.batch))
     side = config.image_size
     x = jax.random.normal(jax.random.key(0), (row.batch, side, side, 3))
@@ -210,7 +210,7 @@ def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any,
     inputs = jax.device_put(conditioning(config, batch))
     branches, conds = branches_of(guidances), {}
     for branch in branches:
-        text = stage.text_features([""] * batch if branch.prompt == "" else captions)
+        text = stage.encode_captions([""] * batch if branch.prompt == "" else captions)
         conds[branch.name] = {"text": text} | inputs
     keys = image_keys(0, np.arange(batch))
     x = settings.temperature * start_noise(keys.start, config.image_size)
@@ -335,7 +335,7 @@ def prepare(first: Row) -> None:
     several = list(takewhile(lambda row: row.kind in SIDE_BY_SIDE, rows[rows.index(first) :]))
     for row in several:
         # Made once, rather than by each thread.
-        pipeline(row.model, row.dtype).text_features([PROMPT])
+        pipeline(row.model, row.dtype).encode_captions([PROMPT])
     with ThreadPoolExecutor(TASK["threads"]) as pool:
         prepared.update({row: pool.submit(PROGRAMS[row.kind], row) for row in several})
 

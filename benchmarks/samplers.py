@@ -134,7 +134,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     # The noise of the steps; deterministic samplers do not use it.
     keys = jax.random.split(jax.random.key(options.seed), len(captions))
     conds = {
-        name: {"text": pipe.text_features(texts)}
+        name: {"text": pipe.encode_captions(texts)}
         for name, texts in (("cond", captions), ("null", [""] * len(captions)))
     }
     guidance = [classifier_free(options.scale), clip_x0()]

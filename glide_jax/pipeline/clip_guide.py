@@ -80,7 +80,7 @@ class CLIP:
         params = cast_trunk(self.params, model.dtype)
         return Network(Similarity(model), Placement(self.devices).replicate(params))
 
-    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+    def encode_captions(self, captions: Sequence[str]) -> np.ndarray:
         """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1, on the host.
 
         One caption at a time: the same compiled program then serves every number of captions.
@@ -111,7 +111,7 @@ class CLIP:
 
         def encode(texts: list[str]) -> np.ndarray:
             filled = np.array([bool(text) for text in texts], np.float32)
-            return self.encode_text(texts) * filled[:, None]
+            return self.encode_captions(texts) * filled[:, None]
 
         parsed = [read_prompt(prompt) for prompt in prompts]
         count = max(len(prompt.parts) for prompt in parsed)

@@ -212,7 +212,7 @@ class _Batch(NamedTuple):
                 continue
             networks[name] = network_stage.network
             parts = [part for branch in branches for part in captions_of(branch, self.prompts)]
-            features = encode_parts(network_stage.text_features, parts)
+            features = encode_parts(network_stage.encode_captions, parts)
             for i, branch in enumerate(branches):
                 rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
                 text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)

@@ -94,7 +94,7 @@ class Stage:
         """The tokenizer of captions."""
         return GPT2Tokenizer(self.model.config.text_ctx)
 
-    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+    def encode_captions(self, captions: Sequence[str]) -> TextFeatures:
         """Return the text features of captions, on the host; those of "" are unconditional.
 
         One caption at a time: the same compiled program then serves every number of captions.

@@ -147,7 +147,7 @@ def test_the_upsampler_reads_one_caption_alone():
     seen = []
 
     class Listening(type(exact_pipeline())):
-        def text_features(self, captions):
+        def encode_captions(self, captions):
             seen.append(captions)
             return np.zeros((len(captions), 3), np.float32)
 
