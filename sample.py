@@ -25,9 +25,10 @@ import jax
 
 import glide_jax as glide
 from glide_jax.devices.processes import own_process
-from glide_jax.devices.runtime import prepare
+from glide_jax.devices.runtime import prepare_process
 from glide_jax.errors import UsageError, one_line_errors
-from glide_jax.pipeline.images import Images, check_writable
+from glide_jax.folders import check_writable
+from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.options import (
     Options,
     check_options,
@@ -52,7 +53,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     given = prompts_of(options)
     for prompt in given:
         read_prompt(prompt)
-    pipe = glide.load(**model.loaded())
+    pipe = glide.load(**model.load_arguments())
     shown = pipe.model.prompts if editing.image is None else ()
     prompts = given or shown or ("",)
     if note := pipe.tokenizer.too_long(
@@ -121,7 +122,7 @@ def main() -> None:
         process = (0, 1)
         if options.shards:
             process = own_process(sharding.process, sharding.processes)
-        prepare()
+        prepare_process()
         generate(options, process)
 
 

@@ -29,7 +29,7 @@ import jax
 from glide_jax.data.sources import open_source
 from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.devices.runtime import prepare
+from glide_jax.devices.runtime import prepare_process
 from glide_jax.errors import one_line_errors
 from glide_jax.pipeline.default_settings import check_defaults
 from glide_jax.pipeline.loading import sample_grid
@@ -39,12 +39,12 @@ from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_membership
 from glide_jax.training.config import RunConfig, TrainConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
-from glide_jax.training.feeding import align, compile_steps, open_batches
+from glide_jax.training.feeding import compile_steps, open_batches, steps_of_next_call
 from glide_jax.training.initial import begin_state, frozen_base
 from glide_jax.training.locking import only_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
-from glide_jax.training.post_hoc_ema import snapshot
+from glide_jax.training.post_hoc_ema import save_ema_snapshots
 from glide_jax.training.resuming import say_changes
 from glide_jax.training.runs import model_of
 from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
@@ -83,29 +83,30 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            first, state, position = 0, begin_state(config, objective, parallel), {}
+            start_step, state, loop_state = 0, begin_state(config, objective, parallel), {}
         else:
-            saved = saved_part(abstract_state(config, objective), objective)
-            like = parallel.restore_target(saved)
-            first, state, position = checkpoints.restore(like, source.fingerprint)
-            say_changes(config, first, position.get("seconds", 0.0))
+            saved_shapes = saved_part(abstract_state(config, objective), objective)
+            like = parallel.restore_target(saved_shapes)
+            start_step, state, loop_state = checkpoints.restore(like, source.fingerprint)
+            say_changes(config, start_step, loop_state.get("seconds", 0.0))
             state = fit_loss_scale(state, objective)
             if base := frozen_base(config, objective):
                 state = replace(state, frozen_params=base)
             state = parallel.put_state(state)
-            batches.set_state(position)
-        clock = Clock(config, position)
+            batches.set_state(loop_state)
+        clock = Clock(config, loop_state)
         processes.on_first_process(partial(write_config, config))
         processes.on_first_process(partial(source.faults.save, config.folder / "left_out.txt"))
 
         # -- the loop -------------------------------------------------------------------------
-        step, stop = first, clock.over
-        with Logger(config, first, len(source), sample_grid) as log:
+        step, stop = start_step, clock.over
+        with Logger(config, start_step, len(source), sample_grid) as log:
             # The clock is read once a pass: where it stops the run, a checkpoint is saved.
             while step < config.steps and not stop:
-                count = align(batches, step)
-                factor = clock.factor()
-                state, metrics = train_steps(state, next(batches), Control(key, factor, clock.done))
+                count = steps_of_next_call(batches, step)
+                factor, item = clock.factor(), next(batches)
+                control = Control(key, factor, clock.time_share)
+                state, metrics = train_steps(state, item, control)
                 clock.started(metrics)
                 step += count
                 log.steps(step, count, parallel.gather(metrics), checkpoints.latest)
@@ -119,7 +120,7 @@ def train(config: RunConfig) -> None:
                         source.fingerprint,
                         checksums(parallel.one_copy(saved)),
                     )
-                snapshot(config, step, map(parallel.gather, state.power_emas))
+                save_ema_snapshots(config, step, map(parallel.gather, state.power_emas))
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
@@ -158,11 +159,11 @@ def main() -> None:
         config, hardware = parse_recipe(arguments, __doc__ or "")
         check_recipe(config)
         if hardware is not None:
-            prepare(dry_run=True)
+            prepare_process(dry_run=True)
             print(dry_run(config, hardware))
             return
         links = processes.join(membership)
-        prepare()
+        prepare_process()
         again = "start all processes again, with the same command"
         with processes.ending_with_peers(links, again), only_run(config.folder):
             train(config)

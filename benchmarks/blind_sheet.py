@@ -18,7 +18,7 @@ from glide_jax.errors import one_line_errors
 from glide_jax.evaluation.captions import one_of_each_concept, prompt_of, training_pairs
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.training.recipes import load_recipe
 
 

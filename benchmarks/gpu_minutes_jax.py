@@ -27,10 +27,11 @@ from benchmarks.speed_parts import TOY_STEPS, config_of, random_params, training
 from glide_jax.devices.hardware import peak_flops
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import branches_of
-from glide_jax.diffusion.sampling import run_rows, start
+from glide_jax.diffusion.sampling import run_rows, start_state
+from glide_jax.folders import package_version
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.unet import GLIDE
-from glide_jax.pipeline.images import package_version, to_uint8
+from glide_jax.pipeline.images import to_uint8
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
@@ -190,7 +191,7 @@ def conditioning(config: ModelConfig, batch: int) -> dict[str, np.ndarray]:
 def forward(row: Row) -> Program:
     """Return a forward pass, text features precomputed."""
     network, config = pipeline(row.model, row.dtype).network, config_of(row.model, TASK["size"])
-    text = pipeline(row.model, row.dtype).text_features([PROMPT] * row.batch)
+    text = pipeline(row.model, row.dtype).encode_captions([PROMPT] * row.batch)
     cond = {"text": text} | jax.device_put(conditioning(config, row.batch))
     side = config.image_size
     x = jax.random.normal(jax.random.key(0), (row.batch, side, side, 3))
@@ -209,11 +210,11 @@ def sampler_arguments(stage: Pipeline, batch: int) -> tuple[int, int, tuple[Any,
     inputs = jax.device_put(conditioning(config, batch))
     branches, conds = branches_of(guidances), {}
     for branch in branches:
-        text = stage.text_features([""] * batch if branch.prompt == "" else captions)
+        text = stage.encode_captions([""] * batch if branch.prompt == "" else captions)
         conds[branch.name] = {"text": text} | inputs
     keys = image_keys(0, np.arange(batch))
     x = settings.temperature * start_noise(keys.start, config.image_size)
-    arguments = {"main": stage.network}, conds, plan, start(plan, x), keys.steps
+    arguments = {"main": stage.network}, conds, plan, start_state(plan, x), keys.steps
     return len(plan), len(branches), arguments
 
 
@@ -334,7 +335,7 @@ def prepare(first: Row) -> None:
     several = list(takewhile(lambda row: row.kind in SIDE_BY_SIDE, rows[rows.index(first) :]))
     for row in several:
         # Made once, rather than by each thread.
-        pipeline(row.model, row.dtype).text_features([PROMPT])
+        pipeline(row.model, row.dtype).encode_captions([PROMPT])
     with ThreadPoolExecutor(TASK["threads"]) as pool:
         prepared.update({row: pool.submit(PROGRAMS[row.kind], row) for row in several})
 

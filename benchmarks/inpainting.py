@@ -18,7 +18,8 @@ import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import one_line_errors
 from glide_jax.evaluation.captions import prompt_of, random_records, training_pairs
-from glide_jax.pipeline.images import check_writable, image_grid
+from glide_jax.folders import check_writable
+from glide_jax.pipeline.images import image_grid
 from glide_jax.pipeline.runner import check_32_bits
 from glide_jax.pipeline.settings import REPAINT
 from glide_jax.training.recipes import load_recipe

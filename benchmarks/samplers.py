@@ -2,7 +2,7 @@
 
 Writes the figure `samplers.png` and its data `samplers.json`. Left: the exact error of every
 sampler on Gaussian images with the spectrum of natural images
-(`glide_jax.diffusion.solvers.optimised`). Right: the embedded model with classifier-free guidance
+(`glide_jax.diffusion.optimised_grids`). Right: the embedded model with classifier-free guidance
 alone, its distance from the result of 1000 steps of dpm++2m with the same starting noise. The right
 panel has deterministic samplers only: with added noise the result is another image.
 """
@@ -24,15 +24,14 @@ import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
+from glide_jax.diffusion.optimised_grids import image_error
 from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.diffusion.solvers.optimised import image_error
+from glide_jax.diffusion.solvers import SOLVERS, traits_of
 from glide_jax.diffusion.solvers.table import Solver
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.pipeline import Pipeline
 
-STOCHASTIC = ("dpm++2m-sde", "sa", "ddpm", "ddpm-small", "ddpm-large", "consistency")
 # Spacings other than the general default: for the default sampler, those of glide-text2im, and the
 # default of the embedded model.
 SPACED = (
@@ -135,7 +134,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     # The noise of the steps; deterministic samplers do not use it.
     keys = jax.random.split(jax.random.key(options.seed), len(captions))
     conds = {
-        name: {"text": pipe.text_features(texts)}
+        name: {"text": pipe.encode_captions(texts)}
         for name, texts in (("cond", captions), ("null", [""] * len(captions)))
     }
     guidance = [classifier_free(options.scale), clip_x0()]
@@ -161,7 +160,7 @@ def measure(options: Options) -> dict[str, Any]:
     def distance(grid: np.ndarray, solver: Solver) -> float:
         return float(np.sqrt(((generate(grid, solver) - reference) ** 2).mean()))
 
-    deterministic = tuple(name for name in choices() if name.split(",")[0] not in STOCHASTIC)
+    deterministic = tuple(name for name in choices() if not traits_of(name.split(",")[0]).is_noisy)
     model = curves(pipe.schedule, deterministic, options.model_evaluations, distance)
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
     return {"settings": settings, "image statistics": exact, "embedded model": model}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.devices.hardware import peak_flops
+from glide_jax.folders import package_version
 from glide_jax.models.presets import ModelConfig, base64, upsample256
-from glide_jax.pipeline.images import package_version
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage, encode_text
@@ -175,7 +175,7 @@ def training_step(model: str, dtype: str, batch: int, size: str) -> tuple[RunCon
     rows = Batch(
         image=jnp.asarray(rng.integers(0, 256, (batch, side, side, 3)), jnp.uint8),
         tokens=jnp.asarray(rng.integers(0, network.n_vocab, (batch, network.text_ctx)), jnp.int32),
-        mask=jnp.ones((batch, network.text_ctx), bool),
+        caption_mask=jnp.ones((batch, network.text_ctx), bool),
         row=jnp.arange(batch),
     )
     step = jax.jit(make_step(config, objective), donate_argnums=0)

@@ -17,7 +17,7 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
     network, evaluate = pipe.network, jax.jit(glide.Network.__call__)
     timesteps = glide.make_timesteps(pipe.schedule, steps, "uniform")
     alpha_bar = np.append(pipe.schedule.alpha_bar_at(timesteps), 1.0)
-    text = pipe.text_features([prompt, ""])
+    text = pipe.encode_captions([prompt, ""])
     x = noise
     for t, now, then in zip(timesteps, alpha_bar[:-1], alpha_bar[1:], strict=True):
         alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
@@ -38,7 +38,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
         glide.SOLVERS["ddim"],
         [glide.classifier_free(scale), glide.clip_x0()],
     )
-    conds = {n: {"text": pipe.text_features([p])} for n, p in (("cond", prompt), ("null", ""))}
+    conds = {n: {"text": pipe.encode_captions([p])} for n, p in (("cond", prompt), ("null", ""))}
     return glide.sample({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x
 
 

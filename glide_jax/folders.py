@@ -6,7 +6,10 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from glide_jax.errors import GlideError
 
 try:
     import fcntl
@@ -17,6 +20,14 @@ _PACKAGE = Path(__file__).parent
 # In a checkout they lie beside the package, in a wheel inside it: the same files.
 SCRIPTS = _PACKAGE / "scripts" if (_PACKAGE / "scripts").is_dir() else _PACKAGE.parent
 RECIPES = SCRIPTS / "configs"
+
+
+def package_version() -> str:
+    """Return the installed version, or "source" in a checkout that is not installed."""
+    try:
+        return version("glide-jax")
+    except PackageNotFoundError:
+        return "source"
 
 
 def cache_folder() -> Path:
@@ -72,6 +83,22 @@ def expand_words(words: Sequence[str], texts: Sequence[str] = ()) -> list[str]:
 
 
 # --- whole files
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder, and check that it can be written before anything is computed.
+
+    Raises:
+        GlideError: it cannot.
+    """
+    folder = expand_home(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileExistsError:
+        raise GlideError(f"cannot write to {folder}: it is a file, not a folder") from None
+    except OSError as error:
+        raise GlideError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

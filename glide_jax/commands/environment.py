@@ -10,8 +10,7 @@ import jax
 import glide_jax
 from glide_jax.devices.runtime import find_devices, trunk_dtype
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import cache_folder
-from glide_jax.pipeline.images import package_version
+from glide_jax.folders import cache_folder, package_version
 from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
 
 PACKAGES = (

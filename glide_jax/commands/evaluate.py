@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from glide_jax.commands.guidance_curve import Curve
 from glide_jax.commands.score_folders import Fid
-from glide_jax.devices.runtime import prepare
+from glide_jax.devices.runtime import prepare_process
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.evaluation import (
     experiment,
@@ -31,15 +31,14 @@ from glide_jax.evaluation import (
 )
 from glide_jax.evaluation.features import SCORER, open_scorer, open_space
 from glide_jax.evaluation.reports import write_json
-from glide_jax.folders import expand_words
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable, expand_words
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
     HIDDEN,
-    TEXTS,
-    ModelOptions,
+    UNEXPANDED_OPTIONS,
     NetworkOptions,
     SamplingOptions,
+    SharedModelOptions,
     check_scales,
     show_defaults_of,
 )
@@ -52,7 +51,7 @@ from glide_jax.weights.registry import NONE
 
 
 @dataclass(frozen=True)
-class MeasuredOptions(ModelOptions):
+class MeasuredOptions(SharedModelOptions):
     """The model, and the devices it runs on."""
 
     # Weights and upsampler are measured together only on request.
@@ -60,7 +59,7 @@ class MeasuredOptions(ModelOptions):
 
     def pipeline(self) -> Pipeline:
         """Load the pipeline."""
-        return load(**self.loaded())
+        return load(**self.load_arguments())
 
 
 @dataclass(frozen=True)
@@ -344,7 +343,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def read(arguments: Sequence[str]) -> Command:
     """Return the command of a command line."""
-    words = expand_words(arguments, TEXTS)
+    words = expand_words(arguments, UNEXPANDED_OPTIONS)
     if weights := _weights(words):
         show_defaults_of(weights, words)
     kinds: list[Any] = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
@@ -364,7 +363,7 @@ def _weights(words: Sequence[str]) -> str:
             return following
         if word.startswith("--weights="):
             return word.removeprefix("--weights=")
-    return "" if words[:1] in (["scenes"], ["fid"]) else ModelOptions.weights
+    return "" if words[:1] in (["scenes"], ["fid"]) else SharedModelOptions.weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -372,5 +371,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors("stopped; the same command continues a sweep or a curve"):
         command = read(sys.argv[1:] if arguments is None else arguments)
         getattr(command, "own_process", None)  # before jax starts: it may choose the GPUs
-        prepare()
+        prepare_process()
         command.run()

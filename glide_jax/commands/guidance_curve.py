@@ -22,13 +22,13 @@ from glide_jax.evaluation.image_sets import ImageSet, open_images
 from glide_jax.evaluation.metrics import inception_score
 from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import Side, compare, measure
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
     HIDDEN,
+    SampleModelOptions,
     SamplingOptions,
     ShardOptions,
-    WeightsOptions,
     check_scales,
 )
 from glide_jax.pipeline.pipeline import Pipeline
@@ -87,7 +87,7 @@ class Curve:
     allow_few_images: bool = False
     out: Path = Path("curve")
     sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
-    model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
+    model: OmitArgPrefixes[SampleModelOptions] = field(default_factory=SampleModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
@@ -105,7 +105,7 @@ class Curve:
         if inception.classes is None:
             raise UsageError(f"{self.inception} is {inception.name}, not the Inception of FID")
         check_writable(self.out)
-        pipe = load(**self.model.loaded())
+        pipe = load(**self.model.load_arguments())
         if self.clip_scales and pipe.clip is None:
             raise UsageError("--clip-scales needs a noised CLIP that guides: give --clip-model")
         side = (pipe.upsampler or pipe).model.config.image_size

@@ -12,8 +12,7 @@ import numpy as np
 import tyro
 
 from glide_jax.errors import UsageError
-from glide_jax.folders import expand_home
-from glide_jax.pipeline.images import package_version
+from glide_jax.folders import expand_home, package_version
 from glide_jax.training.config import read_config
 from glide_jax.training.run_facts import run_facts, shown
 from glide_jax.training.runs import is_run, open_clip, open_model

@@ -15,7 +15,7 @@ from glide_jax.evaluation.frechet import Moments, read_statistics, save_statisti
 from glide_jax.evaluation.image_sets import ImageSet, has_images, open_images
 from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import compare, measure, table
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.options import HIDDEN
 
 WEIGHTS = (

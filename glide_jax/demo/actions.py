@@ -8,7 +8,7 @@ from typing import Any
 
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.images import Images
-from glide_jax.pipeline.options import WeightsOptions
+from glide_jax.pipeline.options import SampleModelOptions
 from glide_jax.pipeline.pipeline import Pipeline, Preview
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights.registry import NONE
@@ -99,7 +99,7 @@ class Call:
             out: the folder for the images.
         """
         load = self._used(loading)
-        weights = load.pop("weights", WeightsOptions.weights)
+        weights = load.pop("weights", SampleModelOptions.weights)
         made = ", ".join([repr(weights), *(f"{name}={v!r}" for name, v in load.items())])
         arguments = [repr(prompt) for prompt in self.prompts]
         named = dict(self.arguments)
@@ -203,10 +203,10 @@ def interpolation(controls: Controls, defaults: Settings, end: str, **more: Any)
     return Call("interpolate", prompts, _call_settings(controls, defaults, more))
 
 
-def loading_arguments(options: WeightsOptions) -> dict[str, Any]:
+def loading_arguments(options: SampleModelOptions) -> dict[str, Any]:
     """Return the arguments of `glide_jax.load` that differ from their defaults."""
-    usual = WeightsOptions().loaded()
-    return {name: value for name, value in options.loaded().items() if value != usual[name]}
+    usual = SampleModelOptions().load_arguments()
+    return {name: value for name, value in options.load_arguments().items() if value != usual[name]}
 
 
 def caption_of(metadata: Mapping[str, Any]) -> str:

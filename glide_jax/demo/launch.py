@@ -16,9 +16,9 @@ from tyro.conf import OmitArgPrefixes, arg
 from glide_jax.demo.studio import Studio
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import GlideError, UsageError, one_line_errors
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, WeightsOptions
+from glide_jax.pipeline.options import HIDDEN, SampleModelOptions
 
 DESCRIPTION = """Open a page to generate and edit images in a browser.
 
@@ -48,7 +48,7 @@ class DemoOptions:
     host: str = LOCAL
     share: bool = False
     open: bool = False
-    model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
+    model: OmitArgPrefixes[SampleModelOptions] = field(default_factory=SampleModelOptions)
 
 
 def read_demo_options(arguments: Sequence[str]) -> DemoOptions:
@@ -72,7 +72,7 @@ def open_studio(options: DemoOptions) -> Studio:
     """
     model = options.model
     check_writable(options.out)
-    pipe = load(**model.loaded())
+    pipe = load(**model.load_arguments())
     if pipe.model.config.upsamples:
         raise UsageError(f"{model.weights} is an upsampler: give the weights of a base model")
     return Studio(pipe, model, options.out.expanduser())

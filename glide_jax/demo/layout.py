@@ -181,7 +181,7 @@ def _guidance(components: SimpleNamespace, studio: Studio) -> None:
             step=0.1,
             label="Autoguidance scale",
             info="1 is off; more goes further away from the weak model.",
-            visible=studio.pipe.weak_model is not None,
+            visible=studio.pipe.weak_stage is not None,
         )
         low, high = defaults.guidance_interval or (None, None)
         with gr.Row():

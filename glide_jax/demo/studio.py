@@ -15,7 +15,7 @@ import numpy as np
 from glide_jax.demo.actions import Call, loading_arguments
 from glide_jax.errors import GlideError
 from glide_jax.pipeline.images import Images
-from glide_jax.pipeline.options import WeightsOptions
+from glide_jax.pipeline.options import SampleModelOptions
 from glide_jax.pipeline.pipeline import Pipeline, Preview
 
 # Seconds without a step after which a run is probably compiling.
@@ -60,7 +60,7 @@ class Studio:
     """
 
     pipe: Pipeline
-    model: WeightsOptions
+    model: SampleModelOptions
     out: Path
     ready: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)

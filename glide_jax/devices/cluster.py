@@ -100,7 +100,7 @@ def note_if_alone(environ: Environ) -> str:
     return ""
 
 
-def local_devices(local: tuple[int, int], gpus: int) -> list[int] | None:
+def own_gpus(local: tuple[int, int], gpus: int) -> list[int] | None:
     """Return the GPUs that a process takes of those it sees; None: all.
 
     Args:

@@ -16,24 +16,24 @@ from glide_jax.devices.runtime import find_devices
 from glide_jax.errors import UsageError
 
 
-def local_devices(count: int | str) -> list[jax.Device]:
+def chosen_devices(count: int | str) -> list[jax.Device]:
     """Return so many of this process's devices, or all of them for "all".
 
     Raises:
         UsageError: there are fewer devices.
         GlideError: jax finds none.
     """
-    local_devices = find_devices()
+    available = find_devices()
     if count == "all":
-        return local_devices
-    if not (str(count).isdecimal() and 1 <= int(count) <= len(local_devices)):
+        return available
+    if not (str(count).isdecimal() and 1 <= int(count) <= len(available)):
         raise UsageError(
-            f"cannot use {count} devices: there are {len(local_devices)} here; or give all"
+            f"cannot use {count} devices: there are {len(available)} here; or give all"
         )
-    return local_devices[: int(count)]
+    return available[: int(count)]
 
 
-GPUS = "gpu", "cuda"
+GPU_PLATFORMS = "gpu", "cuda"
 # The axes of a kernel (height, width, in, out), from the slowest in memory to the fastest.
 OHWI = Layout((3, 0, 1, 2))
 
@@ -56,7 +56,7 @@ class Placement:
     @cached_property
     def mesh(self) -> Mesh:
         """The devices as one axis."""
-        return device_mesh(local_devices(self.devices))
+        return device_mesh(chosen_devices(self.devices))
 
     @property
     def platform(self) -> str:
@@ -79,7 +79,7 @@ class Placement:
 
         return jax.tree.map(put, tree)
 
-    def in_parts(self, tree: Any) -> bool:
+    def is_sharded(self, tree: Any) -> bool:
         """Whether some array is split over devices, so that none of these holds it whole."""
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
         return not all(leaf.is_fully_replicated for leaf in leaves)
@@ -94,7 +94,7 @@ class Placement:
         Args:
             tree: arrays on these devices.
         """
-        if self.platform not in GPUS:
+        if self.platform not in GPU_PLATFORMS:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         chosen = [i for i, leaf in enumerate(leaves) if _is_kernel(leaf)]

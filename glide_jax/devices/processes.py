@@ -16,8 +16,8 @@ from glide_jax.devices.cluster import (
     REMEDY,
     Cluster,
     detect,
-    local_devices,
     note_if_alone,
+    own_gpus,
 )
 from glide_jax.devices.links import Links
 from glide_jax.devices.roll_call import roll_call
@@ -77,7 +77,7 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
         return _connect(cluster or Cluster("--coordinator auto", ""), seconds)
     ids = None
     if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        ids = local_devices(cluster.local, visible_gpus())
+        ids = own_gpus(cluster.local, visible_gpus())
     links = _connect(cluster, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
     if cluster.process == 0:
         print(
@@ -107,7 +107,7 @@ def own_process(process: int | None = None, processes: int | None = None) -> tup
     cluster = detect(os.environ, metadata=tpu_metadata())
     if cluster is None or cluster.process is None or cluster.processes is None:
         return 0, 1
-    ids = local_devices(cluster.local, visible_gpus())
+    ids = own_gpus(cluster.local, visible_gpus())
     if ids is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, ",".join(map(str, ids)))

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def prepare(*, dry_run: bool = False) -> None:
+def prepare_process(*, dry_run: bool = False) -> None:
     """Prepare this process for a command: its devices, 32 bits, and the compilation cache.
 
     Args:

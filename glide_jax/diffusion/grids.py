@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from glide_jax.diffusion.optimised_grids import optimised_grid
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.diffusion.solvers.optimised import optimised_grid
 from glide_jax.diffusion.solvers.table import Solver
 from glide_jax.diffusion.spacings import (
     log_snr_uniform,

@@ -19,15 +19,15 @@ class LossTables(NamedTuple):
 
     Attributes:
         alpha, sigma: `x_t = alpha x_0 + sigma eps`.
-        log_beta, log_beta_tilde, mean_x_0, mean_x_t: see `Posterior`.
+        log_beta, log_beta_tilde, mean_weight_x_0, mean_weight_x_t: see `Posterior`.
     """
 
     alpha: np.ndarray
     sigma: np.ndarray
     log_beta: np.ndarray
     log_beta_tilde: np.ndarray
-    mean_x_0: np.ndarray
-    mean_x_t: np.ndarray
+    mean_weight_x_0: np.ndarray
+    mean_weight_x_t: np.ndarray
 
 
 class Terms(NamedTuple):
@@ -52,8 +52,8 @@ def make_tables(schedule: Schedule) -> LossTables:
         np.sqrt(1 - schedule.alpha_bar),
         q.log_beta,
         q.log_beta_tilde,
-        q.mean_x_0,
-        q.mean_x_t,
+        q.mean_weight_x_0,
+        q.mean_weight_x_t,
     )
     return LossTables(*(column.astype(np.float32) for column in columns))
 
@@ -106,7 +106,7 @@ def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
     return jnp.maximum(log_p, np.log(1e-12))
 
 
-def vlb_terms(
+def variational_bound(
     tables: LossTables,
     x_0: jax.Array,
     x_t: jax.Array,
@@ -132,8 +132,10 @@ def vlb_terms(
     low, high = at_timesteps(tables.log_beta_tilde, t), at_timesteps(tables.log_beta, t)
     log_variance = variance_fraction * high + (1 - variance_fraction) * low
     predicted_x_0 = (x_t - at_timesteps(tables.sigma, t) * eps) / at_timesteps(tables.alpha, t)
-    mean = at_timesteps(tables.mean_x_0, t) * predicted_x_0 + at_timesteps(tables.mean_x_t, t) * x_t
-    true_mean = at_timesteps(tables.mean_x_0, t) * x_0 + at_timesteps(tables.mean_x_t, t) * x_t
+    weight_x_0 = at_timesteps(tables.mean_weight_x_0, t)
+    weight_x_t = at_timesteps(tables.mean_weight_x_t, t)
+    mean = weight_x_0 * predicted_x_0 + weight_x_t * x_t
+    true_mean = weight_x_0 * x_0 + weight_x_t * x_t
 
     kl = mean_flat(normal_kl(true_mean, low, mean, log_variance))
     nll = mean_flat(-discretised_log_likelihood(x_0, mean, 0.5 * log_variance))
@@ -214,7 +216,7 @@ def hybrid_loss(
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
-    vlb = vlb_weight * vlb_terms(
+    vlb = vlb_weight * variational_bound(
         tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance_output
     )
     return Terms(simple + vlb, mse, vlb)

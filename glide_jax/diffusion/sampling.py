@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance.predictor import (
     is_network,
     noise_predictor,
 )
-from glide_jax.diffusion.guidance.record import Guidance, apply, branches_of
+from glide_jax.diffusion.guidance.record import Guidance, apply_guidances, branches_of
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
@@ -176,7 +176,7 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(convert, args, is_leaf=is_network)
 
 
-def start(plan: Plan, x: jax.Array) -> State:
+def start_state(plan: Plan, x: jax.Array) -> State:
     """Return the state before the first row; `x (B, H, W, C)` is noise at the first level."""
     return _start(x, tuple(name for g in plan.guidance for name in g.remembers))
 
@@ -248,7 +248,9 @@ def run_rows(
     named = networks.tree() if isinstance(networks, Flattened) else networks
     active = [[plan.guidance[i] for i in members] for members in plan.guidance_sets]
     predictors = [
-        solver_view(apply(noise_predictor(named, conds, branches_of(guidances)), guidances))
+        solver_view(
+            apply_guidances(noise_predictor(named, conds, branches_of(guidances)), guidances)
+        )
         for guidances in active
     ]
 
@@ -354,7 +356,7 @@ def sample(
         UsageError: see `check_variance`.
     """
     check_variance(networks, conds, plan, x)
-    return run_rows(Flattened.of(networks), conds, plan, start(plan, x), noise)
+    return run_rows(Flattened.of(networks), conds, plan, start_state(plan, x), noise)
 
 
 def stream(
@@ -379,7 +381,7 @@ def stream(
         UsageError: see `check_variance`.
     """
     check_variance(networks, conds, plan, x)
-    state, flat = start(plan, x), Flattened.of(networks)
+    state, flat = start_state(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         span = slice(first, first + rows)
         part = replace(plan, table=plan.table.rows(span))

@@ -17,24 +17,24 @@ from glide_jax.errors import UsageError
 MAX_BETA = 0.999
 
 
-def linear_betas(steps: int) -> np.ndarray:
+def linear_betas(length: int) -> np.ndarray:
     """`beta` from 1e-4 to 0.02 over 1000 steps, scaled to other lengths  (DDPM, 2006.11239).
 
     With 20 steps or fewer, beta would reach 1: it is capped like that of the cosine schedule.
     """
-    scale = 1000 / steps
-    betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    scale = 1000 / length
+    betas = np.linspace(scale * 1e-4, scale * 0.02, length, dtype=np.float64)
     return np.minimum(betas, MAX_BETA)
 
 
-def cosine_betas(steps: int) -> np.ndarray:
+def cosine_betas(length: int) -> np.ndarray:
     """`alpha_bar(u) ~ cos^2((u + 0.008) / 1.008 * pi / 2)`, beta <= 0.999  (2102.09672, eq. 17)."""
 
     def f(u: np.ndarray) -> np.ndarray:
         return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
 
-    i = np.arange(steps, dtype=np.float64)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), MAX_BETA)
+    i = np.arange(length, dtype=np.float64)
+    return np.minimum(1 - f((i + 1) / length) / f(i / length), MAX_BETA)
 
 
 BETAS: dict[str, Callable[[int], np.ndarray]] = {"cosine": cosine_betas, "linear": linear_betas}
@@ -67,16 +67,16 @@ class Schedule:
 
         The value is linear between integers, and constant beyond the ends.
         """
-        levels = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
-        return np.interp(np.asarray(t), np.arange(len(self)), levels)
+        half_log_snrs = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
+        return np.interp(np.asarray(t), np.arange(len(self)), half_log_snrs)
 
     def at_half_log_snr(self, half_log_snr: ArrayLike) -> np.ndarray:
         """Return the fractional `t` with this log(alpha / sigma): the inverse of `half_log_snr`.
 
         A value beyond the ends of the schedule gives the end: 0 or T - 1.
         """
-        levels = self.half_log_snr(np.arange(len(self)))
-        return np.interp(-np.asarray(half_log_snr), -levels, np.arange(len(self)))
+        half_log_snrs = self.half_log_snr(np.arange(len(self)))
+        return np.interp(-np.asarray(half_log_snr), -half_log_snrs, np.arange(len(self)))
 
     def alpha_bar_at(self, t: ArrayLike) -> np.ndarray:
         """Return `alpha_bar` at `t`: exact at integers, from `half_log_snr` between them."""
@@ -111,6 +111,14 @@ def to_x_0(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
 
 
+def x_0_weight(alpha: Any, sigma: Any) -> Any:
+    """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
+
+    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
+    """
+    return sigma**2 / alpha
+
+
 def target_of(prediction: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
     """Return what a network is to predict: `eps`, `alpha eps - sigma x_0` for v, or `x_0`."""
     if prediction == "x":
@@ -127,14 +135,14 @@ class Posterior:
         beta_tilde: the variance; zero at the first step.
         log_beta_tilde: `log beta_tilde`, the lower end of a learned variance. The first entry
             repeats the second, as in Improved DDPM; with a single step it is `log_beta`.
-        mean_x_0, mean_x_t: the mean is `mean_x_0 x_0 + mean_x_t x_t`.
+        mean_weight_x_0, mean_weight_x_t: the mean is `mean_weight_x_0 x_0 + mean_weight_x_t x_t`.
     """
 
     log_beta: np.ndarray
     beta_tilde: np.ndarray
     log_beta_tilde: np.ndarray
-    mean_x_0: np.ndarray
-    mean_x_t: np.ndarray
+    mean_weight_x_0: np.ndarray
+    mean_weight_x_t: np.ndarray
 
 
 def posterior(betas: np.ndarray) -> Posterior:
@@ -147,23 +155,23 @@ def posterior(betas: np.ndarray) -> Posterior:
         log_beta=np.log(betas),
         beta_tilde=beta_tilde,
         log_beta_tilde=np.log(np.append(floor, beta_tilde[1:])),
-        mean_x_0=betas * np.sqrt(previous) / (1 - alpha_bar),
-        mean_x_t=(1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar),
+        mean_weight_x_0=betas * np.sqrt(previous) / (1 - alpha_bar),
+        mean_weight_x_t=(1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar),
     )
 
 
-def make_schedule(name: str, steps: int = 1000) -> Schedule:
+def make_schedule(name: str, length: int = 1000) -> Schedule:
     """Return the noise schedule of that name.
 
     Args:
         name: "cosine" (the 64x64 models) or "linear" (OpenAI's upsamplers).
-        steps: number of timesteps T.
+        length: number of timesteps T.
 
     Raises:
         UsageError: the name is unknown, or there is no step.
     """
     if name not in BETAS:
         raise UsageError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
-    if steps < 1:
-        raise UsageError(f"a noise schedule needs at least one step, not {steps}")
-    return Schedule(BETAS[name](steps))
+    if length < 1:
+        raise UsageError(f"a noise schedule needs at least one step, not {length}")
+    return Schedule(BETAS[name](length))

@@ -37,8 +37,9 @@ from glide_jax.evaluation.metrics import (
 )
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sweep_options import Task
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.images import Images, check_writable, image_grid, slug
+from glide_jax.pipeline.images import Images, image_grid, slug
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import describe
@@ -113,11 +114,11 @@ class Experiment:
                 f"nearest_k is {self.nearest_k}: it must be at least 1 and below the number of "
                 f"images of a point, {self.images}"
             )
-        upsampler, weak_model = self.pipe.upsampler, self.pipe.weak_model
+        upsampler, weak_stage = self.pipe.upsampler, self.pipe.weak_stage
         return {
             "weights": _identity(self.pipe.model),
             "upsampler": upsampler and _identity(upsampler.model),
-            "weak_model": weak_model and _identity(weak_model.model),
+            "weak_model": weak_stage and _identity(weak_stage.model),
             "scorer": [self.scorer.clip.name, self.scorer.checksum],
             "views": self.scorer.views,
             "features": [space.name for space in self.spaces],

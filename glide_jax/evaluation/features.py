@@ -79,7 +79,7 @@ class Scorer:
     def texts(self, captions: Sequence[str]) -> np.ndarray:
         """Return the embeddings of captions, `(M, D)` float32, of length 1."""
         encoded = [
-            np.asarray(self.clip.encode_text([captions[int(i)] for i in index]))
+            np.asarray(self.clip.encode_captions([captions[int(i)] for i in index]))
             for index in batches(len(captions), BATCH)
         ]
         return np.concatenate(encoded)[: len(captions)]

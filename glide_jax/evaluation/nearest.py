@@ -16,7 +16,7 @@ from glide_jax.evaluation.captions import (
 )
 from glide_jax.evaluation.features import fit
 from glide_jax.evaluation.reports import write_json, write_png
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import TrainConfig
 

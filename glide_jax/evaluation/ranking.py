@@ -25,7 +25,7 @@ from glide_jax.evaluation.features import Scorer, similarity
 from glide_jax.evaluation.metrics import r_precision
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.training.config import RunConfig
 

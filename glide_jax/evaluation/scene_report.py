@@ -11,7 +11,7 @@ from glide_jax.errors import UsageError
 from glide_jax.evaluation.reports import write_json, write_png
 from glide_jax.evaluation.scene_score import rates, score
 from glide_jax.evaluation.sheets import Tile, contact_sheet
-from glide_jax.pipeline.images import check_writable
+from glide_jax.folders import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 
 # Scenes on the sheet.

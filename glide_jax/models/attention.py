@@ -8,13 +8,13 @@ from flax import linen as nn
 
 from glide_jax.models import tpu_attention
 
-HALF = (jnp.bfloat16, jnp.float16)
+HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
-MAX_HEAD = 128
+CUDNN_MAX_HEAD = 128
 # Shorter sequences have small logits, and no kernel in some versions of cuDNN.
-MIN_LENGTH = 64
+CUDNN_MIN_LENGTH = 64
 # If one head has this many logits or more, those of all heads exceed the caches of a CPU.
-MANY_LOGITS = 2**19
+SPLIT_HEADS_LOGITS = 2**19
 
 # The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
 # Elsewhere it is that of the default device. jax traces a jitted function again for each value.
@@ -47,14 +47,14 @@ def _device() -> jax.Device:
 
 def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
     """Return which kernel `attend` uses for these arguments: "cudnn", "pallas", or "" for none."""
-    if query.dtype not in HALF or mask is not None:
+    if query.dtype not in HALF_DTYPES or mask is not None:
         return ""
     lengths, head = (query.shape[1], key.shape[1]), query.shape[-1]
     where = accelerator()
     if where == "tpu":
         return "pallas" if tpu_attention.suits(query, key) else ""
     # cuDNN needs multiples of 8 for the head. Lengths of the UNet are too; others stay plain.
-    suits = head <= MAX_HEAD and min(lengths) >= MIN_LENGTH
+    suits = head <= CUDNN_MAX_HEAD and min(lengths) >= CUDNN_MIN_LENGTH
     suits = suits and all(n % 8 == 0 for n in (*lengths, head))
     return "cudnn" if suits and where == "cuda" else ""
 
@@ -83,7 +83,7 @@ def attend(
     if kernel == "pallas":
         return _tpu_attention(query, key, value)
     on_cpu = (compile_for.value or _device().platform) == "cpu"
-    if on_cpu and mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
+    if on_cpu and mask is None and query.shape[1] * key.shape[1] >= SPLIT_HEADS_LOGITS:
         return _attend_head_by_head(query, key, value)
     return _plain_attention(query, key, value, mask)
 

@@ -100,8 +100,6 @@ class ResBlock(nn.Module):
         film: whether the embedding scales and shifts the second norm, as in all of OpenAI's models;
             otherwise it is added before that norm.
         resample: `upsample` or `downsample`, applied to both paths, or None.
-        skip_3x3: whether the skip connection is a 3x3 convolution where the channels change;
-            otherwise it is a linear layer.
         projects: whether the block projects the embedding; otherwise `emb` is `(B, features)`,
             with `film` `(B, 2 features)`, projected already.
     """
@@ -111,7 +109,6 @@ class ResBlock(nn.Module):
     dtype: jnp.dtype
     film: bool = True
     resample: Callable[[jax.Array], jax.Array] | None = None
-    skip_3x3: bool = False
     projects: bool = True
 
     @nn.compact
@@ -137,8 +134,5 @@ class ResBlock(nn.Module):
         h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)
 
         if x.shape[-1] != self.features:
-            if self.skip_3x3:
-                x = conv3x3(self.features, self.dtype, "skip")(x)
-            else:
-                x = dense(self.features, self.dtype, "skip")(x)
+            x = dense(self.features, self.dtype, "skip")(x)
         return x + h

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.models.layers import PAIR
+from glide_jax.models.layers import LORA_PAIR
 
 # The layer in each block, and the name of the joined one: from the embedding of time to all
 # residual blocks, and from the text to the keys and values of all attention blocks.
@@ -27,7 +27,7 @@ def join_projections(params: dict[str, Any], layers: tuple[str, ...]) -> dict[st
     for layer in layers:
         blocks = sorted((name for name in unet if layer in unet[name]), key=_place)
         parts = [unet[name][layer] for name in blocks]
-        if not parts or any(PAIR[0] in part for part in parts):
+        if not parts or any(LORA_PAIR[0] in part for part in parts):
             continue
         unet |= {name: {k: v for k, v in unet[name].items() if k != layer} for name in blocks}
         leaves = {name: [part[name] for part in parts] for name in ("kernel", "bias")}
@@ -46,13 +46,13 @@ def _concatenate(arrays: list[Any]) -> Any:
     return (np if on_host else jnp).concatenate(arrays, axis=-1)
 
 
-class Parts:
-    """The parts of an array's last axis, in the order of the blocks."""
+class JoinedOutputs:
+    """The result of a joined layer: on its last axis, the outputs of the blocks in their order."""
 
     def __init__(self, array: jax.Array):
         self.array, self.start = array, 0
 
     def take(self, width: int) -> jax.Array:
-        """Return the next part, `(..., width)`."""
+        """Return the output of the next block, `(..., width)`."""
         self.start += width
         return self.array[..., self.start - width : self.start]

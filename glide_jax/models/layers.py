@@ -14,7 +14,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from glide_jax.models import winograd
-from glide_jax.models.attention import HALF, accelerator, split_heads
+from glide_jax.models.attention import HALF_DTYPES, accelerator, split_heads
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
@@ -41,7 +41,7 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(features, ((0, 0), (0, dim % 2)))
 
 
-class _Stored:
+class _UsesStoredParams:
     """A layer of flax that takes stored parameters as they are.
 
     flax traces the initialisation of each parameter again to compare its shape: half of the time
@@ -55,22 +55,22 @@ class _Stored:
         return super().param(name, *args, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Conv(_Stored, nn.Conv):
+class Conv(_UsesStoredParams, nn.Conv):
     """`flax.linen.Conv`."""
 
 
 # Names of a low-rank pair beside a kernel  (LoRA, 2106.09685): `(in, r)` and `(r, out)`.
-PAIR = ("lora_a", "lora_b")
+LORA_PAIR = ("lora_a", "lora_b")
 
 
 def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
     """Return the low-rank pair that is stored beside a layer's kernel, or an empty list."""
-    if not layer.has_variable("params", PAIR[0]):
+    if not layer.has_variable("params", LORA_PAIR[0]):
         return []
-    return [layer.get_variable("params", name).astype(dtype) for name in PAIR]
+    return [layer.get_variable("params", name).astype(dtype) for name in LORA_PAIR]
 
 
-class Dense(_Stored, nn.Dense):
+class Dense(_UsesStoredParams, nn.Dense):
     """`flax.linen.Dense`; with a stored low-rank pair `x (W + A B) + b`, as `x W + (x A) B + b`."""
 
     @nn.compact
@@ -88,11 +88,11 @@ class Dense(_Stored, nn.Dense):
         return y if bias is None else y + bias
 
 
-class _GroupNorm(_Stored, nn.GroupNorm):
+class _GroupNorm(_UsesStoredParams, nn.GroupNorm):
     pass
 
 
-class LayerNorm(_Stored, nn.LayerNorm):
+class LayerNorm(_UsesStoredParams, nn.LayerNorm):
     """`flax.linen.LayerNorm`."""
 
 
@@ -115,7 +115,7 @@ class GroupNorm(nn.Module):
             film: `(B, 2 C)` float32, a scale and a shift: `norm(x) (1 + scale) + shift`
                 (FiLM, 1709.07871), before the nonlinearity.
         """
-        if x.dtype in HALF:
+        if x.dtype in HALF_DTYPES:
             y = self._fused_norm(x, film)
         else:
             y = _GroupNorm(
@@ -174,7 +174,7 @@ def layer_norm(name: str) -> LayerNorm:
     return LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-class Conv3x3(_Stored, nn.Module):
+class Conv3x3(_UsesStoredParams, nn.Module):
     """A 3x3 convolution with symmetric padding.
 
     With XLA's padding "SAME" the result would be shifted by one pixel at stride 2.
@@ -222,7 +222,7 @@ def dense(features: int, dtype: jnp.dtype, name: str, zero: bool = False) -> Den
     return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-class Projections(_Stored, nn.Module):
+class Projections(_UsesStoredParams, nn.Module):
     """A linear layer to queries, keys and values, or to keys and values, of all heads.
 
     Attributes:

@@ -15,7 +15,7 @@ from glide_jax.models.blocks import (
     space_to_depth,
     upsample,
 )
-from glide_jax.models.joined import JOINED, Parts
+from glide_jax.models.joined import JOINED, JoinedOutputs
 from glide_jax.models.layers import GroupNorm, conv3x3, dense, timestep_embedding
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.text import TextFeatures, TextTransformer
@@ -90,8 +90,8 @@ class UNet(nn.Module):
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         sequence = None if text is None else text.sequence.astype(self.dtype)
-        time_parts = self._joined("emb", nn.silu(emb), jnp.float32)
-        text_parts = None if sequence is None else self._joined("text_kv", sequence, self.dtype)
+        time_outputs = self._joined("emb", nn.silu(emb), jnp.float32)
+        text_outputs = None if sequence is None else self._joined("text_kv", sequence, self.dtype)
 
         def res(
             h: jax.Array,
@@ -106,15 +106,15 @@ class UNet(nn.Module):
                 self.dtype,
                 film=c.use_scale_shift_norm,
                 resample=resample,
-                projects=time_parts is None,
+                projects=time_outputs is None,
                 name=name,
-            )(h, emb if time_parts is None else time_parts.take(width), dropout_keys)
+            )(h, emb if time_outputs is None else time_outputs.take(width), dropout_keys)
 
         def attention(h: jax.Array, name: str, heads: int = c.num_heads) -> jax.Array:
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
-            keys_values = sequence if text_parts is None else text_parts.take(2 * h.shape[-1])
-            block = attention_block(heads, self.dtype, projects=text_parts is None, name=name)
+            keys_values = sequence if text_outputs is None else text_outputs.take(2 * h.shape[-1])
+            block = attention_block(heads, self.dtype, projects=text_outputs is None, name=name)
             return block(h, keys_values)
 
         # Encoder: the decoder concatenates the output of every entry.
@@ -122,14 +122,14 @@ class UNet(nn.Module):
             space_to_depth(x, c.patch).astype(self.dtype)
         )
         skips, ds, i = [h], 1, 1
-        for level, mult in enumerate(c.channel_mult):
+        for resolution, mult in enumerate(c.channel_mult):
             for _ in range(c.num_res_blocks):
                 h = res(h, c.model_channels * mult, f"down_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"down_{i}_attn")
                 skips.append(h)
                 i += 1
-            if level < len(c.channel_mult) - 1:
+            if resolution < len(c.channel_mult) - 1:
                 if c.resblock_updown:
                     h = res(h, h.shape[-1], f"down_{i}_res", downsample)
                 else:
@@ -144,13 +144,13 @@ class UNet(nn.Module):
         # Decoder: the last skip comes first.
         i = 0
         up_heads = c.num_heads if c.num_heads_upsample == -1 else c.num_heads_upsample
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for resolution, mult in reversed(list(enumerate(c.channel_mult))):
             for block in range(c.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = res(h, c.model_channels * mult, f"up_{i}_res")
                 if ds in c.attention_ds:
                     h = attention(h, f"up_{i}_attn", up_heads)
-                if level and block == c.num_res_blocks:
+                if resolution and block == c.num_res_blocks:
                     if c.resblock_updown:
                         h = res(h, h.shape[-1], f"up_{i}_up", upsample)
                     else:
@@ -162,13 +162,13 @@ class UNet(nn.Module):
         h = conv3x3(c.out_channels * c.patch**2, jnp.float32, "head", zero=True)(h)
         return depth_to_space(h, c.patch)
 
-    def _joined(self, layer: str, x: jax.Array, dtype: jnp.dtype) -> Parts | None:
+    def _joined(self, layer: str, x: jax.Array, dtype: jnp.dtype) -> JoinedOutputs | None:
         """Return the outputs of a layer of all blocks, if their weights are joined."""
         name = JOINED[layer]
         if not self.has_variable("params", name):
             return None
         features = self.get_variable("params", name)["bias"].shape[0]
-        return Parts(dense(features, dtype, name)(x))
+        return JoinedOutputs(dense(features, dtype, name)(x))
 
 
 class GLIDE(nn.Module):
@@ -220,7 +220,7 @@ class GLIDE(nn.Module):
         *,
         low_res: jax.Array | None = None,
         inpaint_image: jax.Array | None = None,
-        inpaint_mask: jax.Array | None = None,
+        inpaint_known: jax.Array | None = None,
         low_res_timestep: jax.Array | None = None,
         guidance_scale: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
@@ -234,7 +234,7 @@ class GLIDE(nn.Module):
             low_res: `(B, h, w, 3)` in [-1, 1], for upsamplers; enlarged bilinearly here.
             inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by the
                 mask here. None: no pixel is known.
-            inpaint_mask: `(B, H, W, 1)`, 1 where the pixel is known.
+            inpaint_known: `(B, H, W, 1)`, 1 where the pixel is known.
             low_res_timestep: `(B,)` timesteps of the noise in `low_res`, for configs with
                 `low_res_timestep`. None: no noise, t = 0.
             guidance_scale: `(B,)` scales of classifier-free guidance, for configs with
@@ -254,10 +254,10 @@ class GLIDE(nn.Module):
             raise ValueError(
                 f"variant {c.variant!r} {'needs' if c.upsamples else 'takes no'} low_res"
             )
-        if not c.inpaints and not (inpaint_image is None and inpaint_mask is None):
-            raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_mask")
-        if (inpaint_image is None) != (inpaint_mask is None):
-            raise ValueError("inpaint_image and inpaint_mask go together")
+        if not c.inpaints and not (inpaint_image is None and inpaint_known is None):
+            raise ValueError(f"variant {c.variant!r} takes no inpaint_image or inpaint_known")
+        if (inpaint_image is None) != (inpaint_known is None):
+            raise ValueError("inpaint_image and inpaint_known go together")
         if low_res_timestep is not None and not c.low_res_timestep:
             raise ValueError("this network takes no low_res_timestep")
         if c.low_res_timestep and low_res_timestep is None:
@@ -272,7 +272,7 @@ class GLIDE(nn.Module):
 
         inputs = [x]
         if c.inpaints:
-            mask = jnp.zeros_like(x[..., :1]) if inpaint_mask is None else inpaint_mask
+            mask = jnp.zeros_like(x[..., :1]) if inpaint_known is None else inpaint_known
             known = jnp.zeros_like(x) if inpaint_image is None else inpaint_image * mask
             inputs += [known, mask]
         if low_res is not None:

@@ -60,25 +60,25 @@ class Kernel(NamedTuple):
     matrices: tuple[tuple[jax.Array, ...], ...]
 
 
-def scales(config: ModelConfig) -> dict[str, int]:
+def downsampling_factors(config: ModelConfig) -> dict[str, int]:
     """Return the downsampling factor of each residual block, by name."""
     last = len(config.channel_mult) - 1
-    scales, scale, i = {}, 1, 1
-    for level in range(last + 1):
+    factors, factor, i = {}, 1, 1
+    for resolution in range(last + 1):
         for _ in range(config.num_res_blocks):
-            scales[f"down_{i}_res"] = scale
+            factors[f"down_{i}_res"] = factor
             i += 1
-        if level < last:
-            scale *= 2
-            scales[f"down_{i}_res"] = scale
+        if resolution < last:
+            factor *= 2
+            factors[f"down_{i}_res"] = factor
             i += 1
-    scales |= {"mid_res_1": scale, "mid_res_2": scale}
+    factors |= {"mid_res_1": factor, "mid_res_2": factor}
     for i in range((last + 1) * (config.num_res_blocks + 1)):
-        scales[f"up_{i}_res"] = scale
-        if scale > 1 and (i + 1) % (config.num_res_blocks + 1) == 0:
-            scale //= 2
-            scales[f"up_{i}_up"] = scale
-    return scales
+        factors[f"up_{i}_res"] = factor
+        if factor > 1 and (i + 1) % (config.num_res_blocks + 1) == 0:
+            factor //= 2
+            factors[f"up_{i}_up"] = factor
+    return factors
 
 
 def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, 
         return params
     side = config.image_size // config.patch
     unet, kernels = dict(params["unet"]), {length: {} for length in FORMS}
-    for block, scale in scales(config).items():
+    for block, factor in downsampling_factors(config).items():
         for layer in ("conv_1", "conv_2"):
             kernel = unet.get(block, {}).get(layer, {}).get("kernel")
-            length = length_for(side // scale)
+            length = length_for(side // factor)
             if kernel is not None and length:
                 kernels[length][block, layer] = kernel
     for length, chosen in kernels.items():

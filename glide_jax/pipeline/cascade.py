@@ -10,7 +10,7 @@ from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
 
 
-class _Stage(Protocol):
+class _PipelineLike(Protocol):
     @property
     def settings(self) -> Settings: ...
 
@@ -18,7 +18,7 @@ class _Stage(Protocol):
     def model(self) -> Model: ...
 
 
-P = TypeVar("P", bound=_Stage)
+P = TypeVar("P", bound=_PipelineLike)
 
 
 def chosen_upsampler(

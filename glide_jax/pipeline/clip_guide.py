@@ -17,6 +17,7 @@ import numpy as np
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Guidance, Network, classifier_guidance
+from glide_jax.diffusion.solvers import traits_of
 from glide_jax.errors import UsageError
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.models.precision import cast_trunk
@@ -31,8 +32,6 @@ from glide_jax.weights.registry import Model
 # Limit of the pipeline where the sampler is not ancestral. With the embedded models, 8 steps of
 # dpm++2m and scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
 LIMIT = 0.25
-# The samplers whose mean a gradient moves, exactly as in the paper: CLIP guidance is not limited.
-ANCESTRAL = ("ddpm", "ddpm-small", "ddpm-large")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class CLIP:
         params = cast_trunk(self.params, model.dtype)
         return Network(Similarity(model), Placement(self.devices).replicate(params))
 
-    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+    def encode_captions(self, captions: Sequence[str]) -> np.ndarray:
         """Return `g(c)` of captions: `(B, embed_width)` float32, of length 1, on the host.
 
         One caption at a time: the same compiled program then serves every number of captions.
@@ -112,7 +111,7 @@ class CLIP:
 
         def encode(texts: list[str]) -> np.ndarray:
             filled = np.array([bool(text) for text in texts], np.float32)
-            return self.encode_text(texts) * filled[:, None]
+            return self.encode_captions(texts) * filled[:, None]
 
         parsed = [read_prompt(prompt) for prompt in prompts]
         count = max(len(prompt.parts) for prompt in parsed)
@@ -151,7 +150,9 @@ def clip_guidance(
         what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
     if what:
         raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
-    limit = None if settings.sampler in ANCESTRAL and not reverse else LIMIT
+    # A gradient that moves the mean, as in the paper, needs no limit.
+    exact = traits_of(settings.sampler).guides_mean and not reverse
+    limit = None if exact else LIMIT
     return (clip.guidance(prompts, settings.clip_scale, limit),)
 
 

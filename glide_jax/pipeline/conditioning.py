@@ -57,7 +57,7 @@ class Conditioning:
         if self.low_res is not None:
             inputs["low_res"] = from_uint8(self.low_res)
         if self.known is not None and config.inpaints:
-            inputs["inpaint_image"], inputs["inpaint_mask"] = self.known_image()
+            inputs["inpaint_image"], inputs["inpaint_known"] = self.known_image()
         return inputs
 
     def known_pixel_guidance(self) -> tuple[Guidance, ...]:
@@ -118,7 +118,7 @@ class Reading(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class Sources:
+class InputImages:
     """What a run of images is made from, read but of any size; see `Conditioning`.
 
     The stages of a cascade share these images, and each stage resizes them for itself.
@@ -130,7 +130,7 @@ class Sources:
     noise: np.ndarray | None = None
     reading: Reading = field(default_factory=Reading)
 
-    def names(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata: the file of each input, or "array", and how it was read."""
         sources = {"image": self.image, "mask": self.mask}
         names = {key: s.name or "array" for key, s in sources.items() if s is not None}
@@ -139,13 +139,13 @@ class Sources:
         return names | {key: value for key, value in self.reading.items() if value not in usual}
 
 
-def read_sources(
+def read_input_images(
     image: ImageLike | None,
     mask: MaskLike | None,
     low_res: ImageLike | None,
     side: int,
     **reading: Unpack[Reading],
-) -> Sources:
+) -> InputImages:
     """Read images and masks, and print one note on stderr: what was changed in them.
 
     Inputs that are already decoded are not mentioned again.
@@ -174,7 +174,7 @@ def read_sources(
         notes += _noted(small, small_side(small, side), "low_res: ")
     if notes:
         print(f"note: {'; '.join(notes)}", file=sys.stderr)
-    return Sources(images, masks, small, reading=reading)
+    return InputImages(images, masks, small, reading=reading)
 
 
 def _noted(images: SourceImages, side: int | None, what: str) -> list[str]:
@@ -200,11 +200,11 @@ def read_conditioning(
     low_res: ImageLike | None = None,
     noise: np.ndarray | None = None,
     **reading: Unpack[Reading],
-) -> tuple[Conditioning, Sources]:
+) -> tuple[Conditioning, InputImages]:
     """Read and check what `count` images of a model are made from; see `Pipeline.stream`.
 
     Args:
-        side: see `read_sources`.
+        side: see `read_input_images`.
         **reading: see `Reading`.
 
     Raises:
@@ -242,12 +242,12 @@ def read_conditioning(
             raise UsageError(f"noise is ({size}, {size}, 3), or one for each of {count} images")
         check_finite({"noise": noise})
         noise = np.broadcast_to(noise, (count, size, size, 3))
-    sources = read_sources(image, mask, low_res, side, **reading)
-    images, masks, small = sources.image, sources.mask, sources.low_res
+    input_images = read_input_images(image, mask, low_res, side, **reading)
+    images, masks, small = input_images.image, input_images.mask, input_images.low_res
     conditioning = Conditioning(
         image=None if images is None else images.squares(size, count),
         known=None if masks is None else masks.known(size, count),
         low_res=None if small is None else small.squares(small_side(small, size), count),
         noise=noise,
     )
-    return conditioning, replace(sources, noise=noise)
+    return conditioning, replace(input_images, noise=noise)

@@ -46,7 +46,7 @@ def invert_images(
     settings: Settings,
     *,
     clip: CLIP | None = None,
-    weak_model: Stage | None = None,
+    weak_stage: Stage | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> np.ndarray:
@@ -72,7 +72,7 @@ def invert_images(
         Conditioning(image=images),
         settings,
         clip=clip,
-        weak_model=weak_model,
+        weak_stage=weak_stage,
         batch_size=batch_size,
         progress=progress,
         reverse=True,

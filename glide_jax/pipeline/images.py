@@ -5,11 +5,9 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glide_jax.errors import GlideError
-from glide_jax.folders import expand_home, locked, write_atomically, write_new
+from glide_jax.folders import (
+    check_writable,
+    expand_home,
+    locked,
+    package_version,
+    write_atomically,
+    write_new,
+)
 
 # The text chunk of a PNG file that holds an image's metadata, as JSON.
 METADATA = "glide_jax"
-
-
-def package_version() -> str:
-    """Return the installed version, or "source" in a checkout that is not installed."""
-    try:
-        return version("glide-jax")
-    except PackageNotFoundError:
-        return "source"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +97,7 @@ class Images:
     def summary(self) -> str:
         """Return one line on how the images were sampled, with the number of evaluations."""
 
-        def stage(settings: dict[str, Any]) -> str:
+        def stage_text(settings: dict[str, Any]) -> str:
             text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
@@ -108,9 +105,9 @@ class Images:
                     text += f", {name.replace('_', ' ')} {' to '.join(f'{end:g}' for end in ends)}"
             return text
 
-        line = f"{self.weights}: {stage(self.settings)}"
+        line = f"{self.weights}: {stage_text(self.settings)}"
         if upsampler := self.settings.get("upsampler"):
-            line += f"; {upsampler['weights']}: {stage(upsampler)}"
+            line += f"; {upsampler['weights']}: {stage_text(upsampler)}"
         return line
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -176,22 +173,6 @@ class Images:
 def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
     """Convert `[-1, 1] -> 0..255`, rounded to even as in OpenAI's code."""
     return np.clip(np.round((np.asarray(x) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder, and check that it can be written before anything is computed.
-
-    Raises:
-        GlideError: it cannot.
-    """
-    folder = expand_home(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except FileExistsError:
-        raise GlideError(f"cannot write images to {folder}: it is a file, not a folder") from None
-    except OSError as error:
-        raise GlideError(f"cannot write images to {folder}: {error.strerror}") from None
 
 
 def next_number(folder: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from PIL import Image
 
-from glide_jax.devices.placement import local_devices
+from glide_jax.devices.placement import chosen_devices
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_home
@@ -61,15 +61,15 @@ def load(
     """
     enable_compilation_cache()
     # Called for its error, before anything expensive.
-    local_devices(devices)
+    chosen_devices(devices)
     upsampler = companion(weights, "upsampler", upsampler)
     clip = companion(weights, "clip", clip_model)
-    where: dict[str, Any] = {"dtype": dtype, "devices": devices}
+    placement_arguments: dict[str, Any] = {"dtype": dtype, "devices": devices}
     model = merge_loras(open_model(weights), lora)
-    larger = None if upsampler is None else load(upsampler, **where)
+    larger = None if upsampler is None else load(upsampler, **placement_arguments)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is not an upsampler")
-    weak = None if weak_model is None else load(weak_model, **where)
+    weak = None if weak_model is None else load(weak_model, **placement_arguments)
     if weak is not None and _kind(weak.model) != _kind(model):
         raise UsageError(
             f"{weak_model} cannot be the weak model of {weights}: variant, size or schedule differ"
@@ -79,9 +79,9 @@ def load(
         model,
         settings=settings if clip else settings.changed(clip_scale=0.0),
         upsampler=larger,
-        clip=None if clip is None else load_clip(clip, **where),
-        weak_model=weak,
-        **where,
+        clip=None if clip is None else load_clip(clip, **placement_arguments),
+        weak_stage=weak,
+        **placement_arguments,
     )
 
 

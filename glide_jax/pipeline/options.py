@@ -26,7 +26,7 @@ BELONGING = arg(
     "for emoji64)"
 )
 # Options whose values are text: `~` has no meaning in them.
-TEXTS = ("--negative-prompt", "--image-caption", "--prompts-field")
+UNEXPANDED_OPTIONS = ("--negative-prompt", "--image-caption", "--prompts-field")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions(NetworkOptions):
+class SharedModelOptions(NetworkOptions):
     """The model, and the devices it runs on.
 
     Attributes:
@@ -68,15 +68,15 @@ class ModelOptions(NetworkOptions):
     devices: str = "1"
     batch_size: Annotated[int | None, HIDDEN] = None
 
-    def loaded(self) -> dict[str, Any]:
+    def load_arguments(self) -> dict[str, Any]:
         """Return the arguments of `glide_jax.load`."""
         names = ("weights", "upsampler", "clip_model", "weak_model", "lora", "dtype", "devices")
         return {name: value for name, value in vars(self).items() if name in names}
 
 
 @dataclass(frozen=True)
-class WeightsOptions(ModelOptions):
-    """The model, and the devices it runs on.
+class SampleModelOptions(SharedModelOptions):
+    """The model with its LoRA and the settings of its upsampler, and the devices it runs on.
 
     Attributes:
         upsampler_steps: Number of sampling steps of the upsampler, as --steps. If its weights have
@@ -211,7 +211,7 @@ class Options:
     preview: Annotated[bool, HIDDEN] = False
     sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
     editing: OmitArgPrefixes[EditingOptions] = field(default_factory=EditingOptions)
-    model: OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
+    model: OmitArgPrefixes[SampleModelOptions] = field(default_factory=SampleModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
 
@@ -221,10 +221,10 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     The help shows the sampling defaults of the weights that the command line names.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    show_defaults_of(_named(words, "--weights") or WeightsOptions.weights, words)
+    show_defaults_of(_named(words, "--weights") or SampleModelOptions.weights, words)
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     chosen, prompts = split_prompts(words)
-    chosen = expand_words(chosen, TEXTS)
+    chosen = expand_words(chosen, UNEXPANDED_OPTIONS)
     words = [*chosen, "--", *prompts] if prompts else chosen
     return tyro.cli(Options, description=description, args=words, config=plain)
 
@@ -348,7 +348,7 @@ def check_options(options: Options) -> None:
     check_scales(options.model, options.sampling.chosen())
 
 
-def check_scales(model: ModelOptions, chosen: Mapping[str, Any]) -> None:
+def check_scales(model: SharedModelOptions, chosen: Mapping[str, Any]) -> None:
     """Check that a CLIP or a weak model that is named also acts.
 
     Args:

@@ -10,7 +10,7 @@ from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.conditioning import read_conditioning, read_sources
+from glide_jax.pipeline.conditioning import read_conditioning, read_input_images
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
@@ -32,13 +32,13 @@ class Pipeline(Stage):
         settings: the defaults of a call.
         upsampler: enlarges each image, if there is one.
         clip: the noised CLIP that guides by `clip_scale`, if there is one.
-        weak_model: the weak model of `autoguidance_scale`, if there is one.
+        weak_stage: the weak model of `autoguidance_scale`, if there is one.
     """
 
     settings: Settings = field(default_factory=Settings)
     upsampler: "Pipeline | None" = None
     clip: CLIP | None = None
-    weak_model: Stage | None = None
+    weak_stage: Stage | None = None
 
     @lists_settings
     def __call__(
@@ -162,7 +162,7 @@ class Pipeline(Stage):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
         larger = chosen_upsampler(self.upsampler, upsampler)
         config = self.model.config
-        conditioning, sources = read_conditioning(
+        conditioning, input_images = read_conditioning(
             self.model,
             chosen,
             len(parsed),
@@ -175,24 +175,24 @@ class Pipeline(Stage):
             invert_mask=invert_mask,
             allow_uniform_mask=allow_uniform_mask,
         )
-        trained_to_inpaint = config.inpaints or config.upsamples
-        if mask is not None and not trained_to_inpaint and settings.get("repaint") is None:
+        keeps_known_without_repaint = config.inpaints or config.upsamples
+        if mask is not None and not keeps_known_without_repaint and settings.get("repaint") is None:
             chosen = chosen.with_repaint(self.schedule)
 
         side = config.image_size
-        if sources.low_res is None:
+        if input_images.low_res is None:
             pixels = np.full((len(parsed), side, side, 3), 127, np.uint8)
         else:
-            pixels = sources.low_res.squares(side, len(parsed)).copy()
+            pixels = input_images.low_res.squares(side, len(parsed)).copy()
         images = Images(
             images=pixels,
             prompts=tuple(prompt.text for prompt in parsed),
             seed=seed,
             indices=tuple(indices.tolist()),
             weights=self.model.name,
-            settings=describe(chosen) | sources.names(),
+            settings=describe(chosen) | input_images.metadata(),
         )
-        for index, state, done, evaluations in run(
+        for index, state, is_last, evaluations in run(
             self,
             parsed,
             seed,
@@ -200,12 +200,12 @@ class Pipeline(Stage):
             conditioning,
             chosen,
             clip=self.clip,
-            weak_model=self.weak_model,
+            weak_stage=self.weak_stage,
             batch_size=batch_size,
             every=every,
             progress=progress,
         ):
-            pixels[index] = to_uint8(state.x if done else state.x_0)
+            pixels[index] = to_uint8(state.x if is_last else state.x_0)
             images = replace(
                 images,
                 images=conditioning.restore_known(pixels.copy()),
@@ -219,16 +219,18 @@ class Pipeline(Stage):
             seed=seed,
             first_index=indices,
             low_res=images,
-            image=None if mask is None else sources.image,
-            mask=sources.mask,
+            image=None if mask is None else input_images.image,
+            mask=input_images.mask,
             batch_size=batch_size,
             every=every,
             progress=progress,
             **(upsampler if isinstance(upsampler, Mapping) else {}),
         ):
-            stage = {"weights": enlarged.weights} | enlarged.settings
+            enlarged_settings = {"weights": enlarged.weights} | enlarged.settings
             yield replace(
-                images, images=enlarged.images, settings=images.settings | {"upsampler": stage}
+                images,
+                images=enlarged.images,
+                settings=images.settings | {"upsampler": enlarged_settings},
             )
 
     @lists_settings
@@ -261,7 +263,7 @@ class Pipeline(Stage):
             UsageError, GlideError: see `stream`.
         """
         side = self.model.config.image_size
-        source = read_sources(image, None, None, side, fit=fit).image
+        source = read_input_images(image, None, None, side, fit=fit).image
         assert source is not None
         images = source.squares(side, None)
         return invert_images(
@@ -270,7 +272,7 @@ class Pipeline(Stage):
             read_prompts(prompt, len(images)),
             self.settings.changed(**unguided(settings)),
             clip=self.clip,
-            weak_model=self.weak_model,
+            weak_stage=self.weak_stage,
             batch_size=batch_size,
             progress=progress,
         )
@@ -313,10 +315,10 @@ class Pipeline(Stage):
         if any(settings.get(name) not in (None, "none") for name in ("strength", "repaint")):
             raise UsageError("variations take no strength or repaint: variation is their strength")
         side = self.model.config.image_size
-        sources = read_sources(image, None, None, side, fit=fit)
-        assert sources.image is not None
+        input_images = read_input_images(image, None, None, side, fit=fit)
+        assert input_images.image is not None
         old = self.invert(
-            sources.image.squares(side, 1),
+            input_images.image.squares(side, 1),
             prompt if image_caption is None else image_caption,
             batch_size=batch_size,
             progress=progress,
@@ -337,7 +339,7 @@ class Pipeline(Stage):
             every=every,
             **{"sampler": "dpm++2m", **unguided(settings)},
         )
-        made = {"variation": variation, "image_caption": image_caption, **sources.names()}
+        made = {"variation": variation, "image_caption": image_caption, **input_images.metadata()}
         return replace(images, settings=images.settings | made)
 
     @lists_settings

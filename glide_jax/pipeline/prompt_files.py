@@ -1,6 +1,9 @@
 """Prompts of a file: a text file with one prompt a line, or a table or JSON with captions."""
 
+import codecs
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,18 @@ from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tables import Row, rows_of
 from glide_jax.errors import UsageError
 from glide_jax.folders import expand_home
-from glide_jax.pipeline.prompts import clean, read_text_prompts
+from glide_jax.pipeline.prompts import clean
 
 # The suffixes of files with fields. Any other file has a prompt a line.
 JSON = (".json", ".jsonl", ".ndjson")
 TABLES = (*JSON, ".csv", ".tsv", ".parquet")
 OPTION = "--prompts-field"
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
@@ -42,6 +51,44 @@ def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
     plain = _plain_texts(name) if field is None and suffix in JSON else None
     texts = _captions(name, field) if plain is None else iter(plain)
     return tuple(prompt for text in texts if (prompt := " ".join(clean(text).split())))
+
+
+def read_text_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts of a text file, one a line, without empty lines.
+
+    UTF-8 with or without a byte-order mark; a file in UTF-16 or UTF-32 is read too, and one line on
+    stderr says so.
+
+    Raises:
+        UsageError: the file cannot be read, or has another encoding.
+    """
+    try:
+        data = path.expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the prompts in {path}: {reason}; check the path") from None
+    encoding = _encoding(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read the prompts in {path}: it is not {encoding.upper()} (byte "
+            f"{error.start}); save it as UTF-8"
+        ) from None
+    if encoding != "utf-8":
+        print(f"note: {path} is {encoding.upper()[:6]}: read as such", file=sys.stderr)
+    return tuple(line for line in map(clean, re.split(r"\r\n?|\n", text)) if line)
+
+
+def _encoding(data: bytes) -> str:
+    """Return the encoding of a text file, from its byte-order mark or its zero bytes."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name.lower()
+    # Half of the bytes of Latin text in UTF-16 are zero; no text in UTF-8 has one.
+    if data[1::2].count(0) > len(data) // 8 and not len(data) % 2:
+        return "utf-16-le"
+    return "utf-16-be" if data[::2].count(0) > len(data) // 8 and not len(data) % 2 else "utf-8"
 
 
 def _plain_texts(path: str) -> list[str] | None:

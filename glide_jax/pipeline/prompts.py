@@ -10,12 +10,10 @@ prompt that is all capitals and has no weight, "DO NOT ENTER": one line on stder
 space and byte-order marks around a prompt change nothing.
 """
 
-import codecs
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +30,6 @@ _MEANT_AS_WEIGHT = re.compile(
 )
 # Invisible around a text, and no white space to Python: byte-order mark, zero-width space, joiner.
 _INVISIBLE = "\ufeff\u200b\u2060"
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
 
 
 class Part(NamedTuple):
@@ -196,41 +188,3 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
         return ((1 - weight) * leaf[text] + weight * leaf[end]).astype(leaf.dtype)
 
     return jax.tree.map(mix, features)
-
-
-def read_text_prompts(path: Path) -> tuple[str, ...]:
-    """Return the prompts of a text file, one a line, without empty lines.
-
-    The file is in UTF-8, with or without a byte-order mark. A file in UTF-16 or UTF-32 is read too,
-    and one line on stderr says so.
-
-    Raises:
-        UsageError: the file cannot be read, or has another encoding.
-    """
-    try:
-        data = path.expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the prompts in {path}: {reason}; check the path") from None
-    encoding = _encoding(data)
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"cannot read the prompts in {path}: it is not {encoding.upper()} (byte "
-            f"{error.start}); save it as UTF-8"
-        ) from None
-    if encoding != "utf-8":
-        print(f"note: {path} is {encoding.upper()[:6]}: read as such", file=sys.stderr)
-    return tuple(line for line in map(clean, re.split(r"\r\n?|\n", text)) if line)
-
-
-def _encoding(data: bytes) -> str:
-    """Return the encoding of a text file, from its byte-order mark or its zero bytes."""
-    for mark, name in _MARKS:
-        if data.startswith(mark):
-            return name.lower()
-    # Half of the bytes of Latin text in UTF-16 are zero; no text in UTF-8 has one.
-    if data[1::2].count(0) > len(data) // 8 and not len(data) % 2:
-        return "utf-16-le"
-    return "utf-16-be" if data[::2].count(0) > len(data) // 8 and not len(data) % 2 else "utf-8"

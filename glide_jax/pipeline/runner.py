@@ -38,13 +38,13 @@ class BatchState(NamedTuple):
     Attributes:
         index: which images of the run the batch holds.
         state: state of the sampler.
-        done: whether it is the last state of this batch.
+        is_last: whether it is the last state of this batch.
         evaluations: table rows (network evaluations) per image.
     """
 
     index: np.ndarray
     state: State
-    done: bool
+    is_last: bool
     evaluations: int
 
 
@@ -115,7 +115,7 @@ def run(
     settings: Settings,
     *,
     clip: CLIP | None = None,
-    weak_model: Stage | None = None,
+    weak_stage: Stage | None = None,
     batch_size: int | None = None,
     every: int | None = None,
     progress: bool = False,
@@ -127,7 +127,7 @@ def run(
         prompts: one per image, all with the same number of parts.
         seed, indices: of the run, and of each image in it: see `image_keys`.
         clip: used if the settings have a `clip_scale`.
-        weak_model: the weak model of autoguidance.
+        weak_stage: the weak model of autoguidance.
         every: yield after each `every` evaluations too, not only at the end of a batch.
         reverse: DDIM inversion, from the image to its noise.
     """
@@ -145,7 +145,7 @@ def run(
                 conditioning.select(index),
                 settings_of(settings, index, count),
                 clip=clip,
-                weak_model=weak_model,
+                weak_stage=weak_stage,
             )
             arguments = batch.arguments(reverse)
             length = len(arguments.plan)
@@ -153,13 +153,14 @@ def run(
             # One compiled program, of one row, serves every number of steps, and previews. The
             # device has the next row before the host waits for one, so that it never idles.
             before: list[jax.Array] = []
-            for done, state in stream(*arguments):
+            for rows_done, state in stream(*arguments):
                 if before:
                     jax.block_until_ready(before.pop())
                     bar.update()
                 before.append(state.x)
-                if done == length or (every and done % every == 0):
-                    yield BatchState(index, state, done == length, length)
+                is_last = rows_done == length
+                if is_last or (every and rows_done % every == 0):
+                    yield BatchState(index, state, is_last, length)
             bar.update()
 
 
@@ -200,7 +201,7 @@ class _Batch(NamedTuple):
     conditioning: Conditioning
     settings: Settings
     clip: CLIP | None
-    weak_model: Stage | None
+    weak_stage: Stage | None
 
     def arguments(self, reverse: bool) -> SamplerArguments:
         """Return the arguments of the sampler, on the devices."""
@@ -219,18 +220,19 @@ class _Batch(NamedTuple):
             x = self.conditioning.start(plan, self.settings, noise)
 
         networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
-        for name, model in {CONDITIONAL.network: stage, WEAK.network: self.weak_model}.items():
+        stages = {CONDITIONAL.network: stage, WEAK.network: self.weak_stage}
+        for name, network_stage in stages.items():
             branches = [b for b in branches_of(guidances) if b.network == name]
-            if model is None or not branches:
+            if network_stage is None or not branches:
                 continue
-            networks[name] = model.network
+            networks[name] = network_stage.network
             parts = [part for branch in branches for part in captions_of(branch, self.prompts)]
-            features = encode_parts(model.text_features, parts)
+            features = encode_parts(network_stage.encode_captions, parts)
             for i, branch in enumerate(branches):
                 rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
                 text = jax.tree.map(lambda leaf, r=rows: leaf[r], features)
                 conds[branch.name] = {"text": text} | inputs
-                if model.model.config.guidance_scale_input:
+                if network_stage.model.config.guidance_scale_input:
                     scales = np.broadcast_to(scale, len(self.prompts))
                     conds[branch.name] |= {"guidance_scale": scales}
 
@@ -241,7 +243,7 @@ class _Batch(NamedTuple):
 
     def guidances(self, settings: Settings, reverse: bool) -> tuple[Guidance, ...]:
         """Return what acts on the prediction; CLIP guidance is last, after all maps of x_0."""
-        if settings.autoguidance_scale != 1 and self.weak_model is None:
+        if settings.autoguidance_scale != 1 and self.weak_stage is None:
             raise UsageError(
                 "autoguidance_scale needs a weak model: load one as weak_model (--weak-model)"
             )

@@ -25,7 +25,14 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import Schedule
-from glide_jax.diffusion.solvers import SOLVERS, Solver, repaint, restart
+from glide_jax.diffusion.solvers import (
+    SOLVERS,
+    Solver,
+    repaint,
+    restart,
+    solver_of,
+    traits_of,
+)
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
 from glide_jax.pipeline.setting_types import checked, json_value
@@ -36,11 +43,8 @@ from glide_jax.weights.registry import NONE
 # levels without it, 16 with it, and 15 in real images.
 REPAINT = (5, 4)
 METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
-WITH_ETA = tuple(
-    name for name, solver in SOLVERS.items() if "eta" in inspect.signature(solver).parameters
-)
 # The settings that can be text.
-TEXTS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
+TEXT_SETTINGS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
 # What `guidance=[...]` replaces.
 GUIDING = (
     "guidance_scale",
@@ -131,7 +135,7 @@ class Settings:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, str) and name not in TEXTS:
+            if isinstance(value, str) and name not in TEXT_SETTINGS:
                 raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
         for name, value in checked(Settings, vars(self)).items():
@@ -172,16 +176,12 @@ class Settings:
         Raises:
             UsageError: there is no such sampler, or it takes no eta.
         """
-        if self.sampler not in SOLVERS:
-            raise UsageError(
-                f"unknown sampler {self.sampler!r}{did_you_mean(self.sampler, SOLVERS)}: "
-                f"choose one of {', '.join(SOLVERS)}"
-            )
-        solver = SOLVERS[self.sampler]
+        solver = solver_of(self.sampler)
         if self.eta is None:
             return solver
-        if self.sampler not in WITH_ETA:
-            raise UsageError(f"eta is for {', '.join(WITH_ETA)}, not for {self.sampler}")
+        if not traits_of(self.sampler).takes_eta:
+            with_eta = ", ".join(name for name in SOLVERS if traits_of(name).takes_eta)
+            raise UsageError(f"eta is for {with_eta}, not for {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise UsageError(f"eta must be between 0 and 1, not {self.eta}")
         noisy: Any = solver

@@ -12,10 +12,9 @@ from glide_jax.data.records import digest
 from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.folders import expand_home
+from glide_jax.folders import check_writable, expand_home
 from glide_jax.pipeline.batching import chosen_batch_size
 from glide_jax.pipeline.cascade import chosen_upsampler
-from glide_jax.pipeline.images import check_writable
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import Prompt, read_prompts
 from glide_jax.pipeline.runner import check_32_bits, settings_of
@@ -84,11 +83,11 @@ def sample_shards(
         },
     )
 
-    def there() -> str:
+    def done_line() -> str:
         done = sum(shard_path(folder, number).exists() for number in range(count))
         return f"{done:,} of {count:,} shards of {len(parsed):,} images are in {folder}"
 
-    def spans(number: int) -> range:
+    def span_of(number: int) -> range:
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
     def per_image(indices: range) -> dict[str, Any]:
@@ -101,10 +100,10 @@ def sample_shards(
     size = chosen_batch_size(batch_size, pipe.model.config.image_size, devices)
     busy = 0
     try:
-        total = sum(len(spans(number)) for number in todo)
+        total = sum(len(span_of(number)) for number in todo)
         with tqdm.tqdm(total=total, unit="image", disable=not progress or not todo) as bar:
             for number in todo:
-                path, span = shard_path(folder, number), spans(number)
+                path, span = shard_path(folder, number), span_of(number)
                 bar.set_description(path.name)
                 with claimed(path) as file:
                     if file is None:  # another process has it
@@ -128,11 +127,11 @@ def sample_shards(
     except OSError as error:
         why = error.strerror or error
         raise GlideError(
-            f"cannot write shards: {why}; {there()}, and the same command continues"
+            f"cannot write shards: {why}; {done_line()}, and the same command continues"
         ) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {there()}, and the same command continues") from None
-    return there() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
+        raise KeyboardInterrupt(f"stopped; {done_line()}, and the same command continues") from None
+    return done_line() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
 
 
 def _unpadded(prompt: Prompt) -> Prompt:
@@ -156,8 +155,8 @@ def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> di
         used["upsampler weights"] = larger.model.name, larger.model.params
     if chosen.clip_scale and pipe.clip is not None:
         used["CLIP"] = pipe.clip.name, pipe.clip.params
-    if chosen.autoguidance_scale != 1 and pipe.weak_model is not None:
-        used["weak model"] = pipe.weak_model.model.name, pipe.weak_model.model.params
+    if chosen.autoguidance_scale != 1 and pipe.weak_stage is not None:
+        used["weak model"] = pipe.weak_stage.model.name, pipe.weak_stage.model.params
     for what, (_, params) in used.items():
         sums = checksums(params)
         identity[f"{what} digest"] = digest(f"{name} {value}" for name, value in sums.items())

@@ -32,15 +32,15 @@ class Denoiser:
     Attributes:
         model: the module.
         mesh: the devices over which batches are split; None: unknown.
-        in_parts: whether they hold the weights in parts; otherwise each holds them whole.
+        is_sharded: whether they hold the weights in parts; otherwise each holds them whole.
     """
 
     model: GLIDE
     mesh: AbstractMesh | None = None
-    in_parts: bool = False
+    is_sharded: bool = False
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
-        on_mesh = pin_batch if self.in_parts else jax.sharding.use_abstract_mesh
+        on_mesh = pin_batch if self.is_sharded else jax.sharding.use_abstract_mesh
         with nullcontext() if self.mesh is None else on_mesh(self.mesh):
             output: Any = self.model.apply({"params": params}, x, t, **cond)
         return output
@@ -77,16 +77,16 @@ class Stage:
         """The network and its weights, on the devices; those of the trunk in its dtype."""
         module = GLIDE(self.model.config, trunk_dtype(self.dtype))
         placement, params = Placement(self.devices), cast_trunk(self.model.params, module.dtype)
-        in_parts = placement.in_parts(params)
-        if not in_parts:
+        is_sharded = placement.is_sharded(params)
+        if not is_sharded:
             # On a TPU the keys and values of all blocks would be copied out of the joined result.
             layers = ("emb",) if placement.platform == "tpu" else tuple(JOINED)
             params = join_projections(params, layers)
-        if placement.platform == "cpu" and module.dtype == jnp.float32 and not in_parts:
+        if placement.platform == "cpu" and module.dtype == jnp.float32 and not is_sharded:
             params = transform_kernels(params, self.model.config)
         params = placement.put_weights(params)
-        params = params if in_parts else placement.arrange_kernels(params)
-        denoiser = Denoiser(module, placement.mesh.abstract_mesh, in_parts)
+        params = params if is_sharded else placement.arrange_kernels(params)
+        denoiser = Denoiser(module, placement.mesh.abstract_mesh, is_sharded)
         return Network(denoiser, params, self.model.prediction)
 
     @cached_property
@@ -94,7 +94,7 @@ class Stage:
         """The tokenizer of captions."""
         return GPT2Tokenizer(self.model.config.text_ctx)
 
-    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+    def encode_captions(self, captions: Sequence[str]) -> TextFeatures:
         """Return the text features of captions, on the host; those of "" are unconditional.
 
         One caption at a time: the same compiled program then serves every number of captions.

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.models.layers import PAIR
+from glide_jax.models.layers import LORA_PAIR
 from glide_jax.models.precision import cast_trunk
 from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.weights.lora import KERNEL, adapted_layers
@@ -50,8 +50,8 @@ def init_pairs(
         inputs, outputs = flat[layer + KERNEL].shape
         layer_key = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
         first = nn.initializers.orthogonal()(layer_key, (inputs, config.rank))
-        pairs[f"{layer}/{PAIR[0]}"] = first
-        pairs[f"{layer}/{PAIR[1]}"] = jnp.zeros((config.rank, outputs))
+        pairs[f"{layer}/{LORA_PAIR[0]}"] = first
+        pairs[f"{layer}/{LORA_PAIR[1]}"] = jnp.zeros((config.rank, outputs))
     return unflatten(pairs)
 
 
@@ -64,7 +64,7 @@ def add_pairs(pairs: Mapping[str, Any], base: Mapping[str, Any], scale: float) -
         scale: `alpha / rank`, which `B` is multiplied by.
     """
     scaled = {
-        path: array * scale if path.endswith(PAIR[1]) else array
+        path: array * scale if path.endswith(LORA_PAIR[1]) else array
         for path, array in flatten(pairs).items()
     }
     return unflatten(flatten(base) | scaled)

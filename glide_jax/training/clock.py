@@ -43,7 +43,7 @@ class Clock:
         return 0 < self._limit <= self.seconds
 
     @property
-    def done(self) -> np.ndarray | None:
+    def time_share(self) -> np.ndarray | None:
         """The share of the time that is used up; None without a limit."""
         return np.asarray(self.seconds / self._limit, np.float32) if self._limit else None
 

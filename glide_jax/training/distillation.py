@@ -21,7 +21,7 @@ from glide_jax.diffusion.guidance import (
     Network,
     Point,
     Predict,
-    apply,
+    apply_guidances,
     branches_of,
     classifier_free,
     clip_x0,
@@ -51,7 +51,7 @@ class ConsistencyTerms(NamedTuple):
 # --- noise levels
 
 
-def distilled_timesteps(config: TrainConfig, tables: LossTables) -> int:
+def distilled_length(config: TrainConfig, tables: LossTables) -> int:
     """Return the number of timesteps, from the cleanest, that are distilled.
 
     The noisiest of them is where the spacings of the sampler begin. At noisier timesteps nothing is
@@ -62,17 +62,17 @@ def distilled_timesteps(config: TrainConfig, tables: LossTables) -> int:
     return max(round(config.distillation.timestep_share * usable), 1)
 
 
-def teacher_steps_at(done: Any, teacher_steps: tuple[int, int]) -> jax.Array:
+def teacher_steps_at(progress: Any, teacher_steps: tuple[int, int]) -> jax.Array:
     """Return the number of teacher steps, which doubles at equal intervals  (2310.14189, sec. 3.4).
 
     Args:
-        done: share of the training that is done.
+        progress: share of the training that is done.
         teacher_steps: numbers of steps at the beginning and at the end.
     """
     first, last = teacher_steps
     stages = math.ceil(math.log2(last / first)) + 1
-    # The epsilon keeps float32 rounding of `done * stages` from falling below an integer.
-    stage = jnp.floor(jnp.float32(done) * stages + 1e-4)
+    # The epsilon keeps float32 rounding of `progress * stages` from falling below an integer.
+    stage = jnp.floor(jnp.float32(progress) * stages + 1e-4)
     return jnp.minimum(first * 2.0**stage, last)
 
 
@@ -115,10 +115,10 @@ def teacher_predictor(
     network: Callable[..., Any],
     prediction: str,
     tokens: jax.Array | np.ndarray,
-    mask: jax.Array | np.ndarray,
+    caption_mask: jax.Array | np.ndarray,
     conditioning: dict[str, jax.Array],
     scale: jax.Array | None,
-    clip: bool,
+    clips_x0: bool,
 ) -> Predict:
     """Return the teacher's prediction, with classifier-free guidance in one batched pass.
 
@@ -126,28 +126,30 @@ def teacher_predictor(
         network: the teacher as a function of its inputs.
         scale: `(B,)` guidance scales; None: no guidance, and no second branch.
     """
-    branches = {CONDITIONAL.name: mask} | ({} if scale is None else {NULL.name: mask & False})
+    branches = {CONDITIONAL.name: caption_mask}
+    if scale is not None:
+        branches[NULL.name] = caption_mask & False
     conds = {
         name: {"text": network(tokens, shown, method=GLIDE.encode_text)} | conditioning
         for name, shown in branches.items()
     }
     guidances = [] if scale is None else [classifier_free(scale)]
-    if clip:
+    if clips_x0:
         guidances.append(clip_x0())
     main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction)
     predict = noise_predictor({CONDITIONAL.network: main}, conds, branches_of(guidances))
-    return apply(predict, guidances)
+    return apply_guidances(predict, guidances)
 
 
 def student_denoiser(
-    network: Callable[..., Any], prediction: str, inputs: dict[str, Any], clip: bool = False
+    network: Callable[..., Any], prediction: str, inputs: dict[str, Any], clips_x0: bool = False
 ) -> Denoise:
     """Return the student's clean image as a function of a noised image and its noise level."""
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
         x_0 = to_x_0(prediction, output, x, point.alpha, point.sigma)
-        return jnp.clip(x_0, -1, 1) if clip else x_0
+        return jnp.clip(x_0, -1, 1) if clips_x0 else x_0
 
     return denoise
 
@@ -189,7 +191,7 @@ def consistency_target(
     return (x_end - ratio * x_t) / (at_t.next_alpha - ratio * at_t.alpha)
 
 
-def image_pseudo_huber(
+def consistency_error(
     x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber_constant: float
 ) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
@@ -217,7 +219,7 @@ def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
     return jnp.where(choice < config.unguided_share, 1.0, low + (high - low) * position)
 
 
-def consistency(
+def consistency_loss(
     student: Callable[..., Any],
     frozen_student: Callable[..., Any],
     teacher: Callable[..., Any] | None,
@@ -239,7 +241,7 @@ def consistency(
         options: options of the student, for dropout.
     """
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
-    length = distilled_timesteps(config, tables)
+    length = distilled_length(config, tables)
     gap = jnp.maximum(jnp.round(length / teacher_steps), 1).astype(t.dtype)
     r, end = earlier(t, gap, length, c.student_steps)
     point = point_at(tables, t, r)
@@ -251,14 +253,14 @@ def consistency(
             teacher,
             config.prediction,
             inputs.tokens,
-            inputs.mask,
+            inputs.caption_mask,
             inputs.conditioning,
             None if c.guidance_scales == (1, 1) else scale,
             c.clip_x0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
-    text = student(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    text = student(inputs.tokens, inputs.caption_mask, method=GLIDE.encode_text)
     arguments = inputs.conditioning | options
     if config.model.guidance_scale_input:
         arguments = arguments | {"guidance_scale": scale}
@@ -266,7 +268,7 @@ def consistency(
     denoise = student_denoiser(frozen_student, config.prediction, frozen_arguments, c.clip_x0)
     target = consistency_target(tables, denoise, x_t, x_r, t, r, end)
     x_0 = student_denoiser(student, config.prediction, arguments | {"text": text})(x_t, point)
-    return image_pseudo_huber(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
+    return consistency_error(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
 
 
 def teacher_model(student: GLIDE) -> GLIDE:
@@ -275,7 +277,7 @@ def teacher_model(student: GLIDE) -> GLIDE:
     return GLIDE(config, student.dtype)
 
 
-def consistency_terms(
+def consistency_loss_at(
     params: Any,
     inputs: Inputs,
     *,
@@ -283,7 +285,7 @@ def consistency_terms(
     tables: LossTables,
     config: TrainConfig,
     teacher: Any,
-    done: Any,
+    progress: Any,
     train: bool = False,
 ) -> tuple[ConsistencyTerms, jax.Array]:
     """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
@@ -291,10 +293,10 @@ def consistency_terms(
     Args:
         teacher: weights of the teacher; {}: there is no teacher.
     """
-    teacher_steps = teacher_steps_at(done, config.distillation.teacher_steps)
+    teacher_steps = teacher_steps_at(progress, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
-    terms = consistency(
+    terms = consistency_loss(
         bind_network(model, params),
         bind_network(model, jax.lax.stop_gradient(params)),
         bind_network(teacher_model(model), teacher) if teacher else None,

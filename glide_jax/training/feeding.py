@@ -55,7 +55,7 @@ def open_batches(
     return make_batches(source, config.data, **common) if resident is None else resident
 
 
-def align(batches: Batches | ResidentBatches, step: int) -> int:
+def steps_of_next_call(batches: Batches | ResidentBatches, step: int) -> int:
     """Let the next call, after `step` steps, end at a multiple of the steps per call.
 
     So calls end where a checkpoint or a sample is due. Only the first call of a run that was

@@ -19,7 +19,8 @@ class Inputs(NamedTuple):
         x_0, x_t, eps: `(B, H, W, 3)`: clean images, noised images, noise.
         t: `(B,)` int32 timesteps.
         tokens: `(B, L)` int32 captions.
-        mask: `(B, L)` bool, True where a token belongs to the caption; some captions are emptied.
+        caption_mask: `(B, L)` bool, True where a token belongs to the caption; some captions are
+            emptied.
         conditioning: the other inputs of the network, by name.
         key: `(B,)` keys for everything else.
     """
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
     eps: jax.Array
     t: jax.Array
     tokens: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
+    caption_mask: jax.Array | np.ndarray
     conditioning: dict[str, jax.Array]
     key: jax.Array
 

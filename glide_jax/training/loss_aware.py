@@ -37,9 +37,9 @@ class Records(NamedTuple):
     loss: jax.Array
 
 
-def empty_history(steps: int) -> LossHistory:
+def empty_history(length: int) -> LossHistory:
     """Return the history before the first step."""
-    return LossHistory(jnp.zeros((steps, MEMORY)), jnp.zeros(steps, jnp.int32))
+    return LossHistory(jnp.zeros((length, MEMORY)), jnp.zeros(length, jnp.int32))
 
 
 def probabilities(history: LossHistory) -> jax.Array:
@@ -48,12 +48,12 @@ def probabilities(history: LossHistory) -> jax.Array:
     Returns:
         `(T,)` float32.
     """
-    steps = len(history.count)
+    length = len(history.count)
     size = jnp.sqrt((history.losses**2).mean(axis=1))
     total = size.sum()
-    uniform = jnp.full(steps, 1 / steps)
+    uniform = jnp.full(length, 1 / length)
     ready = (history.count >= MEMORY).all() & (total > 0)
-    aware = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / steps
+    aware = (1 - UNIFORM) * size / jnp.where(ready, total, 1) + UNIFORM / length
     return jnp.where(ready, aware, uniform)
 
 

@@ -23,7 +23,7 @@ from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
 from glide_jax.training.adapting import adapted_loss, add_pairs, init_base, init_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
-from glide_jax.training.distillation import consistency_terms, distilled_timesteps, teacher_model
+from glide_jax.training.distillation import consistency_loss_at, distilled_length, teacher_model
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
 from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
@@ -46,13 +46,13 @@ class Batch(NamedTuple):
     Attributes:
         image: `(B, H, W, 3)` uint8.
         tokens: `(B, L)` int32.
-        mask: `(B, L)` bool, True where a token belongs to the caption.
+        caption_mask: `(B, L)` bool, True where a token belongs to the caption.
         row: `(B,)` int32, row in the whole batch of the step.
     """
 
     image: jax.Array | np.ndarray
     tokens: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
+    caption_mask: jax.Array | np.ndarray
     row: jax.Array | np.ndarray
 
 
@@ -86,7 +86,7 @@ class Objective:
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
             which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
             of the state, and its metrics have the `RECORDS`.
-        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `done`.
+        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `time_share`.
         init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
             LoRA in its dtypes. Without a teacher or a base they are {}.
         lora_scale: factor of the low-rank pairs, if these are trained; the loss then also takes
@@ -105,12 +105,13 @@ class Objective:
         return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
-        self, frozen_params: Params, step: jax.Array | int, done: Any = None
+        self, frozen_params: Params, step: jax.Array | int, time_share: Any = None
     ) -> dict[str, Any]:
-        """Return the loss's extra arguments: teacher, step and time done, or the base of LoRA."""
+        """Return the loss's extra arguments: those of a distillation, or the base of LoRA."""
         if self.lora_scale:
             return {"base": frozen_params}
-        return {"teacher": frozen_params, "step": step, "done": done} if self.distils else {}
+        inputs = {"teacher": frozen_params, "step": step, "time_share": time_share}
+        return inputs if self.distils else {}
 
 
 def make_objective(config: RunConfig) -> Objective:
@@ -121,8 +122,8 @@ def make_objective(config: RunConfig) -> Objective:
     distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
-        highest = max(round(config.timestep_share * config.diffusion_steps), 1)
-        loss = partial(contrastive_loss, model=model, tables=tables, timesteps=highest)
+        limit = max(round(config.timestep_share * config.diffusion_steps), 1)
+        loss = partial(contrastive_loss, model=model, tables=tables, timestep_limit=limit)
         init = partial(clip.init_params, model)
     else:
         assert isinstance(config, TrainConfig)
@@ -130,11 +131,10 @@ def make_objective(config: RunConfig) -> Objective:
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
             init_frozen_params = partial(unet.init_params, teacher_model(model))
-        options = {"model": model, "tables": tables, "config": config}
-        if distils:
-            loss = partial(distillation_loss, **options)
-        else:
-            loss = partial(denoising_loss, timesteps=make_timestep_distribution(config), **options)
+        loss = partial(distillation_loss, model=model, tables=tables, config=config)
+        if not distils:
+            distribution = make_timestep_distribution(config)
+            loss = partial(denoising_loss, distribution=distribution, **loss.keywords)
         init = partial(unet.init_params, model)
     if config.optimiser.freeze:
         loss = partial(_frozen_loss, loss, config.optimiser.freeze)
@@ -181,20 +181,20 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def sample_noise(key: jax.Array, batch: Batch, timesteps: TimestepDistribution | int) -> Noise:
+def sample_noise(key: jax.Array, batch: Batch, distribution: TimestepDistribution | int) -> Noise:
     """Return timesteps, noise and keys, each record's from its row.
 
     Args:
         key: key of the step.
         batch: images and rows of the step.
-        timesteps: distribution of the timesteps; an integer T: uniform over 0..T-1.
+        distribution: distribution of the timesteps; an integer T: uniform over 0..T-1.
     """
-    timesteps = TimestepDistribution(timesteps) if isinstance(timesteps, int) else timesteps
+    given = TimestepDistribution(distribution) if isinstance(distribution, int) else distribution
 
     def record_noise(row: jax.Array | np.ndarray) -> Noise:
         t_key, eps_key, other_key = jax.random.split(jax.random.fold_in(key, row), 3)
         eps = jax.random.normal(eps_key, batch.image.shape[1:])
-        return Noise(timesteps.sample(t_key), eps, other_key)
+        return Noise(given.sample(t_key), eps, other_key)
 
     return jax.vmap(record_noise)(batch.row)
 
@@ -219,7 +219,7 @@ def denoising_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
-    timesteps: TimestepDistribution | None = None,
+    distribution: TimestepDistribution | None = None,
     loss_history: LossHistory | None = None,
     train: bool = False,
     axis: str | None = None,
@@ -232,12 +232,12 @@ def denoising_loss(
     With a `loss_history` the timesteps are loss-aware. The means are weighted: their expectation
     is that of uniform timesteps.
     """
-    timesteps = timesteps or TimestepDistribution(len(tables.alpha))
+    distribution = distribution or TimestepDistribution(len(tables.alpha))
     if loss_history is not None:
-        timesteps = replace(timesteps, probability=probabilities(loss_history))
-    inputs = prepare(batch, key, timesteps, tables, config)
+        distribution = replace(distribution, probability=probabilities(loss_history))
+    inputs = noise_batch(batch, key, distribution, tables, config)
     network = bind_network(model, params)
-    text = network(inputs.tokens, inputs.mask, method=GLIDE.encode_text)
+    text = network(inputs.tokens, inputs.caption_mask, method=GLIDE.encode_text)
     dropout = {"dropout_keys": dropout_keys(inputs)} if train and config.model.dropout else {}
     output = network(inputs.x_t, inputs.t, text, **inputs.conditioning, **dropout)
     terms = hybrid_loss(
@@ -254,9 +254,9 @@ def denoising_loss(
     )
     metrics: dict[str, Any] = {}
     weight = None
-    if timesteps.probability is not None:
+    if distribution.probability is not None:
         metrics[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
-        weight = importance(timesteps.probability, inputs.t)
+        weight = importance(distribution.probability, inputs.t)
         terms = Terms(*(term * weight for term in terms))
     metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
     return metrics["loss"], metrics | quartile_losses(
@@ -274,7 +274,7 @@ def distillation_loss(
     config: TrainConfig,
     teacher: Params,
     step: jax.Array | int,
-    done: jax.Array | np.ndarray | None = None,
+    time_share: jax.Array | np.ndarray | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -283,11 +283,11 @@ def distillation_loss(
     Args:
         teacher: weights of the teacher; {}: there is no teacher, and the images take its place.
         step: number of steps that the run has done.
-        done: share of the time limit that is used up, if there is one. The number of teacher steps
-            depends on it or on the share of the steps, whichever is larger.
+        time_share: share of the time limit that is used up, if there is one. The number of teacher
+            steps depends on it or on the share of the steps, whichever is larger.
     """
-    inputs = prepare(batch, key, distilled_timesteps(config, tables), tables, config)
-    terms, teacher_steps = consistency_terms(
+    inputs = noise_batch(batch, key, distilled_length(config, tables), tables, config)
+    terms, teacher_steps = consistency_loss_at(
         params,
         inputs,
         model=model,
@@ -295,28 +295,28 @@ def distillation_loss(
         config=config,
         teacher=teacher,
         # Whichever limit comes first.
-        done=jnp.maximum(step / config.steps, 0.0 if done is None else done),
+        progress=jnp.maximum(step / config.steps, 0.0 if time_share is None else time_share),
         train=train,
     )
     metrics = {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "teacher_steps": teacher_steps}
     return metrics["loss"], metrics | quartile_losses(terms.loss, inputs.t, len(tables.alpha))
 
 
-def prepare(
+def noise_batch(
     batch: Batch,
     key: jax.Array,
-    timesteps: TimestepDistribution | int,
+    distribution: TimestepDistribution | int,
     tables: LossTables,
     config: TrainConfig,
 ) -> Inputs:
     """Return a batch noised at sampled timesteps, with its conditioning."""
-    noise = sample_noise(key, batch, timesteps)
+    noise = sample_noise(key, batch, distribution)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
     x_0 = from_uint8(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
     u = jax.vmap(jax.random.uniform)(keys[:, 0])
-    mask = batch.mask & (u >= config.caption_dropout)[:, None]
+    caption_mask = batch.caption_mask & (u >= config.caption_dropout)[:, None]
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
         low_res = conditioning["low_res"] = from_uint8(shrink(batch.image))
@@ -327,10 +327,10 @@ def prepare(
         size = batch.image.shape[1]
         one_mask = partial(random_mask, size=size, share_all=config.mask_all_share)
         known = jax.vmap(one_mask)(keys[:, 2])
-        conditioning |= {"inpaint_image": x_0 * known, "inpaint_mask": known}
+        conditioning |= {"inpaint_image": x_0 * known, "inpaint_known": known}
     # A key of its own: the three above are those of denoising.
     key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
-    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, mask, conditioning, key)
+    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, caption_mask, conditioning, key)
 
 
 def noise_low_res(
@@ -340,11 +340,11 @@ def noise_low_res(
 
     Timesteps are uniform from 0 to `share` of the diffusion process.
     """
-    highest = max(round(share * len(tables.alpha)), 1)
+    limit = max(round(share * len(tables.alpha)), 1)
 
     def timestep_and_noise(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         t_key, eps_key = jax.random.split(key)
-        t = jax.random.randint(t_key, (), 0, highest)
+        t = jax.random.randint(t_key, (), 0, limit)
         return t, jax.random.normal(eps_key, low_res.shape[1:])
 
     t, eps = jax.vmap(timestep_and_noise)(keys)
@@ -358,7 +358,7 @@ def contrastive_loss(
     *,
     model: NoisedCLIP,
     tables: LossTables,
-    timesteps: int | None = None,
+    timestep_limit: int | None = None,
     train: bool = False,
     axis: str | None = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -367,12 +367,12 @@ def contrastive_loss(
     Each image is compared with the captions of the whole batch, on all devices  (GLIDE, sec. 4.4).
 
     Args:
-        batch: `mask` is True at the tokens of the caption, start and end token included.
-        timesteps: the timesteps below this number are sampled; None: all timesteps.
+        batch: `caption_mask` is True at the tokens of the caption, start and end token included.
+        timestep_limit: the timesteps below this number are sampled; None: all timesteps.
     """
-    noise = sample_noise(key, batch, timesteps or len(tables.alpha))
+    noise = sample_noise(key, batch, timestep_limit or len(tables.alpha))
     x_t = q_sample(tables, from_uint8(batch.image), noise.t, noise.eps)
-    lengths = batch.mask.sum(axis=1)
+    lengths = batch.caption_mask.sum(axis=1)
     network = bind_network(model, params)
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)
     text = normalise(network(batch.tokens, lengths, method=NoisedCLIP.text_features).raw)

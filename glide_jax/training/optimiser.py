@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from glide_jax.models.layers import PAIR
+from glide_jax.models.layers import LORA_PAIR
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.optimiser_config import OptimiserConfig
 
@@ -109,7 +109,7 @@ def kernels(params: Any) -> Any:
     Weight decay acts on these; that of a pair pulls the kernel towards its base.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _path(path).endswith(("kernel", *PAIR)), params
+        lambda path, _: _path(path).endswith(("kernel", *LORA_PAIR)), params
     )
 
 

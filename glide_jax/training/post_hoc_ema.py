@@ -45,7 +45,7 @@ class Profile:
         return power_exponent(self.width)
 
 
-def snapshot(config: RunConfig, step: int, emas: Iterable[Any]) -> None:
+def save_ema_snapshots(config: RunConfig, step: int, emas: Iterable[Any]) -> None:
     """Write the power-function EMAs as float16 weights, `ema/<step>_<width>`.
 
     Does nothing except at multiples of `optimiser.ema_every` and at the last step. A sum of

@@ -45,12 +45,12 @@ class Control(NamedTuple):
     Attributes:
         key: key of the run.
         lr_factor: factor of the learning rate; None: 1.
-        done: share of the time limit that is used up; None: there is no limit.
+        time_share: share of the time limit that is used up; None: there is no limit.
     """
 
     key: jax.Array
     lr_factor: jax.Array | np.ndarray | None = None
-    done: jax.Array | np.ndarray | None = None
+    time_share: jax.Array | np.ndarray | None = None
 
 
 def scan_steps(
@@ -91,7 +91,7 @@ def train_step(
     batch: Batch,
     key: jax.Array,
     lr_factor: jax.Array | np.ndarray | None = None,
-    done: jax.Array | np.ndarray | None = None,
+    time_share: jax.Array | np.ndarray | None = None,
     *,
     loss: Callable[..., tuple[jax.Array, Metrics]],
     optimiser: optax.GradientTransformation,
@@ -113,7 +113,7 @@ def train_step(
         batch: this device's part, or the whole batch if `axis` is None.
         key: key of the run; the step and each record's row are folded in here.
         lr_factor: factor of this step's learning rate; None: 1.
-        done: see `Control`.
+        time_share: see `Control`.
         loss: see `glide_jax.training.objectives.Objective`.
         optimiser: see `glide_jax.training.optimiser.make_optimiser`.
         config: rates and widths of the EMAs.
@@ -130,11 +130,13 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     # Split and not used as it is: other keys would change the random numbers of runs before.
     record_key, _ = jax.random.split(key)
-    scale = 2.0**state.log2_loss_scale
+    loss_scale = 2.0**state.log2_loss_scale
 
-    def gradient(weights: Params, rows: Batch) -> tuple[tuple[Params, Metrics], Records | None]:
-        params, frozen_params = weights
-        extra_inputs = loss_inputs(frozen_params, state.step, done)
+    def gradient(
+        both_params: tuple[Params, Params], rows: Batch
+    ) -> tuple[tuple[Params, Metrics], Records | None]:
+        params, frozen_params = both_params
+        extra_inputs = loss_inputs(frozen_params, state.step, time_share)
         if state.loss_history is not None:
             extra_inputs["loss_history"] = state.loss_history
 
@@ -143,15 +145,15 @@ def train_step(
             value, metrics = loss(
                 full_params, rows, record_key, train=True, axis=axis, **extra_inputs
             )
-            return value * scale, metrics
+            return value * loss_scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
         grads, metrics = jax.grad(scaled, has_aux=True)(drop_frozen(params, config.freeze))
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
-    weights = (state.params, state.frozen_params)
-    (grads, metrics), records = _accumulate(gradient, weights, batch, accumulate)
+    both_params = (state.params, state.frozen_params)
+    (grads, metrics), records = _accumulate(gradient, both_params, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     history = None
@@ -209,8 +211,10 @@ def apply_gradient(
 
 
 def _accumulate(
-    gradient: Callable[[Params, Batch], tuple[tuple[Params, Metrics], Records | None]],
-    weights: Params,
+    gradient: Callable[
+        [tuple[Params, Params], Batch], tuple[tuple[Params, Metrics], Records | None]
+    ],
+    both_params: tuple[Params, Params],
     batch: Batch,
     count: int,
 ) -> tuple[tuple[Params, Metrics], Records | None]:
@@ -220,18 +224,18 @@ def _accumulate(
         The mean gradient and metrics, and the records of all microbatches.
     """
     if count == 1:
-        return gradient(weights, batch)
+        return gradient(both_params, batch)
     # A microbatch is every count-th row, so that a sharded batch is not moved between devices.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], split))[0],
+        jax.eval_shape(gradient, both_params, jax.tree.map(lambda x: x[0], split))[0],
     )
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
         # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
-        held_weights, microbatch = jax.lax.optimization_barrier((weights, microbatch))
-        gradient_sums, records = gradient(held_weights, microbatch)
+        held_params, microbatch = jax.lax.optimization_barrier((both_params, microbatch))
+        gradient_sums, records = gradient(held_params, microbatch)
         return jax.tree.map(jnp.add, total, gradient_sums), records
 
     total, records = jax.lax.scan(add, zeros, split)

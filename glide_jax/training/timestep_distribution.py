@@ -16,7 +16,7 @@ class TimestepDistribution:
     """A distribution of timesteps.
 
     Attributes:
-        steps: timesteps are below this number.
+        length: timesteps are below this number.
         half_log_snr: `(T,)` log(alpha / sigma) of each timestep, for a normal distribution of it;
             None: uniform timesteps.
         mean, std: of the normal distribution.
@@ -24,7 +24,7 @@ class TimestepDistribution:
         probability: `(T,)` of each timestep; None: as above.
     """
 
-    steps: int
+    length: int
     half_log_snr: np.ndarray | None = None
     mean: float = 0.0
     std: float = 1.0
@@ -36,14 +36,14 @@ class TimestepDistribution:
         if self.probability is not None:
             return sample_timestep(key, self.probability)
         if self.half_log_snr is None:
-            return jax.random.randint(key, (), 0, self.steps)
+            return jax.random.randint(key, (), 0, self.length)
         normal_key, share_key, t_key = jax.random.split(key, 3)
         half_log_snr = self.mean + self.std * jax.random.normal(normal_key)
         # np.interp needs increasing points; half_log_snr falls with t.
-        t = jnp.interp(-half_log_snr, -self.half_log_snr, np.arange(self.steps, dtype=np.float32))
+        t = jnp.interp(-half_log_snr, -self.half_log_snr, np.arange(self.length, dtype=np.float32))
         t = jnp.round(t).astype(jnp.int32)
         everywhere = jax.random.uniform(share_key) < self.uniform_share
-        return jnp.where(everywhere, jax.random.randint(t_key, (), 0, self.steps), t)
+        return jnp.where(everywhere, jax.random.randint(t_key, (), 0, self.length), t)
 
 
 def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
@@ -51,12 +51,12 @@ def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
 
     Loss-aware levels are uniform where there is no history of losses: in held-out losses.
     """
-    steps = config.diffusion_steps
+    length = config.diffusion_steps
     if config.levels != "log-normal":
-        return TimestepDistribution(steps)
-    half_log_snr = make_schedule(config.schedule, steps).half_log_snr(np.arange(steps))
+        return TimestepDistribution(length)
+    half_log_snr = make_schedule(config.schedule, length).half_log_snr(np.arange(length))
     return TimestepDistribution(
-        steps,
+        length,
         half_log_snr.astype(np.float32),
         config.level_mean,
         config.level_std,

@@ -13,14 +13,14 @@ class Rule(NamedTuple):
     """Fields that have an effect in some recipes alone.
 
     Attributes:
-        fields: names of the fields, with a dot for those of a part of the recipe.
-        owner: what a recipe must have for the fields to act, as messages say it.
+        fields: names of the fields, with a dot for those of a section of the recipe.
+        needed: what a recipe must have for the fields to act, as messages say it.
         used: whether a recipe has it.
         off: a value of the fields that is always accepted, besides the default.
     """
 
     fields: tuple[str, ...]
-    owner: str
+    needed: str
     used: Callable[[Any], bool]
     off: Any = None
 
@@ -99,7 +99,7 @@ def check_used(config: RunConfig) -> None:
             value, default = attrgetter(path)(config), default_of(config, path)
             if value != default and (rule.off is None or value != rule.off):
                 raise UsageError(
-                    f"{path} is for {rule.owner}: choose that, or set it to {default!r}"
+                    f"{path} is for {rule.needed}: choose that, or set it to {default!r}"
                 )
 
 
@@ -127,15 +127,15 @@ def rules_of(config: RunConfig) -> tuple[Rule, ...]:
 
 
 def default_of(config: RunConfig, path: str) -> Any:
-    """Return the default of a field of a recipe, or of a part of it."""
-    part, _, name = path.rpartition(".")
-    owner = attrgetter(part)(config) if part else config
-    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
+    """Return the default of a field of a recipe, or of a section of it."""
+    section, _, name = path.rpartition(".")
+    fields = dataclasses.fields(attrgetter(section)(config) if section else config)
+    return next(f.default for f in fields if f.name == name)
 
 
 def _changed(config: RunConfig, path: str, value: Any) -> RunConfig:
-    part, _, name = path.rpartition(".")
-    if not part:
+    section, _, name = path.rpartition(".")
+    if not section:
         return dataclasses.replace(config, **{name: value})
-    changed: Any = dataclasses.replace(getattr(config, part), **{name: value})
-    return dataclasses.replace(config, **{part: changed})
+    changed: Any = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: changed})

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.models.layers import PAIR
+from glide_jax.models.layers import LORA_PAIR
 from glide_jax.weights.store import flatten, map_arrays, save_arrays, unflatten
 
 # The layers that can have a pair, by kind: where they are, and their names.
@@ -78,10 +78,13 @@ def to_pairs(tree: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]
     """
     flat = {path: np.asarray(array, np.float32) for path, array in flatten(tree).items()}
     layers = sorted({path.rpartition("/")[0] for path in flat})
-    wanted = {f"{layer}/{name}" for layer in layers for name in PAIR}
+    wanted = {f"{layer}/{name}" for layer in layers for name in LORA_PAIR}
     if not layers or set(flat) != wanted:
         raise ValueError(f"{min(set(flat) ^ wanted, default='nothing')} is no part of a pair")
-    return {layer: (flat[f"{layer}/{PAIR[0]}"], flat[f"{layer}/{PAIR[1]}"]) for layer in layers}
+    return {
+        layer: (flat[f"{layer}/{LORA_PAIR[0]}"], flat[f"{layer}/{LORA_PAIR[1]}"])
+        for layer in layers
+    }
 
 
 def checksum(params: Mapping[str, Any]) -> str:
@@ -158,7 +161,7 @@ def save_lora(path: Path, lora: LoRA) -> None:
     arrays = {
         f"{layer}/{name}": array
         for layer, pair in lora.pairs.items()
-        for name, array in zip(PAIR, pair, strict=True)
+        for name, array in zip(LORA_PAIR, pair, strict=True)
     }
     metadata = {"format": FORMAT, "rank": str(lora.rank), "alpha": repr(lora.alpha)}
     save_arrays(path, arrays, metadata | {"base": lora.base, "checksum": lora.checksum})

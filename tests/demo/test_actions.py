@@ -20,7 +20,7 @@ from glide_jax.demo.actions import (
     loading_arguments,
     read_steps,
 )
-from glide_jax.pipeline.options import WeightsOptions, read_options
+from glide_jax.pipeline.options import SampleModelOptions, read_options
 from tests.support.commands import TINY, make_weights
 
 CONTROLS = Controls(
@@ -102,7 +102,7 @@ def test_only_what_differs_is_written_down():
         "num": 1, "seed": 3, "steps": 20, "guidance_scale": 2.3,
         "guidance_interval": (0.5, 100_000.0),
     }  # fmt: skip
-    model = WeightsOptions(weights="runs/a", weak_model="runs/b", devices="all")
+    model = SampleModelOptions(weights="runs/a", weak_model="runs/b", devices="all")
     assert loading_arguments(model) == {
         "weights": "runs/a", "weak_model": "runs/b", "devices": "all",
     }  # fmt: skip
@@ -133,7 +133,7 @@ def test_the_command_names_a_model_that_guides_only_with_its_scale():
 
 
 def test_pairs_are_named_one_by_one_on_the_command_line():
-    loading = loading_arguments(WeightsOptions(lora=("runs/a", "b.safetensors:0.5")))
+    loading = loading_arguments(SampleModelOptions(lora=("runs/a", "b.safetensors:0.5")))
     assert loading == {"lora": ("runs/a", "b.safetensors:0.5")}
     words = generate(CONTROLS, DEFAULTS).command(loading, Path("samples")).split()
     assert words[2:6] == ["--lora", "runs/a", "--lora", "b.safetensors:0.5"]

@@ -35,7 +35,7 @@ def test_weights_that_cannot_be_the_page_are_named(tmp_path):
     with pytest.raises(UsageError, match="there are no weights 'emoji65'"):
         open_studio(read_demo_options(["--weights", "emoji65", *out]))
     (tmp_path / "file").write_text("")
-    with pytest.raises(GlideError, match="cannot write images to"):
+    with pytest.raises(GlideError, match="cannot write to"):
         open_studio(read_demo_options(["--out", str(tmp_path / "file")]))
 
 

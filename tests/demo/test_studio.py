@@ -12,7 +12,7 @@ import glide_jax as glide
 from glide_jax.demo.actions import Controls, edit, generate, interpolation
 from glide_jax.demo.studio import Studio
 from glide_jax.diffusion.sampling import run_rows
-from glide_jax.pipeline.options import WeightsOptions
+from glide_jax.pipeline.options import SampleModelOptions
 from tests.support.commands import TINY, make_weights
 
 CONTROLS = Controls(
@@ -30,7 +30,7 @@ def weights(tmp_path_factory):
 def studio(weights, tmp_path_factory):
     """A studio that has compiled the usual programs."""
     out = tmp_path_factory.mktemp("out")
-    found = Studio(glide.load(weights), WeightsOptions(weights=str(weights)), out)
+    found = Studio(glide.load(weights), SampleModelOptions(weights=str(weights)), out)
     found.warm()
     assert found.ready.is_set()
     return found
@@ -174,13 +174,13 @@ def test_one_image_at_a_time_on_a_cpu(studio):
     assert studio.more(1) == {}
     if jax.default_backend() == "cpu":
         assert studio.more(4) == {"batch_size": 1}
-    model = WeightsOptions(batch_size=8, upsampler_steps="4")
+    model = SampleModelOptions(batch_size=8, upsampler_steps="4")
     other = replace(studio, model=model)
     assert other.more(1) == {"batch_size": 8, "upsampler": {"steps": "4"}}
 
 
 def test_a_closed_studio_stops_what_runs(weights, tmp_path):
-    studio = Studio(glide.load(weights), WeightsOptions(), tmp_path)
+    studio = Studio(glide.load(weights), SampleModelOptions(), tmp_path)
     studio.ready.set()
     reports = studio.run(call(studio, steps=1000), "visitor")
     assert next(reports).stage in ("running", "compiling")

@@ -6,8 +6,8 @@ from glide_jax.devices.cluster import (
     PORTS,
     detect,
     first_host,
-    local_devices,
     note_if_alone,
+    own_gpus,
 )
 from glide_jax.errors import GlideError
 
@@ -267,4 +267,4 @@ def test_the_first_machine_of_slurms_lists(nodes, first):
     ],
 )
 def test_processes_of_a_machine_share_its_gpus(local, gpus, expected):
-    assert local_devices(local, gpus) == expected
+    assert own_gpus(local, gpus) == expected

@@ -24,7 +24,7 @@ def test_other_devices_than_gpus_keep_their_kernels(params):
 
 def test_the_order_in_memory_of_kernels_in_16_bits(monkeypatch, params):
     """A CPU can have this order too: the numbers stay the same, and the program adapts."""
-    monkeypatch.setattr(placement, "GPUS", ("cpu",))
+    monkeypatch.setattr(placement, "GPU_PLATFORMS", ("cpu",))
     before = Placement().replicate(params)
     after = Placement().arrange_kernels(before)
     assert after["a"]["kernel"].format.layout.major_to_minor == OHWI.major_to_minor

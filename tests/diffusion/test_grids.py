@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion.grids import SPACINGS, make_timesteps
-from glide_jax.diffusion.schedule import Schedule, make_schedule
-from glide_jax.diffusion.solvers import SOLVERS, optimised, restart
-from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
-from glide_jax.diffusion.solvers.optimised import (
+from glide_jax.diffusion.optimised_grids import (
     SHIPPED_STEPS,
+    Spectrum,
+    _optimised,
     image_error,
     natural_images,
     optimise_grid,
     optimised_grid,
     standard_deviations,
 )
+from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.diffusion.solvers import SOLVERS, restart
+from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
 from glide_jax.diffusion.spacings import end_levels, respaced, trailing
 from glide_jax.errors import UsageError
 from tests.support.commands import environment
@@ -197,7 +199,7 @@ def test_standard_deviations_equal_those_of_the_oracle(name):
 
 def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
     """On one Gaussian the learned variance is exact: only the starting level adds an error."""
-    one = optimised.Spectrum(np.array([0.25]), np.array([1.0]))
+    one = Spectrum(np.array([0.25]), np.array([1.0]))
     grid = make_timesteps(SCHEDULE, 10)
     errors = {
         name: image_error(SCHEDULE, grid, SOLVERS[name], one)
@@ -251,10 +253,10 @@ def test_other_solvers_and_schedules_are_optimised_on_the_fly():
 def test_a_grid_is_optimised_once():
     """Also where its solver is a new object, as settings make one."""
     first = make_timesteps(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
-    before = optimised._optimised.cache_info().misses
+    before = _optimised.cache_info().misses
     again = make_timesteps(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
     np.testing.assert_array_equal(first, again)
-    assert optimised._optimised.cache_info().misses == before
+    assert _optimised.cache_info().misses == before
 
 
 def test_many_steps_are_not_optimised():

@@ -18,7 +18,7 @@ from glide_jax.diffusion.guidance import (
     compose,
     guidance,
 )
-from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start, stream
+from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start_state, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -180,7 +180,7 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
 @pytest.mark.parametrize(("interval", "conditionals"), [(INTERVAL, 1), ((0, np.inf), 0)])
 def test_one_conditional_in_the_program(interval, conditionals):
     run = run_of(guidances=[classifier_free(3.0).within(*interval), clip_x0()])
-    compiled = run_rows.lower(TOY, CONDS, run, start(run, X), keys()).compile()
+    compiled = run_rows.lower(TOY, CONDS, run, start_state(run, X), keys()).compile()
     # One more decides whether the row adds noise.
     assert compiled.as_text().count(" conditional(") == conditionals + 1
 

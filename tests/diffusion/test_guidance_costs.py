@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance import (
     image_loss,
     rescale,
 )
-from glide_jax.diffusion.sampling import run_rows, sample, start, stream
+from glide_jax.diffusion.sampling import run_rows, sample, start_state, stream
 from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
 from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -61,7 +61,7 @@ def evaluations(guidances, solver=ddim):
     networks = {name: counting(name, toy) for name in NETWORKS}
     guidances = guidances(counting("other", bowl)) if callable(guidances) else guidances
     run = run_of(guidances, solver)
-    run_rows.lower(networks, CONDS, run, start(run, X), keys())
+    run_rows.lower(networks, CONDS, run, start_state(run, X), keys())
     return seen
 
 
@@ -127,7 +127,7 @@ def test_matrix_products_of_the_compiled_program(guidances, wanted):
     size = int(np.prod(SHAPE[1:]))
     networks = {"main": Network(dense, np.eye(size, dtype=np.float32))}
     run = run_of(guidances)
-    compiled = run_rows.lower(networks, CONDS, run, start(run, X), keys()).compile().as_text()
+    compiled = run_rows.lower(networks, CONDS, run, start_state(run, X), keys()).compile().as_text()
     products = re.findall(rf"f32\[(\d+),{size}\]\S* dot\(", compiled)
     assert sorted(int(rows) // 3 for rows in products) == wanted
     # One for the guidances, and one that decides whether the row adds noise.

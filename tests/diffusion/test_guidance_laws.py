@@ -63,18 +63,18 @@ each_guidance = pytest.mark.parametrize("name", EACH)
 def test_a_limited_score_changes_x_0_by_at_most_what_x_t_leaves_open(alpha, sigma):
     point = Point(*map(np.float32, (0, alpha, sigma, 0, 0)), memory={})
     # Gaussian pixels of standard deviation 0.5, seen in noise: the posterior's.
-    left_open = np.sqrt(0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2))
+    posterior_std = np.sqrt(0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2))
     to_x_0 = sigma**2 / alpha
     direction = np.asarray(X) / np.sqrt((X**2).mean(axis=(1, 2, 3), keepdims=True))
     # One image below the limit, one at ten times, one with an own limit of its size.
     sizes = np.array([0.1, 10, 1])[:, None, None, None]
-    gradient = jnp.asarray(direction * sizes * left_open / to_x_0, jnp.float32)
+    gradient = jnp.asarray(direction * sizes * posterior_std / to_x_0, jnp.float32)
     limits = np.float32([0.2, 0.2, 3])
     found = np.asarray(limited(gradient, point, limits))
     np.testing.assert_array_equal(found[[0, 2]], np.asarray(gradient)[[0, 2]])
     np.testing.assert_allclose(found[1], np.asarray(gradient)[1] * 0.02, rtol=1e-4)
     change = to_x_0 * np.sqrt((found**2).mean(axis=(1, 2, 3)))
-    np.testing.assert_allclose(change, np.array([0.1, 0.2, 1]) * left_open, rtol=1e-4)
+    np.testing.assert_allclose(change, np.array([0.1, 0.2, 1]) * posterior_std, rtol=1e-4)
     np.testing.assert_array_equal(limited(gradient, point, np.inf), gradient)
     np.testing.assert_array_equal(limited(0 * gradient, point, 0.2), 0 * gradient)
 

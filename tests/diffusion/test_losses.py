@@ -16,7 +16,7 @@ from glide_jax.diffusion.losses import (
     make_tables,
     normal_kl,
     q_sample,
-    vlb_terms,
+    variational_bound,
 )
 from glide_jax.diffusion.schedule import Schedule, make_schedule, to_eps
 from glide_jax.diffusion.solvers.table import step_betas
@@ -138,7 +138,7 @@ def test_bound_alone(name, respacing):
 
     @jax.jit
     def total(output):
-        bound = vlb_terms(tables, x_0, x_t, t, output[..., :3], output[..., 3:])
+        bound = variational_bound(tables, x_0, x_t, t, output[..., :3], output[..., 3:])
         return bound.sum(), bound
 
     grad, bound = jax.grad(total, has_aux=True)(output)
@@ -191,7 +191,7 @@ def update():
     batch = objectives.Batch(
         image=(nhwc(reference["x0"]) + 1) * 127.5,
         tokens=np.asarray(reference["tokens"], np.int32),
-        mask=reference["mask"],
+        caption_mask=reference["mask"],
         row=np.arange(4),
     )
     keys = jax.random.split(jax.random.key(0), 4)

@@ -111,7 +111,7 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
 def test_inpainting_keeps_known_pixels_and_guides():
     image, known = image_and_known("inpaint")
     guidance = [classifier_free(5.0), known_pixels(image, known), clip_x0()]
-    images = {"inpaint_image": image, "inpaint_mask": known}
+    images = {"inpaint_image": image, "inpaint_known": known}
     x, noise = start()
     found, state = run("inpaint", "cosine", 6, SOLVERS["ddpm"], guidance, x, noise, **images)
     assert_close(found, steps_nhwc(load("loops")["inpaint_p.steps"]), 3e-4)
@@ -123,7 +123,7 @@ def test_inpainting_through_the_upsampler():
     loops, (image, known) = load("loops"), image_and_known("up_inpaint")
     images = {
         "inpaint_image": image,
-        "inpaint_mask": known,
+        "inpaint_known": known,
         "low_res": nhwc(loops["up.low_res"]),
     }
     guidance = [known_pixels(image, known), clip_x0()]

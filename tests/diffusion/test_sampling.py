@@ -99,8 +99,9 @@ def test_q_sample(process):
 def test_posterior(process):
     q, t = posterior(step_betas(*grid_of(process))), reference(process, "t")
     x_0, x = reference(process, "x0"), reference(process, "x")
-    mean_x_0, mean_x_t = (c[t][:, None, None, None] for c in (q.mean_x_0, q.mean_x_t))
-    assert_close(mean_x_0 * x_0 + mean_x_t * x, reference(process, "post_mean"), 1e-5)
+    weights = q.mean_weight_x_0, q.mean_weight_x_t
+    weight_x_0, weight_x_t = (c[t][:, None, None, None] for c in weights)
+    assert_close(weight_x_0 * x_0 + weight_x_t * x, reference(process, "post_mean"), 1e-5)
     assert_close(q.beta_tilde[t], reference(process, "post_var").ravel(), 1e-6)
     assert_close(q.log_beta_tilde[t], reference(process, "post_logvar").ravel(), 1e-5)
 

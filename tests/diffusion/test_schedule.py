@@ -80,8 +80,8 @@ def test_the_levels_that_solvers_read(name, spacing):
     q = posterior(step_betas(schedule, grid))
     same(q.log_beta, np.log(wanted["betas"]))
     same(q.beta_tilde, wanted["posterior_variance"])
-    same(q.mean_x_0, wanted["posterior_mean_coef1"])
-    same(q.mean_x_t, wanted["posterior_mean_coef2"])
+    same(q.mean_weight_x_0, wanted["posterior_mean_coef1"])
+    same(q.mean_weight_x_t, wanted["posterior_mean_coef2"])
 
     table = one_row_per_step(schedule, grid)
     same(table.t[::-1], grid[::-1])
@@ -105,7 +105,7 @@ def test_posterior_of_a_single_step():
     """The original raises an IndexError here."""
     q = posterior(np.array([0.7]))
     assert q.log_beta_tilde == q.log_beta == np.log(0.7)
-    assert (q.mean_x_0, q.mean_x_t, q.beta_tilde) == (1, 0, 0)
+    assert (q.mean_weight_x_0, q.mean_weight_x_t, q.beta_tilde) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.multistep import (
-    exponential,
+    exponential_integrator,
     noise_multistep,
     sa_solver,
     sde_dpm_solver_2m,
@@ -118,7 +118,7 @@ def test_the_published_third_order_formula_is_of_second_order():
 
     def published(schedule, grid, breaks):
         table = SOLVERS["dpm++3m"](schedule, grid, breaks)
-        line = exponential(schedule, grid, breaks, predictor=2)
+        line = exponential_integrator(schedule, grid, breaks, predictor=2)
         # The parabola adds nothing but the second difference to the line.
         half = line.E[:, :3] + (table.E[:, :3] - line.E[:, :3]) / 2
         return table._replace(E=np.pad(half, ((0, 0), (0, 1))))
@@ -181,7 +181,7 @@ def test_predictions_integrate_polynomials_of_lower_degree(count, degree):
     """`p` predictions are exact up to degree `p - 1`, and no further."""
     p, x, at = of_degree(degree), 0.7, 4
     denoise = predicted_polynomial(p)
-    solver = partial(exponential, predictor=count)
+    solver = partial(exponential_integrator, predictor=count)
     found, _ = after_one_step(solver, denoise, lambda row: denoise(0.0, row), x, at)
     error = abs(found - exact_data(p, x, *UNEVEN[at : at + 2]))
     assert error < 1e-13 if degree < count else error > 1e-6

@@ -54,7 +54,7 @@ def test_on_a_cpu_long_attention_goes_head_by_head(monkeypatch, dtype, tolerance
 
     assert "while" not in str(jax.make_jaxpr(attend)(*arrays))
     wanted = results(attend)
-    monkeypatch.setattr(attention, "MANY_LOGITS", 48 * 56)
+    monkeypatch.setattr(attention, "SPLIT_HEADS_LOGITS", 48 * 56)
     jaxpr = str(jax.make_jaxpr(lambda *x: attend(*x))(*arrays))
     assert "scan" in jaxpr and "f32[48,56]" in jaxpr
     found = results(lambda *x: attend(*x))

@@ -164,17 +164,16 @@ def test_attention_block(with_text):
 
 
 @pytest.mark.parametrize("film", [True, False])
-@pytest.mark.parametrize("kind", ["same", "widen", "widen3", "up", "down"])
+@pytest.mark.parametrize("kind", ["same", "widen", "up", "down"])
 def test_residual_block(kind, film):
     units = load("units")
     x, emb = nhwc(units["rb.x"]), units["rb.emb"]
     block = ResBlock(
-        features=64 if kind.startswith("widen") else 32,
+        features=64 if kind == "widen" else 32,
         dropout=0.1,
         dtype=FLOAT,
         film=film,
         resample={"up": upsample, "down": downsample}.get(kind),
-        skip_3x3=kind == "widen3",
     )
     shapes = jax.eval_shape(lambda key: block.init(key, x, emb), jax.random.key(0))
     variables = block_variables(shapes, released._RES, weights_of("rb.sd."))

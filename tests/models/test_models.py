@@ -31,7 +31,7 @@ def text_of(name: str, some=slice(None)):
 def images_of(name: str) -> dict:
     """Return the inputs of a variant besides the noised image, channels first."""
     reference = load(f"unet_{name}")
-    return {k: reference[k] for k in ("low_res", "inpaint_image", "inpaint_mask") if k in reference}
+    return {new: reference[old] for old, new in golden.IMAGES.items() if old in reference}
 
 
 # --- outputs
@@ -218,9 +218,9 @@ def test_dropout_acts_only_in_training():
         ("superres", {}, True, "needs low_res"),
         ("base", {"low_res": (4, 4, 3)}, True, "takes no low_res"),
         ("base", {"inpaint_image": (16, 16, 3)}, True, "takes no inpaint_image"),
-        ("superres", {"low_res": (4, 4, 3), "inpaint_mask": (16, 16, 1)}, True, "inpaint_mask"),
-        ("inpaint", {"inpaint_image": (16, 16, 3)}, True, "inpaint_mask go together"),
-        ("inpaint", {"inpaint_mask": (16, 16, 1)}, True, "inpaint_mask go together"),
+        ("superres", {"low_res": (4, 4, 3), "inpaint_known": (16, 16, 1)}, True, "inpaint_known"),
+        ("inpaint", {"inpaint_image": (16, 16, 3)}, True, "inpaint_known go together"),
+        ("inpaint", {"inpaint_known": (16, 16, 1)}, True, "inpaint_known go together"),
         ("base", {}, False, "needs text features"),
         ("alt_notext", {}, True, "takes no text features"),
     ],

@@ -6,7 +6,7 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.data.decoding import Encoded, load_image, square
-from glide_jax.pipeline.conditioning import read_sources
+from glide_jax.pipeline.conditioning import read_input_images
 from glide_jax.pipeline.image_files import open_images, read_images
 
 GREEN, WHITE = (0, 160, 0), (255, 255, 255)
@@ -22,7 +22,7 @@ WIDE = blocks([10, 60, 90, 200], [20, 70, 100, 210])
 
 
 def note_of(capsys, *arguments, **options):
-    read_sources(*arguments, **options)
+    read_input_images(*arguments, **options)
     return capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_one_line_says_what_was_changed(tmp_path, capsys):
 
 
 def test_small_images_to_enlarge_keep_their_size(capsys):
-    sources = read_sources(None, None, WIDE, 64)
+    sources = read_input_images(None, None, WIDE, 64)
     assert np.array_equal(sources.low_res.squares(None, 1)[0], WIDE[:, 8:24])
     assert capsys.readouterr().err == (
         "note: low_res: the image was cropped to its central 16x16 of 32x16\n"

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.pipeline.conditioning import read_sources
+from glide_jax.pipeline.conditioning import read_input_images
 from glide_jax.pipeline.image_files import open_images
 from glide_jax.pipeline.mask_files import open_masks
 
@@ -250,21 +250,21 @@ ORDER = "(white is regenerated, black is kept)"
 def test_masks_without_meaning_are_refused(mask, message):
     photo = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(glide.UsageError) as caught:
-        read_sources(photo, mask, None, 16)
+        read_input_images(photo, mask, None, 16)
     assert str(caught.value) == message
 
 
 def test_the_share_is_said_with_the_changes_of_the_image(tmp_path, capsys):
     path = tmp_path / "brush.png"
     layer(255, 255 * H).save(path)
-    read_sources(np.zeros((64, 64, 3), np.uint8), path, None, 64)
+    read_input_images(np.zeros((64, 64, 3), np.uint8), path, None, 64)
     assert capsys.readouterr().err == (
         f"note: the mask {path} regenerates 25% of the image (its opaque part)\n"
     )
-    read_sources(WIDE, REGION, None, 32, invert_mask=True)
+    read_input_images(WIDE, REGION, None, 32, invert_mask=True)
     assert capsys.readouterr().err == (
         "note: the image was cropped to its central 32x32 of 96x32; the mask regenerates 75% of "
         "the image (inverted)\n"
     )
-    read_sources(WIDE, ~REGION | REGION, None, 32, allow_uniform_mask=True)
+    read_input_images(WIDE, ~REGION | REGION, None, 32, allow_uniform_mask=True)
     assert "the mask regenerates 100% of the image\n" in capsys.readouterr().err

@@ -11,9 +11,9 @@ from PIL import Image
 
 from glide_jax import folders
 from glide_jax.errors import GlideError
-from glide_jax.folders import cache_folder, expand_words
+from glide_jax.folders import cache_folder, check_writable, expand_words
 from glide_jax.pipeline import images as images_module
-from glide_jax.pipeline.images import Images, check_writable, file_name_part
+from glide_jax.pipeline.images import Images, file_name_part
 from glide_jax.pipeline.options import read_options
 
 
@@ -105,7 +105,7 @@ def test_a_file_in_place_of_the_folder_is_said(tmp_path):
     path.write_text("")
     with pytest.raises(GlideError) as error:
         check_writable(path)
-    assert str(error.value) == f"cannot write images to {path}: it is a file, not a folder"
+    assert str(error.value) == f"cannot write to {path}: it is a file, not a folder"
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     def likeness(images):
         x = jnp.asarray(images.images, jnp.float32) / 127.5 - 1
         clip = pipe.clip
-        return float(clip.network(x, jnp.zeros(1), clip.encode_text(["red"]))[0])
+        return float(clip.network(x, jnp.zeros(1), clip.encode_captions(["red"]))[0])
 
     assert likeness(guided) > likeness(unguided)
     # Ancestral samplers follow the paper; the others limit the change of x_0.

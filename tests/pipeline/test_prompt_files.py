@@ -1,4 +1,4 @@
-"""Prompts of tables and JSON."""
+"""Prompts of text files, tables and JSON."""
 
 import json
 
@@ -6,8 +6,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from glide_jax.errors import GlideError
-from glide_jax.pipeline.prompt_files import read_prompt_file
+from glide_jax.errors import GlideError, UsageError
+from glide_jax.pipeline.prompt_files import read_prompt_file, read_text_prompts
 
 COCO = {
     "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 4, "file_name": "4.jpg"}],
@@ -77,3 +77,41 @@ def test_the_captions_of_a_parquet_file_are_prompts(tmp_path):
     path = tmp_path / "captions.parquet"
     parquet.write_table(pyarrow.table({"caption": ["a", "b"], "id": [1, 2]}), path)
     assert read_prompt_file(path) == ("a", "b")
+
+
+LINES = "a red apple\r\n\n \ufeff \n  a rocket \rcaf\u00e9 \u2028x"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "said"),
+    [
+        ("utf-8", "", ""),
+        ("utf-8", "\ufeff", ""),
+        ("utf-16-le", "\ufeff", "UTF-16"),
+        ("utf-16-be", "\ufeff", "UTF-16"),
+        ("utf-16-le", "", "UTF-16"),
+        ("utf-16-be", "", "UTF-16"),
+        ("utf-32-le", "\ufeff", "UTF-32"),
+    ],
+)
+def test_files_of_prompts_in_unicode_are_read(tmp_path, capsys, encoding, mark, said):
+    path = tmp_path / "p.txt"
+    path.write_bytes((mark + LINES).encode(encoding))
+    assert read_text_prompts(path) == ("a red apple", "a rocket", "caf\u00e9 \u2028x")
+    wanted = f"note: {path} is {said}: read as such\n" if said else ""
+    assert capsys.readouterr().err == wanted
+
+
+def test_files_of_prompts_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "p.txt"
+    for data, reason in (
+        ("caf\u00e9".encode("latin-1"), "it is not UTF-8 (byte 3); save it as UTF-8"),
+        (b"\xff\xfea\0b", "it is not UTF-16 (byte 4); save it as UTF-8"),
+        (None, "No such file or directory; check the path"),
+    ):
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(UsageError) as caught:
+            read_text_prompts(path)
+        assert str(caught.value) == f"cannot read the prompts in {path}: {reason}"

@@ -11,7 +11,6 @@ from glide_jax.pipeline.prompts import (
     interpolated,
     read_prompt,
     read_prompts,
-    read_text_prompts,
 )
 from glide_jax.pipeline.runner import captions_of
 from glide_jax.pipeline.settings import Settings
@@ -110,44 +109,6 @@ def test_and_and_not_are_words_of_a_prompt_in_capitals_and_one_line_says_so(prom
     assert capsys.readouterr().err == (note if said else "")
 
 
-LINES = "a red apple\r\n\n \ufeff \n  a rocket \rcaf\u00e9 \u2028x"
-
-
-@pytest.mark.parametrize(
-    ("encoding", "mark", "said"),
-    [
-        ("utf-8", "", ""),
-        ("utf-8", "\ufeff", ""),
-        ("utf-16-le", "\ufeff", "UTF-16"),
-        ("utf-16-be", "\ufeff", "UTF-16"),
-        ("utf-16-le", "", "UTF-16"),
-        ("utf-16-be", "", "UTF-16"),
-        ("utf-32-le", "\ufeff", "UTF-32"),
-    ],
-)
-def test_files_of_prompts_in_unicode_are_read(tmp_path, capsys, encoding, mark, said):
-    path = tmp_path / "p.txt"
-    path.write_bytes((mark + LINES).encode(encoding))
-    assert read_text_prompts(path) == ("a red apple", "a rocket", "caf\u00e9 \u2028x")
-    wanted = f"note: {path} is {said}: read as such\n" if said else ""
-    assert capsys.readouterr().err == wanted
-
-
-def test_files_of_prompts_that_cannot_be_read_are_named(tmp_path):
-    path = tmp_path / "p.txt"
-    for data, reason in (
-        ("caf\u00e9".encode("latin-1"), "it is not UTF-8 (byte 3); save it as UTF-8"),
-        (b"\xff\xfea\0b", "it is not UTF-16 (byte 4); save it as UTF-8"),
-        (None, "No such file or directory; check the path"),
-    ):
-        path.unlink(missing_ok=True)
-        if data is not None:
-            path.write_bytes(data)
-        with pytest.raises(glide.UsageError) as caught:
-            read_text_prompts(path)
-        assert str(caught.value) == f"cannot read the prompts in {path}: {reason}"
-
-
 @pytest.mark.parametrize("prompt", ["AND a cat", "NOT a cat", "a cat AND", "a AND :2 NOT b", "AND"])
 def test_and_or_not_without_a_caption_on_each_side_is_refused(prompt):
     with pytest.raises(glide.UsageError, match="lacks one"):
@@ -217,7 +178,7 @@ def test_the_upsampler_reads_one_caption_alone():
     seen = []
 
     class Listening(type(exact_pipeline())):
-        def text_features(self, captions):
+        def encode_captions(self, captions):
             seen.append(captions)
             return np.zeros((len(captions), 3), np.float32)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.devices.placement import local_devices
+from glide_jax.devices.placement import chosen_devices
 from glide_jax.diffusion.sampling import run_rows
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, default_batch_size, select_images
@@ -176,11 +176,11 @@ def test_images_are_the_same_on_any_number_of_devices(tmp_path):
 
 
 def test_missing_devices_are_refused():
-    assert local_devices("all") == jax.local_devices()
-    assert local_devices(1) == local_devices("1") == jax.local_devices()[:1]
+    assert chosen_devices("all") == jax.local_devices()
+    assert chosen_devices(1) == chosen_devices("1") == jax.local_devices()[:1]
     for asked in (0, len(jax.local_devices()) + 1, "two", "-1"):
         with pytest.raises(glide.UsageError, match=f"cannot use {asked} devices"):
-            local_devices(asked)
+            chosen_devices(asked)
 
 
 # --- evaluations
@@ -190,7 +190,7 @@ def test_missing_devices_are_refused():
 def counting():
     """A pipeline with a weak model; both count the images that they evaluate."""
     weak = exact_pipeline(oracle=Oracle("weak", shift=0.05, count=True))
-    return exact_pipeline(oracle=Oracle("main", count=True), weak_model=weak)
+    return exact_pipeline(oracle=Oracle("main", count=True), weak_stage=weak)
 
 
 PHOTO = {"image": np.full((8, 8, 3), 90, np.uint8)}
@@ -229,7 +229,7 @@ def test_the_number_of_evaluations(counting, prompt, call, main, weak):
 
 def test_autoguidance_leads_away_from_the_weak_model():
     weak = exact_pipeline(oracle=Oracle("weak", shift=0.05))
-    pipe = exact_pipeline(weak_model=weak, settings={"sampler": "unipc3", "steps": 30})
+    pipe = exact_pipeline(weak_stage=weak, settings={"sampler": "unipc3", "steps": 30})
     plain, guided = (
         pipe("red", num=4, autoguidance_scale=scale).images / 127.5 for scale in (1.0, 3.0)
     )

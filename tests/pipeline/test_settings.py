@@ -13,12 +13,11 @@ import pytest
 import glide_jax as glide
 from glide_jax.diffusion.grids import SPACINGS
 from glide_jax.diffusion.guidance import branches_of
-from glide_jax.pipeline.clip_guide import ANCESTRAL
+from glide_jax.diffusion.solvers import traits_of
 from glide_jax.pipeline.options import SamplingOptions, read_options
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import (
     METHODS,
-    WITH_ETA,
     Settings,
     SettingsArguments,
     describe,
@@ -45,7 +44,7 @@ def prompts_of(settings, prompts=PLAIN):
 def test_every_sampler_by_its_name(sampler):
     settings = Settings(steps=12, sampler=sampler)
     assert len(settings.plan(SCHEDULE, settings.guidances(PLAIN))) >= 10
-    if sampler in WITH_ETA:
+    if traits_of(sampler).takes_eta:
         noisy, still = (
             settings.changed(eta=eta).plan(SCHEDULE, ()).table.s.max() for eta in (1.0, 0.0)
         )
@@ -56,16 +55,23 @@ def test_every_sampler_by_its_name(sampler):
             settings.changed(eta=0.5).solver()
 
 
-def test_the_samplers_with_noise_of_their_own():
-    assert set(WITH_ETA) == {"ddim", "dpm++2m-sde", "sa"}
-
-
-def test_the_samplers_whose_mean_a_score_moves():
-    tables = {
-        name: Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table for name in glide.SOLVERS
-    }
-    assert set(ANCESTRAL) == {name for name, table in tables.items() if table.gradient_mean.any()}
-    assert not any(tables[name].gradient_x_0.any() for name in ANCESTRAL)
+def test_what_is_known_of_each_sampler():
+    ancestral = {"ddpm", "ddpm-small", "ddpm-large"}
+    noisy = ancestral | {"dpm++2m-sde", "sa", "consistency"}
+    for name in glide.SOLVERS:
+        traits = traits_of(name)
+        assert traits.guides_mean == (name in ancestral)
+        assert traits.learns_variance == (name == "ddpm")
+        assert traits.takes_eta == (name in {"ddim", "dpm++2m-sde", "sa"})
+        assert traits.is_noisy == (name in noisy)
+        table = Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table
+        assert table.gradient_mean.any() == traits.guides_mean != table.gradient_x_0.any()
+    # The help text lists them by kind.
+    deterministic, rest = setting_texts()["sampler"].split("With noise at each step: ")
+    with_noise, few_step = rest.split("For few-step students: ")
+    named = [set(re.findall(r"[a-z0-9+-]+", text)) for text in (deterministic, with_noise)]
+    assert named[0] >= set(glide.SOLVERS) - noisy and not named[0] & noisy
+    assert named[1] >= noisy - {"consistency"} and few_step == "consistency."
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from benchmarks.samplers import Options, choices, curves, levels_for, measure, write_figure
+from glide_jax.diffusion.optimised_grids import image_error
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.diffusion.solvers.optimised import image_error
 from glide_jax.errors import UsageError
 
 SCHEDULE = make_schedule("cosine")

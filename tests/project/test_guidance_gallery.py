@@ -13,7 +13,13 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from glide_jax.diffusion.guidance import Network, Point, apply, branches_of, classifier_free
+from glide_jax.diffusion.guidance import (
+    Network,
+    Point,
+    apply_guidances,
+    branches_of,
+    classifier_free,
+)
 from glide_jax.diffusion.guidance import noise_predictor as predictor
 from glide_jax.diffusion.sampling import sample
 from glide_jax.models.blocks import AttentionBlock
@@ -53,7 +59,7 @@ def make(name, *args, function=None, **named):
 def prediction(*guidances, x=X, t=500.0, networks=NETWORKS, conds=OTHERS):
     """Return the guided prediction for some noised images at a timestep."""
     point = Point(*map(jnp.float32, (t, ALPHA, SIGMA, 0.8, 0.6)), {})
-    return apply(predictor(networks, conds, branches_of(guidances)), guidances)(x, point)
+    return apply_guidances(predictor(networks, conds, branches_of(guidances)), guidances)(x, point)
 
 
 def assert_equal(found, wanted):

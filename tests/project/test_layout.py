@@ -16,7 +16,7 @@ FREE = {"errors", "folders"}
 BASE = {"models", "diffusion", "data", "devices"}
 ALLOWED = {
     "errors": set(),
-    "folders": set(),
+    "folders": {"errors"},
     "models": FREE,
     "diffusion": FREE,
     "data": FREE,

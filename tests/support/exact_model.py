@@ -76,7 +76,7 @@ class ExactPipeline(Pipeline):
         levels = jnp.float32(self.schedule.half_log_snr(np.arange(len(self.schedule))))
         return Network(self.oracle, Placement(self.devices).replicate(levels))
 
-    def text_features(self, captions):
+    def encode_captions(self, captions):
         return jnp.stack([colour(caption) for caption in captions])
 
 

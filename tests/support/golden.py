@@ -28,6 +28,12 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "golden"
 SCHEDULES = {"squaredcos_cap_v2": "cosine", "cosine": "cosine", "linear": "linear"}
 # The weights of these variants are those of another one, except for the first convolution.
 SHARED_WEIGHTS = {"inpaint": "base", "superres_inpaint": "superres"}
+# The images that a network takes, by their names in OpenAI's code and in this package.
+IMAGES = {
+    "low_res": "low_res",
+    "inpaint_image": "inpaint_image",
+    "inpaint_mask": "inpaint_known",
+}
 TEXT_SIDE = ("transformer", "token_embedding", "positional_embedding", "final_ln")
 
 

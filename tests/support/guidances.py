@@ -15,7 +15,7 @@ from glide_jax.diffusion.guidance import (
     Prediction,
     all_of,
     apg,
-    apply,
+    apply_guidances,
     autoguidance,
     branches_of,
     cfg_plus_plus,
@@ -106,7 +106,7 @@ def predicted(
     memory = {name: image[some] for name, image in memory.items()}
     t, alpha, sigma, next_alpha, next_sigma = map(jnp.float32, (500, ALPHA, SIGMA, 0.8, 0.6))
     point = Point(t, alpha, sigma, next_alpha, next_sigma, memory)
-    predict = apply(noise_predictor(networks, conds, branches_of(guidances)), guidances)
+    predict = apply_guidances(noise_predictor(networks, conds, branches_of(guidances)), guidances)
     return predict(X[some], point)
 
 

@@ -78,7 +78,7 @@ class Painted:
     fail_at: int | None = None
     clip: SimpleNamespace | None = None
     upsampler: None = None
-    weak_model: None = None
+    weak_stage: None = None
     settings: Settings = field(default_factory=Settings)
 
     @cached_property

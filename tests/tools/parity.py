@@ -241,7 +241,7 @@ def outputs(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     for name in NETWORKS:
         inputs = golden.load(f"unet_{name}")
         text = golden.encode(name, inputs["tokens"], inputs["mask"], dtype)
-        images = {k: inputs[k] for k in ("low_res", "inpaint_image", "inpaint_mask") if k in inputs}
+        images = {new: inputs[old] for old, new in golden.IMAGES.items() if old in inputs}
         x, t = inputs["x"], inputs["t"]
         yield f"`unet_{name}`", golden.forward(name, x, t, text, dtype=dtype, **images)
     x, t, tokens, lengths = test_clip.inputs()

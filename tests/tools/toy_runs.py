@@ -81,8 +81,8 @@ TOYS = {
     "improved64": Toy(),
     "upsample256": Toy(("low_res",), block=4),
     "improved256": Toy(("low_res",), block=4),
-    "inpaint64": Toy(("inpaint_mask",), "text64", block=2),
-    "inpaint256": Toy(("low_res", "inpaint_mask"), "upsample256", block=2),
+    "inpaint64": Toy(("inpaint_known",), "text64", block=2),
+    "inpaint256": Toy(("low_res", "inpaint_known"), "upsample256", block=2),
     "finetune64": Toy(starts_from="text64"),
     "clip64": Toy(),
 }
@@ -182,7 +182,7 @@ def loss_of(config: RunConfig, params: Any, removed: str = "") -> float:
     """Return the loss of the sixteen images; without "captions" each gets another's caption."""
     batch = all_images(config)
     if removed == "captions":
-        tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.mask))
+        tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.caption_mask))
         batch, removed = batch._replace(tokens=tokens, mask=mask), ""
     return float(mean_loss(config, removed)(params, batch))
 
@@ -195,7 +195,7 @@ def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
     eps = jax.random.normal(jax.random.key(7), batch.image.shape)
     x_t = q_sample(tables, from_uint8(batch.image), steps, eps)
     logits: Any = NoisedCLIP(clip.config).apply(
-        {"params": clip.params}, x_t, steps, batch.tokens, batch.mask.sum(axis=1)
+        {"params": clip.params}, x_t, steps, batch.tokens, batch.caption_mask.sum(axis=1)
     )
     return float((logits.argmax(axis=1) == np.arange(len(logits))).mean())
 

@@ -239,14 +239,14 @@ def test_the_number_of_teacher_steps_follows_the_nearer_limit(monkeypatch):
     config = replace(student_config(), steps=100)
     found = []
 
-    def terms(*_, done, **__):
-        found.append(float(done))
+    def terms(*_, progress, **__):
+        found.append(float(progress))
         return ConsistencyTerms(jnp.zeros(4), jnp.zeros(4)), jnp.float32(1)
 
-    monkeypatch.setattr(objectives, "consistency_terms", terms)
+    monkeypatch.setattr(objectives, "consistency_loss_at", terms)
     loss = make_objective(config).loss
-    for step, done in ((25, None), (25, 0.1), (25, 0.5)):
-        loss({}, batch_of(config), jax.random.key(0), teacher={}, step=step, done=done)
+    for step, time_share in ((25, None), (25, 0.1), (25, 0.5)):
+        loss({}, batch_of(config), jax.random.key(0), teacher={}, step=step, time_share=time_share)
     assert found == [0.25, 0.25, 0.5]
 
 

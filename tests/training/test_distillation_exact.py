@@ -10,8 +10,8 @@ from glide_jax.diffusion.losses import make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
-    consistency,
-    distilled_timesteps,
+    consistency_loss,
+    distilled_length,
     earlier,
     point_at,
     teacher_steps_at,
@@ -72,7 +72,7 @@ def path_map(gap, scale, student_steps=1, timestep_share=1.0):
     From each timestep t the teacher takes steps of DDIM to t - gap, t - 2 gap, ... and the end of
     its part. The student's x_0 is the one from which a single step leads to the same point.
     """
-    length = distilled_timesteps(config_of(timestep_share=timestep_share), TABLES)
+    length = distilled_length(config_of(timestep_share=timestep_share), TABLES)
     t = np.arange(length)
     r, end = (np.asarray(a) for a in earlier(jnp.asarray(t), gap, length, student_steps))
     mean = NULL_MEAN + scale * (MEAN - NULL_MEAN)
@@ -110,7 +110,7 @@ def inputs_at(t, seed=0):
 def loss_of(student, config, teacher_steps, t=range(LENGTH), teacher=gaussian):
     made = None if teacher is None else as_network(teacher, config.prediction)
     student = as_network(student, config.prediction)
-    return consistency(
+    return consistency_loss(
         student,
         student,
         made,
@@ -186,7 +186,7 @@ def test_a_linear_student_learns_the_known_map_from_its_teacher():
             as_network(linear(*p), "v") for p in (params, jax.lax.stop_gradient(params))
         )
         inputs = inputs_at(t, step)
-        return consistency(
+        return consistency_loss(
             student,
             frozen_student,
             as_network(gaussian, "v"),
@@ -250,7 +250,7 @@ def test_one_step_of_a_student_samples_a_mixture_where_its_teacher_returns_the_m
         return Inputs(x_0, x_t, eps, t, nothing, nothing, {}, jax.random.split(a, count))
 
     def loss(params, step, key):
-        return consistency(
+        return consistency_loss(
             student(params),
             student(jax.lax.stop_gradient(params)),
             as_network(mixture, "v"),

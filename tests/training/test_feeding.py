@@ -16,7 +16,12 @@ from glide_jax.training import feeding
 from glide_jax.training.clock import Clock
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.distillation_config import DistillationConfig
-from glide_jax.training.feeding import align, compile_steps, open_batches, steps_per_call
+from glide_jax.training.feeding import (
+    compile_steps,
+    open_batches,
+    steps_of_next_call,
+    steps_per_call,
+)
 from glide_jax.training.initial import begin_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.recipes import load_recipe
@@ -53,7 +58,7 @@ def trained(config: TrainConfig, steps: int) -> tuple[Any, np.ndarray]:
     run = compile_steps(config, make_step(config, objective), batches, parallel)
     state, losses, step = begin_state(config, objective, parallel), [], 0
     while step < steps:
-        step += align(batches, step)
+        step += steps_of_next_call(batches, step)
         state, metrics = run(state, next(batches), Control(jax.random.key(1)))
         losses.extend(np.ravel(jax.device_get(parallel.gather(metrics))["loss"]))
     return jax.device_get(parallel.for_checkpoint(state)), np.array(losses)
@@ -89,7 +94,7 @@ def test_only_the_first_call_of_a_run_stopped_between_calls_is_shorter(first, co
     batches.set_state(batches.get_state() | {"position": 4 * first})
     step, found = first, []
     for _ in counts:
-        found.append(align(batches, step))
+        found.append(steps_of_next_call(batches, step))
         assert next(batches).image.shape == (found[-1], 4)
         step += found[-1]
     assert found == counts
@@ -99,7 +104,7 @@ def test_only_the_first_call_of_a_run_stopped_between_calls_is_shorter(first, co
 def adding(state, batch, key, *_, axis):
     """A step that compiles at once: every number of the state depends on the order of the steps."""
     noise = jax.random.normal(jax.random.fold_in(key, state.step), batch.image.shape)
-    seen = (noise * batch.image).mean() + (batch.tokens * batch.mask).mean()
+    seen = (noise * batch.image).mean() + (batch.tokens * batch.caption_mask).mean()
     state = replace(
         state,
         step=state.step + 1,
@@ -116,7 +121,12 @@ def test_a_run_stopped_between_calls_equals_an_uninterrupted_one(tmp_path, monke
         for name in ("whole", "parts")
     )
     lengths = []
-    monkeypatch.setattr(script, "align", lambda *call: lengths.append(align(*call)) or lengths[-1])
+
+    def measured(*call):
+        lengths.append(steps_of_next_call(*call))
+        return lengths[-1]
+
+    monkeypatch.setattr(script, "steps_of_next_call", measured)
     monkeypatch.setattr(script, "make_step", lambda *_: adding)
     monkeypatch.setattr(feeding, "steps_per_call", lambda config: 3)
     script.train(whole)

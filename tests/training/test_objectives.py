@@ -190,11 +190,11 @@ def test_timesteps_are_uniform():
 
 def test_captions_are_emptied_at_the_rate_of_caption_dropout():
     batch = make_batch(count=2000, size=2)
-    np.testing.assert_array_equal(recorded(batch)[0]["mask"], batch.mask)
+    np.testing.assert_array_equal(recorded(batch)[0]["mask"], batch.caption_mask)
     mask = recorded(batch, caption_dropout=0.2)[0]["mask"]
     empty = ~mask.any(axis=1)
     assert empty.mean() == pytest.approx(0.2, abs=0.03)
-    np.testing.assert_array_equal(mask[~empty], batch.mask[~empty])
+    np.testing.assert_array_equal(mask[~empty], batch.caption_mask[~empty])
     assert not recorded(batch, caption_dropout=1.0)[0]["mask"].any()
 
 
@@ -233,7 +233,7 @@ def test_the_least_timestep_share_of_low_res_noising_is_one_level():
 def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
     batch = make_batch(count=64)
     found = recorded(batch, variant, mask_all_share=0.25)[0]
-    mask = found["inpaint_mask"]
+    mask = found["inpaint_known"]
     assert mask.shape == (64, 16, 16, 1) and ((mask == 0) | (mask == 1)).all()
     known = from_uint8(batch.image) * mask
     np.testing.assert_allclose(found["inpaint_image"], known, atol=1e-6)
@@ -325,7 +325,7 @@ def test_the_contrastive_loss_is_the_cross_entropy_both_ways(clip):
     def both(params):
         noise = sample_noise(KEY, batch, 1000)
         x_t = q_sample(TABLES, from_uint8(batch.image), noise.t, noise.eps)
-        lengths = batch.mask.sum(axis=1)
+        lengths = batch.caption_mask.sum(axis=1)
         logits = objective.model.apply({"params": params}, x_t, noise.t, batch.tokens, lengths)
         return objective.loss(params, batch, KEY), logits
 
@@ -341,7 +341,8 @@ def test_equal_captions_are_all_right(clip):
     objective, params = clip
     batch = make_batch(size=8)
     batch = batch._replace(
-        tokens=np.repeat(batch.tokens[:1], 8, 0), mask=np.repeat(batch.mask[:1], 8, 0)
+        tokens=np.repeat(batch.tokens[:1], 8, 0),
+        caption_mask=np.repeat(batch.caption_mask[:1], 8, 0),
     )
     _, metrics = objective.loss(params, batch, KEY)
     assert float(metrics["accuracy"]) == 1
@@ -383,7 +384,7 @@ def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     def both(params):
         t, eps = jnp.zeros(8, int), sample_noise(KEY, batch, 1).eps
         x_t = q_sample(TABLES, from_uint8(batch.image), t, eps)
-        lengths = batch.mask.sum(axis=1)
+        lengths = batch.caption_mask.sum(axis=1)
         logits = objective.model.apply({"params": params}, x_t, t, batch.tokens, lengths)
         return objective.loss(params, batch, KEY)[0], logits
 

@@ -16,7 +16,7 @@ from glide_jax.training.post_hoc_ema import (
     fit,
     inner,
     reconstruct,
-    snapshot,
+    save_ema_snapshots,
     snapshots,
     write_ema,
 )
@@ -137,7 +137,7 @@ def finished(tmp_path_factory):
     factors = {w: track(jnp.arange(1.0, 36.0), w) for w in WIDTHS}
     for step in range(1, 36):
         emas = (jax.tree.map(lambda x, f=factors[w][step - 1]: x * f, params) for w in WIDTHS)
-        snapshot(config, step, emas)
+        save_ema_snapshots(config, step, emas)
     return folder / "run", params
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_gathered_between_two_snapshots(finished):
         raise AssertionError("gathered for nothing")
         yield
 
-    snapshot(replace(config, out=str(folder)), 34, emas())
+    save_ema_snapshots(replace(config, out=str(folder)), 34, emas())
 
 
 def test_a_snapshot_loads_like_any_weights(finished):
@@ -205,7 +205,7 @@ def test_an_array_beyond_the_range_of_float16_stays_float32(tmp_path):
     params = load_model(make_weights(tmp_path / "weights")).params
     flat = flatten(params)
     flat["unet/head/bias"] = np.full_like(flat["unet/head/bias"], 1e6)
-    snapshot(config, 1, [unflatten(flat)])
+    save_ema_snapshots(config, 1, [unflatten(flat)])
     loaded = load_model(Path(tmp_path) / "ema" / "00000001_0.1").params
     assert (loaded["unet"]["head"]["bias"] == 1e6).all()
 

@@ -314,7 +314,7 @@ def test_the_shortest_recipe_learns_is_resumed_exported_and_guides(tmp_path):
     assert whole.config == exported.config == load_recipe("clip64:toy").model
     _, flat, _ = load_weights(weights)
     assert len(flat[TABLE]) < 20 and exported.params["text"]["token_embedding"].shape[0] > 49_000
-    a, b = (np.asarray(clip.encode_text([toy_runs.PROMPT])) for clip in (whole, exported))
+    a, b = (np.asarray(clip.encode_captions([toy_runs.PROMPT])) for clip in (whole, exported))
     np.testing.assert_allclose(a, b, atol=0.02)
     error = one_line(run("sample.py", "red", "--weights", run_folder, "--out", tmp_path / "s"), 1)
     assert "noised CLIP" in error and "clip" in error

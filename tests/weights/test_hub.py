@@ -78,7 +78,7 @@ pipe = glide.load(Path("hf://user/tiny"), **names)
 clip = glide.load_clip("hf://user/clip")
 up = pipe.upsampler.model
 np.savez("arrays.npz", **flatten(pipe.model.params))
-print(json.dumps([pipe.model.name, pipe.weak_model.model.name, pipe.clip.name, clip.name, up.name,
+print(json.dumps([pipe.model.name, pipe.weak_stage.model.name, pipe.clip.name, clip.name, up.name,
                   up.config.variant, sampling_defaults("hf://user/tiny")]))
 """
     result = client.run("-c", code)

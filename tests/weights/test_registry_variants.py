@@ -104,7 +104,7 @@ def random_inputs(name: str) -> dict[str, np.ndarray]:
         inputs["low_res"] = rng.standard_normal((2, 3, height // 4, width // 2), np.float32)
     if config.inpaints:
         inputs["inpaint_image"] = rng.standard_normal((2, 3, height, width), np.float32)
-        inputs["inpaint_mask"] = np.float32(rng.random((2, 1, height, width)) < 0.5)
+        inputs["inpaint_known"] = np.float32(rng.random((2, 1, height, width)) < 0.5)
     return inputs
 
 

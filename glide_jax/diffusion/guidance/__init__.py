@@ -43,7 +43,7 @@ from glide_jax.diffusion.guidance.predictor import (
 )
 from glide_jax.diffusion.guidance.record import (
     Guidance,
-    apply,
+    apply_guidances,
     branches_of,
     compose,
     guidance,
@@ -63,7 +63,7 @@ __all__ = [
     "Prediction",
     "all_of",
     "apg",
-    "apply",
+    "apply_guidances",
     "autoguidance",
     "branches_of",
     "cfg_plus_plus",

@@ -17,17 +17,10 @@ import jax.numpy as jnp
 
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
 from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
+from glide_jax.diffusion.schedule import x_0_weight
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
 DATA_STD = 0.5
-
-
-def x_0_weight(alpha: Any, sigma: Any) -> Any:
-    """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
-
-    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
-    """
-    return sigma**2 / alpha
 
 
 @guidance()
@@ -74,11 +67,11 @@ def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
         gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.
         limit: above 0.
     """
-    left_open = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
+    posterior_std = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
     change = x_0_weight(point.alpha, point.sigma) * rms
     change = jnp.maximum(change, jnp.finfo(rms.dtype).tiny)
-    return gradient * jnp.minimum(1, per_image(limit) * left_open / change)
+    return gradient * jnp.minimum(1, per_image(limit) * posterior_std / change)
 
 
 def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:

@@ -16,8 +16,9 @@ def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.
     0.7 is the paper's value.
     """
     p = predict(x, point)
-    cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
-    wanted, actual = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in (cond, p.x_0))
+    conditional_x_0 = point.x_0_of(p.branches[CONDITIONAL.name], x)
+    both = conditional_x_0, p.x_0
+    wanted, actual = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in both)
     gain = wanted / jnp.maximum(actual, TINY)
     return p.with_x_0(p.x_0 * (1 + per_image(amount) * (gain - 1)), x, point)
 

@@ -128,13 +128,14 @@ def apg(
     eta 1, no momentum and radius inf it is `classifier_free`.
     """
     p = predict(x, point)
-    cond = point.to_x_0(p.branches[CONDITIONAL.name], x)
+    conditional_x_0 = point.x_0_of(p.branches[CONDITIONAL.name], x)
     memory = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CONDITIONAL.name])
     memory = memory + per_image(momentum) * p.memory["apg"]
     p = p._replace(memory=p.memory | {"apg": memory})
     norm = jnp.sqrt(jnp.maximum(_dot(memory, memory), TINY))
     difference = memory * jnp.minimum(1, per_image(radius) / norm)
-    parallel = _dot(difference, cond) / jnp.maximum(_dot(cond, cond), TINY) * cond
+    square = jnp.maximum(_dot(conditional_x_0, conditional_x_0), TINY)
+    parallel = _dot(difference, conditional_x_0) / square * conditional_x_0
     difference = difference - parallel + per_image(eta) * parallel
     return p.with_x_0(p.x_0 + (per_image(scale) - 1) * difference, x, point)
 

@@ -35,7 +35,7 @@ class Point(NamedTuple):
     next_sigma: jax.Array
     memory: dict[str, jax.Array]
 
-    def to_x_0(self, eps: jax.Array, x: jax.Array) -> jax.Array:
+    def x_0_of(self, eps: jax.Array, x: jax.Array) -> jax.Array:
         """`x_0 = (x_t - sigma eps) / alpha`  (DDPM, eq. 15)."""
         return (x - self.sigma * eps) / self.alpha
 
@@ -61,8 +61,8 @@ class Prediction(NamedTuple):
     memory: dict[str, jax.Array]
 
     def with_eps(self, eps: jax.Array, x: jax.Array, point: Point) -> "Prediction":
-        """Replace the noise, and the clean image that follows from it (`Point.to_x_0`)."""
-        return self._replace(eps=eps, x_0=point.to_x_0(eps, x))
+        """Replace the noise, and the clean image that follows from it (`Point.x_0_of`)."""
+        return self._replace(eps=eps, x_0=point.x_0_of(eps, x))
 
     def with_x_0(self, x_0: jax.Array, x: jax.Array, point: Point) -> "Prediction":
         """Replace the clean image, and the noise: `eps = (x_t - alpha x_0) / sigma`."""

@@ -195,7 +195,7 @@ def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
     return list(branches.values())
 
 
-def apply(predict: Predict, guidances: Sequence[Guidance]) -> Predict:
+def apply_guidances(predict: Predict, guidances: Sequence[Guidance]) -> Predict:
     """Return `guidances[-1](... guidances[0](predict))`; intervals are ignored."""
     return reduce(lambda inner, g: g(inner), guidances, predict)
 
@@ -203,7 +203,7 @@ def apply(predict: Predict, guidances: Sequence[Guidance]) -> Predict:
 def _compose(
     predict: Predict, x: jax.Array, point: Point, *, members: Sequence[Guidance]
 ) -> Prediction:
-    return apply(predict, members)(x, point)
+    return apply_guidances(predict, members)(x, point)
 
 
 def compose(*guidances: Guidance) -> Guidance:

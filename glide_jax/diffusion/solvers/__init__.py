@@ -3,11 +3,16 @@
 A solver is a function `(schedule, grid, breaks) -> Table` that writes a sampler's coefficients in
 float64 on the host, one row per network evaluation; `glide_jax.diffusion.solvers.table` has the
 recursion that runs them. One file per family: `ancestral`, `multistep`, `runge_kutta`; `jumps`
-wraps any of them; `optimised` finds grids for them.
+wraps any of them. `traits_of` says what is known of a sampler.
 """
 
-from functools import partial
+import inspect
+from functools import cache, partial
+from typing import NamedTuple
 
+import numpy as np
+
+from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.ancestral import consistency, ddim, ddim_reverse, ddpm
 from glide_jax.diffusion.solvers.jumps import repaint, restart
 from glide_jax.diffusion.solvers.multistep import (
@@ -20,6 +25,7 @@ from glide_jax.diffusion.solvers.multistep import (
 )
 from glide_jax.diffusion.solvers.runge_kutta import dpm_solver_2s, heun, plms
 from glide_jax.diffusion.solvers.table import Solver, Table
+from glide_jax.errors import UsageError, did_you_mean
 
 SOLVERS: dict[str, Solver] = {
     "dpm++2m": dpm_solver_2m,
@@ -43,4 +49,67 @@ SOLVERS: dict[str, Solver] = {
 }
 """The samplers by name, as `--sampler` takes them: each is a `Solver`."""
 
-__all__ = ["SOLVERS", "Solver", "Table", "ddim_reverse", "repaint", "restart"]
+
+class Traits(NamedTuple):
+    """What a sampler does and needs.
+
+    Attributes:
+        guides_mean: a guidance gradient moves the mean of a step, as in ancestral sampling, and not
+            x_0.
+        learns_variance: it needs a network that predicts the variance.
+        takes_eta: it has the parameter `eta`.
+        is_noisy: its steps add noise.
+    """
+
+    guides_mean: bool
+    learns_variance: bool
+    takes_eta: bool
+    is_noisy: bool
+
+
+def solver_of(sampler: str) -> Solver:
+    """Return the solver of a sampler.
+
+    Raises:
+        UsageError: there is no such sampler.
+    """
+    if sampler not in SOLVERS:
+        raise UsageError(
+            f"unknown sampler {sampler!r}{did_you_mean(sampler, SOLVERS)}: "
+            f"choose one of {', '.join(SOLVERS)}"
+        )
+    return SOLVERS[sampler]
+
+
+def traits_of(sampler: str) -> Traits:
+    """Return what is known of a sampler, from its solver and the table of a short run.
+
+    Raises:
+        UsageError: there is no such sampler.
+    """
+    return _traits(solver_of(sampler))
+
+
+@cache
+def _traits(solver: Solver) -> Traits:
+    steps = 8
+    table = solver(make_schedule("cosine", steps), np.arange(steps)[::-1], np.zeros(steps, bool))
+    return Traits(
+        guides_mean=bool(table.gradient_mean.any()),
+        learns_variance=bool(table.s_learned.any()),
+        takes_eta="eta" in inspect.signature(solver).parameters,
+        is_noisy=bool(table.s.any() or table.s_learned.any()),
+    )
+
+
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "Table",
+    "Traits",
+    "ddim_reverse",
+    "repaint",
+    "restart",
+    "solver_of",
+    "traits_of",
+]

@@ -45,8 +45,8 @@ def ddpm(
         fixed = table.log_beta_tilde if variance == "small" else table.log_beta
         table = table._replace(log_beta=fixed, log_beta_tilde=fixed, s=np.exp(fixed / 2) * noisy)
     return table._replace(
-        E=on_history(q.mean_x_0[::-1]),
-        Qx=q.mean_x_t[::-1],
+        E=on_history(q.mean_weight_x_0[::-1]),
+        Qx=q.mean_weight_x_t[::-1],
         s_learned=noisy * (variance == "learned"),
         gradient_x_0=np.zeros(len(grid)),
         gradient_mean=np.ones(len(grid)),
@@ -65,7 +65,7 @@ def ddim(
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.
-        released: round alpha-bar to float32, as OpenAI's code does.
+        released: round alpha-bar to float32, as OpenAI's code does: for comparing with it.
     """
     table = one_row_per_step(schedule, grid)
     alpha, sigma, _ = levels(schedule, grid, released)

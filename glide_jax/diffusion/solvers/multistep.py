@@ -1,10 +1,10 @@
 """Multistep samplers: a polynomial through the last predictions, integrated over the step.
 
-Every step takes one network evaluation. There are two families: `exponential` interpolates the
-prediction of the clean image over the half log-SNR, log(alpha/sigma); `noise_multistep`
-interpolates the noise. At the start and after a break, the polynomial has only as many nodes as
-there are predictions since then. The last step, to the clean image, is infinitely long in log-SNR
-and uses the newest prediction alone.
+Every step takes one network evaluation. There are two families: `exponential_integrator`
+interpolates the prediction of the clean image over the half log-SNR, log(alpha/sigma);
+`noise_multistep` interpolates the noise. At the start and after a break, the polynomial has only as
+many nodes as there are predictions since then. The last step, to the clean image, is infinitely
+long in log-SNR and uses the newest prediction alone.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
     Table,
-    ages,
+    history_lengths,
     levels,
     one_row_per_step,
     predicting_noise,
@@ -66,7 +66,7 @@ def history_weights(
     return coefficients
 
 
-def exponential(
+def exponential_integrator(
     schedule: Schedule,
     grid: np.ndarray,
     breaks: np.ndarray,
@@ -109,7 +109,7 @@ def exponential(
     tau = np.broadcast_to(tau, len(grid))[:-1]
     fall = (1 + tau**2) * h
     weights = fall[:, None] * WEIGHTS * np.exp(-fall[:, None] * NODES)
-    age, first = ages(breaks), np.arange(len(h))
+    age, first = history_lengths(breaks), np.arange(len(h))
 
     def weigh(newest: np.ndarray, counts: np.ndarray) -> np.ndarray:
         nodes = np.where(midpoint & (counts == 2)[:, None], 0.5, NODES)
@@ -164,7 +164,7 @@ def noise_multistep(
         "t": (table.t, schedule.at_half_log_snr(-np.log(points))),
         "step": (steps, steps[:, None] + NODES),
     }[variable]
-    counts = np.minimum(order, ages(breaks) + 1)
+    counts = np.minimum(order, history_lengths(breaks) + 1)
     counts[-1] = 1
     weights = history_weights(nodes, steps, counts, points, change * WEIGHTS)
     return table._replace(Qx=table.next_alpha / table.alpha, E=table.next_alpha[:, None] * weights)
@@ -175,7 +175,7 @@ def dpm_solver_2m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
 
     `x = (sigma'/sigma) x + alpha' (1 - e^-h) D`, `D = x_0 + (x_0 - x_0_previous) / 2r`.
     """
-    return exponential(schedule, grid, breaks, predictor=2, midpoint=True)
+    return exponential_integrator(schedule, grid, breaks, predictor=2, midpoint=True)
 
 
 def sde_dpm_solver_2m(
@@ -184,9 +184,10 @@ def sde_dpm_solver_2m(
     """SDE-DPM-Solver++(2M): the stochastic form of `dpm_solver_2m`  (2211.01095).
 
     Args:
-        eta: amount of noise, the tau of `exponential`: 1 is the reverse SDE, 0 is `dpm_solver_2m`.
+        eta: amount of noise, the tau of `exponential_integrator`: 1 is the reverse SDE, 0 is
+            `dpm_solver_2m`.
     """
-    return exponential(schedule, grid, breaks, predictor=2, midpoint=True, tau=eta)
+    return exponential_integrator(schedule, grid, breaks, predictor=2, midpoint=True, tau=eta)
 
 
 def dpm_solver_3m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
@@ -195,7 +196,7 @@ def dpm_solver_3m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     The published formula lacks a factor 2 in the term of second differences and is of second order
     only. Here the parabola is integrated exactly.
     """
-    return exponential(schedule, grid, breaks, predictor=3, midpoint=True)
+    return exponential_integrator(schedule, grid, breaks, predictor=3, midpoint=True)
 
 
 def unipc(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, order: int = 2) -> Table:
@@ -206,7 +207,9 @@ def unipc(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, order: in
     Args:
         order: p, 2 or 3.
     """
-    return exponential(schedule, grid, breaks, predictor=order, corrector=order + 1, midpoint=True)
+    return exponential_integrator(
+        schedule, grid, breaks, predictor=order, corrector=order + 1, midpoint=True
+    )
 
 
 def sa_solver(
@@ -221,11 +224,13 @@ def sa_solver(
     """SA-Solver: a stochastic Adams predictor and corrector  (2309.05019).
 
     Args:
-        eta: amount of noise, the tau of `exponential`, where 0.2 <= t / T <= 0.8; elsewhere tau is
-            zero.
+        eta: amount of noise, the tau of `exponential_integrator`, where 0.2 <= t / T <= 0.8;
+            elsewhere tau is zero.
         predictor, corrector: number of predictions that each uses. The authors recommend 3 and 4,
             or 2 and 2 with strong guidance.
     """
     time = np.asarray(grid) / len(schedule)
     tau = eta * ((time >= 0.2) & (time <= 0.8))
-    return exponential(schedule, grid, breaks, predictor=predictor, corrector=corrector, tau=tau)
+    return exponential_integrator(
+        schedule, grid, breaks, predictor=predictor, corrector=corrector, tau=tau
+    )

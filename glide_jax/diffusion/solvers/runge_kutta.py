@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.diffusion.guidance.gradients import x_0_weight
-from glide_jax.diffusion.schedule import Schedule
+from glide_jax.diffusion.schedule import Schedule, x_0_weight
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
     Table,
@@ -198,8 +197,8 @@ def plms(
     alpha_bar = schedule.alpha_bar_at(grid)
 
     def between(i: int, j: int) -> NoiseLevel:
-        level = (alpha_bar[i] + alpha_bar[j]) / 2
-        return (grid[i] + grid[j]) / 2, np.sqrt(level), np.sqrt(1 - level)
+        alpha_bar_between = (alpha_bar[i] + alpha_bar[j]) / 2
+        return (grid[i] + grid[j]) / 2, np.sqrt(alpha_bar_between), np.sqrt(1 - alpha_bar_between)
 
     rows, since = [], 0
     for i in range(1, len(grid) - 1):

@@ -16,8 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from glide_jax.diffusion.guidance.gradients import x_0_weight
-from glide_jax.diffusion.schedule import Schedule, posterior
+from glide_jax.diffusion.schedule import Schedule, posterior, x_0_weight
 
 # Number of predictions that the history holds.
 HISTORY = 4
@@ -74,7 +73,8 @@ class Table(NamedTuple, Generic[Column]):
         return Table(*(column[index] for column in self))
 
 
-# `(schedule, grid, breaks) -> Table`; breaks `(N,)` bool marks steps where the history is reset.
+# A sampler is the name, a solver the function that writes its table: `(schedule, grid, breaks) ->
+# Table`, where breaks `(N,)` bool marks steps where the history is reset.
 Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
@@ -101,7 +101,7 @@ def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Leve
     return Levels(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), half_log_snr)
 
 
-def ages(breaks: np.ndarray) -> np.ndarray:
+def history_lengths(breaks: np.ndarray) -> np.ndarray:
     """Return how many steps the history reaches back, `(N,)` int: 0 first and after a break."""
     steps = np.arange(len(breaks))
     return steps - np.maximum.accumulate(np.where(breaks, steps, 0))

@@ -6,7 +6,7 @@ linear map of its noise, and the distribution of its results is computed exactly
 
 This command rewrites the shipped grids, `glide_jax/assets/grids.json`:
 
-    python -m glide_jax.diffusion.solvers.optimised
+    python -m glide_jax.diffusion.optimised_grids
 """
 
 import json
@@ -24,7 +24,7 @@ from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
 MAX_STEPS = 50
-SHIPPED = Path(__file__).parents[2] / "assets" / "grids.json"
+SHIPPED = Path(__file__).parents[1] / "assets" / "grids.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
 
@@ -150,12 +150,12 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     if steps == 1:
         return np.array([low])
 
-    def levels_of(logits: np.ndarray) -> np.ndarray:
+    def half_log_snrs_of(logits: np.ndarray) -> np.ndarray:
         widths = np.exp(logits - logits.max())
         return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
-        grid = schedule.at_half_log_snr(levels_of(logits))
+        grid = schedule.at_half_log_snr(half_log_snrs_of(logits))
         table = solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
@@ -165,7 +165,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     logits = np.append(np.zeros(steps - 1), np.log(1 / 3))
     for smoothness in SMOOTHNESS:
         logits = least_squares(residuals, logits, max_nfev=100, args=(smoothness,)).x
-    return levels_of(logits)
+    return half_log_snrs_of(logits)
 
 
 @cache
