@@ -2,7 +2,7 @@
 
 An image to edit, the pixels of it that stay, a small image to enlarge, a noise to start from. A
 user's mask is white where the image is regenerated. Inside the program all masks have one polarity:
-1 where the pixel is kept (`known`, `inpaint_mask`).
+1 where the pixel is kept (`known`, `inpaint_known`).
 """
 
 import sys

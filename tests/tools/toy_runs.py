@@ -183,7 +183,7 @@ def loss_of(config: RunConfig, params: Any, removed: str = "") -> float:
     batch = all_images(config)
     if removed == "captions":
         tokens, mask = (np.roll(x, 5, axis=0) for x in (batch.tokens, batch.caption_mask))
-        batch, removed = batch._replace(tokens=tokens, mask=mask), ""
+        batch, removed = batch._replace(tokens=tokens, caption_mask=mask), ""
     return float(mean_loss(config, removed)(params, batch))
 
 
