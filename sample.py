@@ -49,9 +49,13 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     check_options(options)
     check_writable(options.shards or options.out)
     model, editing = options.model, options.editing
+    # Read before the weights are loaded: a wrong prompt ends the command at once.
+    given = prompts_of(options)
+    for prompt in given:
+        read_prompt(prompt)
     pipe = glide.load(**model.load_arguments())
     shown = pipe.model.prompts if editing.image is None else ()
-    prompts = prompts_of(options) or shown or ("",)
+    prompts = given or shown or ("",)
     if note := pipe.tokenizer.too_long(
         [part.text for prompt in prompts for part in read_prompt(prompt).parts]
     ):

@@ -31,12 +31,13 @@ from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
 from glide_jax.devices.runtime import prepare_process
 from glide_jax.errors import one_line_errors
+from glide_jax.pipeline.default_settings import check_defaults
 from glide_jax.pipeline.loading import sample_grid
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
 from glide_jax.training.command_line import parse_recipe, take_membership
-from glide_jax.training.config import RunConfig, check_same_model, write_config
+from glide_jax.training.config import RunConfig, TrainConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import compile_steps, open_batches, steps_of_next_call
 from glide_jax.training.initial import begin_state, frozen_base
@@ -45,6 +46,7 @@ from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import save_ema_snapshots
 from glide_jax.training.resuming import say_changes
+from glide_jax.training.runs import model_of
 from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
@@ -55,7 +57,7 @@ from glide_jax.training.validation import Validation
 def train(config: RunConfig) -> None:
     """Train a recipe to its last step, from its newest checkpoint if there is one."""
     # -- data -------------------------------------------------------------------------------
-    check_used(config)
+    check_recipe(config)
     check_same_model(config)
     source = open_source(config.data)
     batches = open_batches(
@@ -134,6 +136,17 @@ def train(config: RunConfig) -> None:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 
 
+def check_recipe(config: RunConfig) -> None:
+    """Check what need not hold where a recipe is built: old runs can then still be read.
+
+    Raises:
+        UsageError: a field has no effect, or the weights could not be sampled as it says.
+    """
+    check_used(config)
+    if isinstance(config, TrainConfig):
+        check_defaults(model_of(config, {}))
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether this is the last step or a multiple of `every`; never for 0."""
     return every > 0 and (step % every == 0 or step == last)
@@ -144,6 +157,7 @@ def main() -> None:
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, membership = take_membership(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
+        check_recipe(config)
         if hardware is not None:
             prepare_process(dry_run=True)
             print(dry_run(config, hardware))

@@ -33,6 +33,7 @@ SIZES = ("released", "paper")
 
 
 def get_config(size: str = "released") -> CLIPTrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper = size == "paper"
     model = presets.clip64_paper() if paper else presets.clip64()
     return CLIPTrainConfig(

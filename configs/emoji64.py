@@ -11,8 +11,9 @@ Result:   the embedded weights: 64x64 emoji, and masked regions filled: docs/res
 Data:     4,909 images of emoji64 (docs/guide/data.md says how to make it), 2,579 in four styles;
           401 pairs of concept and style are held out, 234 of them in the four styles.
 Hardware: one GPU, 15 GB of its memory.
-Time:     2.2 and 4.6 minutes on one H200, for 1.5 of them at the same time as the upsampler; 7,900
-          images/s alone. `configs/emoji_minutes.sh` runs both, with the upsampler.
+Time:     2.2 and 4.6 minutes on one H200 (the upsampler trained on it too during 1.5 of these
+          minutes); alone it does 7,900 images/s. `configs/emoji_minutes.sh` runs both, with the
+          upsampler.
 Command:  glide-jax train --config emoji64:eleven-styles --data.source emoji64.npz
           glide-jax train --config emoji64 --data.source emoji64.npz
 """
@@ -31,18 +32,19 @@ PROMPTS = (
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
 # Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
-# captions with a part only let `all_of(concept, style)` compose what was never seen together.
+# captions with a part only let `all_of([concept, style], [w, w])` compose unseen pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTIONS = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 
 
 def concepts() -> tuple[str, ...]:
-    """Return the names of the concepts: those in at least three of STYLES, of one or two words."""
+    """Return the 766 names of the concepts that are in at least three of STYLES."""
     path = Path(__file__).with_name("emoji64_concepts766.txt")
     return tuple(path.read_text(encoding="utf-8").splitlines())
 
 
 def get_config(size: str = "four-styles") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     data = DataConfig(
         source="emoji64",
         # "red apple" is in test_concept; this small model is not tested on new concepts.

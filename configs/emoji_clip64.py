@@ -41,6 +41,7 @@ def concepts() -> tuple[str, ...]:
 
 
 def get_config(size: str = "guide") -> CLIPTrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     scores = size == "scorer"
     styled = ("{caption}, {style}", "{a_caption}, {style}")
     several = 3 * styled + ("{caption}", "{a_caption}", "{style}")

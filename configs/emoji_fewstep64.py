@@ -18,6 +18,7 @@ from glide_jax.training.recipes import load_recipe
 
 
 def get_config() -> TrainConfig:
+    """Return the recipe."""
     base = load_recipe("emoji64")
     assert isinstance(base, TrainConfig)
     return replace(

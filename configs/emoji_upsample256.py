@@ -18,6 +18,7 @@ from glide_jax.training.recipes import load_recipe
 
 
 def get_config() -> TrainConfig:
+    """Return the recipe."""
     data = load_recipe("emoji64").data
     return TrainConfig(
         name="emoji_upsample256",

@@ -34,6 +34,7 @@ SIZES = ("released", "paper")
 
 
 def get_config(size: str = "released") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper = size == "paper"
     model = presets.base64_paper() if paper else presets.base64()
     return TrainConfig(

@@ -29,6 +29,7 @@ SIZES = ("released", "16gb", "24gb", "paper")
 
 
 def get_config(size: str = "released") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper, small = size == "paper", size == "16gb"
     return TrainConfig(
         name="finetune64-paper" if paper else "finetune64",

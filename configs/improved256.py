@@ -27,6 +27,7 @@ SIZES = ("released", "paper")
 
 
 def get_config(size: str = "released") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper = size == "paper"
     model = presets.upsample256_paper() if paper else presets.upsample256()
     return TrainConfig(

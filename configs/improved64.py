@@ -27,6 +27,7 @@ SIZES = ("released", "paper")
 
 
 def get_config(size: str = "released") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper = size == "paper"
     return TrainConfig(
         name="improved64-paper" if paper else "improved64",

@@ -32,6 +32,7 @@ SIZES = ("released", "paper")
 
 
 def get_config(size: str = "released") -> TrainConfig:
+    """Return the recipe of a size, one of `SIZES`."""
     paper = size == "paper"
     return TrainConfig(
         name="upsample256-paper" if paper else "upsample256",

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -328,3 +328,8 @@ def window_corner(shape: tuple[int, int], size: int, rng: np.random.Generator) -
     """Return top and left of a random window, uniform over all of an image `(H, W)`."""
     top, left = (int(rng.integers(side - size + 1)) for side in shape)
     return top, left
+
+
+def from_uint8(images: Any) -> Any:
+    """Map pixels of 0 to 255 to [-1, 1] float32, the range of a network; numpy stays numpy."""
+    return images.astype(np.float32) / np.float32(127.5) - 1

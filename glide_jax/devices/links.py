@@ -1,4 +1,7 @@
-"""Connections that stay open between the processes of a run, so that an end is noticed at once."""
+"""Connections between the processes of a run: the end of a process is noticed within seconds.
+
+A machine that fails without closing its connections is noticed after a minute.
+"""
 
 import os
 import selectors
@@ -18,7 +21,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 class Links:
-    """The connections of this process: of process 0 to all others, of another one to process 0.
+    """The connections of this process: to all others from process 0, otherwise to process 0.
 
     Args:
         peers: one connected socket for each index of a process.
@@ -36,15 +39,15 @@ class Links:
                     peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def watch(self, remedy: str) -> None:
-        """End this process with one line and exit code 1 within seconds once another one is gone.
+        """End this process once another one is gone: within seconds, with one line and code 1.
 
         Args:
-            remedy: what to do, for the line.
+            remedy: what to do, as the line says it.
         """
         threading.Thread(target=self._watch, args=(remedy,), daemon=True).start()
 
     def close(self, done: bool) -> None:
-        """Tell the others that this process ends. Unless it is done, they end too.
+        """Tell the other processes that this one ends; unless its work is done, they end too.
 
         Args:
             done: whether this process has finished its work.

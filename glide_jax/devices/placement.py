@@ -17,10 +17,10 @@ from glide_jax.errors import UsageError
 
 
 def chosen_devices(count: int | str) -> list[jax.Device]:
-    """Return that many of this process's devices, or "all".
+    """Return so many of this process's devices, or all of them for "all".
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: there are fewer devices.
         GlideError: jax finds none.
     """
     available = find_devices()
@@ -39,7 +39,7 @@ OHWI = Layout((3, 0, 1, 2))
 
 
 def _is_kernel(leaf: jax.Array) -> bool:
-    """Return whether an array is a kernel of more than one pixel in 16 bits."""
+    """Whether an array is a kernel of more than one pixel in 16 bits."""
     return leaf.ndim == 4 and leaf.shape[0] > 1 and leaf.dtype in (jnp.bfloat16, jnp.float16)
 
 
@@ -48,7 +48,7 @@ class Placement:
     """Where images are generated: on the default device, or on several.
 
     Attributes:
-        devices: how many, or "all".
+        devices: number of devices, or "all".
     """
 
     devices: int | str = 1
@@ -80,7 +80,7 @@ class Placement:
         return jax.tree.map(put, tree)
 
     def is_sharded(self, tree: Any) -> bool:
-        """Whether some array is split over these devices, so that none of them holds it whole."""
+        """Whether some array is split over devices, so that none of these holds it whole."""
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
         return not all(leaf.is_fully_replicated for leaf in leaves)
 
@@ -88,7 +88,8 @@ class Placement:
         """Lay kernels of convolutions out in memory as a GPU's convolutions in 16 bits read them.
 
         Their order is then out, height, width, in. Otherwise each network evaluation would begin
-        by transposing them. Shapes and values stay the same, and so do trees on other devices.
+        by transposing them. Shapes and values stay the same. On devices other than GPUs, the tree
+        is returned unchanged.
 
         Args:
             tree: arrays on these devices.

@@ -51,12 +51,13 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
     """Connect this process to the others; call it before anything else of jax.
 
     Args:
-        membership: its place among the others; None: as the environment says, or alone.
-        seconds: how long to wait for them.
+        membership: the place of this process among the others; None: as the environment says, or
+            alone.
+        seconds: how long to wait for the others.
 
     Returns:
-        connections that notice the end of another process; none for a process alone, and where
-        jax itself finds the others.
+        connections that notice the end of another process. A process alone has no connections, and
+        neither have processes that jax itself finds.
 
     Raises:
         GlideError: the others cannot be reached.
@@ -89,8 +90,8 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
 def own_process(process: int | None = None, processes: int | None = None) -> tuple[int, int]:
     """Return the index of this process and the number of processes, without connecting them.
 
-    Call it before anything else of jax: where several processes share a machine, this one is left
-    its own GPUs.
+    Call it before anything else of jax. If several processes share a machine, this one then sees
+    only its own GPUs.
 
     Args:
         process, processes: index and number; None: those that the environment names, or (0, 1).
@@ -115,7 +116,7 @@ def own_process(process: int | None = None, processes: int | None = None) -> tup
 
 def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
     """Wait for all processes, and start jax over them."""
-    coordinator, processes, process = cluster[2:5]
+    coordinator, processes, process = cluster.coordinator, cluster.processes, cluster.process
     peers = {}
     try:
         if coordinator is not None and processes is not None and process is not None:
@@ -139,12 +140,12 @@ def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
 def ending_with_peers(links: Links, remedy: str) -> Iterator[None]:
     """End this process with one line and exit code 1 when another one is gone.
 
-    Within seconds, also while it waits in a save or in a step: jax's own end would wait for the
-    other's heartbeat, and then abort with a stack trace.
+    It ends within seconds, also while it waits in a save or in a step. By itself jax would wait for
+    the heartbeat of the process that is gone, and then abort with a stack trace.
 
     Args:
-        links: the connections to the others, of `join`.
-        remedy: what to do, for the line.
+        links: the connections to the others, from `join`.
+        remedy: what to do, as the line says it.
     """
     links.watch(remedy)
     done = False
@@ -196,8 +197,8 @@ def on_first_process(do: Callable[[], Any]) -> None:
     """Call a function in process 0 alone, while the others wait.
 
     Raises:
-        GlideError: the function raised an error; it is raised in every process, so that none waits.
-            In process 0 it is the error itself.
+        GlideError: the function raised an error. Every process raises it, so that no process waits;
+            process 0 raises the error itself.
     """
     failed: Exception | None = None
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""All processes in one place before jax connects them, which would abort where one is missing."""
+"""Waits until all processes are there; jax itself would abort if one were missing."""
 
 import errno
 import re
@@ -21,10 +21,11 @@ def roll_call(
     """Wait until all processes have come to the address of the first.
 
     Returns:
-        the open connections, by index: of process 0 to all others, of another one to process 0.
+        the open connections by the index of the other process: in process 0 those to all others, in
+        the others the one to process 0.
 
     Raises:
-        GlideError: one did not come in time, or the address cannot be used.
+        GlideError: a process did not come in time, or the address cannot be used.
     """
     host, _, port = coordinator.rpartition(":")
     if processes == 1:
@@ -36,7 +37,7 @@ def roll_call(
 
 
 def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socket]:
-    """Wait for the others, and tell them to go on, or who is missing."""
+    """Wait for the other processes, and tell them to go on, or which are missing."""
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         server = stack.enter_context(_listen(port))
@@ -72,7 +73,7 @@ def _gather(port: int, processes: int, seconds: float) -> dict[int, socket.socke
 
 
 def _report(host: str, port: int, greeting: str, seconds: float) -> socket.socket:
-    """Come to the first process, and wait for its word."""
+    """Connect to the first process, and wait for its word."""
     deadline, why = time.monotonic() + seconds, "no answer"
     while (remaining := deadline - time.monotonic()) > 0:
         try:

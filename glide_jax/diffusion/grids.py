@@ -35,7 +35,7 @@ def make_timesteps(
 
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",
-            "10,10,3,2,2". A number as a string is a number.
+            "10,10,3,2,2". A string that holds one number is that number of steps.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
             time, as in OpenAI's code), "rho" (EDM), "trailing" (even in time, from the noisiest
             timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few
@@ -45,9 +45,15 @@ def make_timesteps(
     Raises:
         UsageError: no steps, an unknown spacing, or more steps than the process has timesteps.
     """
-    if isinstance(steps, str) and not steps.isdecimal():
-        return respaced(schedule, steps)
-    if not isinstance(steps, str) and steps != int(steps):
+    if isinstance(steps, str):
+        steps = steps.strip()
+        if not steps:
+            raise UsageError("steps is empty: give a number (25), 10,10,3,2,2, ddim50 or fast27")
+        try:
+            steps = int(steps)
+        except ValueError:
+            return respaced(schedule, str(steps))
+    if not float(steps).is_integer():
         raise UsageError(f"steps is a whole number, not {steps}")
     steps = int(steps)
     if steps < 1:

@@ -64,7 +64,7 @@ def at_timesteps(table: np.ndarray, t: jax.Array) -> jax.Array:
 
 
 def q_sample(tables: LossTables, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """`x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
+    """Return `x_t = alpha_t x_0 + sigma_t eps`  (DDPM, eq. 4)."""
     return at_timesteps(tables.alpha, t) * x_0 + at_timesteps(tables.sigma, t) * eps
 
 
@@ -76,7 +76,7 @@ def mean_flat(x: jax.Array) -> jax.Array:
 def normal_kl(
     mean_1: jax.Array, log_var_1: jax.Array, mean_2: jax.Array, log_var_2: jax.Array
 ) -> jax.Array:
-    """`KL(N_1 || N_2)` in nats, elementwise."""
+    """Return `KL(N_1 || N_2)` in nats, elementwise."""
     return 0.5 * (
         -1.0
         + log_var_2
@@ -114,10 +114,10 @@ def variational_bound(
     eps: jax.Array,
     variance_output: jax.Array,
 ) -> jax.Array:
-    """Variational bound: `L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`.
+    """Return the variational bound: `L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`.
 
-    In bits per dimension. At t = 0 it is the negative log-likelihood of x_0  (Improved DDPM,
-    2102.09672, eqs. 4-7).
+    The bound is in bits per dimension. At t = 0 it is the negative log-likelihood of x_0  (Improved
+    DDPM, 2102.09672, eqs. 4-7).
 
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the predicted noise.
@@ -150,7 +150,8 @@ def loss_weight(
     "none" weights every level alike. "min-snr" weights the squared error of x_0 by
     `min(SNR, gamma)`  (2303.09556). "v" weights it by `SNR + 1`, so that the loss is the squared
     error of v whatever is predicted  (2511.13720). The squared error of eps is SNR times that of
-    x_0, the squared error of v SNR + 1 times: their weights are smaller by as much.
+    x_0, and the squared error of v is SNR + 1 times that of x_0: the weights for these predictions
+    are smaller by the same factors.
     """
     if weighting == "none":
         return jnp.ones_like(alpha)
@@ -160,9 +161,9 @@ def loss_weight(
 
 
 def pseudo_huber(error: jax.Array, width: float) -> jax.Array:
-    """`2 w (sqrt(e^2 + w^2) - w)`: `e^2` for small errors, `2 w |e|` for large ones.
+    """Return `2 w (sqrt(e^2 + w^2) - w)`: `e^2` for small errors, `2 w |e|` for large ones.
 
-    For flat art it prefers one of two likely colours where the squared error prefers their mean.
+    For flat art this loss prefers one of two likely colours; the squared error prefers their mean.
     """
     return 2 * width * (jnp.sqrt(error**2 + width**2) - width)
 
@@ -181,7 +182,7 @@ def hybrid_loss(
     huber_width: float = 0.0,
     vlb_weight: float | None = None,
 ) -> Terms:
-    """Hybrid loss: `L_simple + vlb_weight L_vlb`  (Improved DDPM, eq. 16; GLIDE, sec. 2.1).
+    """Return `L_simple + vlb_weight L_vlb`, the hybrid loss  (2102.09672, eq. 16; GLIDE, 2.1).
 
     L_vlb trains the variance alone: no gradient flows from it into the noise prediction.
 

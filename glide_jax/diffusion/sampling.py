@@ -19,6 +19,7 @@ from glide_jax.diffusion.guidance.predictor import (
     Network,
     Point,
     Predict,
+    is_network,
     noise_predictor,
 )
 from glide_jax.diffusion.guidance.record import Guidance, apply_guidances, branches_of
@@ -59,6 +60,11 @@ class Plan:
     def __len__(self) -> int:
         """The number of rows, that is of network evaluations."""
         return len(self.table.t)
+
+    @property
+    def needs_learned_variance(self) -> bool:
+        """Whether a row adds noise of the variance that the network predicts."""
+        return bool(self.table.s_learned.any())
 
 
 class State(NamedTuple):
@@ -164,10 +170,10 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        keep = exact or isinstance(value, Network)
+        keep = exact or is_network(value)
         return value if keep else jnp.asarray(value, jnp.float32)
 
-    return jax.tree.map(convert, args, is_leaf=lambda value: isinstance(value, Network))
+    return jax.tree.map(convert, args, is_leaf=is_network)
 
 
 def start_state(plan: Plan, x: jax.Array) -> State:
@@ -314,12 +320,11 @@ def check_variance(
     Raises:
         UsageError: it does not.
     """
-    uses = plan.table.s_learned
-    name = CONDITIONAL.network
+    name, traced = CONDITIONAL.network, not isinstance(plan.table.s_learned, np.ndarray)
     # A caller's own compiled function hides the table; `noise_predictor` names what is missing.
-    if not isinstance(uses, np.ndarray) or name not in networks or CONDITIONAL.name not in conds:
+    if traced or name not in networks or CONDITIONAL.name not in conds:
         return
-    if uses.any():
+    if plan.needs_learned_variance:
         t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
         output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
         if output.shape[-1] == x.shape[-1]:
@@ -379,6 +384,6 @@ def stream(
     state, flat = start_state(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         span = slice(first, first + rows)
-        part = replace(plan, table=Table(*(column[span] for column in plan.table)))
+        part = replace(plan, table=plan.table.rows(span))
         state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[span])
         yield min(first + rows, len(plan)), state

@@ -130,8 +130,9 @@ def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
     """`T k / N - 1` for k = N ... 1, where `T - 1` is `noisiest_timestep`.
 
     Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the
-    image: for few steps.
+    image: for few steps. With more than T steps, they are even from T - 1 to 0.
     """
     length = noisiest_timestep(schedule) + 1
-    # With more steps than timesteps the cleanest level would be below 0.
-    return np.maximum(length * np.arange(steps, 0, -1) / steps - 1, 0.0)
+    if steps > length:  # the cleanest levels would be below 0
+        return np.linspace(length - 1, 0, steps)
+    return length * np.arange(steps, 0, -1) / steps - 1

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from PIL import Image
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.errors import UsageError
 from glide_jax.evaluation.extractors import Extractor, open_extractor
 from glide_jax.evaluation.extractors.extractor import checksum
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.pipeline.batching import batches
 from glide_jax.pipeline.clip_guide import CLIP, load_clip
-from glide_jax.pipeline.images import from_uint8
 
 # Images or captions that are encoded at a time.
 BATCH = 64

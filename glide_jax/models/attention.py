@@ -11,7 +11,7 @@ from glide_jax.models import tpu_attention
 HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
 CUDNN_MAX_HEAD = 128
-# Below it, the logits are small, and cuDNN has no kernel in some versions.
+# Shorter sequences have small logits, and no kernel in some versions of cuDNN.
 CUDNN_MIN_LENGTH = 64
 # If one head has this many logits or more, those of all heads exceed the caches of a CPU.
 SPLIT_HEADS_LOGITS = 2**19
@@ -22,7 +22,10 @@ compile_for = jax.make_user_context(None)
 
 
 def accelerator() -> str:
-    """Return what traced programs are for, if it has fused attention: "cuda" (sm80 on) or "tpu"."""
+    """Return "cuda" or "tpu" if programs are traced for a device with fused attention, else "".
+
+    Of GPUs these are NVIDIA's from compute capability 8.0 on.
+    """
     if compile_for.value is not None:
         return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
     device = _device()
@@ -59,11 +62,11 @@ def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> st
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(d)) v` with the softmax in float32.
+    """Return `softmax(q k^T / sqrt(d)) v` with the softmax in float32.
 
-    In bfloat16 and float16, without a mask, this is one kernel where `fused_kernel` has one for the
-    sizes: cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. It does not write the logits to
-    memory (FlashAttention, 2205.14135). All forms are equal up to rounding.
+    In bfloat16 and float16, without a mask, this is a single fused kernel if `fused_kernel` names
+    one for the sizes: cuDNN's on CUDA GPUs from sm80 on, our own on TPUs. A fused kernel does not
+    write the logits to memory (FlashAttention, 2205.14135). All forms are equal up to rounding.
 
     Args:
         query: `(B, T, heads, d)`.
@@ -86,7 +89,7 @@ def attend(
 
 
 def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The plain form of one head of one image after another, whose logits stay in the caches."""
+    """Compute the plain form for one head of one image at a time: its logits stay in the caches."""
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.

@@ -22,7 +22,7 @@ NORM_GROUPS = 32
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
+    """Return sinusoidal features `[cos(t f), sin(t f)]`, `f_i = 10000^(-i / (dim // 2))`  (DDPM).
 
     Args:
         t: `(B,)` timesteps of the training schedule, integer or fractional.
@@ -101,8 +101,8 @@ class GroupNorm(nn.Module):
 
     In float32 the variance is computed in two passes, as in OpenAI's models, otherwise in one as
     `E[x^2] - E[x]^2`, which reads x once. Measured on 256x256 pixels, the largest error of the
-    result is 1e-5 where the mean is 3 standard deviations, 6e-5 at 10 and 5e-4 at 30. Rounding to
-    bfloat16 changes it by up to 2e-3 of its size, to float16 by 5e-4.
+    result is 1e-5 where the mean is 3 standard deviations, 6e-5 at 10 and 5e-4 at 30. Rounding the
+    result to bfloat16 changes it by up to 2e-3 of its size, to float16 by 5e-4.
     """
 
     swish: float = 0.0
@@ -195,6 +195,7 @@ class Conv3x3(_UsesStoredParams, nn.Module):
         init = nn.initializers.zeros if self.zero else CONV_INIT
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        # Of float32 and stride 1 alone: `Stage.network` and `transform_kernels` see to it.
         if isinstance(kernel, winograd.Kernel):
             return winograd.convolve(x, kernel) + bias
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
@@ -225,9 +226,9 @@ class Projections(_UsesStoredParams, nn.Module):
     """A linear layer to queries, keys and values, or to keys and values, of all heads.
 
     Attributes:
-        width: channels of each, over all heads.
+        width: channels of queries, keys and values each, over all heads.
         heads: number of heads, the outer axis of the packing, as in OpenAI's weights.
-        parts: how many are packed: 3 or 2.
+        parts: number of packed outputs: 3, or 2 without queries.
     """
 
     width: int

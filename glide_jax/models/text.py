@@ -23,7 +23,7 @@ class TextFeatures(NamedTuple):
 
 
 class TextBlock(nn.Module):
-    """`x += attention(norm x); x += mlp(norm x)`, bidirectional, without a mask."""
+    """A block: `x += attention(norm x); x += mlp(norm x)`, bidirectional, without a mask."""
 
     heads: int
     dtype: jnp.dtype
@@ -44,8 +44,9 @@ class TextBlock(nn.Module):
 class TextTransformer(nn.Module):
     """The transformer that encodes captions  (GLIDE, 2112.10741, sec. 3.1).
 
-    At a position whose mask is False, a learned padding embedding replaces the token and position
-    embeddings. A caption with no other positions is the empty caption of classifier-free guidance.
+    With `padding`, a learned padding embedding replaces the token and position embeddings at each
+    position whose mask is False; without, the mask has no effect. A caption whose mask is False
+    everywhere is the empty caption of classifier-free guidance.
 
     Attributes:
         context: length L of a caption in tokens.

@@ -118,14 +118,14 @@ def _transformed(kernels: dict[Any, jax.Array], length: int) -> dict[Any, Kernel
 
 
 def transform_kernel(kernel: jax.Array, length: int) -> Kernel:
-    """`U = G g G^T` of a kernel `(3, 3, C, F)`, for blocks d of length 4 or 6."""
+    """Return `U = G g G^T` of a kernel `(3, 3, C, F)`, for blocks d of length 4 or 6."""
     g = FORMS[length][2]
     rows = _products(g, [kernel[i] for i in range(3)])
     return Kernel(tuple(tuple(_products(g, [row[j] for j in range(3)])) for row in rows))
 
 
 def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """`y = A^T [U (B^T d B)] A` for each block d of pixels, padded by zeros.
+    """Return `y = A^T [U (B^T d B)] A` for each block d of pixels, padded by zeros.
 
     Args:
         x: `(B, H, W, C)`; H and W are multiples of the blocks of the result.

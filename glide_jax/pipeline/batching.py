@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glide_jax.diffusion.guidance import Branch, Guidance, Network
+from glide_jax.diffusion.guidance import Branch, Guidance, is_network
 from glide_jax.errors import UsageError
 
 # Images of 64x64 per device.
@@ -18,9 +18,9 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 64}
 def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     """Return the indices of `count` images, in batches of a few fixed sizes, largest first.
 
-    The lengths are `size` and the powers of 4 below it, each for one device: a run of another
-    number of images then uses programs that are compiled already. A batch takes the longest that
-    the remaining images fill to more than three quarters, and repeats the last image in the rest.
+    Batch lengths per device are `size` and the powers of 4 below it, so that few programs are
+    compiled. Each batch takes the longest length of which the remaining images fill more than three
+    quarters; the rest of it repeats the last image.
 
     Args:
         size: the most images at a time, rounded up to a multiple of the devices.
@@ -28,8 +28,7 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     Raises:
         UsageError: the size is below 1.
     """
-    if size < 1:
-        raise UsageError(f"a batch holds at least one image, not {size}")
+    check_batch_size(size)
     longest = -(-size // devices)
     powers = (4**k for k in reversed(range(longest.bit_length())))
     lengths = [n * devices for n in (longest, *(n for n in powers if n < longest))]
@@ -42,13 +41,35 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
 
 
 def default_batch_size(side: int) -> int:
-    """Return how many images a device generates at a time, by their side in pixels.
+    """Return how many images of a side, in pixels, a device generates at a time.
 
-    16 images of 64x64 on a CPU, 64 on other devices; a quarter of that at 256x256, where networks
-    are narrower at full resolution.
+    16 images of 64x64 on a CPU, 64 on other devices, and of larger images fewer, in inverse
+    proportion to the side: a quarter at 256x256.
     """
     kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     return max(1, USUAL_BATCH[kind] * 64 // max(64, side))
+
+
+def check_batch_size(size: int) -> None:
+    """Check the number of images of a batch.
+
+    Raises:
+        UsageError: the number is below 1.
+    """
+    if size < 1:
+        raise UsageError(f"a batch holds at least one image, not {size}")
+
+
+def chosen_batch_size(size: int | None, side: int, devices: int) -> int:
+    """Return the images of a batch over all devices: `size`, or the default of a side in pixels.
+
+    Raises:
+        UsageError: the size is below 1.
+    """
+    if size is None:
+        return default_batch_size(side) * devices
+    check_batch_size(size)
+    return size
 
 
 def select_images(
@@ -71,7 +92,7 @@ def select_images(
         return index if len(values) == count else np.zeros(len(index), int)
 
     def select(name: str, value: Any) -> Any:
-        if isinstance(value, Network) or np.ndim(value) == 0:
+        if is_network(value) or np.ndim(value) == 0:
             return value
         value = np.asarray(value) if numbers(value) else value
         return value[chosen(name, value)]
@@ -84,7 +105,7 @@ def select_images(
         return branch._replace(prompt=tuple(prompt[i] for i in chosen(name, prompt)))
 
     def leaf(value: Any) -> bool:
-        return isinstance(value, Network) or numbers(value)
+        return is_network(value) or numbers(value)
 
     return tuple(
         replace(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
 from glide_jax.diffusion.sampling import NO_VARIANCE
-from glide_jax.diffusion.solvers import traits_of
+from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
@@ -31,8 +31,8 @@ def chosen_upsampler(
         chosen: settings of a call, "none", or None for the upsampler's own settings.
 
     Raises:
-        UsageError: there is no upsampler for the settings, they are no settings, or its network
-            does not suit their sampler.
+        UsageError: there are settings but no upsampler; `chosen` is no mapping; its settings cannot
+            be used; or the upsampler's network does not suit the sampler.
     """
     if isinstance(chosen, str) and chosen == NONE:
         return None
@@ -46,7 +46,11 @@ def chosen_upsampler(
             raise UsageError("settings of an upsampler, but there is none: load one")
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
-    settings = upsampler.settings.changed(**(chosen or {}))
-    if traits_of(settings.sampler).learns_variance and upsampler.model.config.out_channels == 3:
-        raise UsageError(f"the upsampler: {NO_VARIANCE}")
+    try:
+        settings, model = upsampler.settings.changed(**(chosen or {})), upsampler.model
+        plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), ())
+        if plan.needs_learned_variance and model.config.out_channels == 3:
+            raise UsageError(NO_VARIANCE)
+    except UsageError as error:
+        raise UsageError(f"the upsampler: {error}") from None
     return upsampler

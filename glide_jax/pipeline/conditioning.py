@@ -1,8 +1,8 @@
 """Inputs of sampling other than captions: image, mask, small image, noise.
 
 An image to edit, the pixels of it that stay, a small image to enlarge, a noise to start from. A
-user's mask is white where the image is regenerated; inside the program there is one convention,
-`known`: 1 where the pixel is kept.
+user's mask is white where the image is regenerated. Inside the program all masks have one polarity:
+1 where the pixel is kept (`known`, `inpaint_known`).
 """
 
 import sys
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.diffusion.guidance import Guidance, known_pixels
 from glide_jax.diffusion.sampling import Plan
 from glide_jax.errors import UsageError, check_finite
 from glide_jax.models.presets import ModelConfig
 from glide_jax.pipeline.image_files import Fit, ImageLike, SourceImages, open_images
-from glide_jax.pipeline.images import Images, from_uint8
+from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.mask_files import MaskLike, SourceMasks, open_masks
 from glide_jax.pipeline.settings import Settings
 from glide_jax.weights.registry import Model
@@ -26,7 +27,7 @@ from glide_jax.weights.registry import Model
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What a run of images is made from, on the host, one entry per image; None: nothing.
+    """What a run of images is made from, on the host, one entry per image. An absent input is None.
 
     Attributes:
         image: `(N, H, W, 3)` uint8: the start of img2img (`strength`), or the image whose known
@@ -84,7 +85,7 @@ class Conditioning:
     def restore_known(self, images: np.ndarray) -> np.ndarray:
         """Return 8-bit images with the exact bytes of the known pixels.
 
-        The samples have them up to rounding, and up to what gradients move and PLMS leaves.
+        The samples have these pixels up to rounding, and up to what gradients move and PLMS leaves.
         """
         if self.known is None:
             return images
@@ -118,9 +119,9 @@ class Reading(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class InputImages:
-    """What a run of images is made from, read but of any size; None: nothing. See `Conditioning`.
+    """What a run of images is made from, read but of any size; see `Conditioning`.
 
-    The stages of a cascade share them, and each makes its own size of them.
+    The stages of a cascade share these images, and each stage resizes them for itself.
     """
 
     image: SourceImages | None = None
@@ -130,7 +131,7 @@ class InputImages:
     reading: Reading = field(default_factory=Reading)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata: the files, "array" for what has none, and how they were read."""
+        """Return the metadata: the file of each input, or "array", and how it was read."""
         sources = {"image": self.image, "mask": self.mask}
         names = {key: s.name or "array" for key, s in sources.items() if s is not None}
         names |= {} if self.noise is None else {"noise": "array"}
@@ -150,7 +151,7 @@ def read_input_images(
     Inputs that are already decoded are not mentioned again.
 
     Args:
-        side: of the result; of a cascade, that of its last stage.
+        side: side of the result, in a cascade that of the last stage.
         **reading: see `Reading`.
 
     Raises:
@@ -183,7 +184,7 @@ def _noted(images: SourceImages, side: int | None, what: str) -> list[str]:
 
 
 def small_side(images: SourceImages, side: int) -> int | None:
-    """Return the side that small images are reduced to; None: as small as they are."""
+    """Return the side that small images are reduced to, or None if they stay as they are."""
     choose = min if images.fit == "crop" else max
     return side if any(choose(image.size) > side for image in images.images) else None
 

@@ -30,9 +30,9 @@ WHOLE: SettingsArguments = {"restart": "none", "strength": "none", "repaint": "n
 
 
 def unguided(settings: SettingsArguments) -> SettingsArguments:
-    """Return settings that leave out the weights' own guidance, unless guidance is set in them.
+    """Return these settings with guidance off wherever they do not set it.
 
-    The weights' own Restart sampling, strength and RePaint are left out too.
+    Restart sampling, strength and RePaint are off too unless they are set.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     guidance = {} if "guidance" in given else UNGUIDED
@@ -84,8 +84,8 @@ def invert_images(
 def slerp(a: ArrayLike, b: ArrayLike, share: ArrayLike) -> jax.Array:
     """Spherical interpolation: `(sin((1 - s) w) a + sin(s w) b) / sin w`  (DDIM, app. D.5).
 
-    w is the angle between a and b. Between two noises, this stays as far from the origin as they
-    are.
+    w is the angle between a and b. The interpolation between two noises is as far from the origin
+    as the noises are.
 
     Args:
         a, b: `(B, H, W, C)`; share: s from 0 to 1, one number or one per image.

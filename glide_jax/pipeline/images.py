@@ -82,9 +82,17 @@ class Images:
             "index": self.indices[i],
             "weights": self.weights,
             **self.settings,
+            **self._own_scale(i),
             **(self.details[i] if self.details else {}),
             "version": package_version(),
         }
+
+    def _own_scale(self, i: int) -> dict[str, float]:
+        """The guidance scale of image i, where each image has one of its own."""
+        scale = self.settings.get("guidance_scale")
+        if not isinstance(scale, list):
+            return {}
+        return {"guidance_scale": scale[i if len(scale) == len(self) else 0]}
 
     def summary(self) -> str:
         """Return one line on how the images were sampled, with the number of evaluations."""
@@ -93,7 +101,8 @@ class Images:
             text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
             for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
                 if settings.get(name, off) != off:
-                    text += f", {name.replace('_', ' ')} {settings[name]:g}"
+                    ends = sorted({np.min(settings[name]), np.max(settings[name])})
+                    text += f", {name.replace('_', ' ')} {' to '.join(f'{end:g}' for end in ends)}"
             return text
 
         line = f"{self.weights}: {stage_text(self.settings)}"
@@ -164,11 +173,6 @@ class Images:
 def to_uint8(x: jax.Array | np.ndarray) -> np.ndarray:
     """Convert `[-1, 1] -> 0..255`, rounded to even as in OpenAI's code."""
     return np.clip(np.round((np.asarray(x) + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
-
-
-def from_uint8(images: np.ndarray) -> np.ndarray:
-    """Convert `0..255 -> [-1, 1]` float32."""
-    return np.asarray(images, np.float32) / np.float32(127.5) - 1
 
 
 def next_number(folder: Path) -> int:

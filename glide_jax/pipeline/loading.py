@@ -52,7 +52,7 @@ def load(
             or several of them. Each may have a weight, which may be negative:
             `("runs/mine", 0.5)` or `"runs/mine:0.5"`. The weights become `W + sum_i w_i scale_i A_i
             B_i`.
-        dtype: see `Pipeline`.
+        dtype: dtype of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
         devices: number of this process's devices that share a batch, or "all".
 
     Raises:
@@ -130,7 +130,7 @@ def _weighted(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, 
 
 
 def _kind(model: Model) -> tuple[Any, ...]:
-    """What must be equal for two models to guide each other."""
+    """Return what must be equal in two models for one to guide the other."""
     return model.config.variant, model.config.image_size, model.schedule, model.diffusion_steps
 
 
@@ -139,7 +139,7 @@ def sample_grid(
 ) -> Image.Image:
     """Return a grid of samples of a model without CLIP guidance, one per prompt.
 
-    All of this process's devices share the batch. Weights that lie on them in parts stay so.
+    All of this process's devices share the batch. Weights that are split over them stay split.
     """
     settings = Settings().changed(**model.defaults | {"clip_scale": 0.0})
     pipe = Pipeline(model, dtype, "all", settings=settings)

@@ -276,7 +276,7 @@ def _value_counts(kind: Any) -> dict[str, int]:
 def show_defaults_of(weights: str, words: Sequence[str]) -> None:
     """Make the help show the sampling defaults of these weights, if a command line asks for it.
 
-    For weights of the Hub it downloads their config.
+    The config of weights of the Hub is downloaded for this.
     """
     if not {"-h", "--help"} & set(words):
         return
@@ -286,7 +286,7 @@ def show_defaults_of(weights: str, words: Sequence[str]) -> None:
 
 
 def _named(words: Sequence[str], option: str) -> str | None:
-    """The value of `--option value` or `--option=value`."""
+    """Return the value of `--option value` or `--option=value`."""
     for i, word in enumerate(words):
         if word == option and i + 1 < len(words):
             return words[i + 1]
@@ -328,7 +328,7 @@ def check_options(options: Options) -> None:
         (into and options.preview, "--shards has no --preview"),
         (
             into and options.out != Options.out,
-            "--shards names the folder: leave --out out",
+            "--shards names the folder: give no --out",
         ),
         (
             not into and (sharding.processes is not None or sharding.process is not None),
@@ -349,13 +349,14 @@ def check_options(options: Options) -> None:
 
 
 def check_scales(model: SharedModelOptions, chosen: Mapping[str, Any]) -> None:
-    """Check that a CLIP and a weak model that are named also act.
+    """Check that a CLIP or a weak model that is named also acts.
 
     Args:
         chosen: the settings that are not left to the weights.
 
     Raises:
-        UsageError: the scale of one is not set, and the weights have none by default.
+        UsageError: a CLIP or a weak model has no scale, neither set nor among the defaults of the
+            weights.
     """
     for name, scale in (("clip_model", "clip_scale"), ("weak_model", "autoguidance_scale")):
         if getattr(model, name) in (None, NONE) or scale in chosen:

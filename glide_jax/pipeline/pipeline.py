@@ -136,7 +136,7 @@ class Pipeline(Stage):
             mask: the region to regenerate: a file, a `PIL.Image`, or an array `(H, W)`. White (or
                 painted on a transparent layer, or erased from the image) is regenerated, black is
                 kept byte for byte. See `glide_jax.pipeline.mask_files`.
-            low_res: for an upsampler, the small images to enlarge: `Images`, or as `image`.
+            low_res: for an upsampler, the small images to enlarge: `Images`, or what `image` takes.
             fit: how images become squares: "crop" takes the centre, "pad" adds white.
             invert_mask: regenerate what the mask keeps, and keep the rest.
             allow_uniform_mask: accept a mask that keeps, or regenerates, the whole image.
@@ -148,8 +148,8 @@ class Pipeline(Stage):
             **settings: any field of `Settings`.
 
         Raises:
-            UsageError: a setting is unknown or cannot be used, there is no prompt, an input is
-                missing, or the model does not take it.
+            UsageError: a setting is unknown, of a wrong type or length, or cannot be used; there is
+                no prompt; an input is missing, or the model does not take it.
             GlideError: a file cannot be read.
         """
         chosen = self.settings.changed(**settings)

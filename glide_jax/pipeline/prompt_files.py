@@ -56,8 +56,8 @@ def read_prompt_file(path: Path, field: str | None = None) -> tuple[str, ...]:
 def read_text_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a text file, one a line, without empty lines.
 
-    UTF-8 with or without a byte-order mark; a file in UTF-16 or UTF-32 is read too, and one line on
-    stderr says so.
+    The file is in UTF-8, with or without a byte-order mark. A file in UTF-16 or UTF-32 is read too,
+    and one line on stderr says so.
 
     Raises:
         UsageError: the file cannot be read, or has another encoding.

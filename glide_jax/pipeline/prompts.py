@@ -4,9 +4,10 @@
 
 Only these two words, in capitals and between spaces, have a meaning; the networks read lower case,
 so a caption can always write them in lower case. A weight after a space and a colon belongs to the
-caption before it: the guidance towards it, or away from it (1 if not given). A prompt without the
-two words is one caption. So is a prompt that is all capitals and has no weight, "DO NOT ENTER": one
-line on stderr says so. White space and byte-order marks around a prompt change nothing.
+caption before it: the guidance towards it, or away from it (1 if not given). Another number there,
+such as ":-1", ":1e3" or "dog:2", is refused. A prompt without the two words is one caption. So is a
+prompt that is all capitals and has no weight, "DO NOT ENTER": one line on stderr says so. White
+space and byte-order marks around a prompt change nothing.
 """
 
 import re
@@ -22,6 +23,11 @@ from glide_jax.errors import UsageError
 
 _JOINTS = re.compile(r"(?:^|\s+)((?:AND\s+)?NOT|AND)(?=\s|$)")
 _WEIGHT = re.compile(r"\s:(\d+\.?\d*|\.\d+)$")
+# What is meant as a weight at the end of a caption, whether it can be read or not: a signed number,
+# one with an exponent, a comma or %, one after ": ", or one without the space before the colon.
+_MEANT_AS_WEIGHT = re.compile(
+    r"(?:\s|(?<=[^\W\d])):\s*[-+\u2212]?(?:[\d.,]*\d[\d.,]*(?:e[-+]?\d+)?%?|inf|nan)$", re.I
+)
 # Invisible around a text, and no white space to Python: byte-order mark, zero-width space, joiner.
 _INVISIBLE = "\ufeff\u200b\u2060"
 
@@ -31,9 +37,10 @@ class Part(NamedTuple):
 
     Attributes:
         text: the caption.
-        weight: of its guidance, in units of the guidance scale; negative: away from it.
-        end, share: interpolation: its features are `(1 - share) f(text) + share f(end)`; without
-            an end, those of `text`.
+        weight: weight of the guidance towards the caption, in units of the guidance scale; a
+            negative weight guides away from it.
+        end, share: interpolation: the features of the caption are `(1 - share) f(text) + share
+            f(end)`; without an end, those of `text`.
     """
 
     text: str
@@ -43,7 +50,7 @@ class Part(NamedTuple):
 
     @property
     def ends(self) -> tuple[str, str]:
-        """`text` and `end`."""
+        """The texts `text` and `end`; without an end, `text` twice."""
         return self.text, self.text if self.end is None else self.end
 
 
@@ -53,7 +60,7 @@ class Prompt:
 
     Attributes:
         text: the prompt as written.
-        parts: its captions; the first conditions branch "cond".
+        parts: the captions of the prompt; the first conditions branch "cond".
     """
 
     text: str
@@ -66,7 +73,7 @@ class Prompt:
     def joined(self) -> "Prompt":
         """Join all captions of positive weight into one, "a red apple and a leaf".
 
-        For an upsampler: its image exists already, and each part would cost an evaluation.
+        An upsampler reads this: the image exists already, and each part would cost an evaluation.
         """
         wanted = [part for part in self.parts if part.weight > 0]
         text, end = (
@@ -83,10 +90,13 @@ def clean(text: str) -> str:
 
 
 def shouts(prompt: str) -> bool:
-    """Whether AND and NOT are words of a prompt: it is all capitals and has no weights."""
+    """Whether a prompt is all capitals without weights, so that AND and NOT are plain words.
+
+    A weight that cannot be read counts as one.
+    """
     captions = _JOINTS.split(clean(prompt))[::2]
     letters = [c for caption in captions for c in caption if c.upper() != c.lower()]
-    weighted = any(_WEIGHT.search(f" {caption.strip()}") for caption in captions)
+    weighted = any(_MEANT_AS_WEIGHT.search(f" {caption.strip()}") for caption in captions)
     return len(captions) > 1 and bool(letters) and not weighted and all(map(str.isupper, letters))
 
 
@@ -94,7 +104,8 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
     """Parse a prompt.
 
     Raises:
-        UsageError: it is not a string, or AND or NOT lacks a caption on one side.
+        UsageError: the prompt is not a string, AND or NOT lacks a caption on one side, or a weight
+            is not a number of at least 0 after a space and a colon.
     """
     if isinstance(prompt, Prompt):
         return prompt
@@ -112,6 +123,11 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
         weight = 1.0
         if match := _WEIGHT.search(f" {caption}"):
             weight, caption = float(match[1]), f" {caption}"[: match.start()].strip()
+        if not np.isfinite(weight) or _MEANT_AS_WEIGHT.search(f" {caption}"):
+            raise UsageError(
+                f"cannot read the weight of {caption!r:.60}: write a number after a space and a "
+                "colon, such as :0.5, and NOT to guide away"
+            )
         if not caption:
             raise UsageError(f"AND and NOT stand between two captions: {prompt!r} lacks one")
         parts.append(Part(caption, weight if joint == "AND" else -weight))
@@ -121,7 +137,7 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
 def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -> list[Prompt]:
     """Parse prompts; return each of them `num` times, all padded to the same number of parts.
 
-    One line on stderr names a prompt whose AND or NOT is a word because all of it is capitals.
+    One line on stderr names a prompt in which AND and NOT are words, since it is all capitals.
 
     Raises:
         UsageError: there is no prompt; or see `read_prompt`.

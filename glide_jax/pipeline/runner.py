@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import (
     CONDITIONAL,
@@ -18,14 +19,14 @@ from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
     branches_of,
+    is_network,
 )
-from glide_jax.diffusion.sampling import State, stream
+from glide_jax.diffusion.sampling import Plan, State, stream
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
-from glide_jax.pipeline.batching import batches, default_batch_size, select_images
+from glide_jax.pipeline.batching import batches, chosen_batch_size, select_images
 from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
 from glide_jax.pipeline.conditioning import Conditioning
-from glide_jax.pipeline.images import from_uint8
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
@@ -131,9 +132,9 @@ def run(
         reverse: DDIM inversion, from the image to its noise.
     """
     count, placement = len(prompts), Placement(stage.devices)
-    if batch_size is None:
-        batch_size = default_batch_size(stage.model.config.image_size) * placement.mesh.size
-    todo = batches(count, batch_size, placement.mesh.size)
+    devices = placement.mesh.size
+    batch_size = chosen_batch_size(batch_size, stage.model.config.image_size, devices)
+    todo = batches(count, batch_size, devices)
     what = "1 image" if count == 1 else f"{count} images"
     with tqdm.tqdm(unit="evaluation", desc=what, disable=not progress) as bar:
         for index in todo:
@@ -142,12 +143,12 @@ def run(
                 [prompts[i] for i in index],
                 image_keys(seed, indices[index], upsampler=stage.model.config.upsamples),
                 conditioning.select(index),
-                _settings_of(settings, index, count),
+                settings_of(settings, index, count),
                 clip=clip,
                 weak_stage=weak_stage,
             )
             arguments = batch.arguments(reverse)
-            length = len(arguments[2])
+            length = len(arguments.plan)
             bar.total = len(todo) * length
             # One compiled program, of one row, serves every number of steps, and previews. The
             # device has the next row before the host waits for one, so that it never idles.
@@ -163,8 +164,12 @@ def run(
             bar.update()
 
 
-def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
-    """The settings of some of `count` images."""
+def settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
+    """Return the settings of some of `count` images: a value per image is selected.
+
+    Raises:
+        UsageError: a setting has neither one value nor one per image.
+    """
     if np.ndim(settings.guidance_scale):
         scale = np.asarray(settings.guidance_scale, np.float32)
         if len(scale) not in (1, count):
@@ -175,6 +180,16 @@ def _settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
     if settings.guidance is None:
         return settings
     return replace(settings, guidance=select_images(settings.guidance, index, count))
+
+
+class SamplerArguments(NamedTuple):
+    """The arguments of `glide_jax.diffusion.sampling.stream`, in its order; see there."""
+
+    networks: dict[str, Network]
+    conds: dict[str, Any]
+    plan: Plan
+    x: jax.Array
+    noise: jax.Array
 
 
 class _Batch(NamedTuple):
@@ -188,8 +203,8 @@ class _Batch(NamedTuple):
     clip: CLIP | None
     weak_stage: Stage | None
 
-    def arguments(self, reverse: bool) -> tuple[Any, ...]:
-        """The arguments of the sampler, on the devices: networks, conds, plan, x, noise."""
+    def arguments(self, reverse: bool) -> SamplerArguments:
+        """Return the arguments of the sampler, on the devices."""
         stage, config = self.stage, self.stage.model.config
         settings, scale = self.settings, np.float32(1)
         if config.guidance_scale_input and settings.is_scale_alone(self.prompts):
@@ -223,7 +238,8 @@ class _Batch(NamedTuple):
 
         placement = Placement(stage.devices)
         plan = replace(plan, guidance=placement.split(plan.guidance, unsplit=is_network))
-        return networks, placement.split(conds), plan, *placement.split((x, self.keys.steps))
+        x, noise = placement.split((x, self.keys.steps))
+        return SamplerArguments(networks, placement.split(conds), plan, x, noise)
 
     def guidances(self, settings: Settings, reverse: bool) -> tuple[Guidance, ...]:
         """Return what acts on the prediction; CLIP guidance is last, after all maps of x_0."""
@@ -236,15 +252,23 @@ class _Batch(NamedTuple):
         return *guidances, *clip_guidance(self.clip, model, self.prompts, settings, reverse)
 
 
-def is_network(node: Any) -> bool:
-    """Whether a node of a tree is a network, whose weights are not batched."""
-    return isinstance(node, Network)
-
-
 def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
-    """Return the caption of a branch for each image."""
-    if branch.prompt is None:
-        return [prompt.parts[0] for prompt in prompts]
-    if isinstance(branch.prompt, str):
-        return [Part(clean(branch.prompt))] * len(prompts)
-    return [part if isinstance(part, Part) else Part(clean(part)) for part in branch.prompt]
+    """Return the caption of a branch for each image.
+
+    Raises:
+        UsageError: a caption of the branch is no string.
+    """
+    own = [prompt.parts[0] for prompt in prompts]
+    given = branch.prompt
+    given = [given] * len(own) if given is None or isinstance(given, str) else given
+    return [_caption_of(branch, *pair) for pair in zip(given, own, strict=True)]
+
+
+def _caption_of(branch: Branch, given: Any, own: Part) -> Part:
+    if given is None or isinstance(given, Part):
+        return own if given is None else given
+    if not isinstance(given, str):
+        raise UsageError(
+            f"a caption of branch {branch.name!r} must be a string, not {type(given).__name__}"
+        )
+    return Part(clean(given))

@@ -8,13 +8,11 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
-import jax
 import numpy as np
 
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
-    Network,
     all_of,
     apg,
     autoguidance,
@@ -37,6 +35,7 @@ from glide_jax.diffusion.solvers import (
 )
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
+from glide_jax.pipeline.setting_types import checked, json_value
 from glide_jax.weights.registry import NONE
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
@@ -108,8 +107,9 @@ class Settings:
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint by two numbers, JUMP RESAMPLINGS, for example 5 4. Groups of JUMP steps are
-            run RESAMPLINGS times each. Unless set, it is 5 4 for inpainting with a model that was
-            not trained to inpaint, and otherwise off.
+            run RESAMPLINGS times each. Unless set, it is 5 4 (JUMP at most all steps) for
+            inpainting with a base model that was not trained to inpaint, without Restart sampling,
+            and otherwise off.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.
@@ -138,12 +138,15 @@ class Settings:
             if isinstance(value, str) and name not in TEXT_SETTINGS:
                 raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
+        for name, value in checked(Settings, vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def changed(self, **values: Any) -> "Settings":
         """Return these settings with some replaced; None leaves a value, "none" makes it None.
 
         Raises:
-            UsageError: an unknown setting, or one that `guidance` replaces is given beside it.
+            UsageError: an unknown setting, a value of another type or length, or a setting that
+                `guidance` replaces is given beside it.
         """
         names = [f.name for f in fields(self)]
         for name in values:
@@ -198,7 +201,7 @@ class Settings:
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
-        """Return the settings with RePaint of at most all steps, unless it or `restart` is set."""
+        """Return the settings with RePaint by default, unless `repaint` or `restart` is set."""
         jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self
@@ -229,7 +232,7 @@ class Settings:
         return (*linear, *maps, clip_x0())
 
     def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether classifier-free guidance has a scale alone, which can be an input of a network.
+        """Whether guidance is classifier-free and its scale alone can be an input of a network.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
         """
@@ -243,7 +246,7 @@ class Settings:
         )
 
     def _linear(self, prompts: Sequence[Prompt]) -> list[Guidance]:
-        """The guidance that is linear in the branches."""
+        """Return the guidance that is linear in the branches."""
         guidances = self._towards_prompts(prompts)
         if self.negative_prompt:
             if not guidances:
@@ -290,9 +293,10 @@ class Settings:
         if self.restart and self.repaint:
             raise UsageError("restart and repaint both go back to higher noise: choose one")
         if self.restart:
-            solver = restart(solver, [self.restart])
+            low, high, repeats = self.restart
+            solver = restart(solver, [(low, high, int(repeats))])
         if self.repaint:
-            solver = repaint(solver, *self.repaint)
+            solver = repaint(solver, *map(int, self.repaint))
         return make_plan(schedule, self.grid(schedule), solver, guidances)
 
 
@@ -362,32 +366,19 @@ def lists_settings(method: F) -> F:
 def describe(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, for an image's metadata.
 
-    As the arguments of a call, they make the same settings for weights with any defaults.
+    As the arguments of a call they make the same settings, for weights with any defaults; but a
+    list `guidance` is only described.
     """
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     guidance = values.pop("guidance")
     values = {name: NONE if value is None else value for name, value in values.items()}
-    values["guidance_scale"] = _json_value(settings.guidance_scale)
+    values["guidance_scale"] = json_value(settings.guidance_scale)
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [
-            {"name": part.name, "interval": [_json_value(level) for level in part.interval]}
-            | {name: _json_value(value) for name, value in part.args.items()}
+            {"name": part.name, "interval": [json_value(level) for level in part.interval]}
+            | {name: json_value(value) for name, value in part.args.items()}
             for g in guidance
             for part in g.parts()
         ]
     return values
-
-
-def _json_value(value: Any) -> Any:
-    """Numbers as JSON writes them; for anything larger, its type and shape."""
-
-    def json_leaf(leaf: Any) -> Any:
-        if isinstance(leaf, Network):
-            return str(leaf.fn)
-        if not np.issubdtype(np.result_type(leaf), np.number) or np.ndim(leaf) > 1:
-            return f"{type(leaf).__name__} {np.shape(leaf)}"
-        # JSON has no infinity.
-        return np.asarray(leaf, float).tolist() if np.isfinite(leaf).all() else str(leaf)
-
-    return jax.tree.map(json_leaf, value, is_leaf=lambda leaf: isinstance(leaf, Network))

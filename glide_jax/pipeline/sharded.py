@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from glide_jax.data.records import digest
@@ -12,11 +13,11 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import check_writable, expand_home
-from glide_jax.pipeline.batching import default_batch_size
+from glide_jax.pipeline.batching import chosen_batch_size
 from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.prompts import Prompt, read_prompts
-from glide_jax.pipeline.runner import check_32_bits
+from glide_jax.pipeline.runner import check_32_bits, settings_of
 from glide_jax.pipeline.settings import describe
 from glide_jax.pipeline.shard_files import add_images, check_same_run, claimed, shard_path
 from glide_jax.training.checksums import checksums
@@ -61,6 +62,8 @@ def sample_shards(
     if shard_size < 1:
         raise UsageError(f"a shard has at least 1 image, not {shard_size}")
     parsed = read_prompts(prompts, num)
+    whole = pipe.settings.changed(**settings)
+    settings_of(whole, np.arange(0), len(parsed))  # for its errors
     check_32_bits("seed", seed)
     for index in (first_index, first_index + len(parsed) - 1):
         check_32_bits("first_index", index)
@@ -87,12 +90,14 @@ def sample_shards(
     def span_of(number: int) -> range:
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
+    def per_image(indices: range) -> dict[str, Any]:
+        chosen = settings_of(whole, np.array(indices), len(parsed))
+        names = ("guidance_scale", "guidance")
+        return {name: getattr(chosen, name) for name in names if settings.get(name) is not None}
+
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
-    size = batch_size
-    if size is None:
-        size = default_batch_size(pipe.model.config.image_size) * Placement(pipe.devices).mesh.size
-    if size < 1:
-        raise UsageError(f"a batch holds at least one image, not {size}")
+    devices = Placement(pipe.devices).mesh.size
+    size = chosen_batch_size(batch_size, pipe.model.config.image_size, devices)
     busy = 0
     try:
         total = sum(len(span_of(number)) for number in todo)
@@ -115,7 +120,7 @@ def sample_shards(
                                 batch_size=batch_size,
                                 upsampler=upsampler,
                                 progress=False,
-                                **settings,
+                                **settings | per_image(indices),
                             )
                             add_images(tar, images)
                             bar.update(len(indices))

@@ -68,8 +68,8 @@ class RunConfig:
         sample_every: Steps between grids of samples; 0: none.
         validate_every: Steps between measurements of the held-out loss; 0: none.
         validation_split: Split of the data source for the held-out loss.
-        validation_batches: Batches per measurement of the held-out loss; more is slower and less
-            noisy.
+        validation_batches: Batches per measurement of the held-out loss, at least 1; more is slower
+            and less noisy.
         profile: Steps to trace for TensorBoard's profiler, as "first:last" with first at least 2.
             Empty: no trace.
         wandb: Project of Weights & Biases to which the run is logged too, besides TensorBoard. It
@@ -109,17 +109,12 @@ class RunConfig:
     def __post_init__(self):
         check_finite(vars(self))
         check_finite({f"model.{name}": value for name, value in vars(self.model).items()})
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "keep"):
+        counts = ("steps", "batch_size", "accumulate", "keep", "validation_batches")
+        for name in (*counts, "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        for name in (
-            "keep_every",
-            "sample_every",
-            "validate_every",
-            "spike",
-            "minutes",
-            "devices_per_copy",
-        ):
+        intervals = ("keep_every", "sample_every", "validate_every")
+        for name in (*intervals, "spike", "minutes", "devices_per_copy"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:
@@ -181,8 +176,8 @@ class TrainConfig(RunConfig):
             classifier-free guidance; larger trains the unconditional model more.
         low_res_timestep_share: For upsamplers with `model.low_res_timestep`: the small image is
             noised at a random timestep (noise-conditioning augmentation: CDM, 2106.15282). This
-            share of the timesteps is used, from the clean end: from 0 (no noise) to 1. Larger
-            tolerates worse small images.
+            share of the timesteps is used, from the clean end: above 0 and up to 1, and 0 for all
+            other models. Larger tolerates worse small images.
         mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1;
             larger trains generation from text alone more.
         train_size: Side of the training images in pixels, if it is not `model.image_size`: the
@@ -359,7 +354,7 @@ def write_config(config: RunConfig) -> None:
     """Write the recipe into the run's folder.
 
     Raises:
-        GlideError: it cannot be written.
+        GlideError: the recipe cannot be written.
     """
     path = config.folder / "config.json"
     try:
@@ -373,7 +368,7 @@ def read_config(path: Path) -> RunConfig:
     """Return the recipe that `save_config` wrote.
 
     Raises:
-        GlideError: the file is missing or is no such recipe.
+        GlideError: the file is missing or holds no recipe.
     """
     try:
         values = json.loads(path.read_text())

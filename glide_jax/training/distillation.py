@@ -54,8 +54,8 @@ class ConsistencyTerms(NamedTuple):
 def distilled_length(config: TrainConfig, tables: LossTables) -> int:
     """Return the number of timesteps, from the cleanest, that are distilled.
 
-    They end where the spacings of the sampler do: beyond, nothing is left of the image, and an
-    error of eps is an error of x_0 more than 164 times as large.
+    The noisiest of them is where the spacings of the sampler begin. At noisier timesteps nothing is
+    left of the image, and an error of eps is an error of x_0 more than 164 times as large.
     """
     half_log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
     usable = int((half_log_snr >= NOISIEST_HALF_LOG_SNR).sum())
@@ -63,11 +63,11 @@ def distilled_length(config: TrainConfig, tables: LossTables) -> int:
 
 
 def teacher_steps_at(progress: Any, teacher_steps: tuple[int, int]) -> jax.Array:
-    """Return the number of teacher steps: it doubles at equal intervals  (2310.14189, sec. 3.4).
+    """Return the number of teacher steps, which doubles at equal intervals  (2310.14189, sec. 3.4).
 
     Args:
         progress: share of the training that is done.
-        teacher_steps: at the beginning and at the end.
+        teacher_steps: numbers of steps at the beginning and at the end.
     """
     first, last = teacher_steps
     stages = math.ceil(math.log2(last / first)) + 1
@@ -85,14 +85,14 @@ def earlier(
         t: `(B,)` timesteps below `length`.
         gap: timesteps from t to the earlier one, if the interval does not end before.
         length: number of timesteps that are distilled.
-        student_steps: number of intervals, which are equally long.
+        student_steps: number of intervals, equally long up to rounding.
     """
     end = (t * student_steps // length) * length // student_steps - 1
     return jnp.maximum(t - gap, end), end
 
 
 def point_at(tables: LossTables, t: jax.Array, r: jax.Array) -> Point:
-    """Return where records stand, at timesteps t, on their way to r; both `(B,)`."""
+    """Return the points of records at timesteps t `(B,)`, on their way to timesteps r `(B,)`."""
 
     def coefficient(table: np.ndarray, clean: float, i: jax.Array) -> jax.Array:
         return jnp.append(clean, jnp.asarray(table))[i + 1][:, None, None, None]
@@ -158,7 +158,7 @@ def student_denoiser(
 
 
 def ddim_step(x: jax.Array, x_0: jax.Array, point: Point) -> jax.Array:
-    """`x_r = alpha_r x_0 + sigma_r eps`  (2010.02502, eq. 12)."""
+    """Return `x_r = alpha_r x_0 + sigma_r eps`  (2010.02502, eq. 12)."""
     eps = (x - point.alpha * x_0) / point.sigma
     return point.next_alpha * x_0 + point.next_sigma * eps
 
@@ -172,10 +172,11 @@ def consistency_target(
     r: jax.Array,
     end: jax.Array,
 ) -> jax.Array:
-    """Return the clean image that x_t should have, by the student's at x_r  (2403.06807, alg. 1).
+    """Return the target at x_t, from the student's clean image at x_r  (2403.06807, alg. 1).
 
-    From it, one step of DDIM leads from x_t to where the student leads from x_r: the end of the
-    interval. With one interval it is the clean image, and the target is the student's x_0 itself.
+    One step of DDIM with the target leads from x_t to where the student's clean image leads from
+    x_r: to the end of the interval. With one interval this end is the clean image, and the target
+    is the student's clean image itself.
 
     Args:
         frozen_student: the student, without gradient.
@@ -195,9 +196,9 @@ def consistency_error(
 ) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
 
-    The gap in time is the same everywhere, and so is the weight of an error of v: that of the
-    teacher's own training with v-prediction. In units of x_0 it falls with the noise, as the
-    weights of consistency training do (there `1 / gap` in units of noise).
+    The gap in time is the same everywhere, and so is the weight of an error of v, as in the
+    teacher's own training with v-prediction. The weight of an error of x_0 falls with the noise, as
+    in consistency training (there it is `1 / gap`, the gap in units of noise).
 
     Args:
         sigma: `(B, 1, 1, 1)`; below `MIN_SIGMA` the weight grows no further, since a network that
@@ -236,8 +237,8 @@ def consistency_loss(
         frozen_student: the same function of weights without gradient.
         teacher: the teacher as a function of its inputs; None: the images take its place, and x_r
             is the image with the same noise  (2303.01469, algorithm 3).
-        teacher_steps: of the whole range of timesteps.
-        options: of the student: dropout.
+        teacher_steps: number of teacher steps over the whole range of timesteps.
+        options: options of the student, for dropout.
     """
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
     length = distilled_length(config, tables)
@@ -290,7 +291,7 @@ def consistency_loss_at(
     """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
 
     Args:
-        teacher: its weights; {}: none.
+        teacher: weights of the teacher; {}: there is no teacher.
     """
     teacher_steps = teacher_steps_at(progress, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.

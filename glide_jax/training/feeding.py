@@ -1,6 +1,7 @@
-"""How batches reach the training step: from a loader, one step a call, or from the device, several.
+"""How batches reach the training step.
 
-Both ways see the same records with the same random numbers.
+They come from a loader, one step per call, or from device memory, several steps per call. Both ways
+give the same records with the same random numbers.
 """
 
 import math
@@ -37,7 +38,7 @@ def steps_per_call(config: RunConfig) -> int:
 def open_batches(
     config: RunConfig, source: Source, tokenizer: Any, *, process: tuple[int, int]
 ) -> Batches | ResidentBatches:
-    """Return an endless iterator of what one call takes: one step, or several.
+    """Return an endless iterator of the batches of one call each, of one step or several.
 
     Raises:
         UsageError: see `make_batches` and `make_resident`.
@@ -80,7 +81,7 @@ def compile_steps(
     Args:
         config: the recipe.
         step: from `make_step`.
-        batches: from `open_batches`; the calls take its items.
+        batches: from `open_batches`; each call takes an item.
         parallel: the devices.
     """
     if isinstance(batches, ResidentBatches):

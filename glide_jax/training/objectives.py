@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.losses import LossTables, Terms, hybrid_loss, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
@@ -86,10 +87,10 @@ class Objective:
             which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
             of the state, and its metrics have the `RECORDS`.
         distils: whether the loss also takes `teacher` (frozen parameters), `step` and `time_share`.
-        init_frozen_params: `key -> params`, random, of the teacher, or of the base in its dtypes;
-            {} without one.
-        lora_scale: factor of the low-rank pairs that are trained, beside `base`, frozen
-            parameters that the loss also takes; 0: the parameters are the network's own.
+        init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
+            LoRA in its dtypes. Without a teacher or a base they are {}.
+        lora_scale: factor of the low-rank pairs, if these are trained; the loss then also takes
+            `base`, the frozen parameters. 0: the network's own parameters are trained.
     """
 
     model: GLIDE | NoisedCLIP
@@ -100,7 +101,7 @@ class Objective:
     lora_scale: float = 0.0
 
     def full_params(self, params: Params, frozen_params: Params) -> Params:
-        """Return the parameters of the network: those trained, or these beside their base."""
+        """Return the parameters of the network: the trained ones, with LoRA beside their base."""
         return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
@@ -184,9 +185,9 @@ def sample_noise(key: jax.Array, batch: Batch, distribution: TimestepDistributio
     """Return timesteps, noise and keys, each record's from its row.
 
     Args:
-        key: of the step.
-        batch: its images and rows.
-        distribution: of the timesteps; an integer T: uniform over 0..T-1.
+        key: key of the step.
+        batch: images and rows of the step.
+        distribution: distribution of the timesteps; an integer T: uniform over 0..T-1.
     """
     given = TimestepDistribution(distribution) if isinstance(distribution, int) else distribution
 
@@ -196,11 +197,6 @@ def sample_noise(key: jax.Array, batch: Batch, distribution: TimestepDistributio
         return Noise(given.sample(t_key), eps, other_key)
 
     return jax.vmap(record_noise)(batch.row)
-
-
-def to_range(image: jax.Array | np.ndarray) -> jax.Array:
-    """Map `0..255` to `[-1, 1]` float32."""
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1
 
 
 def shrink(image: jax.Array | np.ndarray, factor: int = 4) -> jax.Array:
@@ -285,8 +281,8 @@ def distillation_loss(
     """Return the mean consistency loss of a batch (`glide_jax.training.distillation`).
 
     Args:
-        teacher: its weights; {}: none, the images take its place.
-        step: of the run.
+        teacher: weights of the teacher; {}: there is no teacher, and the images take its place.
+        step: number of steps that the run has done.
         time_share: share of the time limit that is used up, if there is one. The number of teacher
             steps depends on it or on the share of the steps, whichever is larger.
     """
@@ -316,14 +312,14 @@ def noise_batch(
     """Return a batch noised at sampled timesteps, with its conditioning."""
     noise = sample_noise(key, batch, distribution)
     keys = jax.vmap(partial(jax.random.split, num=3))(noise.key)
-    x_0 = to_range(batch.image)
+    x_0 = from_uint8(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
     u = jax.vmap(jax.random.uniform)(keys[:, 0])
     caption_mask = batch.caption_mask & (u >= config.caption_dropout)[:, None]
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
-        low_res = conditioning["low_res"] = to_range(shrink(batch.image))
+        low_res = conditioning["low_res"] = from_uint8(shrink(batch.image))
         if config.model.low_res_timestep:
             noised = noise_low_res(tables, low_res, keys[:, 1], config.low_res_timestep_share)
             conditioning["low_res"], conditioning["low_res_timestep"] = noised
@@ -340,7 +336,7 @@ def noise_batch(
 def noise_low_res(
     tables: LossTables, low_res: jax.Array, keys: jax.Array, share: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Return small images at random noise levels, and these as timesteps  (CDM, sec. 4.2).
+    """Return small images at random noise levels, and their timesteps  (CDM, sec. 4.2).
 
     Timesteps are uniform from 0 to `share` of the diffusion process.
     """
@@ -372,10 +368,10 @@ def contrastive_loss(
 
     Args:
         batch: `caption_mask` is True at the tokens of the caption, start and end token included.
-        timestep_limit: timesteps are sampled below it; None: all timesteps.
+        timestep_limit: the timesteps below this number are sampled; None: all timesteps.
     """
     noise = sample_noise(key, batch, timestep_limit or len(tables.alpha))
-    x_t = q_sample(tables, to_range(batch.image), noise.t, noise.eps)
+    x_t = q_sample(tables, from_uint8(batch.image), noise.t, noise.eps)
     lengths = batch.caption_mask.sum(axis=1)
     network = bind_network(model, params)
     image = normalise(network(x_t, noise.t, method=NoisedCLIP.image_features).raw)

@@ -26,7 +26,7 @@ LOG2_LOSS_SCALE_GROWTH, MIN_LOG2_LOSS_SCALE = 1e-3, 1.0
 
 
 def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Return a recipe's `train_step`, of state, batch, the fields of `Control` and axis."""
+    """Return `train_step(state, batch, *control, axis=...)` with the recipe's fields filled in."""
     return partial(
         train_step,
         loss=objective.loss,
@@ -66,8 +66,8 @@ def scan_steps(
     """Do several steps in one program.
 
     Args:
-        state: before the first step.
-        items: what `read` needs of each step; every array begins with the step.
+        state: the state before the first step.
+        items: what `read` needs for each step; the first axis of every array is the step.
         control: what the host tells each step.
         data: arrays that all steps share.
         step: from `make_step`.
@@ -75,7 +75,7 @@ def scan_steps(
         axis: as in `train_step`.
 
     Returns:
-        The new state, and the metrics: of each step, or of the single one.
+        The new state, and the metrics of each step, or of the only step.
     """
 
     def single_step(state: TrainState, item: Any) -> tuple[TrainState, Metrics]:
@@ -109,7 +109,7 @@ def train_step(
     gradients is not bad: the update is left out, and the next step's scale is half as large.
 
     Args:
-        state: before the step.
+        state: the state before the step.
         batch: this device's part, or the whole batch if `axis` is None.
         key: key of the run; the step and each record's row are folded in here.
         lr_factor: factor of this step's learning rate; None: 1.
@@ -128,6 +128,7 @@ def train_step(
         `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
+    # Split and not used as it is: other keys would change the random numbers of runs before.
     record_key, _ = jax.random.split(key)
     loss_scale = 2.0**state.log2_loss_scale
 
@@ -186,9 +187,9 @@ def apply_gradient(
     """Apply a gradient: the part of `train_step` after all microbatches.
 
     Args:
-        grads: of the scaled loss, averaged over the batch; without frozen parameters.
-        metrics: averaged over the batch.
-        loss_history: with the losses of this step; None: as it was.
+        grads: gradients of the scaled loss, averaged over the batch; without frozen parameters.
+        metrics: metrics averaged over the batch.
+        loss_history: the history with the losses of this step; None: it stays as it was.
     """
     grads = jax.tree.map(lambda g: g / 2.0**state.log2_loss_scale, grads)
     norm = optax.tree.norm(grads)
@@ -283,7 +284,7 @@ def _skip(state: TrainState, overflow: jax.Array) -> TrainState:
 
 
 def _decay(ema: Params, trained: Params, decay: jax.Array) -> Params:
-    """`ema <- decay ema + (1 - decay) params`; frozen parameters are their own average."""
+    """Return the EMA `decay ema + (1 - decay) params`; frozen parameters are their own average."""
     return jax.tree.map(
         lambda p, e: e if p is None else e + (1 - decay) * (p - e),
         trained,
@@ -293,11 +294,11 @@ def _decay(ema: Params, trained: Params, decay: jax.Array) -> Params:
 
 
 def power_rate(step: jax.Array, width: float) -> jax.Array:
-    """`(1 - 1 / t)^(gamma + 1)`, the decay rate of a power-function EMA  (EDM2, 2312.02696).
+    """Return `(1 - 1 / t)^(gamma + 1)`, the decay rate of a power-function EMA  (EDM2, 2312.02696).
 
     Args:
         step: t, from 1.
-        width: standard deviation of its profile, as a share of the steps so far.
+        width: standard deviation of the EMA's profile, as a share of the steps so far.
     """
     return (1 - 1 / step) ** (power_exponent(width) + 1)
 

@@ -1,11 +1,10 @@
-"""Fields of a recipe that have no effect beside its other fields: set ones are refused."""
+"""Refuses fields of a recipe that are set but have no effect, given the other fields."""
 
 import dataclasses
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from glide_jax.diffusion.solvers import traits_of
 from glide_jax.errors import UsageError
 from glide_jax.training.config import RunConfig, TrainConfig
 
@@ -14,10 +13,10 @@ class Rule(NamedTuple):
     """Fields that have an effect in some recipes alone.
 
     Attributes:
-        fields: their names, with a dot for those of a section of the recipe.
-        needed: the recipes in which they have one, for messages.
-        used: whether a recipe is one of these.
-        off: a value that is always accepted besides the default.
+        fields: names of the fields, with a dot for those of a section of the recipe.
+        needed: what a recipe must have for the fields to act, as messages say it.
+        used: whether a recipe has it.
+        off: a value of the fields that is always accepted, besides the default.
     """
 
     fields: tuple[str, ...]
@@ -87,11 +86,11 @@ GLIDE_RULES = (
 def check_used(config: RunConfig) -> None:
     """Check that the fields that have no effect in a recipe have their defaults.
 
-    It is called where a training begins, not where a recipe is built: a run that was trained with
-    such a field can still be read.
+    The check belongs where a training begins, not where a recipe is built: a run that was trained
+    with such a field can still be read.
 
     Raises:
-        UsageError: one of them is set; or the sampler of the grids does not suit the model.
+        UsageError: a field without effect is set.
     """
     for rule in rules_of(config):
         if rule.used(config):
@@ -102,14 +101,6 @@ def check_used(config: RunConfig) -> None:
                 raise UsageError(
                     f"{path} is for {rule.needed}: choose that, or set it to {default!r}"
                 )
-    if not isinstance(config, TrainConfig):
-        return
-    sampler = config.sample_sampler
-    if sampler and traits_of(sampler).learns_variance and config.model.out_channels == 3:
-        raise UsageError(
-            f"sample_sampler {sampler} needs a learned variance, and "
-            "model.out_channels is 3: choose ddpm-small or ddpm-large"
-        )
 
 
 def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:

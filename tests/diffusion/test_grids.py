@@ -44,9 +44,10 @@ def test_every_spacing_falls_strictly_within_the_process(name, spacing):
         assert grid.max() <= 999 and grid.min() >= 0
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 50, 333])
-def test_short_processes_are_spaced_too(length):
-    schedule = make_schedule("cosine", length)
+@each_schedule
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 50, 333])
+def test_short_processes_are_spaced_too(name, length):
+    schedule = make_schedule(name, length)
     for spacing in SPACINGS:
         for steps in range(1, length + 1):
             grid = make_timesteps(schedule, steps, spacing)
@@ -92,6 +93,42 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
         np.testing.assert_array_equal(
             make_timesteps(schedule, 4, "trailing-capped"), trailing(schedule, 4)
         )
+
+
+def test_more_capped_steps_than_usable_timesteps_are_even():
+    schedule = make_schedule("linear", 5)
+    grid = make_timesteps(schedule, 5, "trailing-capped")
+    noisiest = schedule.at_half_log_snr(end_levels(schedule)[0])
+    np.testing.assert_allclose(grid, noisiest * np.array([1, 0.75, 0.5, 0.25, 0]))
+
+
+@pytest.mark.parametrize("steps", [" 25", "25 ", "\t25\n", "+25", 25.0, np.int64(25)])
+def test_a_number_in_any_writing_keeps_the_spacing(steps):
+    np.testing.assert_array_equal(make_timesteps(SCHEDULE, steps), make_timesteps(SCHEDULE, 25))
+
+
+def test_white_space_around_a_respacing_string_changes_nothing():
+    np.testing.assert_array_equal(
+        make_timesteps(SCHEDULE, " ddim25 "), respaced(SCHEDULE, "ddim25")
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("", "steps is empty: give a number (25), 10,10,3,2,2, ddim50 or fast27"),
+        (" \n", "steps is empty: give a number (25), 10,10,3,2,2, ddim50 or fast27"),
+        (2.5, "steps is a whole number, not 2.5"),
+        (float("nan"), "steps is a whole number, not nan"),
+        (float("inf"), "steps is a whole number, not inf"),
+        ("-5", "sampling needs at least one step, not -5"),
+        ("1001", "cannot take 1001 of 1000 steps: take at most 1000"),
+    ],
+)
+def test_refused_writings_of_steps(steps, message):
+    with pytest.raises(UsageError) as caught:
+        make_timesteps(SCHEDULE, steps)
+    assert str(caught.value) == message
 
 
 @each_spacing

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from glide_jax.data.batches import make_batches
+from glide_jax.data.decoding import from_uint8
 from glide_jax.data.scenes import Scene, ScenesSource, render
 from glide_jax.data.sources import open_source
 from glide_jax.diffusion.losses import at_timesteps, make_tables, q_sample
@@ -32,7 +33,6 @@ from glide_jax.training.objectives import (
     make_tokenizer,
     sample_noise,
     to_batch,
-    to_range,
 )
 from glide_jax.training.validation import Validation
 from glide_jax.weights.clip_registry import CLIPModel, save_clip
@@ -91,7 +91,7 @@ def test_a_network_whose_output_is_zero(config):
         batch = to_batch(next(batches))
         batch = batch._replace(row=batch.row + 12 * i)
         noise = sample_noise(jax.random.key(0), batch, 1000)
-        x_t = q_sample(TABLES, to_range(batch.image), noise.t, noise.eps)
+        x_t = q_sample(TABLES, from_uint8(batch.image), noise.t, noise.eps)
         error = (at_timesteps(TABLES.sigma, noise.t) * x_t - noise.eps) ** 2
         errors.append(np.asarray(error).mean(axis=(1, 2, 3)))
         quarters.append(np.asarray(noise.t) // 250)

@@ -53,7 +53,8 @@ def test_a_scale_per_image(pipe):
         for i, scale in enumerate(scales):
             alone = model("red", seed=3, first_index=i, guidance_scale=scale, progress=False)
             assert np.abs(alone.images[0].astype(int) - whole.images[i]).max() <= 1
-        assert whole.metadata(1)["guidance_scale"] == scales
+        assert [whole.metadata(i)["guidance_scale"] for i in range(3)] == scales
+        assert "guidance scale 1 to 3" in whole.summary()
         with pytest.raises(UsageError, match="guidance_scale has 2 values for 3 images"):
             model(["red"] * 3, guidance_scale=[1.0, 2.0], progress=False)
 

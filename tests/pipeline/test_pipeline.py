@@ -175,6 +175,18 @@ def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path)
     both = replace(both, upsampler=replace(both.upsampler, model=model))
     with pytest.raises(glide.UsageError, match=message.replace("^", "^the upsampler: ")):
         next(both.stream("red", upsampler={"sampler": "ddpm"}))
+    for wrong, message in (
+        ({"steps": 2000}, "cannot take 2000 of 1000 steps: take at most 1000"),
+        ({"strength": 2}, "strength must be above 0 and at most 1, not 2"),
+        ({"repaint": 5}, "repaint takes 2 values (whole number, whole number), not 5"),
+    ):
+        with pytest.raises(glide.UsageError) as caught:
+            next(both.stream("red", upsampler=wrong))
+        assert str(caught.value) == f"the upsampler: {message}"
+    # One step needs no variance: its end is the clean image.
+    call = {"steps": 1, "progress": False}
+    pipe("red", sampler="ddpm", **call)
+    both("red", upsampler={"sampler": "ddpm", "steps": 1}, **call)
 
 
 def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):

@@ -24,6 +24,9 @@ from tests.support.exact_model import SPREAD, colour, exact_pipeline, pixels
         ("a cat NOT black", [("a cat", 1), ("black", -1)]),
         ("a :2 AND b :.25 NOT c :1.5", [("a", 2), ("b", 0.25), ("c", -1.5)]),
         ("a  AND\tb AND NOT c", [("a", 1), ("b", 1), ("c", -1)]),
+        ("a :0 AND b :1.", [("a", 0), ("b", 1)]),
+        ("a clock at 10:30 AND a map 1:500", [("a clock at 10:30", 1), ("a map 1:500", 1)]),
+        ("a :-1 day AND a smile :-)", [("a :-1 day", 1), ("a smile :-)", 1)]),
     ],
 )
 def test_captions_with_weights(prompt, parts):
@@ -43,6 +46,34 @@ def test_captions_with_weights(prompt, parts):
 )
 def test_a_prompt_without_and_or_not_is_one_caption_unchanged(prompt):
     assert read_prompt(prompt).parts == (Part(prompt),)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a dog :-1", "a dog :+1", "a dog :1e3", "a dog :1E-3", "a dog :-.5", "a dog :0,5",
+        "a dog :50%", "a dog :inf", "a dog :nan", "a dog :1.2.3", "a dog : 0.5", "a dog : -1",
+        "a dog:0.5", "a dog:-1", "a dog :\u22121", "a dog :-1 :2",
+    ],
+)  # fmt: skip
+def test_a_weight_that_cannot_be_read_is_refused(caption):
+    shown = caption.removesuffix(" :2")
+    wanted = (
+        f"cannot read the weight of {shown!r}: write a number after a space and a colon, such as "
+        ":0.5, and NOT to guide away"
+    )
+    for prompt in (f"a cat AND {caption}", f"{caption} NOT a cat", f"A CAT AND {caption}"):
+        with pytest.raises(glide.UsageError) as caught:
+            read_prompt(prompt)
+        assert str(caught.value) == wanted
+    # Without AND and NOT it is text.
+    assert read_prompt(caption).parts == (Part(caption),)
+
+
+def test_an_endless_weight_and_one_of_capitals_are_refused():
+    for prompt, caption in (("a AND b :" + "9" * 400, "b"), ("A AND B :-1", "B :-1")):
+        with pytest.raises(glide.UsageError, match=f"^cannot read the weight of '{caption}': "):
+            read_prompt(prompt)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,18 @@ def test_the_usual_batch_is_smaller_for_larger_images():
     assert [default_batch_size(side) for side in (16, 64, 128, 256, 4096)] == [16, 16, 8, 4, 1]
 
 
+def test_none_in_a_list_of_captions_is_the_caption_of_the_image(pipe):
+    call = {"num": 2, "seed": 4, "progress": False}
+    found, wanted = (
+        pipe("red", guidance=[glide.all_of(prompts, [2.0, -0.5]), glide.clip_x0()], **call).images
+        for prompts in ([None, ["blue", None]], [None, ["blue", "red"]])
+    )
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    with pytest.raises(UsageError) as caught:
+        pipe("red", guidance=[glide.all_of([[None, 5]], [1.0])], **call)
+    assert str(caught.value) == "a caption of branch 'prompt 0' must be a string, not int"
+
+
 def test_a_list_of_captions_in_a_guidance_is_split_into_batches(pipe):
     away = glide.all_of([None, ["blue", "red", "blue"]], [1.5, -0.5])
     settings = {"num": 3, "seed": 4, "guidance": [away, glide.clip_x0()], "progress": False}

@@ -25,6 +25,28 @@ def pipe(weights):
     return glide.load(weights)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--prompts-file", "nowhere.txt"],
+            "cannot read the prompts in nowhere.txt: No such file or directory; check the path",
+        ),
+        (["a cat AND"], "AND and NOT stand between two captions: 'a cat AND' lacks one"),
+    ],
+)
+def test_a_wrong_prompt_ends_the_command_before_the_weights_are_loaded(
+    words, message, tmp_path, monkeypatch
+):
+    def load(**_):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(glide, "load", load)
+    with pytest.raises(glide.UsageError) as caught:
+        sample.generate(read_options("", [*words, "--out", str(tmp_path)]))
+    assert str(caught.value) == message
+
+
 def test_sample_writes_images_and_a_grid_with_metadata(weights, tmp_path):
     out = tmp_path / "out"
     result = run(

@@ -61,7 +61,6 @@ def test_what_is_known_of_each_sampler():
     for name in glide.SOLVERS:
         traits = traits_of(name)
         assert traits.guides_mean == (name in ancestral)
-        assert traits.learns_variance == (name == "ddpm")
         assert traits.takes_eta == (name in {"ddim", "dpm++2m-sde", "sa"})
         assert traits.is_noisy == (name in noisy)
         table = Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table

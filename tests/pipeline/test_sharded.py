@@ -72,6 +72,38 @@ def test_a_shard_has_images_prompts_and_metadata(whole, pipe):
     assert np.abs(alone.astype(int) - np.asarray(image)).max() <= 1
 
 
+def test_settings_with_a_value_per_image_are_those_of_its_images(pipe, tmp_path):
+    captions = ["red", "green", "blue"]
+    call = {"seed": 3, "steps": 2, "progress": False}
+    per_image = {
+        "scale": {"guidance_scale": [1.0, 2.0, 4.0]},
+        "guidance": {
+            "guidance": [glide.all_of([None, captions[::-1]], [[1.0, 2.0, 3.0], 0.5])],
+        },
+    }
+    for name, settings in per_image.items():
+        folder = tmp_path / name
+        sample_shards(pipe, captions, folder, shard_size=2, batch_size=1, **call, **settings)
+        found = members(folder / "000000.tar") | members(folder / "000001.tar")
+        images = [
+            np.array(Image.open(io.BytesIO(found[key])), int)
+            for key in sorted(found)
+            if key.endswith(".png")
+        ]
+        wanted = pipe(captions, batch_size=1, **call, **settings).images
+        assert len(images) == 3 and np.abs(images - wanted.astype(int)).max() <= 1
+        scalar = {"guidance_scale": 1.0} if name == "scale" else {"guidance": []}
+        plain = pipe(captions, batch_size=1, **call, **scalar).images
+        assert (np.abs(images - plain.astype(int)).max((1, 2, 3))[1:] > 1).all()
+
+
+def test_a_wrong_number_of_values_is_refused_before_the_first_image(pipe, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        sample_shards(pipe, ["a", "b"], tmp_path / "x", guidance_scale=[1.0, 2.0, 3.0], **CALL)
+    assert str(caught.value) == "guidance_scale has 3 values for 4 images: give one each"
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_interrupted_run_continues_to_the_same_bytes(whole, pipe, tmp_path, monkeypatch):
     calls = []
 
@@ -240,7 +272,7 @@ def test_as_a_command(whole, weights, tmp_path):
     ("words", "message"),
     [
         (("--shards", "o", "--preview"), "--shards has no --preview"),
-        (("--shards", "o", "--out", "x"), "--shards names the folder: leave --out out"),
+        (("--shards", "o", "--out", "x"), "--shards names the folder: give no --out"),
         (("--shards", "o", "--mask", "m.png"), "--shards takes prompts: it has no --image"),
         (("--shard-size", "5"), "--shard-size is for --shards"),
         (("--processes", "2", "--process", "0"), "--processes and --process are for --shards"),

@@ -22,6 +22,7 @@ import tyro
 from PIL import Image
 
 from glide_jax.data.batches import make_batches
+from glide_jax.data.decoding import from_uint8
 from glide_jax.data.sources import open_source
 from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.diffusion.losses import make_tables, q_sample
@@ -37,7 +38,6 @@ from glide_jax.training.objectives import (
     make_objective,
     make_tokenizer,
     to_batch,
-    to_range,
 )
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import restore_run
@@ -193,7 +193,7 @@ def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
     tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
     steps = np.full(len(batch.image), t)
     eps = jax.random.normal(jax.random.key(7), batch.image.shape)
-    x_t = q_sample(tables, to_range(batch.image), steps, eps)
+    x_t = q_sample(tables, from_uint8(batch.image), steps, eps)
     logits: Any = NoisedCLIP(clip.config).apply(
         {"params": clip.params}, x_t, steps, batch.tokens, batch.mask.sum(axis=1)
     )

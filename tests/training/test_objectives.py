@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glide_jax.data.decoding import from_uint8
 from glide_jax.diffusion.losses import (
     at_timesteps,
     hybrid_loss,
@@ -28,7 +29,6 @@ from glide_jax.training.objectives import (
     noise_low_res,
     sample_noise,
     shrink,
-    to_range,
 )
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.quartiles import finish
@@ -167,7 +167,7 @@ def test_images_are_noised_with_the_sampled_noise():
     noise, (found, _) = jax.jit(sample_noise, static_argnums=2)(KEY, batch, 1000), recorded(batch)
     alpha, sigma = (x[noise.t][:, None, None, None] for x in (TABLES.alpha, TABLES.sigma))
     np.testing.assert_array_equal(found["t"], noise.t)
-    x_t = alpha * to_range(batch.image) + sigma * noise.eps
+    x_t = alpha * from_uint8(batch.image) + sigma * noise.eps
     np.testing.assert_allclose(found["x_t"], x_t, atol=1e-5)
     assert set(found) == {"x_t", "t", "mask"}
 
@@ -213,7 +213,7 @@ def test_a_noised_small_image_comes_with_its_timestep():
     found = recorded(batch, "superres", low_res_timestep=True, low_res_timestep_share=0.3)[0]
     t = found["low_res_timestep"]
     assert t.min() < 15 and 285 < t.max() < 300
-    noise = found["low_res"] - at_timesteps(TABLES.alpha, t) * to_range(
+    noise = found["low_res"] - at_timesteps(TABLES.alpha, t) * from_uint8(
         shrink(jnp.asarray(batch.image))
     )
     noise = np.asarray(noise / at_timesteps(TABLES.sigma, t))
@@ -235,14 +235,14 @@ def test_the_conditioning_of_an_inpainting_model_is_the_known_pixels(variant):
     found = recorded(batch, variant, mask_all_share=0.25)[0]
     mask = found["inpaint_known"]
     assert mask.shape == (64, 16, 16, 1) and ((mask == 0) | (mask == 1)).all()
-    known = to_range(batch.image) * mask
+    known = from_uint8(batch.image) * mask
     np.testing.assert_allclose(found["inpaint_image"], known, atol=1e-6)
     nothing = (mask == 0).all(axis=(1, 2, 3)).mean()
     assert nothing == pytest.approx(0.25, abs=0.15)
     assert len(np.unique(mask, axis=0)) > 40
     # The small image is whole (GLIDE, sec. 4.3).
     if variant == "superres_inpaint":
-        low = to_range(shrink(jnp.asarray(batch.image)))
+        low = from_uint8(shrink(jnp.asarray(batch.image)))
         np.testing.assert_allclose(found["low_res"], low, atol=1e-6)
 
 
@@ -324,7 +324,7 @@ def test_the_contrastive_loss_is_the_cross_entropy_both_ways(clip):
     @jax.jit
     def both(params):
         noise = sample_noise(KEY, batch, 1000)
-        x_t = q_sample(TABLES, to_range(batch.image), noise.t, noise.eps)
+        x_t = q_sample(TABLES, from_uint8(batch.image), noise.t, noise.eps)
         lengths = batch.caption_mask.sum(axis=1)
         logits = objective.model.apply({"params": params}, x_t, noise.t, batch.tokens, lengths)
         return objective.loss(params, batch, KEY), logits
@@ -383,7 +383,7 @@ def test_a_clip_can_be_trained_at_low_noise_alone(clip):
     @jax.jit
     def both(params):
         t, eps = jnp.zeros(8, int), sample_noise(KEY, batch, 1).eps
-        x_t = q_sample(TABLES, to_range(batch.image), t, eps)
+        x_t = q_sample(TABLES, from_uint8(batch.image), t, eps)
         lengths = batch.caption_mask.sum(axis=1)
         logits = objective.model.apply({"params": params}, x_t, t, batch.tokens, lengths)
         return objective.loss(params, batch, KEY)[0], logits

@@ -88,6 +88,16 @@ def test_a_size_that_a_recipe_lacks_is_one_line_with_those_it_has():
         load_recipe("finetune64:8gb")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["steps", "batch_size", "accumulate", "keep", "validation_batches", "save_every", "log_every"],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_that_counts_something_is_at_least_one(name, value):
+    with pytest.raises(UsageError, match=f"^{name} must be at least 1$"):
+        replace(load_recipe("emoji64"), validate_every=5, **{name: value})
+
+
 def test_help_lists_the_options_that_are_no_fields(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):

@@ -38,6 +38,7 @@ from glide_jax.diffusion.guidance.predictor import (
     Point,
     Predict,
     Prediction,
+    is_network,
     noise_predictor,
 )
 from glide_jax.diffusion.guidance.record import (
@@ -73,6 +74,7 @@ __all__ = [
     "dynamic_threshold",
     "guidance",
     "image_loss",
+    "is_network",
     "known_pixels",
     "noise_predictor",
     "per_image",

@@ -53,7 +53,8 @@ def all_of(
     Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
 
     Args:
-        prompts: one caption each, or a list of one per image; None is the image's own caption.
+        prompts: one caption each, or a list of one per image. In both, None stands for the image's
+            own caption.
         weights: one for each prompt.
         name: prefix of the branch names. Two `all_of` with different prompts need different names.
 

@@ -117,6 +117,11 @@ class Network:
         return self.fn(self.params, x, t, cond)
 
 
+def is_network(node: Any) -> bool:
+    """Whether a node of a tree is a network: a leaf, whose weights have no axis of images."""
+    return isinstance(node, Network)
+
+
 def interleave(trees: Sequence[Any]) -> Any:
     """Stack K trees of `(B, ...)` as one of `(B * K, ...)`, image by image.
 

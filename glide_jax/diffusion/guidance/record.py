@@ -36,13 +36,14 @@ class Guidance:
 
     Attributes:
         fn: the function, hashable and defined at module level. A lambda or a closure is a new
-            function each time it is created, and compiles again.
-        args: its parameters, scalars or one value per image; traced, so a change compiles nothing.
-        needs: branches that it reads besides "cond".
-        remembers: names of the images that it carries from step to step.
-        looks_ahead: it reads `point.next_*`, which needs a sampler with one network evaluation
-            per step, each towards less noise.
-        interval: `(low, high)`; it acts where `low < sigma / alpha <= high`.
+            function each time, so the sampler compiles again.
+        args: parameters of the function, scalars or one value per image; traced, so a change
+            compiles nothing.
+        needs: branches that the function reads besides "cond".
+        remembers: names of the images that the function carries from step to step.
+        looks_ahead: whether the function reads `point.next_*`, which needs a sampler with one
+            network evaluation per step, each towards less noise.
+        interval: `(low, high)`; the guidance acts where `low < sigma / alpha <= high`.
     """
 
     fn: Callable[..., Prediction]
@@ -58,12 +59,12 @@ class Guidance:
         return self.fn.__name__.strip("_")
 
     def within(self, low: float, high: float) -> "Guidance":
-        """Restrict it to noise levels `low < sigma / alpha <= high`  (2404.07724).
+        """Restrict the guidance to noise levels `low < sigma / alpha <= high`  (2404.07724).
 
         A previous interval still applies: the result is the intersection.
 
         Raises:
-            UsageError: not `0 <= low < high`; or it, or a part of it, would then act nowhere.
+            UsageError: not `0 <= low < high`; or the guidance or a part of it would act nowhere.
         """
         if not 0 <= low < high:
             raise UsageError(f"an interval needs 0 <= low < high, not ({low}, {high})")
@@ -80,7 +81,7 @@ class Guidance:
     def against(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.
 
-        Costs nothing: branch "null" is evaluated with this caption.
+        Needs no extra evaluation: branch "null" is evaluated with this caption.
 
         Raises:
             UsageError: this guidance does not use the empty prompt.
@@ -96,12 +97,12 @@ class Guidance:
         return replace(self, args=args, needs=needs)
 
     def acts_at(self, level: float) -> bool:
-        """Whether it acts at this noise level `sigma / alpha`."""
+        """Whether the guidance acts at this noise level `sigma / alpha`."""
         low, high = self.interval
         return low < level <= high
 
     def parts(self) -> tuple["Guidance", ...]:
-        """The guidances that it is composed of, each within its own interval and the outer one."""
+        """Return the members, each within its own interval and the outer one; or this guidance."""
         if self.fn is not _compose:
             return (self,)
         low, high = self.interval
@@ -208,10 +209,10 @@ def _compose(
 def compose(*guidances: Guidance) -> Guidance:
     """Join guidances into one: `g_n(... g_1(predict))`, the first innermost.
 
-    Each keeps its interval; `compose(...).within(low, high)` narrows all of them.
+    Each guidance keeps its interval; `compose(...).within(low, high)` narrows all of them.
 
     Raises:
-        UsageError: two of them use one name for different branches.
+        UsageError: two guidances use one name for different branches.
     """
     needs = tuple(b for b in branches_of(guidances) if b != CONDITIONAL)
     remembers = tuple(name for g in guidances for name in g.remembers)
@@ -220,6 +221,6 @@ def compose(*guidances: Guidance) -> Guidance:
 
 
 def per_image(value: Number) -> jax.Array:
-    """A scalar as it is, `(B,)` as `(B, 1, 1, 1)`: one value per image."""
+    """Return a scalar as it is, and `(B,)`, one value per image, as `(B, 1, 1, 1)`."""
     value = jnp.asarray(value)
     return value if value.ndim == 0 else value[:, None, None, None]

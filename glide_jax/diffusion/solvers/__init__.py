@@ -56,13 +56,11 @@ class Traits(NamedTuple):
     Attributes:
         guides_mean: a guidance gradient moves the mean of a step, as in ancestral sampling, and not
             x_0.
-        learns_variance: it needs a network that predicts the variance.
         takes_eta: it has the parameter `eta`.
         is_noisy: its steps add noise.
     """
 
     guides_mean: bool
-    learns_variance: bool
     takes_eta: bool
     is_noisy: bool
 
@@ -96,7 +94,6 @@ def _traits(solver: Solver) -> Traits:
     table = solver(make_schedule("cosine", steps), np.arange(steps)[::-1], np.zeros(steps, bool))
     return Traits(
         guides_mean=bool(table.gradient_mean.any()),
-        learns_variance=bool(table.s_learned.any()),
         takes_eta="eta" in inspect.signature(solver).parameters,
         is_noisy=bool(table.s.any() or table.s_learned.any()),
     )

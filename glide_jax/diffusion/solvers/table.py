@@ -70,7 +70,7 @@ class Table(NamedTuple, Generic[Column]):
 
     def rows(self, index: np.ndarray | slice | int) -> "Table[Column]":
         """Return some rows, or, for an integer, one row as a table of scalars."""
-        return Table(*(column[index] for column in self._asdict().values()))
+        return Table(*(column[index] for column in self))
 
 
 # A sampler is the name, a solver the function that writes its table: `(schedule, grid, breaks) ->
