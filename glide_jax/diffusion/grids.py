@@ -31,7 +31,7 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
 def make_timesteps(
     schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
 ) -> np.ndarray:
-    """Return the grid: `(steps,)` timesteps of the noise levels to visit, noisiest first.
+    """Return the grid: `(N,)` timesteps of the noise levels to visit, noisiest first.
 
     Args:
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",

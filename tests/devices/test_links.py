@@ -87,6 +87,6 @@ def test_a_closed_stderr_does_not_stop_the_end(closed, monkeypatch):
     with pytest.raises(Ended) as ended:
         links.Links({1: own}).end("process 1 has ended")
     assert ended.value.args == (1,)
-    assert other.recv(1) == links.LOSES
+    assert other.recv(1) == links.LOST_ANOTHER
     own.close()
     other.close()

@@ -240,7 +240,7 @@ class _Opened:
 def _check_known(
     kind: str, wanted: Iterable[str], known: Iterable[str], path: str | os.PathLike
 ) -> None:
-    """Raise UsageError, with the nearest name, if one of `wanted` is not in `have`."""
+    """Raise UsageError, with the nearest name, if one of `wanted` is not in `known`."""
     known = sorted(set(map(str, known)))
     for name in wanted:
         if name not in known:

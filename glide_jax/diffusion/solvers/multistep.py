@@ -109,7 +109,7 @@ def exponential_integrator(
     tau = np.broadcast_to(tau, len(grid))[:-1]
     fall = (1 + tau**2) * h
     weights = fall[:, None] * WEIGHTS * np.exp(-fall[:, None] * NODES)
-    age, first = history_lengths(breaks), np.arange(len(h))
+    lengths, first = history_lengths(breaks), np.arange(len(h))
 
     def weigh(newest: np.ndarray, counts: np.ndarray) -> np.ndarray:
         nodes = np.where(midpoint & (counts == 2)[:, None], 0.5, NODES)
@@ -118,7 +118,7 @@ def exponential_integrator(
 
     E, B = np.zeros((2, len(grid), HISTORY))
     E[-1, 0] = 1.0
-    E[:-1] = predicted = weigh(first, np.minimum(predictor, age[:-1] + 1))
+    E[:-1] = predicted = weigh(first, np.minimum(predictor, lengths[:-1] + 1))
     decay = np.append(ratio * np.exp(-(tau**2) * h), 0.0)
     s = np.append(sigma[1:-1] * np.sqrt(-np.expm1(-2 * tau**2 * h)), 0.0)
     if not corrector:
@@ -126,7 +126,7 @@ def exponential_integrator(
     # The correction of the step before: its weights with this row's prediction, minus the weights
     # that it was taken with. The noise of that step stays. No correction across a break: there this
     # row predicts with another set of guidances.
-    counts = np.where(age[1:] > 0, np.minimum(corrector, age[1:] + 1), 0)
+    counts = np.where(lengths[1:] > 0, np.minimum(corrector, lengths[1:] + 1), 0)
     previous_weights = np.pad(predicted, ((0, 0), (1, 0)))[:, :HISTORY]
     B[1:] = np.where(counts[:, None] > 0, weigh(first + 1, counts) - previous_weights, 0.0)
     return table._replace(Px=np.ones(len(grid)), B=B, Qy=decay, E=E, s=s)
