@@ -107,7 +107,7 @@ class Settings:
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint by two numbers, JUMP RESAMPLINGS, for example 5 4. Groups of JUMP steps are
-            run RESAMPLINGS times each. Unless set, it is 5 4 (JUMP less than the number of steps) for
+            run RESAMPLINGS times each. Unless set, it is 5 4 (JUMP below the number of steps) for
             inpainting with a base model that was not trained to inpaint, without Restart sampling,
             and otherwise off.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
