@@ -268,7 +268,7 @@ def test_the_cost_is_what_the_example_and_the_page_say(name):
     assert f"python examples/guidance/{name}.py" in text
     page = PAGE.read_text()
     (shown,) = re.findall(rf"## ([^\n]+)\n\n!\[[^\n]*/{name}\.png", page)
-    said = rf"{cost} evaluations" if cost > 1 else "no evaluation of its own"
+    said = rf"{cost} predictions" if cost > 1 else "no prediction of its own"
     assert re.search(rf"\| \[{shown}\].* \| {said}", page)
 
 
