@@ -157,9 +157,9 @@ def main() -> None:
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
         arguments, membership = take_membership(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
-        check_recipe(config)
         if hardware is not None:
             prepare_process(dry_run=True)
+            check_recipe(config)
             print(dry_run(config, hardware))
             return
         links = processes.join(membership)

@@ -227,7 +227,7 @@ def test_clip_guidance_is_limited_in_inversion_whatever_the_sampler_of_the_weigh
 
 
 def test_whole_numbers_are_not_cut(pipe):
-    with pytest.raises(UsageError, match="steps is a whole number, not 20.7"):
+    with pytest.raises(UsageError, match="^steps takes a whole number or text, not 20.7"):
         pipe("red", steps=20.7)
     for name in ("seed", "first_index"):
         with pytest.raises(UsageError, match=f"{name} is a whole number, not 1.5"):

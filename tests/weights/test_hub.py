@@ -73,7 +73,7 @@ import json, numpy as np, glide_jax as glide
 from pathlib import Path
 from glide_jax.weights.store import flatten
 from glide_jax.training.runs import sampling_defaults
-names = {"upsampler": "hf://user/up", "weak_model": "hf://user/tiny", "clip": "hf://user/clip"}
+names = {"upsampler": "hf://user/up", "weak_model": "hf://user/tiny", "clip_model": "hf://user/clip"}
 pipe = glide.load(Path("hf://user/tiny"), **names)
 clip = glide.load_clip("hf://user/clip")
 up = pipe.upsampler.model
