@@ -140,7 +140,7 @@ def test_a_pipeline_has_its_family(family):
     assert pipe("red", steps=2, upsampler="none", progress=False).images.shape[1] == 16
     with pytest.raises(UsageError, match=r'^upsampler takes settings, .* or "none", not \'mine\':'):
         next(pipe.stream("red", upsampler="mine"))
-    with pytest.raises(UsageError, match="^the upsampler: there is no setting 'stepz', did you mean 'steps'"):
+    with pytest.raises(UsageError, match="^the upsampler: there is no setting 'stepz'"):
         next(pipe.stream("red", upsampler={"stepz": 1}))
     alone = glide.load("emoji64", upsampler="none", clip_model="none")
     assert alone.upsampler is None and alone.clip is None
