@@ -112,7 +112,7 @@ def train(config: RunConfig) -> None:
                 log.steps(step, count, parallel.gather(metrics), checkpoints.latest)
                 stop = stopping(step) or clock.over
                 if stop or due(step, config.save_every, config.steps):
-                    # On CPUs, compiling what follows can starve collectives that still run.
+                    # On CPUs, a save can take a thread that the collectives of the step wait for.
                     jax.block_until_ready(state)
                     saved = saved_part(state, objective)
                     checkpoints.save(

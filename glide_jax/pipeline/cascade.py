@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
-from glide_jax.diffusion.sampling import NO_VARIANCE
-from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
+from glide_jax.pipeline.default_settings import check_plan
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
 
@@ -47,10 +46,7 @@ def chosen_upsampler(
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     try:
-        settings, model = upsampler.settings.changed(**(chosen or {})), upsampler.model
-        plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), ())
-        if plan.needs_learned_variance and model.config.out_channels == 3:
-            raise UsageError(NO_VARIANCE)
+        check_plan(upsampler.model, upsampler.settings.changed(**(chosen or {})))
     except UsageError as error:
         raise UsageError(f"the upsampler: {error}") from None
     return upsampler

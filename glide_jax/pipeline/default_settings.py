@@ -1,5 +1,8 @@
 """The sampling settings that a recipe stores with its weights, checked before they are trained."""
 
+from collections.abc import Sequence
+
+from glide_jax.diffusion.guidance import Guidance
 from glide_jax.diffusion.sampling import NO_VARIANCE
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
@@ -28,9 +31,17 @@ def check_defaults(model: Model) -> None:
     try:
         settings = Settings().changed(**model.defaults)
         guidances = settings.guidances([prompt.padded(count) for prompt in prompts])
-        schedule = make_schedule(model.schedule, model.diffusion_steps)
-        plan = settings.plan(schedule, guidances)
-        if plan.needs_learned_variance and model.config.out_channels == 3:
-            raise UsageError(NO_VARIANCE)
+        check_plan(model, settings, guidances)
     except UsageError as error:
         raise UsageError(f"the sample_ fields of the recipe: {error}") from None
+
+
+def check_plan(model: Model, settings: Settings, guidances: Sequence[Guidance] = ()) -> None:
+    """Check that settings make a plan, and one that the network of a model suits.
+
+    Raises:
+        UsageError: they do not.
+    """
+    plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), guidances)
+    if plan.needs_learned_variance and model.config.out_channels == 3:
+        raise UsageError(NO_VARIANCE)

@@ -11,17 +11,6 @@ import glide_jax as glide
 import sample
 from glide_jax.pipeline.options import check_options, read_options
 from glide_jax.weights.store import CONFIG
-from tests.support.commands import make_weights
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return make_weights(tmp_path_factory.mktemp("weights") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipe(weights):
-    return glide.load(weights)
 
 
 def with_defaults(weights, folder, defaults):

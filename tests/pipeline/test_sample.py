@@ -15,16 +15,6 @@ from glide_jax.weights.store import MODEL
 from tests.support.commands import make_weights, one_line, run
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return make_weights(tmp_path_factory.mktemp("weights") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipe(weights):
-    return glide.load(weights)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

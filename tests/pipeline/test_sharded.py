@@ -29,16 +29,6 @@ NAMES = ["000000.tar", "000001.tar", "000002.tar", "shards.json"]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return make_weights(tmp_path_factory.mktemp("weights") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def pipe(weights):
-    return glide.load(weights)
-
-
-@pytest.fixture(scope="module")
 def whole(pipe, tmp_path_factory):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "out"
