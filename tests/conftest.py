@@ -1,4 +1,4 @@
-"""Tests run on the CPU unless JAX_PLATFORMS is set, with matrix products in full float32."""
+"""Tests run on the CPU unless JAX_PLATFORMS is set, in float32 where they do not say otherwise."""
 
 import os
 
@@ -6,6 +6,8 @@ from tests.support.quick import QUICK
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Some CPUs have units for bfloat16: there, "auto" would be bfloat16.
+os.environ.setdefault("GLIDE_JAX_DTYPE", "float32")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 import jax

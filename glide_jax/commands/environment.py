@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import jax
 
 import glide_jax
-from glide_jax.devices.runtime import find_devices, trunk_dtype
+from glide_jax.devices.runtime import AUTO_DTYPE, find_devices, trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import cache_folder, package_version
 from glide_jax.weights.registry import EMBEDDED, EMBEDDED_CLIPS
@@ -31,7 +31,13 @@ USAGE = """usage: glide-jax env [-h]
 Print what a bug report needs: the versions of glide-jax, Python and the packages it uses; the
 devices, and the dtype of the trunk on them; the cache folder; the embedded weights; and the
 variables that change how jax works. It takes no other options."""
-VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR")
+VARIABLES = (
+    AUTO_DTYPE,
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "JAX_ENABLE_X64",
+    "JAX_COMPILATION_CACHE_DIR",
+)
 
 
 def describe_environment() -> str:

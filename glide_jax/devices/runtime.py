@@ -19,6 +19,8 @@ from glide_jax.folders import cache_folder
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# What the dtype "auto" means, whatever the device.
+AUTO_DTYPE = "GLIDE_JAX_DTYPE"
 
 
 def prepare_process(*, dry_run: bool = False) -> None:
@@ -141,13 +143,18 @@ def enable_compilation_cache() -> None:
 def trunk_dtype(name: str = "auto") -> jnp.dtype:
     """Return the dtype of a name; "auto" depends on the default device.
 
-    "auto" is bfloat16 on TPUs and on GPUs with units for it (see `computes_bfloat16`), float16 on
-    older GPUs, float32 on CPUs.
+    "auto" is the variable `GLIDE_JAX_DTYPE`, if set. Otherwise it is bfloat16 on TPUs, on GPUs
+    with units for it (see `computes_bfloat16`), and on CPUs with them (AMX), float16 on older GPUs,
+    float32 on other CPUs.
 
     Raises:
         UsageError: an unknown name.
         GlideError: jax finds no device.
     """
+    if name == "auto" and (chosen := os.environ.get(AUTO_DTYPE, "auto")) != "auto":
+        if chosen not in DTYPES:
+            raise UsageError(f"{AUTO_DTYPE}={chosen}: choose auto, {', '.join(DTYPES)}")
+        name = chosen
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
@@ -158,7 +165,7 @@ def trunk_dtype(name: str = "auto") -> jnp.dtype:
     if device.platform in ("gpu", "cuda", "rocm"):
         capability = str(getattr(device, "compute_capability", ""))
         return jnp.bfloat16 if computes_bfloat16(capability) else jnp.float16
-    return jnp.float32
+    return jnp.bfloat16 if "amx_bf16" in cpu_features() else jnp.float32
 
 
 def computes_bfloat16(capability: str) -> bool:
@@ -172,6 +179,17 @@ def computes_bfloat16(capability: str) -> bool:
         return generation >= 11 or (generation == 9 and (model in ("08", "0a") or model >= "40"))
     number = re.match(r"\d+", capability)
     return number is None or int(number[0]) >= 8
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Return the features of this CPU, by their names in Linux; elsewhere none are known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def fast_compile_options() -> dict[str, Any] | None:

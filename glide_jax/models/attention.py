@@ -1,48 +1,22 @@
 """Attention, in its plain form or as the fused kernel of an accelerator."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from glide_jax.models import tpu_attention
+from glide_jax.models.target import accelerator, on_cpu, sum_dtype
 
 HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 # The limit of cuDNN on GPUs before Hopper.
 CUDNN_MAX_HEAD = 128
 # Shorter sequences have small logits, and no kernel in some versions of cuDNN.
 CUDNN_MIN_LENGTH = 64
-# If one head has this many logits or more, those of all heads exceed the caches of a CPU.
+# On a CPU, XLA of jax 0.11 and later computes attention in blocks that its caches hold. Before, it
+# is faster head by head if one head has this many logits, image by image if all have.
+SPLITS_ON_CPU = jax.__version_info__ < (0, 11)
 SPLIT_HEADS_LOGITS = 2**19
-
-# The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
-# Elsewhere it is that of the default device. jax traces a jitted function again for each value.
-compile_for = jax.make_user_context(None)
-
-
-def accelerator() -> str:
-    """Return "cuda" or "tpu" if programs are traced for a device with fused attention, else "".
-
-    Of GPUs these are NVIDIA's from compute capability 8.0 on.
-    """
-    if compile_for.value is not None:
-        return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
-    device = _device()
-    if device.platform == "tpu":
-        return "tpu"
-    # A GPU of AMD has a capability like "gfx90a".
-    capability = str(getattr(device, "compute_capability", ""))
-    fused = re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0
-    return "cuda" if fused else ""
-
-
-def _device() -> jax.Device:
-    """Return the device that programs run on unless they are told otherwise."""
-    device = jax.config.values["jax_default_device"]
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return device
+SPLIT_IMAGES_LOGITS = 2**21
 
 
 def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> str:
@@ -82,21 +56,26 @@ def attend(
         return out.reshape(*out.shape[:2], -1)
     if kernel == "pallas":
         return _tpu_attention(query, key, value)
-    on_cpu = (compile_for.value or _device().platform) == "cpu"
-    if on_cpu and mask is None and query.shape[1] * key.shape[1] >= SPLIT_HEADS_LOGITS:
-        return _attend_head_by_head(query, key, value)
+    if SPLITS_ON_CPU and on_cpu() and mask is None:
+        logits = query.shape[1] * key.shape[1]
+        if logits >= SPLIT_HEADS_LOGITS:
+            return _attend_head_by_head(query, key, value)
+        if query.shape[0] * query.shape[2] * logits >= SPLIT_IMAGES_LOGITS:
+            images = [x[:, None] for x in (query, key, value)]
+            return jax.lax.map(lambda image: _plain_attention(*image), images)[:, 0]
     return _plain_attention(query, key, value, mask)
 
 
 def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Compute the plain form for one head of one image at a time: its logits stay in the caches."""
-    scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
+    scale, dtype = jnp.asarray(query.shape[-1] ** -0.25, query.dtype), sum_dtype(query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.
     def attend_head(head: list[jax.Array]) -> jax.Array:
         query, key, value = head
-        logits = (query * scale) @ (key * scale).T
-        return nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype) @ value
+        logits = jnp.matmul(query * scale, (key * scale).T, preferred_element_type=dtype)
+        weights = nn.softmax(logits.astype(jnp.float32), axis=-1).astype(query.dtype)
+        return jnp.matmul(weights, value, preferred_element_type=dtype).astype(query.dtype)
 
     batch, length, heads, width = query.shape
     arrays = [x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (query, key, value)]
@@ -109,13 +88,15 @@ def _plain_attention(
 ) -> jax.Array:
     # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
-    logits = jnp.einsum("bthd,bshd->bhts", query * scale, key * scale)
+    dtype = sum_dtype(query.dtype)
+    query, key = query * scale, key * scale
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=dtype)
     logits = logits.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, -1e10)
     weights = nn.softmax(logits, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bhts,bshd->bthd", weights, value)
-    return out.reshape(*out.shape[:2], -1)
+    out = jnp.einsum("bhts,bshd->bthd", weights, value, preferred_element_type=dtype)
+    return out.astype(query.dtype).reshape(*out.shape[:2], -1)
 
 
 @jax.custom_vjp

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from glide_jax.models import winograd
-from glide_jax.models.attention import HALF_DTYPES, accelerator, split_heads
+from glide_jax.models import cpu_products, winograd
+from glide_jax.models.attention import HALF_DTYPES, split_heads
+from glide_jax.models.target import accelerator, on_cpu
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
@@ -70,6 +71,11 @@ def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
     return [layer.get_variable("params", name).astype(dtype) for name in LORA_PAIR]
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `x kernel` of `x (..., C)` and `kernel (C, F)` in their dtype; sums are float32."""
+    return cpu_products.linear(x, kernel) if cpu_products.suits(x) else x @ kernel
+
+
 class Dense(_UsesStoredParams, nn.Dense):
     """`flax.linen.Dense`; with a stored low-rank pair `x (W + A B) + b`, as `x W + (x A) B + b`."""
 
@@ -82,7 +88,7 @@ class Dense(_UsesStoredParams, nn.Dense):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = matmul(x, kernel)
         if pair := stored_pair(self, y.dtype):
             y = y + x @ pair[0] @ pair[1]
         return y if bias is None else y + bias
@@ -138,12 +144,13 @@ class GroupNorm(nn.Module):
         wide, pixels = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
 
         def mean(of: jax.Array) -> jax.Array:
-            of = of.mean(pixels).reshape(x.shape[0], NORM_GROUPS, -1)
-            return jnp.broadcast_to(of.mean(-1, keepdims=True), of.shape).reshape(x.shape[0], -1)
+            return of.mean(pixels).reshape(x.shape[0], NORM_GROUPS, -1).mean(-1)
 
         mu = mean(wide)
         variance = jnp.maximum(mean(jnp.square(wide)) - jnp.square(mu), 0)
-        factor = scale * jax.lax.rsqrt(variance + NORM_EPSILON)
+        inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
+        mu, inverse = _per_channel(mu, x.shape[-1]), _per_channel(inverse, x.shape[-1])
+        factor = scale * inverse
         offset = bias - mu * factor
         if film is not None:
             scale, shift = jnp.split(film, 2, axis=-1)
@@ -162,6 +169,16 @@ class Affine(nn.Module):
         shape = (self.features,)
         scale = self.param("scale", nn.initializers.ones, shape)
         return scale, self.param("bias", nn.initializers.zeros, shape)
+
+
+def _per_channel(x: jax.Array, channels: int) -> jax.Array:
+    """Repeat `(B, groups)` for the channels of each group: `(B, C)`."""
+    repeats = channels // NORM_GROUPS
+    if on_cpu():
+        # A product of matrices: XLA would look up the group again for each pixel, one by one.
+        groups = np.kron(np.eye(NORM_GROUPS), np.ones(repeats)).astype(np.float32)
+        return jnp.dot(x, groups, precision="highest")
+    return jnp.broadcast_to(x[..., None], (*x.shape, repeats)).reshape(x.shape[0], -1)
 
 
 def _per_pixel(x: jax.Array, ndim: int) -> jax.Array:
@@ -198,7 +215,12 @@ class Conv3x3(_UsesStoredParams, nn.Module):
         # Of float32 and stride 1 alone: `Stage.network` and `transform_kernels` see to it.
         if isinstance(kernel, winograd.Kernel):
             return winograd.convolve(x, kernel) + bias
+        # Of bfloat16 and stride 1 alone.
+        if isinstance(kernel, cpu_products.Kernel):
+            return cpu_products.convolve(x, kernel) + bias
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        if self.stride == 1 and cpu_products.suits(x):
+            return cpu_products.convolution(x, kernel) + bias
         strides, padding = (self.stride,) * 2, ((1, 1),) * 2
         axes = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=axes)
@@ -248,7 +270,7 @@ class Projections(_UsesStoredParams, nn.Module):
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         pair = stored_pair(self, self.dtype)
         if accelerator() != "tpu":
-            y = x @ kernel + bias
+            y = matmul(x, kernel) + bias
             if pair:
                 y = y + x @ pair[0] @ pair[1]
             return split_heads(y, self.heads, self.parts)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from glide_jax.models.target import split_axes
 
 # A TPU's registers hold 128 columns.
 LANES = 128
@@ -20,11 +22,10 @@ KEYS = 4096
 def suits(query: jax.Array, key: jax.Array) -> bool:
     """Return whether the kernel takes these `(B, T, heads, d)` and `(B, S, heads, d)`."""
     (_, length, heads, head), keys = query.shape, key.shape[1]
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty and jax.device_count() > 1:
-        # Without a mesh the kernel cannot know how the batch is sharded.
+    axes = split_axes()
+    if axes is None:
         return False
-    parts = math.prod(mesh.shape[axis] for axis in _split_axes())
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
     divisible = query.shape[0] % parts == 0 and LANES % head == 0 and heads * head % LANES == 0
     return divisible and length % QUERIES == 0 and keys % LANES == 0 and keys <= KEYS
 
@@ -48,19 +49,12 @@ def attend(
         `shard_map`, their mesh must be the current one (`jax.sharding.use_abstract_mesh`).
     """
     call = partial(_call, head=query.shape[-1], interpret=interpret)
-    if axes := _split_axes():
+    if axes := split_axes():
         # XLA cannot split a kernel by itself.
         spec = PartitionSpec(axes)
         call = jax.shard_map(call, in_specs=spec, out_specs=spec, check_vma=False)
     query, key, value = (array.reshape(*array.shape[:2], -1) for array in (query, key, value))
     return call(query, key, value)
-
-
-def _split_axes() -> tuple[str, ...]:
-    """Return the axes of the mesh over which XLA splits batches, none of them of length 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1)
 
 
 def _call(

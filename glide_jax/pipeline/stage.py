@@ -16,12 +16,12 @@ from glide_jax.devices.placement import Placement
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network
 from glide_jax.diffusion.schedule import Schedule, make_schedule
+from glide_jax.models import cpu_products, winograd
 from glide_jax.models.joined import JOINED, join_projections
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.tokenizers import GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.models.winograd import transform_kernels
 from glide_jax.weights.registry import Model
 
 
@@ -82,8 +82,12 @@ class Stage:
             # On a TPU the keys and values of all blocks would be copied out of the joined result.
             layers = ("emb",) if placement.platform == "tpu" else tuple(JOINED)
             params = join_projections(params, layers)
-        if placement.platform == "cpu" and module.dtype == jnp.float32 and not is_sharded:
-            params = transform_kernels(params, self.model.config)
+        if placement.platform == "cpu" and not is_sharded:
+            if module.dtype == jnp.float32:
+                params = winograd.transform_kernels(params, self.model.config)
+            # Other layers of bfloat16 need no arrangement.
+            elif module.dtype == jnp.bfloat16 and placement.mesh.size == 1:
+                params = cpu_products.arrange_kernels(params)
         params = placement.put_weights(params)
         params = params if is_sharded else placement.arrange_kernels(params)
         denoiser = Denoiser(module, placement.mesh.abstract_mesh, is_sharded)

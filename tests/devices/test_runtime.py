@@ -13,7 +13,7 @@ from jax._src import xla_bridge
 
 from glide_jax.devices import runtime
 from glide_jax.devices.runtime import computes_bfloat16, find_devices, in_32_bits, trunk_dtype
-from glide_jax.errors import GlideError
+from glide_jax.errors import GlideError, UsageError
 from tests.support.commands import ROOT, environment, make_weights, one_line, run
 
 
@@ -28,9 +28,28 @@ from tests.support.commands import ROOT, environment, make_weights, one_line, ru
 )  # fmt: skip
 def test_the_dtype_of_a_gpu_follows_from_its_units(capability, bfloat16, monkeypatch):
     assert computes_bfloat16(capability) is bfloat16
+    monkeypatch.delenv("GLIDE_JAX_DTYPE")
     device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(runtime.jax, "local_devices", lambda: [device])
     assert trunk_dtype() == (jnp.bfloat16 if bfloat16 else jnp.float16)
+
+
+def test_the_dtype_of_a_cpu_follows_from_its_features(monkeypatch):
+    monkeypatch.delenv("GLIDE_JAX_DTYPE")
+    device = types.SimpleNamespace(platform="cpu")
+    monkeypatch.setattr(runtime.jax, "local_devices", lambda: [device])
+    for features, dtype in (({"sse", "amx_bf16"}, jnp.bfloat16), ({"avx512_bf16"}, jnp.float32)):
+        monkeypatch.setattr(runtime, "cpu_features", lambda features=features: features)
+        assert trunk_dtype() == dtype and trunk_dtype("float16") == jnp.float16
+
+
+def test_a_variable_says_what_the_dtype_auto_means(monkeypatch):
+    monkeypatch.setenv("GLIDE_JAX_DTYPE", "float16")
+    assert trunk_dtype() == jnp.float16 and trunk_dtype("float32") == jnp.float32
+    monkeypatch.setenv("GLIDE_JAX_DTYPE", "half")
+    with pytest.raises(UsageError) as caught:
+        trunk_dtype()
+    assert str(caught.value) == ("GLIDE_JAX_DTYPE=half: choose auto, float32, bfloat16, float16")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to\ninitialize. (set JAX_PLATFORMS='')"),

@@ -10,8 +10,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from glide_jax.devices.mesh import AXIS, device_mesh
 from glide_jax.models import attention, tpu_attention
-from glide_jax.models.attention import accelerator, attend, compile_for, fused_kernel, split_heads
+from glide_jax.models.attention import attend, fused_kernel, split_heads
 from glide_jax.models.blocks import AttentionBlock
+from glide_jax.models.target import accelerator, compile_for
 from tests.support.golden import assert_close, load, nhwc
 
 CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
@@ -45,7 +46,17 @@ def test_a_masked_position_is_ignored():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 5e-2)])
-def test_on_a_cpu_long_attention_goes_head_by_head(monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("limit", "logits", "shape"),
+    [
+        ("SPLIT_HEADS_LOGITS", 48 * 56, "f32[48,56]"),
+        ("SPLIT_IMAGES_LOGITS", 6 * 48 * 56, "f32[1,3,48,56]"),
+    ],
+)
+def test_on_a_cpu_long_attention_is_split_before_jax_0_11(
+    monkeypatch, dtype, tolerance, limit, logits, shape
+):
+    monkeypatch.setattr(attention, "SPLITS_ON_CPU", True)
     arrays = inputs(dtype, pixels=48, text=8)
 
     def results(function):
@@ -54,9 +65,9 @@ def test_on_a_cpu_long_attention_goes_head_by_head(monkeypatch, dtype, tolerance
 
     assert "while" not in str(jax.make_jaxpr(attend)(*arrays))
     wanted = results(attend)
-    monkeypatch.setattr(attention, "SPLIT_HEADS_LOGITS", 48 * 56)
+    monkeypatch.setattr(attention, limit, logits)
     jaxpr = str(jax.make_jaxpr(lambda *x: attend(*x))(*arrays))
-    assert "scan" in jaxpr and "f32[48,56]" in jaxpr
+    assert "scan" in jaxpr and shape in jaxpr
     found = results(lambda *x: attend(*x))
     for ours, plain in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         assert ours.dtype == dtype

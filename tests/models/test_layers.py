@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.models.attention import attend, compile_for, split_heads
+from glide_jax.models.attention import attend, split_heads
 from glide_jax.models.blocks import (
     AttentionBlock,
     ResBlock,
@@ -18,6 +18,7 @@ from glide_jax.models.blocks import (
     upsample,
 )
 from glide_jax.models.layers import GroupNorm, Projections, conv3x3, dense, timestep_embedding
+from glide_jax.models.target import compile_for
 from glide_jax.models.text import TextBlock
 from glide_jax.models.unet import GLIDE
 from glide_jax.weights import released
