@@ -325,9 +325,12 @@ def check_variance(
     if traced or name not in networks or CONDITIONAL.name not in conds:
         return
     if plan.needs_learned_variance:
-        t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-        output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
-        if output.shape[-1] == x.shape[-1]:
+        channels = getattr(networks[name].fn, "out_channels", None)
+        if channels is None:
+            t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+            output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
+            channels = output.shape[-1]
+        if channels == x.shape[-1]:
             raise UsageError(NO_VARIANCE)
 
 

@@ -6,6 +6,7 @@ float32. A convolution multiplies each pixel by the kernels of all nine places a
 results are then added, each shifted to its place.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,13 @@ def arrange_kernels(params: dict[str, Any]) -> dict[str, Any]:
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return `x kernel` of `x (..., C)` and `kernel (C, F)`, bfloat16; sums are float32."""
-    return jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    return _sums(x, kernel).astype(x.dtype)
+
+
+def _sums(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `matmul` in float32."""
+    axes = ((x.ndim - 1,), (0,)), ((), ())
+    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -140,10 +147,9 @@ convolution.defvjp(lambda *arrays: (convolution(*arrays), arrays), _convolution_
 
 def _convolve_block(padded: jax.Array, kernel: Kernel) -> jax.Array:
     """Convolve `(b, h + 2, w + 2, C)` to `(b, h, w, F)`."""
-    y = jnp.dot(padded, kernel.matrix, preferred_element_type=jnp.float32)
-    y = y.reshape(*y.shape[:3], 9, -1)
-    places = [_shifted(y[:, :, :, 3 * i + j], i, j) for i in range(3) for j in range(3)]
-    return sum(places, start=jnp.float32(0)).astype(padded.dtype)
+    y = _sums(padded, kernel.matrix)
+    places = [_shifted(y, i, j, place=3 * i + j) for i in range(3) for j in range(3)]
+    return functools.reduce(jax.lax.add, places).astype(padded.dtype)
 
 
 def _pad(x: jax.Array) -> jax.Array:
@@ -151,9 +157,18 @@ def _pad(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _shifted(padded: jax.Array, i: int, j: int) -> jax.Array:
-    """Return the images inside a border of one pixel, moved up by `i - 1` and left by `j - 1`."""
-    return padded[:, i : padded.shape[1] - 2 + i, j : padded.shape[2] - 2 + j]
+def _shifted(padded: jax.Array, i: int, j: int, place: int | None = None) -> jax.Array:
+    """Return the images inside a border of one pixel, moved up by `i - 1` and left by `j - 1`.
+
+    Args:
+        place: which ninth of the channels to return; None: all of them.
+    """
+    batch, height, width, channels = padded.shape
+    first, channels = (0, channels) if place is None else (place * channels // 9, channels // 9)
+    # Not by indexing, which takes ten times as long to trace.
+    starts, sizes = (0, i, j, first), (batch, height - 2, width - 2, channels)
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    return jax.lax.slice(padded, starts, ends)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -39,6 +39,11 @@ class Denoiser:
     mesh: AbstractMesh | None = None
     is_sharded: bool = False
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the result."""
+        return self.model.config.out_channels
+
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
         on_mesh = pin_batch if self.is_sharded else jax.sharding.use_abstract_mesh
         with nullcontext() if self.mesh is None else on_mesh(self.mesh):

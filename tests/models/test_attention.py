@@ -261,7 +261,7 @@ def test_a_block_and_its_gradient_take_the_kernel_for_tpus(interpreted):
         fused = found()
     for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
         wide = b.astype(jnp.float32)
-        assert_close(a.astype(jnp.float32), wide, 0.02 * float(jnp.abs(wide).max()))
+        assert_close(a.astype(jnp.float32), wide, 0.05 * float(jnp.abs(wide).max()))
 
 
 def test_the_kernel_for_tpus_is_split_with_the_batch(interpreted):

@@ -104,7 +104,9 @@ class Network:
     Attributes:
         fn: `(params, x, t, cond) -> (B, H, W, C or 2C)`: the prediction and, if the variance is
             learned, the variance output in [-1, 1]. It must be hashable: another `fn` compiles
-            again. For `classifier_guidance` and `image_loss` the output is `(B,)`.
+            again. For `classifier_guidance` and `image_loss` the output is `(B,)`. With an
+            attribute `out_channels`, the number of channels of the output, it need not be traced to
+            see whether the variance is learned.
         params: its weights.
         prediction: meaning of the first C channels, "eps", "v" or "x".
     """
