@@ -2,7 +2,7 @@
 
 If glide-jax is installed, write `glide-jax sample` instead of `python sample.py` in the examples.
 
-Without a prompt it generates a few example images; with --image it then uses the empty prompt.
+Without a prompt it generates a few example images or, with --image, uses the empty prompt.
 Several prompts give several images. Within one prompt, AND and NOT join captions, each with an
 optional weight. Examples:
 

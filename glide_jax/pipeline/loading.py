@@ -52,7 +52,8 @@ def load(
             or several of them. Each may have a weight, which may be negative:
             `("runs/mine", 0.5)` or `"runs/mine:0.5"`. The weights become `W + sum_i w_i scale_i A_i
             B_i`.
-        dtype: dtype of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
+        dtype: dtype of the trunk: "float32", "bfloat16", "float16" or "auto" (by device, or by the
+            variable GLIDE_JAX_DTYPE; see `trunk_dtype`).
         devices: number of this process's devices that share a batch, or "all".
 
     Raises:

@@ -302,7 +302,8 @@ class Pipeline(Stage):
         Args:
             image, fit: one image; see `stream`.
             prompt: the prompt of the variations.
-            variation: strength, from 0 (approximately the image itself) to 1 (unrelated image).
+            variation: share of new noise, from 0 (approximately the image itself) to 1 (an
+                unrelated image).
             image_caption: caption of the input image, if the prompt does not describe that image.
             **settings: fields of `Settings`; the sampler is dpm++2m and guidance is off unless set
                 here. For the other arguments see `__call__` and `stream`.

@@ -73,7 +73,7 @@ class Prompt:
     def joined(self) -> "Prompt":
         """Join all captions of positive weight into one, "a red apple and a leaf".
 
-        An upsampler reads this: the image exists already, and each part would cost an evaluation.
+        An upsampler reads this: the image exists already, and each part would cost a prediction.
         """
         wanted = [part for part in self.parts if part.weight > 0]
         text, end = (

@@ -74,9 +74,9 @@ class Settings:
             ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed variance),
             dpm++2m-sde, sa. For few-step students: consistency.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
-            time, as in OpenAI's code), rho (EDM), trailing (even in time, from the noisiest
-            timestep), trailing-capped (as trailing, without the very noisiest timesteps: for few
-            steps), or optimised (for the sampler and the number of steps).
+            time, as in OpenAI's code), rho (EDM), trailing (even in time, the last step to the
+            clean image included), trailing-capped (as trailing, without the very noisiest
+            timesteps: for few steps), or optimised (for the sampler and the number of steps).
         eta: amount of noise added at each step, from 0 to 1 (the reverse SDE), by the samplers ddim
             (0 unless set), dpm++2m-sde and sa (1 unless set).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
@@ -85,8 +85,8 @@ class Settings:
             HIGH to LOW are run again. This happens REPEATS times.
         guidance_scale: classifier-free guidance scale, in Python also one per image; 1 is off,
             larger follows the prompt more closely with less variety. For the method cfg++ it is
-            from 0 to 1. A model with distilled guidance takes it as an input, without an evaluation
-            for the empty prompt.
+            from 0 to 1. A model with distilled guidance takes it as an input, and makes no
+            prediction for the empty prompt.
         guidance_method: method of guidance: cfg (classifier-free), cfg++, or apg, which saturates
             less at high scales.
         guidance_interval: two noise levels sigma/alpha, LOW HIGH, for example 0.3 5:

@@ -64,7 +64,8 @@ class Stage:
 
     Attributes:
         model: sizes and weights.
-        dtype: dtype of the trunk: "auto" (by device), "float32", "bfloat16" or "float16".
+        dtype: dtype of the trunk: "float32", "bfloat16", "float16" or "auto" (by device, or by the
+            variable GLIDE_JAX_DTYPE; see `trunk_dtype`).
         devices: number of this process's devices that share a batch, or "all".
     """
 

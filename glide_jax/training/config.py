@@ -49,8 +49,9 @@ class RunConfig:
         devices_per_copy: Number of devices that share a copy of the state under "hybrid"; larger
             needs less memory and more traffic; 0: all devices of a TPU slice or of a machine.
         seed: Seed of the initial weights, the noise and the order of the data.
-        dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs and recent GPUs, float16 on older GPUs,
-            float32 on CPUs), or one of these dtypes.
+        dtype: Dtype of the trunk: "auto" (bfloat16 on TPUs, on recent GPUs and on CPUs with units
+            for it, that is AMX; float16 on older GPUs; float32 on other CPUs), or one of these
+            dtypes. The variable GLIDE_JAX_DTYPE, if set, says what "auto" is on every device.
         remat: Activation checkpointing: a step needs less memory and a third more time.
         init_from: Weights to start from: a name, a folder, a `.pt` file, `hf://user/name` or a run;
             empty: random weights. It is ignored when a stopped run is resumed.

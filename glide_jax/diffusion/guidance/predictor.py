@@ -76,12 +76,12 @@ Number = float | Sequence[float] | np.ndarray | jax.Array
 
 
 class Branch(NamedTuple):
-    """One evaluation of a network.
+    """One prediction of a network; all branches of a network are predicted in one evaluation.
 
     Attributes:
         name: key of its eps and of its conditioning; guidances that name the same branch share
-            one evaluation.
-        network: name of the network that evaluates it.
+            one prediction.
+        network: name of the network that predicts it.
         prompt: its caption, or one parsed prompt part per image. None: the conditioning that the
             caller provides under `name` (in the pipeline, the caption of the image).
     """

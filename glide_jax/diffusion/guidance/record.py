@@ -81,7 +81,7 @@ class Guidance:
     def against(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.
 
-        Needs no extra evaluation: branch "null" is evaluated with this caption.
+        Needs no extra prediction: branch "null" is predicted for this caption.
 
         Raises:
             UsageError: this guidance does not use the empty prompt.
