@@ -19,8 +19,8 @@ class ModelConfig:
     """The sizes and switches of a network, which determine the shapes of its weights.
 
     Attributes:
-        variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints) or
-            "superres_inpaint" (an upsampler that inpaints).
+        variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints), or
+            an upsampler that inpaints, "superres_inpaint".
         image_size: Side of its square training images, in pixels.
         model_channels: Channels of the first level; a multiple of 32.
         channel_mult: Channels of each level as multiples of `model_channels`.

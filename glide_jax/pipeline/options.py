@@ -37,9 +37,9 @@ class NetworkOptions:
         weights: A name (emoji64, openai/base, ...), a folder of weights, a .pt file, the folder of
             a training run, or hf://user/name of the Hugging Face Hub.
         dtype: Dtype of the trunk, which is most of the network: float32, bfloat16 or float16. The
-            rest is float32. auto: bfloat16 on TPUs, on recent GPUs and on CPUs with units for it
-            (AMX), float16 on older GPUs, float32 on other CPUs. The variable GLIDE_JAX_DTYPE, if
-            set, says what auto is on every device.
+            rest is float32. auto: bfloat16 on TPUs, on recent GPUs and on CPUs that have AMX;
+            float16 on older GPUs; float32 on other CPUs. The variable GLIDE_JAX_DTYPE, if set, says
+            what auto is on every device.
     """
 
     weights: str = "emoji64"
@@ -110,9 +110,9 @@ class EditingOptions:
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
             option such a mask is an error.
         fit: How to make an image square. crop takes its central square, pad adds white borders.
-        variation: Generate variations of --image with this share of new noise, from 0
-            (approximately the image itself) to 1 (an unrelated image). The sampler is then dpm++2m
-            and guidance is off, whatever the defaults of the weights, unless you set them.
+        variation: Generate variations of --image with this share of new noise, from 0 (the image
+            itself, approximately) to 1 (an unrelated image). The sampler is then dpm++2m and
+            guidance is off, whatever the defaults of the weights, unless you set them.
         image_caption: Caption of the input image, for --variation, if the prompt does not describe
             that image.
         interpolate: Generate --num images (2 or more) from one prompt to another, from

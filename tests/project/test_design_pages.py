@@ -1,19 +1,88 @@
-"""The programs on the pages of docs/design run as they are written."""
+"""The programs on the pages of docs/design run as they are written; what the pages name exists."""
 
 import importlib.util
 import re
 import sys
+from functools import cache
+from pathlib import Path
 from zipfile import ZipFile
 
+import pytest
 from PIL import Image
 
 from glide_jax.data.data_config import DataConfig
-from tests.support.commands import ROOT, run
+from tests.support.commands import ROOT, make_weights, run
+
+DESIGN = ROOT / "docs" / "design"
+PAGES = sorted(path.name for path in DESIGN.glob("*.md"))
+# Programs in one process: the imports of each would take longer than the program.
+RUN_ALL = "import runpy, sys; [runpy.run_path(name) for name in sys.argv[1:]]"
 
 
 def python_blocks(page):
-    text = (ROOT / "docs" / "design" / page).read_text()
+    text = (DESIGN / page).read_text()
     return re.findall(r"^( *)```python\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+def run_programs(folder, weights, programs):
+    """Run programs in a folder, with tiny weights in place of `emoji64`."""
+    names = [f"program_{i}.py" for i in range(len(programs))]
+    for name, program in zip(names, programs, strict=True):
+        (folder / name).write_text(program.replace('"emoji64"', repr(str(weights))))
+    result = run("-c", RUN_ALL, *names, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@cache
+def words_and_files():
+    """Return all words of the project's programs, and the names of these."""
+    folders = ("glide_jax", "configs", "tests", "examples", "benchmarks")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    paths += [ROOT / "sample.py", ROOT / "train.py"]
+    text = "\n".join(path.read_text() for path in paths if path != Path(__file__))
+    words = set(re.findall(r"\w+", text)) | {path.stem for path in paths}
+    return words, {str(path.relative_to(ROOT)) for path in paths}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    words, files = words_and_files()
+    prose = re.sub(r"```\w*\n.*?```", "", (DESIGN / page).read_text(), flags=re.DOTALL)
+    programs = "\n".join(program for _, program in python_blocks(page))
+    # A page may name what its own programs define, and the files that they are saved in.
+    words = words | set(re.findall(r"\w+", programs))
+    saved = set(re.findall(r"[Ss]ave (?:it|this) as `(\w+\.py)`", prose))
+    spans = re.findall(r"`([^`]+)`", prose)
+    named = {word for span in spans for word in re.findall(r"[A-Za-z_]\w+", span)}
+    named -= {name.removesuffix(".py") for name in saved}
+    assert named - words == set()
+    named_files = {path for span in spans for path in re.findall(r"[\w/]+\.py\b", span)} - saved
+    unknown = {path for path in named_files if not any(f"/{f}".endswith(f"/{path}") for f in files)}
+    assert unknown == set()
+
+
+def test_the_sampler_of_the_page_has_the_order_that_the_page_states(tmp_path, weights):
+    page = "add-a-sampler.md"
+    (_, solver), (_, check), (_, sample) = python_blocks(page)
+    (tmp_path / "my_sampler.py").write_text(solver)
+    printed = run_programs(tmp_path, weights, [check, sample])
+    (stated,) = re.findall(r"It prints `(.*?)`", (DESIGN / page).read_text())
+    assert stated.startswith("order 1.") and stated in printed.splitlines()
+    assert (tmp_path / "samples" / "00000_a-red-apple.png").is_file()
+
+
+def test_the_guidances_of_the_page_run_and_change_nothing_when_off(tmp_path, weights):
+    page = "add-a-guidance.md"
+    (_, fading), (_, use), (_, perp_neg), (_, use_negative), (_, check) = python_blocks(page)
+    (tmp_path / "my_guidance.py").write_text(f"{fading}\n\n{perp_neg}")
+    run_programs(tmp_path, weights, [use, use_negative, check])
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3
 
 
 def save_source(folder):
