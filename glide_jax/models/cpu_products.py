@@ -112,7 +112,7 @@ def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
         y = jax.lax.map(lambda block: _convolve_block(block, kernel), blocks)
     else:
         block_rows = _largest_divisor(height, BLOCK_BYTES // row_bytes - 2)
-        starts = np.stack(np.mgrid[:batch, :height:block_rows], axis=-1).reshape(-1, 2)
+        starts = np.moveaxis(np.mgrid[:batch, :height:block_rows], 0, -1).reshape(-1, 2)
 
         def convolve_rows(start: jax.Array) -> jax.Array:
             size = (1, block_rows + 2, width + 2, channels)

@@ -77,8 +77,8 @@ class Table(NamedTuple, Generic[Column]):
 
 
 # A sampler is the name, a solver the function that writes its table: `(schedule, grid, breaks) ->
-# Table`, where breaks `(N,)` bool marks steps where the history is reset; solvers that read no
-# earlier prediction ignore it.
+# Table`, where breaks `(N,)` bool marks steps where the history is reset. Solvers whose steps read
+# no prediction of an earlier step ignore it.
 Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
