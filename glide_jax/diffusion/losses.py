@@ -30,7 +30,7 @@ class LossTables(NamedTuple):
     mean_weight_x_t: np.ndarray
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """The loss of each image and its two terms, `(B,)` float32.
 
     Attributes:
@@ -181,7 +181,7 @@ def hybrid_loss(
     gamma: float = MIN_SNR_GAMMA,
     huber_width: float = 0.0,
     vlb_weight: float | None = None,
-) -> Terms:
+) -> LossTerms:
     """Return `L_simple + vlb_weight L_vlb`, the hybrid loss  (2102.09672, eq. 16; GLIDE, 2.1).
 
     L_vlb trains the variance alone: no gradient flows from it into the noise prediction.
@@ -200,7 +200,7 @@ def hybrid_loss(
             the whole bound.
 
     Returns:
-        `Terms`, each the mean over all dimensions of an image.
+        `LossTerms`, each the mean over all dimensions of an image.
     """
     channels = x_0.shape[-1]
     predicted, variance_output = output[..., :channels], output[..., channels:]
@@ -212,11 +212,11 @@ def hybrid_loss(
         weight = loss_weight(weighting, prediction, alpha, sigma, gamma)
         simple = simple * weight[:, 0, 0, 0]
     if not variance_output.shape[-1]:
-        return Terms(simple, mse, jnp.zeros_like(mse))
+        return LossTerms(simple, mse, jnp.zeros_like(mse))
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
     vlb = vlb_weight * variational_bound(
         tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance_output
     )
-    return Terms(simple + vlb, mse, vlb)
+    return LossTerms(simple + vlb, mse, vlb)

@@ -19,7 +19,7 @@ import numpy as np
 from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table
-from glide_jax.diffusion.spacings import end_levels
+from glide_jax.diffusion.spacings import end_half_log_snrs
 from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
@@ -42,7 +42,7 @@ class Spectrum(NamedTuple):
 
 
 @cache
-def natural_images(size: int = 64, known: int = 0) -> Spectrum:
+def natural_spectrum(size: int = 64, known: int = 0) -> Spectrum:
     """Return the spectrum of images of power 1/f^2 and standard deviation 0.5 per pixel.
 
     Args:
@@ -64,7 +64,7 @@ def default_spectrum(schedule: Schedule) -> Spectrum:
     whole images.
     """
     linear = np.array_equal(schedule.betas, make_schedule("linear", len(schedule)).betas)
-    return natural_images(256, known=32) if linear else natural_images(64)
+    return natural_spectrum(256, known=32) if linear else natural_spectrum(64)
 
 
 def standard_deviations(table: Table, spectrum: Spectrum) -> np.ndarray:
@@ -79,23 +79,25 @@ def standard_deviations(table: Table, spectrum: Spectrum) -> np.ndarray:
     y, history = np.zeros_like(x), np.zeros((HISTORY, *x.shape))
     for i in range(len(table.t)):
         row = table.rows(i)
-        total = row.alpha**2 * spectrum.variance + row.sigma**2
-        x_0 = row.alpha * spectrum.variance / total * x
+        x_variance = row.alpha**2 * spectrum.variance + row.sigma**2
+        x_0 = row.alpha * spectrum.variance / x_variance * x
         entry = row.u * x + row.v * x_0
         history = np.tensordot(row.S, np.concatenate([entry[None], history]), axes=1)
         y = row.Py * y + row.Px * x + np.tensordot(row.B, history, axes=1)
         x = row.Qy * y + row.Qx * x + np.tensordot(row.E, history, axes=1)
         if i in noisy:
-            uncertain = float(spectrum.share @ (spectrum.variance * row.sigma**2 / total))
-            x[1 + np.searchsorted(noisy, i)] += row.s + row.s_learned * _learned(row, uncertain)
+            x_0_variance = float(spectrum.share @ (spectrum.variance * row.sigma**2 / x_variance))
+            x[1 + np.searchsorted(noisy, i)] += row.s + row.s_learned * _learned_std(
+                row, x_0_variance
+            )
     return np.sqrt((x**2).sum(axis=0))
 
 
-def _learned(row: Table, uncertain: float) -> float:
+def _learned_std(row: Table, x_0_variance: float) -> float:
     """Return the learned standard deviation of a row: `sqrt(beta_tilde + c^2 Var[x_0 | x_t])`."""
     beta = 1 - (row.alpha / row.next_alpha) ** 2
     beta_tilde = beta * (row.next_sigma / row.sigma) ** 2
-    best = beta_tilde + (beta * row.next_alpha / row.sigma**2) ** 2 * uncertain
+    best = beta_tilde + (beta * row.next_alpha / row.sigma**2) ** 2 * x_0_variance
     fraction = np.log(best / beta_tilde) / np.log(beta / beta_tilde)
     return float(np.exp((fraction * row.log_beta + (1 - fraction) * row.log_beta_tilde) / 2))
 
@@ -114,9 +116,9 @@ def image_error(
     return float(np.sqrt(spectrum.share @ error**2))
 
 
-# Weights of the unevenness of steps against errors in 1/1000, for two optimisations in turn. The
-# first weight leads past poor minima. The second decides where the error is flat: with 15 steps or
-# more, nearly everywhere.
+# Penalties on uneven steps, beside errors in 1/1000. Two optimisations run in turn, one for each.
+# The first penalty leads past poor minima. The second decides where the error is flat: with 15
+# steps or more, nearly everywhere.
 SMOOTHNESS = (0.3, 0.03)
 
 
@@ -145,8 +147,8 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
     # Not at the top of the file: the import is slow, and most runs do not need it.
     from scipy.optimize import least_squares
 
-    schedule, solver = Schedule(np.frombuffer(betas)), partial(solver, **dict(options))
-    spectrum, (low, high) = default_spectrum(schedule), end_levels(schedule)
+    schedule, full_solver = Schedule(np.frombuffer(betas)), partial(solver, **dict(options))
+    spectrum, (low, high) = default_spectrum(schedule), end_half_log_snrs(schedule)
     if steps == 1:
         return np.array([low])
 
@@ -156,7 +158,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
         grid = schedule.at_half_log_snr(half_log_snrs_of(logits))
-        table = solver(schedule, grid, np.zeros(steps, bool))
+        table = full_solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
         return np.append(1000 * np.sqrt(spectrum.share) * error, uneven)
@@ -196,7 +198,9 @@ def main() -> None:
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)
         grids = {n: schedule.half_log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
-        shipped[name] = {str(n): [round(level, 4) for level in grid] for n, grid in grids.items()}
+        shipped[name] = {
+            str(n): [round(half_log_snr, 4) for half_log_snr in grid] for n, grid in grids.items()
+        }
     SHIPPED.write_text(json.dumps(shipped) + "\n", encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ NO_VARIANCE = (
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["table", "guidance"],
+    data_fields=["table", "guidances"],
     meta_fields=["guidance_sets"],
 )
 @dataclass(frozen=True, eq=False)
@@ -47,14 +47,14 @@ class Plan:
     Attributes:
         table: one row per network evaluation, float32. It stays on the host, so that selecting a
             row needs no operation on the device.
-        guidance: the guidances. Intervals and prompts are removed: the table already holds the
-            intervals, and another prompt must not compile again.
-        guidance_sets: the sets of guidances that act together, as indices into `guidance`;
+        guidances: without intervals and prompts: the table already holds the intervals, and
+            another prompt must not compile again.
+        guidance_sets: the sets of guidances that act together, as indices into `guidances`;
             `table.guidance_set` selects one for each row.
     """
 
     table: Table
-    guidance: tuple[Guidance, ...]
+    guidances: tuple[Guidance, ...]
     guidance_sets: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 
 def make_plan(
-    schedule: Schedule, grid: np.ndarray, solver: Solver, guidance: Sequence[Guidance] = ()
+    schedule: Schedule, grid: np.ndarray, solver: Solver, guidances: Sequence[Guidance] = ()
 ) -> Plan:
     """Build the `Plan` of a run, on the host.
 
@@ -97,7 +97,7 @@ def make_plan(
 
     Args:
         grid: `(N,)` timesteps, strictly falling.
-        guidance: applied left to right; see `glide_jax.diffusion.guidance` for the order.
+        guidances: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
         UsageError: the grid is empty, leaves the diffusion process, or does not fall; the guidances
@@ -111,50 +111,50 @@ def make_plan(
     if (np.diff(grid) >= 0).any():
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
 
-    guidance = [part for g in guidance for part in g.parts()]
+    guidances = [member for g in guidances for member in g.members()]
     # Called for its error (one name, two prompts): below, the prompts are removed.
-    branches_of(guidance)
+    branches_of(guidances)
     alpha, sigma, _ = levels(schedule, grid)
     acting = [
-        tuple(i for i, g in enumerate(guidance) if g.acts_at(level))
-        for level in sigma[:-1] / alpha[:-1]
+        tuple(i for i, g in enumerate(guidances) if g.acts_at(noise_level))
+        for noise_level in sigma[:-1] / alpha[:-1]
     ]
     breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
 
     table = solver(schedule, grid, breaks)
-    # Those of the rows: plms and prk leave out levels. Sorted: the compiled program then depends on
-    # these sets alone.
+    # Only the sets of steps that have rows: plms and prk leave out levels. They are sorted, so that
+    # the compiled program does not depend on their order in time.
     guidance_sets = tuple(sorted({acting[step] for step in table.step}))
-    _check_guidance_sets(guidance, guidance_sets, table)
+    _check_guidance_sets(guidances, guidance_sets, table)
     guidance_set = np.array([guidance_sets.index(acting[step]) for step in table.step], np.int32)
     switched = np.append(False, guidance_set[1:] != guidance_set[:-1])
     table = table._replace(guidance_set=guidance_set, keep=np.where(switched, 0.0, table.keep))
     return Plan(
         table=Table(*map(_to_device_dtype, table)),
-        guidance=tuple(
+        guidances=tuple(
             replace(
                 g,
                 args=_as_arrays(g.args),
                 needs=tuple(branch._replace(prompt=None) for branch in g.needs),
                 interval=ALWAYS,
             )
-            for g in guidance
+            for g in guidances
         ),
         guidance_sets=guidance_sets,
     )
 
 
 def _check_guidance_sets(
-    guidance: Sequence[Guidance], guidance_sets: Sequence[Sequence[int]], table: Table
+    guidances: Sequence[Guidance], guidance_sets: Sequence[Sequence[int]], table: Table
 ) -> None:
     for guidance_set in guidance_sets:
-        names = [name for i in guidance_set for name in guidance[i].remembers]
+        names = [name for i in guidance_set for name in guidances[i].remembers]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UsageError(f"two guidances remember {min(twice)!r}: let one act at a time")
     # A row that continues the step of the row before it, rather than restarting it.
     continues = (np.diff(table.step) == 0) & (table.keep[1:] != 0)
     noisier = table.next_sigma * table.alpha >= table.sigma * table.next_alpha
-    for g in guidance:
+    for g in guidances:
         if g.looks_ahead and (continues.any() or noisier.any()):
             raise UsageError(
                 f"{g.name} needs a sampler with one evaluation per step, each to a cleaner level"
@@ -170,15 +170,15 @@ def _as_arrays(args: dict[str, Any]) -> dict[str, Any]:
     # Networks keep their weights.
     def convert(value: Any) -> Any:
         exact = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)
-        keep = exact or is_network(value)
-        return value if keep else jnp.asarray(value, jnp.float32)
+        unchanged = exact or is_network(value)
+        return value if unchanged else jnp.asarray(value, jnp.float32)
 
     return jax.tree.map(convert, args, is_leaf=is_network)
 
 
 def start_state(plan: Plan, x: jax.Array) -> State:
     """Return the state before the first row; `x (B, H, W, C)` is noise at the first level."""
-    return _start(x, tuple(name for g in plan.guidance for name in g.remembers))
+    return _start(x, tuple(name for g in plan.guidances for name in g.remembers))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -245,13 +245,15 @@ def run_rows(
         conds: conditioning of each branch by its name, arrays batch first.
         noise: `(N, B, H, W, C)`, the noise of each row, or `(B,)` keys.
     """
-    named = networks.tree() if isinstance(networks, Flattened) else networks
-    active = [[plan.guidance[i] for i in members] for members in plan.guidance_sets]
+    networks_by_name = networks.tree() if isinstance(networks, Flattened) else networks
+    acting_guidances = [[plan.guidances[i] for i in indices] for indices in plan.guidance_sets]
     predictors = [
         solver_view(
-            apply_guidances(noise_predictor(named, conds, branches_of(guidances)), guidances)
+            apply_guidances(
+                noise_predictor(networks_by_name, conds, branches_of(guidances)), guidances
+            )
         )
-        for guidances in active
+        for guidances in acting_guidances
     ]
 
     def step(state: State, inputs: tuple[Table[jax.Array], jax.Array | None]) -> tuple[State, None]:
@@ -290,8 +292,8 @@ def run_rows(
         )
         return State(x, y, history, memory, x_0), None
 
-    tape = None if is_keys(noise) else noise
-    return lax.scan(step, state, (plan.table, tape))[0]
+    row_noise = None if is_keys(noise) else noise
+    return lax.scan(step, state, (plan.table, row_noise))[0]
 
 
 def solver_view(predict: Predict) -> Callable[[jax.Array, Point], tuple[Any, ...]]:
@@ -384,9 +386,9 @@ def stream(
         UsageError: see `check_variance`.
     """
     check_variance(networks, conds, plan, x)
-    state, flat = start_state(plan, x), Flattened.of(networks)
+    state, flattened = start_state(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         span = slice(first, first + rows)
-        part = replace(plan, table=plan.table.rows(span))
-        state = run_rows(flat, conds, part, state, noise if is_keys(noise) else noise[span])
+        block = replace(plan, table=plan.table.rows(span))
+        state = run_rows(flattened, conds, block, state, noise if is_keys(noise) else noise[span])
         yield min(first + rows, len(plan)), state

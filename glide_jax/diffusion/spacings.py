@@ -11,7 +11,7 @@ from glide_jax.diffusion.schedule import Schedule
 from glide_jax.errors import UsageError
 
 
-def respaced_steps(length: int, spec: str) -> np.ndarray:
+def respaced_timesteps(length: int, spec: str) -> np.ndarray:
     """Return the timesteps that a respacing string of OpenAI's code keeps, rising.
 
     "" keeps all. "100" or "10,10,3,2,2" cuts the process into equal sections and keeps that many
@@ -31,9 +31,9 @@ def respaced_steps(length: int, spec: str) -> np.ndarray:
     if spec == "":
         return np.arange(length)
     if spec == "fast27":
-        steps = respaced_steps(length, "10,10,3,2,2")
-        steps[steps == length - 1] = length - 3
-        return steps
+        timesteps = respaced_timesteps(length, "10,10,3,2,2")
+        timesteps[timesteps == length - 1] = length - 3
+        return timesteps
     try:
         if spec.startswith("ddim"):
             return _strided(length, int(spec.removeprefix("ddim")))
@@ -72,8 +72,8 @@ def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:
 
 
 def respaced(schedule: Schedule, spec: str) -> np.ndarray:
-    """Return the grid of a respacing string: see `respaced_steps`."""
-    return respaced_steps(len(schedule), spec)[::-1].astype(np.float64)
+    """Return the grid of a respacing string: see `respaced_timesteps`."""
+    return respaced_timesteps(len(schedule), spec)[::-1].astype(np.float64)
 
 
 # The cosine schedule is capped at its noisy end: there the error of x_0 is 20,291 times that of
@@ -83,7 +83,7 @@ NOISIEST_HALF_LOG_SNR = -5.1
 CLEANEST_HALF_LOG_SNR = 5.05
 
 
-def end_levels(schedule: Schedule) -> tuple[float, float]:
+def end_half_log_snrs(schedule: Schedule) -> tuple[float, float]:
     """Return log(alpha / sigma) of the noisiest and of the cleanest level of logsnr and rho."""
     low = max(schedule.half_log_snr(len(schedule) - 1), NOISIEST_HALF_LOG_SNR)
     high = min(schedule.half_log_snr(0), CLEANEST_HALF_LOG_SNR)
@@ -92,7 +92,7 @@ def end_levels(schedule: Schedule) -> tuple[float, float]:
 
 def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
-    return schedule.at_half_log_snr(np.linspace(*end_levels(schedule), steps))
+    return schedule.at_half_log_snr(np.linspace(*end_half_log_snrs(schedule), steps))
 
 
 def uniform(schedule: Schedule, steps: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def uniform(schedule: Schedule, steps: int) -> np.ndarray:
 
 def rho(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
-    roots = np.exp(-np.array(end_levels(schedule)) / 7)
+    roots = np.exp(-np.array(end_half_log_snrs(schedule)) / 7)
     return schedule.at_half_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
 
 
@@ -122,8 +122,8 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def noisiest_timestep(schedule: Schedule) -> float:
-    """Return the timestep, maybe fractional, of the noisiest level of `end_levels`."""
-    return float(schedule.at_half_log_snr(end_levels(schedule)[0]))
+    """Return the timestep, maybe fractional, of the noisiest level of logsnr and rho."""
+    return float(schedule.at_half_log_snr(end_half_log_snrs(schedule)[0]))
 
 
 def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:

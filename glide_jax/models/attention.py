@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glide_jax.models import tpu_attention
-from glide_jax.models.target import accelerator, on_cpu, sum_dtype
+from glide_jax.models.target import accelerator, on_cpu, product_dtype
 
 HALF_DTYPES = (jnp.bfloat16, jnp.float16)
-# The limit of cuDNN on GPUs before Hopper.
-CUDNN_MAX_HEAD = 128
+# The widest head that cuDNN takes on GPUs before Hopper.
+CUDNN_MAX_HEAD_WIDTH = 128
 # Shorter sequences have small logits, and no kernel in some versions of cuDNN.
 CUDNN_MIN_LENGTH = 64
 # On a CPU, XLA of jax 0.11 and later computes attention in blocks that its caches hold. Before, it
@@ -23,14 +23,15 @@ def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> st
     """Return which kernel `attend` uses for these arguments: "cudnn", "pallas", or "" for none."""
     if query.dtype not in HALF_DTYPES or mask is not None:
         return ""
-    lengths, head = (query.shape[1], key.shape[1]), query.shape[-1]
-    where = accelerator()
-    if where == "tpu":
+    lengths, head_width = (query.shape[1], key.shape[1]), query.shape[-1]
+    platform = accelerator()
+    if platform == "tpu":
         return "pallas" if tpu_attention.suits(query, key) else ""
-    # cuDNN needs multiples of 8 for the head. Lengths of the UNet are too; others stay plain.
-    suits = head <= CUDNN_MAX_HEAD and min(lengths) >= CUDNN_MIN_LENGTH
-    suits = suits and all(n % 8 == 0 for n in (*lengths, head))
-    return "cudnn" if suits and where == "cuda" else ""
+    # cuDNN needs a head width that is a multiple of 8. The lengths of the UNet are multiples of 8
+    # too. Other lengths use the plain form.
+    suits = head_width <= CUDNN_MAX_HEAD_WIDTH and min(lengths) >= CUDNN_MIN_LENGTH
+    suits = suits and all(n % 8 == 0 for n in (*lengths, head_width))
+    return "cudnn" if suits and platform == "cuda" else ""
 
 
 def attend(
@@ -68,7 +69,7 @@ def attend(
 
 def _attend_head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Compute the plain form for one head of one image at a time: its logits stay in the caches."""
-    scale, dtype = jnp.asarray(query.shape[-1] ** -0.25, query.dtype), sum_dtype(query.dtype)
+    scale, dtype = jnp.asarray(query.shape[-1] ** -0.25, query.dtype), product_dtype(query.dtype)
 
     # In products of matrices: XLA would transpose the weights of the other form.
     def attend_head(head: list[jax.Array]) -> jax.Array:
@@ -88,7 +89,7 @@ def _plain_attention(
 ) -> jax.Array:
     # Scaling both sides by d^(-1/4) keeps the products inside the range of float16.
     scale = jnp.asarray(query.shape[-1] ** -0.25, query.dtype)
-    dtype = sum_dtype(query.dtype)
+    dtype = product_dtype(query.dtype)
     query, key = query * scale, key * scale
     logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=dtype)
     logits = logits.astype(jnp.float32)

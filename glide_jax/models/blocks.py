@@ -51,10 +51,10 @@ def drop(x: jax.Array, keys: jax.Array, rate: float, place: str) -> jax.Array:
         rate: at least 0 and below 1.
         place: where in the network; each place has masks of its own.
     """
-    number = np.uint32(zlib.crc32(place.encode()))
+    place_hash = np.uint32(zlib.crc32(place.encode()))
 
     def keep(key: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:])
+        return jax.random.bernoulli(jax.random.fold_in(key, place_hash), 1 - rate, x.shape[1:])
 
     return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), jnp.zeros_like(x))
 
@@ -97,17 +97,17 @@ class ResBlock(nn.Module):
 
     Attributes:
         features: channels of the result.
-        film: whether the embedding scales and shifts the second norm, as in all of OpenAI's models;
-            otherwise it is added before that norm.
+        uses_film: whether the embedding scales and shifts the second norm, as in all of OpenAI's
+            models; otherwise it is added before that norm.
         resample: `upsample` or `downsample`, applied to both paths, or None.
         projects: whether the block projects the embedding; otherwise `emb` is `(B, features)`,
-            with `film` `(B, 2 features)`, projected already.
+            with `uses_film` `(B, 2 features)`, projected already.
     """
 
     features: int
     dropout: float
     dtype: jnp.dtype
-    film: bool = True
+    uses_film: bool = True
     resample: Callable[[jax.Array], jax.Array] | None = None
     projects: bool = True
 
@@ -125,10 +125,10 @@ class ResBlock(nn.Module):
         h = conv3x3(self.features, self.dtype, "conv_1")(h)
 
         if self.projects:
-            width = self.features * (2 if self.film else 1)
+            width = self.features * (2 if self.uses_film else 1)
             emb = dense(width, jnp.float32, "emb")(nn.silu(emb))
         norm = GroupNorm(swish=1.0, name="norm_2")
-        h = norm(h, emb) if self.film else norm(h + emb.astype(h.dtype)[:, None, None])
+        h = norm(h, emb) if self.uses_film else norm(h + emb.astype(h.dtype)[:, None, None])
         if dropout_keys is not None and self.dropout:
             h = drop(h, dropout_keys, self.dropout, "/".join(self.path))
         h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)

@@ -15,7 +15,7 @@ import numpy as np
 
 from glide_jax.models.target import on_cpu, split_axes
 
-# Bytes of the products of a block of pixels: those of more pixels exceed the caches of a CPU.
+# The most bytes of the products of a block of pixels: more would exceed the caches of a CPU.
 BLOCK_BYTES = 2**24
 # With fewer channels, most of a unit would be idle.
 MIN_CHANNELS = 32
@@ -60,36 +60,36 @@ def arrange_kernels(params: dict[str, Any]) -> dict[str, Any]:
     return params | {"unet": unet}
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return `x kernel` of `x (..., C)` and `kernel (C, F)`, bfloat16; sums are float32."""
-    return _sums(x, kernel).astype(x.dtype)
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `x kernel` in bfloat16; sums are float32."""
+    return _float32_product(x, kernel).astype(x.dtype)
 
 
-def _sums(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return `matmul` in float32."""
+def _float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `x kernel` of bfloat16 operands in float32."""
     axes = ((x.ndim - 1,), (0,)), ((), ())
     return jax.lax.dot_general(x, kernel, axes, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return `matmul(x, kernel)`; its gradients are products of bfloat16 too."""
-    return matmul(x, kernel)
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `x kernel` of `x (..., C)` and `kernel (C, F)`, and gradients, in bfloat16."""
+    return _product(x, kernel)
 
 
-def _linear_gradients(
+def _matmul_gradients(
     arrays: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = arrays
-    rows, outputs = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    return matmul(gradient, kernel.T), matmul(rows.T, outputs)
+    x_rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return _product(gradient, kernel.T), _product(x_rows.T, gradient_rows)
 
 
-linear.defvjp(lambda *arrays: (linear(*arrays), arrays), _linear_gradients)
+matmul.defvjp(lambda *arrays: (matmul(*arrays), arrays), _matmul_gradients)
 
 
 def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
-    """Return the convolution, padded by zeros.
+    """Return a 3x3 convolution, padded by zeros.
 
     Args:
         x: `(B, H, W, C)` bfloat16.
@@ -100,54 +100,57 @@ def convolve(x: jax.Array, kernel: Kernel) -> jax.Array:
     """
     batch, height, width, channels = x.shape
     padded = _pad(x)
-    pixel = 4 * kernel.matrix.shape[1]
-    row = pixel * (width + 2)
-    image = row * (height + 2)
-    if batch * image <= BLOCK_BYTES:
+    # The products of a block, float32, take up to `BLOCK_BYTES`.
+    pixel_bytes = 4 * kernel.matrix.shape[1]
+    row_bytes = pixel_bytes * (width + 2)
+    image_bytes = row_bytes * (height + 2)
+    if batch * image_bytes <= BLOCK_BYTES:
         return _convolve_block(padded, kernel)
-    if image <= BLOCK_BYTES:
-        count = _largest_divisor(batch, BLOCK_BYTES // image)
-        blocks = padded.reshape(batch // count, count, *padded.shape[1:])
+    if image_bytes <= BLOCK_BYTES:
+        block_images = _largest_divisor(batch, BLOCK_BYTES // image_bytes)
+        blocks = padded.reshape(batch // block_images, block_images, *padded.shape[1:])
         y = jax.lax.map(lambda block: _convolve_block(block, kernel), blocks)
     else:
-        rows = _largest_divisor(height, BLOCK_BYTES // row - 2)
-        places = np.stack(np.mgrid[:batch, :height:rows], axis=-1).reshape(-1, 2)
+        block_rows = _largest_divisor(height, BLOCK_BYTES // row_bytes - 2)
+        starts = np.moveaxis(np.mgrid[:batch, :height:block_rows], 0, -1).reshape(-1, 2)
 
-        def convolve_rows(place: jax.Array) -> jax.Array:
-            size = (1, rows + 2, width + 2, channels)
-            block = jax.lax.dynamic_slice(padded, (place[0], place[1], 0, 0), size)
+        def convolve_rows(start: jax.Array) -> jax.Array:
+            size = (1, block_rows + 2, width + 2, channels)
+            block = jax.lax.dynamic_slice(padded, (start[0], start[1], 0, 0), size)
             return _convolve_block(block, kernel)
 
-        y = jax.lax.map(convolve_rows, jnp.asarray(places))
+        y = jax.lax.map(convolve_rows, jnp.asarray(starts))
     return y.reshape(batch, height, width, -1)
 
 
 @jax.custom_vjp
-def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return `convolve` with a kernel `(3, 3, C, F)`; its gradients are such products too."""
+def arrange_and_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `convolve` with a kernel `(3, 3, C, F)`; gradients are in bfloat16 too."""
     return convolve(x, arrange_kernel(kernel))
 
 
-def _convolution_gradients(
+def _convolve_gradients(
     arrays: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = arrays
     x_gradient = convolve(gradient, arrange_kernel(kernel[::-1, ::-1].swapaxes(2, 3)))
-    padded, outputs = _pad(x), gradient.reshape(-1, gradient.shape[-1])
-    places = [
-        matmul(_shifted(padded, i, j).reshape(-1, x.shape[-1]).T, outputs)
+    padded, gradient_rows = _pad(x), gradient.reshape(-1, gradient.shape[-1])
+    kernel_gradients = [
+        _product(_shifted(padded, i, j).reshape(-1, x.shape[-1]).T, gradient_rows)
         for i in range(3)
         for j in range(3)
     ]
-    return x_gradient, jnp.stack(places).reshape(kernel.shape)
+    return x_gradient, jnp.stack(kernel_gradients).reshape(kernel.shape)
 
 
-convolution.defvjp(lambda *arrays: (convolution(*arrays), arrays), _convolution_gradients)
+arrange_and_convolve.defvjp(
+    lambda *arrays: (arrange_and_convolve(*arrays), arrays), _convolve_gradients
+)
 
 
 def _convolve_block(padded: jax.Array, kernel: Kernel) -> jax.Array:
     """Convolve `(b, h + 2, w + 2, C)` to `(b, h, w, F)`."""
-    y = _sums(padded, kernel.matrix)
+    y = _float32_product(padded, kernel.matrix)
     places = [_shifted(y, i, j, place=3 * i + j) for i in range(3) for j in range(3)]
     return functools.reduce(jax.lax.add, places).astype(padded.dtype)
 

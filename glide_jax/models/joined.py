@@ -25,20 +25,20 @@ def join_projections(params: dict[str, Any], layers: tuple[str, ...]) -> dict[st
     """
     unet = dict(params["unet"])
     for layer in layers:
-        blocks = sorted((name for name in unet if layer in unet[name]), key=_place)
-        parts = [unet[name][layer] for name in blocks]
-        if not parts or any(LORA_PAIR[0] in part for part in parts):
+        block_names = sorted((name for name in unet if layer in unet[name]), key=_evaluation_order)
+        stored = [unet[name][layer] for name in block_names]
+        if not stored or any(LORA_PAIR[0] in entry for entry in stored):
             continue
-        unet |= {name: {k: v for k, v in unet[name].items() if k != layer} for name in blocks}
-        leaves = {name: [part[name] for part in parts] for name in ("kernel", "bias")}
+        unet |= {name: {k: v for k, v in unet[name].items() if k != layer} for name in block_names}
+        leaves = {name: [entry[name] for entry in stored] for name in ("kernel", "bias")}
         unet[JOINED[layer]] = {name: _concatenate(arrays) for name, arrays in leaves.items()}
     return params | {"unet": unet}
 
 
-def _place(block: str) -> tuple[int, list[int], str]:
+def _evaluation_order(block: str) -> tuple[int, list[int], str]:
     """Where a block stands in the order of evaluation: encoder, middle, decoder."""
-    kind, *parts = block.split("_")
-    return ("down", "mid", "up").index(kind), [int(n) for n in parts if n.isdigit()], block
+    kind, *words = block.split("_")
+    return ("down", "mid", "up").index(kind), [int(n) for n in words if n.isdigit()], block
 
 
 def _concatenate(arrays: list[Any]) -> Any:

@@ -73,7 +73,7 @@ def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return `x kernel` of `x (..., C)` and `kernel (C, F)` in their dtype; sums are float32."""
-    return cpu_products.linear(x, kernel) if cpu_products.suits(x) else x @ kernel
+    return cpu_products.matmul(x, kernel) if cpu_products.suits(x) else x @ kernel
 
 
 class Dense(_UsesStoredParams, nn.Dense):
@@ -212,15 +212,16 @@ class Conv3x3(_UsesStoredParams, nn.Module):
         init = nn.initializers.zeros if self.zero else CONV_INIT
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        # Of float32 and stride 1 alone: `Stage.network` and `transform_kernels` see to it.
+        # Only kernels of float32 and stride 1 are transformed: see `Stage.network` and
+        # `transform_kernels`.
         if isinstance(kernel, winograd.Kernel):
             return winograd.convolve(x, kernel) + bias
-        # Of bfloat16 and stride 1 alone.
+        # Only kernels of bfloat16 and stride 1 are arranged: see `Stage.network`.
         if isinstance(kernel, cpu_products.Kernel):
             return cpu_products.convolve(x, kernel) + bias
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         if self.stride == 1 and cpu_products.suits(x):
-            return cpu_products.convolution(x, kernel) + bias
+            return cpu_products.arrange_and_convolve(x, kernel) + bias
         strides, padding = (self.stride,) * 2, ((1, 1),) * 2
         axes = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=axes)

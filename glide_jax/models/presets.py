@@ -22,9 +22,9 @@ class ModelConfig:
         variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints), or
             an upsampler that inpaints, "superres_inpaint".
         image_size: Side of its square training images, in pixels.
-        model_channels: Channels of the first level; a multiple of 32.
-        channel_mult: Channels of each level as multiples of `model_channels`.
-        num_res_blocks: Residual blocks per level.
+        model_channels: Channels of the first resolution; a multiple of 32.
+        channel_mult: Channels of each resolution as multiples of `model_channels`.
+        num_res_blocks: Residual blocks per resolution.
         attention_ds: Downsampling factors at which there is attention.
         num_head_channels: Channels per attention head; -1: `num_heads` heads everywhere.
         num_heads: Attention heads if `num_head_channels` is -1.
@@ -87,14 +87,14 @@ class ModelConfig:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
         if math.isfinite(self.dropout) and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        head = self.num_head_channels
-        for level, mult in enumerate(self.channel_mult):
+        head_width = self.num_head_channels
+        for resolution, mult in enumerate(self.channel_mult):
             # There is attention in the middle, too.
-            attends = 2**level in self.attention_ds or level == len(self.channel_mult) - 1
-            if attends and head > 0 and self.model_channels * mult % head:
+            attends = 2**resolution in self.attention_ds or resolution == len(self.channel_mult) - 1
+            if attends and head_width > 0 and self.model_channels * mult % head_width:
                 raise ValueError(
-                    f"num_head_channels {head} does not divide the {self.model_channels * mult} "
-                    "channels at an attention block"
+                    f"num_head_channels {head_width} does not divide the "
+                    f"{self.model_channels * mult} channels at an attention block"
                 )
         if self.low_res_timestep and not self.upsamples:
             raise ValueError("low_res_timestep is for upsamplers")

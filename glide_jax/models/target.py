@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-# The platform that programs are traced for, "cpu", "cuda" or "tpu", in `with compile_for("cuda"):`.
-# Elsewhere it is that of the default device. jax traces a jitted function again for each value.
+# Inside `with compile_for("cuda"):` programs are traced for that platform: "cpu", "cuda" or "tpu".
+# Outside they are traced for the default device. jax traces a jitted function again for each value.
 compile_for = jax.make_user_context(None)
 
 
@@ -18,7 +18,7 @@ def accelerator() -> str:
     """
     if compile_for.value is not None:
         return compile_for.value if compile_for.value in ("cuda", "tpu") else ""
-    device = _device()
+    device = _default_device()
     if device.platform == "tpu":
         return "tpu"
     # A GPU of AMD has a capability like "gfx90a".
@@ -29,11 +29,11 @@ def accelerator() -> str:
 
 def on_cpu() -> bool:
     """Return whether programs are traced for a CPU."""
-    return (compile_for.value or _device().platform) == "cpu"
+    return (compile_for.value or _default_device().platform) == "cpu"
 
 
-def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype in which a product of matrices is asked for; its operands are of `dtype`.
+def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype in which to ask for a product of matrices; its operands are of `dtype`.
 
     Sums are float32 on all devices. XLA on a CPU has fast kernels (AMX) for bfloat16 operands only
     if the result is float32 too; elsewhere a result of `dtype` saves memory traffic.
@@ -50,10 +50,10 @@ def split_axes() -> tuple[str, ...] | None:
     if mesh.empty and jax.device_count() > 1:
         return None
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1)
+    return tuple(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1)
 
 
-def _device() -> jax.Device:
+def _default_device() -> jax.Device:
     """Return the device that programs run on unless they are told otherwise."""
     device = jax.config.values["jax_default_device"]
     if device is None or isinstance(device, str):

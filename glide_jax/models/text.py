@@ -45,8 +45,8 @@ class TextTransformer(nn.Module):
     """The transformer that encodes captions  (GLIDE, 2112.10741, sec. 3.1).
 
     With `padding`, a learned padding embedding replaces the token and position embeddings at each
-    position whose mask is False; without, the mask has no effect. A caption whose mask is False
-    everywhere is the empty caption of classifier-free guidance.
+    position whose caption mask is False; without, the mask has no effect. A caption whose mask is
+    False everywhere is the empty caption of classifier-free guidance.
 
     Attributes:
         context: length L of a caption in tokens.
@@ -69,8 +69,8 @@ class TextTransformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
-        """Encode `tokens (B, context)` int32 with `mask (B, context)` bool.
+    def __call__(self, tokens: jax.Array, caption_mask: jax.Array) -> TextFeatures:
+        """Encode `tokens (B, context)` int32 with `caption_mask (B, context)` bool.
 
         Raises:
             ValueError: tokens of another length.
@@ -85,7 +85,7 @@ class TextTransformer(nn.Module):
         x = embedding[tokens] + self.param("position_embedding", table, (self.context, self.width))
         if self.padding:
             padding = self.param("padding_embedding", table, (self.context, self.width))
-            x = jnp.where(mask[..., None], x, padding)
+            x = jnp.where(caption_mask[..., None], x, padding)
         x = x.astype(self.dtype)
         block = nn.remat(TextBlock) if self.remat else TextBlock
         for i in range(self.layers):

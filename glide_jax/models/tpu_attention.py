@@ -21,12 +21,14 @@ KEYS = 4096
 
 def suits(query: jax.Array, key: jax.Array) -> bool:
     """Return whether the kernel takes these `(B, T, heads, d)` and `(B, S, heads, d)`."""
-    (_, length, heads, head), keys = query.shape, key.shape[1]
+    (_, length, heads, head_width), keys = query.shape, key.shape[1]
     axes = split_axes()
     if axes is None:
         return False
-    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    divisible = query.shape[0] % parts == 0 and LANES % head == 0 and heads * head % LANES == 0
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    divisible = (
+        query.shape[0] % shards == 0 and LANES % head_width == 0 and heads * head_width % LANES == 0
+    )
     return divisible and length % QUERIES == 0 and keys % LANES == 0 and keys <= KEYS
 
 

@@ -104,7 +104,7 @@ class UNet(nn.Module):
                 features,
                 c.dropout,
                 self.dtype,
-                film=c.use_scale_shift_norm,
+                uses_film=c.use_scale_shift_norm,
                 resample=resample,
                 projects=time_outputs is None,
                 name=name,
@@ -203,14 +203,14 @@ class GLIDE(nn.Module):
                 remat=self.remat,
             )
 
-    def encode_text(self, tokens: jax.Array, mask: jax.Array) -> TextFeatures | None:
+    def encode_text(self, tokens: jax.Array, caption_mask: jax.Array) -> TextFeatures | None:
         """Return the text features of captions, or None if the network has no text transformer.
 
         Args:
             tokens: `(B, L)` int32.
-            mask: `(B, L)` bool, False at padding.
+            caption_mask: `(B, L)` bool, False at padding.
         """
-        return self.text(tokens, mask) if self.config.xf_width else None
+        return self.text(tokens, caption_mask) if self.config.xf_width else None
 
     def __call__(
         self,
@@ -232,8 +232,8 @@ class GLIDE(nn.Module):
             t: `(B,)` timesteps of the training schedule, integer or fractional.
             text: from `encode_text`; None only if the network has no text transformer.
             low_res: `(B, h, w, 3)` in [-1, 1], for upsamplers; enlarged bilinearly here.
-            inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by the
-                mask here. None: no pixel is known.
+            inpaint_image: `(B, H, W, 3)` in [-1, 1], for inpainting variants; multiplied by
+                `inpaint_known` here. None: no pixel is known.
             inpaint_known: `(B, H, W, 1)`, 1 where the pixel is known.
             low_res_timestep: `(B,)` timesteps of the noise in `low_res`, for configs with
                 `low_res_timestep`. None: no noise, t = 0.
@@ -272,9 +272,9 @@ class GLIDE(nn.Module):
 
         inputs = [x]
         if c.inpaints:
-            mask = jnp.zeros_like(x[..., :1]) if inpaint_known is None else inpaint_known
-            known = jnp.zeros_like(x) if inpaint_image is None else inpaint_image * mask
-            inputs += [known, mask]
+            known_mask = jnp.zeros_like(x[..., :1]) if inpaint_known is None else inpaint_known
+            known_image = jnp.zeros_like(x) if inpaint_image is None else inpaint_image * known_mask
+            inputs += [known_image, known_mask]
         if low_res is not None:
             shape = (x.shape[0], *x.shape[1:3], low_res.shape[-1])
             inputs.append(jax.image.resize(low_res, shape, "bilinear", antialias=False))
@@ -286,16 +286,16 @@ class GLIDE(nn.Module):
             output = output.at[..., : enlarged.shape[-1]].add(enlarged)
         return output
 
-    def initialise(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Use every parameter once, for `model.init(key, tokens, mask, method=...)`."""
+    def initialise(self, tokens: jax.Array, caption_mask: jax.Array) -> jax.Array:
+        """Use every parameter once, for `model.init(key, tokens, caption_mask, method=...)`."""
         c, batch = self.config, tokens.shape[0]
         x = jnp.zeros((batch, c.image_size, c.image_size, 3))
         low_res = x[:, ::4, ::4] if c.upsamples else None
-        return self(x, jnp.zeros((batch,)), self.encode_text(tokens, mask), low_res=low_res)
+        return self(x, jnp.zeros((batch,)), self.encode_text(tokens, caption_mask), low_res=low_res)
 
 
 def init_params(model: GLIDE, key: jax.Array) -> dict[str, Any]:
     """Return newly initialised parameters: nested dictionaries of float32 arrays."""
     tokens = jnp.zeros((1, model.config.text_ctx), jnp.int32)
-    mask = jnp.zeros((1, model.config.text_ctx), bool)
-    return dict(model.init(key, tokens, mask, method=GLIDE.initialise)["params"])
+    caption_mask = jnp.zeros((1, model.config.text_ctx), bool)
+    return dict(model.init(key, tokens, caption_mask, method=GLIDE.initialise)["params"])

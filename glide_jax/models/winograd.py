@@ -99,8 +99,8 @@ def transform_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, 
             length = length_for(side // factor)
             if kernel is not None and length:
                 kernels[length][block, layer] = kernel
-    for length, chosen in kernels.items():
-        for (block, layer), kernel in _transformed(chosen, length).items():
+    for length, group in kernels.items():
+        for (block, layer), kernel in _transformed(group, length).items():
             unet[block] = unet[block] | {layer: unet[block][layer] | {"kernel": kernel}}
     return params | {"unet": unet}
 

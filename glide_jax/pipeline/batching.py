@@ -114,5 +114,5 @@ def select_images(
             needs=tuple(map(captions, elementary.needs)),
         )
         for guidance in guidances
-        for elementary in guidance.parts()
+        for elementary in guidance.members()
     )

@@ -106,7 +106,7 @@ class CLIP:
             prompts: one for each image.
             scale: s; larger follows the prompts more closely.
             limit: largest change of x_0 in a step, for samplers that are not ancestral: see
-                `glide_jax.diffusion.guidance.gradients.limited`; None: no limit.
+                `glide_jax.diffusion.guidance.gradients.limit_gradient`; None: no limit.
         """
 
         def encode(texts: list[str]) -> np.ndarray:

@@ -237,7 +237,7 @@ class _Batch(NamedTuple):
                     conds[branch.name] |= {"guidance_scale": scales}
 
         placement = Placement(stage.devices)
-        plan = replace(plan, guidance=placement.split(plan.guidance, unsplit=is_network))
+        plan = replace(plan, guidances=placement.split(plan.guidances, unsplit=is_network))
         x, noise = placement.split((x, self.keys.steps))
         return SamplerArguments(networks, placement.split(conds), plan, x, noise)
 

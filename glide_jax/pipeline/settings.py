@@ -376,9 +376,9 @@ def describe(settings: Settings) -> dict[str, Any]:
     if guidance is not None:
         values = {name: value for name, value in values.items() if name not in GUIDING}
         values["guidance"] = [
-            {"name": part.name, "interval": [json_value(level) for level in part.interval]}
-            | {name: json_value(value) for name, value in part.args.items()}
+            {"name": member.name, "interval": [json_value(level) for level in member.interval]}
+            | {name: json_value(value) for name, value in member.args.items()}
             for g in guidance
-            for part in g.parts()
+            for member in g.members()
         ]
     return values

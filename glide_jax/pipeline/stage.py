@@ -52,9 +52,11 @@ class Denoiser:
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_text(model: GLIDE, params: Any, tokens: jax.Array, mask: jax.Array) -> TextFeatures:
-    """Return the text features of captions: `tokens (B, L)` int32, `mask (B, L)` bool."""
-    features: Any = model.apply({"params": params}, tokens, mask, method=GLIDE.encode_text)
+def encode_text(
+    model: GLIDE, params: Any, tokens: jax.Array, caption_mask: jax.Array
+) -> TextFeatures:
+    """Return the text features of captions: `tokens (B, L)` int32, `caption_mask (B, L)` bool."""
+    features: Any = model.apply({"params": params}, tokens, caption_mask, method=GLIDE.encode_text)
     return features
 
 

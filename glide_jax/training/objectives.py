@@ -15,7 +15,7 @@ import numpy as np
 
 from glide_jax.data.decoding import from_uint8
 from glide_jax.devices.runtime import trunk_dtype
-from glide_jax.diffusion.losses import LossTables, Terms, hybrid_loss, make_tables, q_sample
+from glide_jax.diffusion.losses import LossTables, LossTerms, hybrid_loss, make_tables, q_sample
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
@@ -257,7 +257,7 @@ def denoising_loss(
     if distribution.probability is not None:
         metrics[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
         weight = importance(distribution.probability, inputs.t)
-        terms = Terms(*(term * weight for term in terms))
+        terms = LossTerms(*(term * weight for term in terms))
     metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
     return metrics["loss"], metrics | quartile_losses(
         terms.loss, inputs.t, len(tables.alpha), weight

@@ -13,7 +13,7 @@ from glide_jax.diffusion.optimised_grids import (
     Spectrum,
     _optimised,
     image_error,
-    natural_images,
+    natural_spectrum,
     optimise_grid,
     optimised_grid,
     standard_deviations,
@@ -21,7 +21,7 @@ from glide_jax.diffusion.optimised_grids import (
 from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, restart
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
-from glide_jax.diffusion.spacings import end_levels, respaced, trailing
+from glide_jax.diffusion.spacings import end_half_log_snrs, respaced, trailing
 from glide_jax.errors import UsageError
 from tests.support.commands import environment
 from tests.support.oracles import SCHEDULE, denoise_gaussian, mean_and_variance, table_of
@@ -62,7 +62,9 @@ def test_rho_grid(name):
     half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12, "rho"))
     roots = np.exp(-half_log_snr / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-8)
-    assert (half_log_snr[0], half_log_snr[-1]) == pytest.approx(end_levels(schedule), abs=1e-9)
+    assert (half_log_snr[0], half_log_snr[-1]) == pytest.approx(
+        end_half_log_snrs(schedule), abs=1e-9
+    )
 
 
 def test_trailing_grid():
@@ -87,7 +89,7 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
     for steps in (1, 2, 4, 8):
         grid = make_timesteps(schedule, steps, "trailing-capped")
         np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
-        assert schedule.half_log_snr(grid[0]) == pytest.approx(end_levels(schedule)[0])
+        assert schedule.half_log_snr(grid[0]) == pytest.approx(end_half_log_snrs(schedule)[0])
     # The linear schedule is usable to its last timestep.
     if name == "linear":
         np.testing.assert_array_equal(
@@ -98,7 +100,7 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
 def test_more_capped_steps_than_usable_timesteps_are_even():
     schedule = make_schedule("linear", 5)
     grid = make_timesteps(schedule, 5, "trailing-capped")
-    noisiest = schedule.at_half_log_snr(end_levels(schedule)[0])
+    noisiest = schedule.at_half_log_snr(end_half_log_snrs(schedule)[0])
     np.testing.assert_allclose(grid, noisiest * np.array([1, 0.75, 0.5, 0.25, 0]))
 
 
@@ -151,7 +153,7 @@ def test_an_unknown_spacing_names_the_nearest(name, nearest):
 
 # --- exact statistics of images
 
-NATURAL = natural_images(64)
+NATURAL = natural_spectrum(64)
 
 
 def test_natural_images_have_a_standard_deviation_of_one_half():
@@ -160,8 +162,8 @@ def test_natural_images_have_a_standard_deviation_of_one_half():
     # Twice the frequency, a quarter of the power; the mean counts as the lowest frequency.
     assert NATURAL.variance[0] == NATURAL.variance[1] == pytest.approx(4 * NATURAL.variance[3])
     # The frequencies that an upsampler adds, at four times the size.
-    residual = natural_images(256, known=32)
-    assert residual.variance.max() == pytest.approx(natural_images(256).variance[0] / 32**2)
+    residual = natural_spectrum(256, known=32)
+    assert residual.variance.max() == pytest.approx(natural_spectrum(256).variance[0] / 32**2)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,6 @@ def test_one_name_cannot_mean_two_branches():
 def test_a_plan_has_no_intervals_and_no_prompts():
     """They would be part of what is compiled."""
     run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL)])
-    assert run.guidance[0].interval == (0.0, np.inf)
-    assert run.guidance[0].needs == (Branch("null"),)
-    assert replace(run.guidance[0], interval=INTERVAL).acts_at(1.0)
+    assert run.guidances[0].interval == (0.0, np.inf)
+    assert run.guidances[0].needs == (Branch("null"),)
+    assert replace(run.guidances[0], interval=INTERVAL).acts_at(1.0)

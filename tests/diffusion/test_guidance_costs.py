@@ -191,9 +191,9 @@ def test_no_number_and_no_prompt_compiles_again():
 def test_networks_of_guidance_keep_their_weights():
     weights = {"half": jnp.ones(3, jnp.bfloat16), "count": np.arange(3)}
     run = run_of([classifier_guidance(Network(bowl, weights), CONDS["cond"], 1)])
-    kept = run.guidance[0].args["log_prob"].params
+    kept = run.guidances[0].args["log_prob"].params
     assert kept is weights
-    assert run.guidance[0].args["scale"].dtype == jnp.float32
+    assert run.guidances[0].args["scale"].dtype == jnp.float32
 
 
 # --- refusals
@@ -244,7 +244,7 @@ def test_the_same_guidance_at_two_noise_levels():
     """Two prompts with two names; and two momenta with one name, which never act together."""
     early = all_of(["a"], [3.0], name="early").within(1.0, np.inf)
     late = all_of(["b"], [3.0], name="late").within(0.0, 1.0)
-    assert [g.needs[1].name for g in run_of([early, late]).guidance] == ["early 0", "late 0"]
+    assert [g.needs[1].name for g in run_of([early, late]).guidances] == ["early 0", "late 0"]
     run_of([apg(2.0).within(1.0, np.inf), apg(3.0).within(0.0, 1.0)])
 
 

@@ -24,7 +24,7 @@ from glide_jax.diffusion.guidance import (
     known_pixels,
     rescale,
 )
-from glide_jax.diffusion.guidance.gradients import limited
+from glide_jax.diffusion.guidance.gradients import limit_gradient
 from glide_jax.diffusion.sampling import sample, stream
 from glide_jax.diffusion.solvers.ancestral import ddpm
 from glide_jax.errors import UsageError
@@ -70,13 +70,13 @@ def test_a_limited_score_changes_x_0_by_at_most_what_x_t_leaves_open(alpha, sigm
     sizes = np.array([0.1, 10, 1])[:, None, None, None]
     gradient = jnp.asarray(direction * sizes * posterior_std / to_x_0, jnp.float32)
     limits = np.float32([0.2, 0.2, 3])
-    found = np.asarray(limited(gradient, point, limits))
+    found = np.asarray(limit_gradient(gradient, point, limits))
     np.testing.assert_array_equal(found[[0, 2]], np.asarray(gradient)[[0, 2]])
     np.testing.assert_allclose(found[1], np.asarray(gradient)[1] * 0.02, rtol=1e-4)
     change = to_x_0 * np.sqrt((found**2).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(change, np.array([0.1, 0.2, 1]) * posterior_std, rtol=1e-4)
-    np.testing.assert_array_equal(limited(gradient, point, np.inf), gradient)
-    np.testing.assert_array_equal(limited(0 * gradient, point, 0.2), 0 * gradient)
+    np.testing.assert_array_equal(limit_gradient(gradient, point, np.inf), gradient)
+    np.testing.assert_array_equal(limit_gradient(0 * gradient, point, 0.2), 0 * gradient)
 
 
 def test_gradient_guidance_limits_its_own_score_alone():
@@ -85,7 +85,9 @@ def test_gradient_guidance_limits_its_own_score_alone():
         predicted(classifier_guidance(network, cond, 5.0, limit)) for limit in (None, 0.5)
     )
     point = Point(*map(np.float32, (0, ALPHA, SIGMA, 0, 0)), memory={})
-    assert_close(bounded.guidance_gradient, limited(free.guidance_gradient, point, 0.5), 1e-6)
+    assert_close(
+        bounded.guidance_gradient, limit_gradient(free.guidance_gradient, point, 0.5), 1e-6
+    )
     assert (np.abs(bounded.guidance_gradient) < np.abs(free.guidance_gradient)).any()
     np.testing.assert_array_equal(bounded.x_0, free.x_0)
 
@@ -360,9 +362,9 @@ def test_composition_is_a_guidance():
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):
         assert_same_plan(run_of(made_of), run_of(flat))
-    intervals = [part.interval for part in nested.within(1.0, 9.0).parts()]
+    intervals = [member.interval for member in nested.within(1.0, 9.0).members()]
     assert intervals == [(1.0, 5.0), (1.0, 9.0), (1.0, 9.0)]
-    assert nested.within(0.1, 9.0).parts()[0].interval == (0.3, 5.0)
+    assert nested.within(0.1, 9.0).members()[0].interval == (0.3, 5.0)
     with pytest.raises(UsageError, match=r"classifier_free would act nowhere within \(6.0, 9.0\)"):
         nested.within(6.0, 9.0)
     assert branches_of([nested]) == branches_of(flat)

@@ -89,8 +89,8 @@ def test_a_composition_is_against_a_prompt_in_all_its_members():
     free, weak = classifier_free(3.0), autoguidance(2.0)
     nested = compose(compose(free.within(*INTERVAL), clip_x0()), weak).against("ugly")
     flat = [free.within(*INTERVAL).against("ugly"), clip_x0(), weak]
-    assert [part.needs for part in nested.parts()] == [part.needs for part in flat]
-    assert [part.interval for part in nested.parts()] == [part.interval for part in flat]
+    assert [member.needs for member in nested.members()] == [member.needs for member in flat]
+    assert [member.interval for member in nested.members()] == [member.interval for member in flat]
     assert Branch("null", prompt="ugly") in nested.needs and NULL not in nested.needs
 
 
@@ -113,7 +113,7 @@ def test_two_intervals_hold_together():
     free = classifier_free(3.0)
     assert free.within(0.1, 5.0).within(0.3, 9.0).interval == (0.3, 5.0)
     composed = compose(free.within(0.1, 5.0)).within(0.3, 9.0)
-    assert [part.interval for part in composed.parts()] == [(0.3, 5.0)]
+    assert [member.interval for member in composed.members()] == [(0.3, 5.0)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_two_intervals_hold_together():
     ],
 )
 def test_intervals_without_a_common_level_are_refused(guided):
-    assert guided().within(0.5, 3.0).parts()[-1].interval == (0.5, 1.0)
+    assert guided().within(0.5, 3.0).members()[-1].interval == (0.5, 1.0)
     message = (
         r"^classifier_free would act nowhere within \(1\.0, 3\.0\): "
         r"an earlier interval has no level in common with it$"

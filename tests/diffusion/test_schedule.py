@@ -15,7 +15,7 @@ from glide_jax.diffusion.schedule import (
     to_x_0,
 )
 from glide_jax.diffusion.solvers.table import levels, one_row_per_step, step_betas
-from glide_jax.diffusion.spacings import respaced, respaced_steps
+from glide_jax.diffusion.spacings import respaced, respaced_timesteps
 from glide_jax.errors import UsageError
 from tests.support.golden import SCHEDULES, load
 
@@ -145,11 +145,11 @@ def test_log_snr_and_its_inverse(name):
 @pytest.mark.parametrize("key", [k for k in load("tables") if k.startswith("space|")])
 def test_timesteps_that_the_original_keeps(key):
     _, length, spec = key.split("|")
-    np.testing.assert_array_equal(respaced_steps(int(length), spec), load("tables")[key])
+    np.testing.assert_array_equal(respaced_timesteps(int(length), spec), load("tables")[key])
 
 
 def test_halves_are_rounded_to_even_steps():
-    np.testing.assert_array_equal(respaced_steps(6, "3"), [0, 2, 5])
+    np.testing.assert_array_equal(respaced_timesteps(6, "3"), [0, 2, 5])
 
 
 @each_schedule
@@ -176,7 +176,7 @@ def test_a_number_in_a_string_is_a_number():
     schedule = make_schedule("cosine")
     np.testing.assert_array_equal(make_timesteps(schedule, "25"), make_timesteps(schedule, 25))
     np.testing.assert_array_equal(
-        make_timesteps(schedule, "100", "uniform"), respaced_steps(1000, "100")[::-1]
+        make_timesteps(schedule, "100", "uniform"), respaced_timesteps(1000, "100")[::-1]
     )
     # A respacing string ignores the spacing.
     np.testing.assert_array_equal(make_timesteps(schedule, "fast27"), respaced(schedule, "fast27"))

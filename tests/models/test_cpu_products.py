@@ -46,9 +46,9 @@ def assert_rounded(found, wanted):
 def test_blocks_of_images_or_rows_give_the_same_convolution(row_bytes, blocks, monkeypatch):
     x, kernel = random(0, 4, 6, 5, 32), random(1, 3, 3, 32, 40)
     monkeypatch.setattr(cpu_products, "BLOCK_BYTES", row_bytes * 4 * 9 * 40 * (5 + 2))
-    convolve = jax.jit(lambda x, kernel: cpu_products.convolution(x, kernel))
+    convolve = jax.jit(lambda x, kernel: cpu_products.arrange_and_convolve(x, kernel))
     assert_rounded(convolve(x, kernel), plain_convolution(x, kernel))
-    program = str(jax.make_jaxpr(lambda x, k: cpu_products.convolution(x, k))(x, kernel))
+    program = str(jax.make_jaxpr(lambda x, k: cpu_products.arrange_and_convolve(x, k))(x, kernel))
     assert ("scan" in program) == bool(blocks)
     assert not blocks or f"length={blocks}" in program
 
@@ -62,8 +62,8 @@ def test_gradients_are_those_of_float32():
         return jax.grad(total, (0, 1))(*arrays)
 
     for ours, plain, weights in (
-        (cpu_products.convolution, plain_convolution, kernel),
-        (cpu_products.linear, jnp.matmul, matrix),
+        (cpu_products.arrange_and_convolve, plain_convolution, kernel),
+        (cpu_products.matmul, jnp.matmul, matrix),
     ):
         found = gradients(ours, x, weights)
         wanted = gradients(plain, x.astype(jnp.float32), weights.astype(jnp.float32))
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_float32():
 
 def test_layers_use_them_in_bfloat16_on_a_cpu_for_enough_channels(monkeypatch):
     used = []
-    for name in ("convolution", "linear"):
+    for name in ("arrange_and_convolve", "matmul"):
         function = getattr(cpu_products, name)
         spy = lambda *a, f=function, n=name: used.append(n) or f(*a)  # noqa: E731
         monkeypatch.setattr(cpu_products, name, spy)
@@ -85,9 +85,9 @@ def test_layers_use_them_in_bfloat16_on_a_cpu_for_enough_channels(monkeypatch):
             jax.eval_shape(layer.init, jax.random.key(0), x)
         return used
 
-    assert run(Conv3x3(8, HALF), 32) == ["convolution"] and run(dense(8, HALF, "a"), 32) == [
-        "linear"
-    ]
+    assert run(Conv3x3(8, HALF), 32) == ["arrange_and_convolve"] and run(
+        dense(8, HALF, "a"), 32
+    ) == ["matmul"]
     assert not run(Conv3x3(8, HALF), 31) and not run(Conv3x3(8, HALF, stride=2), 32)
     assert not run(Conv3x3(8, jnp.float32), 32) and not run(dense(8, jnp.float32, "a"), 32)
     assert not run(Conv3x3(8, HALF), 32, "cuda") and not run(dense(8, HALF, "a"), 32, "tpu")

@@ -30,7 +30,7 @@ SEVERAL = read_prompts(["red AND blue :0.5 NOT green", "red"])
 
 
 def names(settings, prompts=PLAIN, *maps):
-    return [part.name for g in settings.guidances(prompts, *maps) for part in g.parts()]
+    return [member.name for g in settings.guidances(prompts, *maps) for member in g.members()]
 
 
 def prompts_of(settings, prompts=PLAIN):
@@ -116,7 +116,7 @@ def test_what_acts_and_in_which_order():
 
 def test_an_interval_applies_to_linear_guidance_alone():
     settings = Settings(guidance_interval=(0.3, 5.0), guidance_rescale=0.5)
-    intervals = [part.interval for g in settings.guidances(PLAIN) for part in g.parts()]
+    intervals = [member.interval for g in settings.guidances(PLAIN) for member in g.members()]
     assert intervals == [(0.3, 5.0), (0.3, 5.0), (0.0, float("inf"))]
     assert names(settings.changed(guidance_scale=1.0)) == ["rescale", "clip_x0"]
 

@@ -44,18 +44,18 @@ def classifier_guidance(
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
         cond: its conditioning (y); arrays with the batch as first axis.
         scale: s; larger follows the classifier more closely.
-        limit: largest change of x_0, in standard deviations: see `limited`. For samplers whose
-            rows move x_0; None: no limit.
+        limit: largest change of x_0, in standard deviations: see `limit_gradient`. For samplers
+            whose rows move x_0; None: no limit.
     """
     p = predict(x, point)
     slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
     gradient = per_image(scale) * slope
     if limit is not None:
-        gradient = limited(gradient, point, limit)
+        gradient = limit_gradient(gradient, point, limit)
     return p._replace(guidance_gradient=p.guidance_gradient + gradient)
 
 
-def limited(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
+def limit_gradient(gradient: jax.Array, point: Point, limit: Number) -> jax.Array:
     """Shorten a gradient, so that `rms(sigma^2 / alpha gradient) <= limit sd(x_0 | x_t)`.
 
     `sd(x_0 | x_t) = 1 / sqrt(1 / 0.5^2 + (alpha / sigma)^2)`, for Gaussian pixels of standard

@@ -60,7 +60,8 @@ def known_pixels(
     """Known pixels: `x_0 (1 - known) + image known`  (GLIDE, sec. 4.3).
 
     Args:
-        image: `(B, H, W, 3)` in [-1, 1]; known: `(B, H, W, 1)`, 1 where the pixel is kept.
+        image: `(B, H, W, 3)` in [-1, 1].
+        known: `(B, H, W, 1)`, 1 where the pixel is kept.
     """
     p = predict(x, point)
     return p.with_x_0(p.x_0 * (1 - known) + image * known, x, point)

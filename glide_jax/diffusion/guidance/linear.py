@@ -64,14 +64,14 @@ def all_of(
     if len(prompts) != len(weights):
         raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
     # The sum is added to eps = eps(c), so the caption's own weight is reduced by 1.
-    names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
-    total: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
+    branch_names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
+    branch_weights: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):
         prompt = tuple(prompt) if isinstance(prompt, list) else prompt
-        branch = names.setdefault(prompt, f"{name} {len(names) - 2}")
-        total[branch] = total.get(branch, 0) + np.asarray(weight, np.float32)
-    needs = (Branch(branch, prompt=prompt) for prompt, branch in names.items() if prompt)
-    return Guidance(_all_of, {"weights": total}, (NULL, *needs))
+        branch = branch_names.setdefault(prompt, f"{name} {len(branch_names) - 2}")
+        branch_weights[branch] = branch_weights.get(branch, 0) + np.asarray(weight, np.float32)
+    needs = (Branch(key, prompt=text) for text, key in branch_names.items() if text)
+    return Guidance(_all_of, {"weights": branch_weights}, (NULL, *needs))
 
 
 def _all_of(

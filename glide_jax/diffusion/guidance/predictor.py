@@ -178,9 +178,12 @@ def noise_predictor(
             )
             for b in branches
         }
-        # The network's variance output lies in [-1, 1]  (Improved DDPM, eq. 15).
-        variance = outputs[CONDITIONAL.name][..., channels:]
-        fraction = (variance + 1) / 2 if variance.shape[-1] else jnp.zeros_like(x)
+        # The variance output lies in [-1, 1]  (Improved DDPM, eq. 15). `run_rows` uses the
+        # fraction; `losses.variational_bound` trains it.
+        variance_output = outputs[CONDITIONAL.name][..., channels:]
+        variance_fraction = (
+            (variance_output + 1) / 2 if variance_output.shape[-1] else jnp.zeros_like(x)
+        )
         x_0 = to_x_0(
             networks[CONDITIONAL.network].prediction,
             outputs[CONDITIONAL.name][..., :channels],
@@ -189,6 +192,8 @@ def noise_predictor(
             point.sigma,
         )
         conditional_eps = eps[CONDITIONAL.name]
-        return Prediction(conditional_eps, x_0, fraction, jnp.zeros_like(x), eps, point.memory)
+        return Prediction(
+            conditional_eps, x_0, variance_fraction, jnp.zeros_like(x), eps, point.memory
+        )
 
     return predict

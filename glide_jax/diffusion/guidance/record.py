@@ -64,16 +64,16 @@ class Guidance:
         A previous interval still applies: the result is the intersection.
 
         Raises:
-            UsageError: not `0 <= low < high`; or the guidance or a part of it would act nowhere.
+            UsageError: not `0 <= low < high`; or the guidance or a member of it would act nowhere.
         """
         if not 0 <= low < high:
             raise UsageError(f"an interval needs 0 <= low < high, not ({low}, {high})")
         interval = max(float(low), self.interval[0]), min(float(high), self.interval[1])
         result = replace(self, interval=interval)
-        for part in result.parts():
-            if not part.interval[0] < part.interval[1]:
+        for member in result.members():
+            if not member.interval[0] < member.interval[1]:
                 raise UsageError(
-                    f"{part.name} would act nowhere within ({low}, {high}): "
+                    f"{member.name} would act nowhere within ({low}, {high}): "
                     "an earlier interval has no level in common with it"
                 )
         return result
@@ -96,20 +96,20 @@ class Guidance:
             args = {"members": tuple(members)}
         return replace(self, args=args, needs=needs)
 
-    def acts_at(self, level: float) -> bool:
+    def acts_at(self, noise_level: float) -> bool:
         """Whether the guidance acts at this noise level `sigma / alpha`."""
         low, high = self.interval
-        return low < level <= high
+        return low < noise_level <= high
 
-    def parts(self) -> tuple["Guidance", ...]:
+    def members(self) -> tuple["Guidance", ...]:
         """Return the members, each within its own interval and the outer one; or this guidance."""
         if self.fn is not _compose:
             return (self,)
         low, high = self.interval
-        parts = [part for member in self.args["members"] for part in member.parts()]
+        members = [inner for member in self.args["members"] for inner in member.members()]
         return tuple(
-            replace(part, interval=(max(low, part.interval[0]), min(high, part.interval[1])))
-            for part in parts
+            replace(member, interval=(max(low, member.interval[0]), min(high, member.interval[1])))
+            for member in members
         )
 
     def __call__(self, predict: Predict) -> Predict:
@@ -165,10 +165,12 @@ def guidance(
                 {f"{name} of {made.name}": value for name, value in made.args.items()},
                 unbounded=[f"{name} of {made.name}" for name in endless],
             )
-            for name, (low, high) in ranges.items():
-                value = np.asarray(made.args[name])
+            for parameter, (low, high) in ranges.items():
+                value = np.asarray(made.args[parameter])
                 if not ((low <= value) & (value <= high)).all():
-                    raise UsageError(f"{made.name} needs {low} <= {name} <= {high}, not {value}")
+                    raise UsageError(
+                        f"{made.name} needs {low} <= {parameter} <= {high}, not {value}"
+                    )
             return made
 
         update_wrapper(construct, fn)

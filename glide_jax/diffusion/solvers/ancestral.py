@@ -94,13 +94,13 @@ def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Ta
     """
     forward = one_row_per_step(schedule, grid)
     flipped = forward.rows(slice(None, None, -1))
-    noisier = np.append(flipped.alpha[1:], 0.0)
+    next_alpha = np.append(flipped.alpha[1:], 0.0)
     next_sigma = np.append(flipped.sigma[1:], 1.0)
     ratio = next_sigma / flipped.sigma
     return flipped._replace(
-        next_alpha=noisier,
+        next_alpha=next_alpha,
         next_sigma=next_sigma,
         Qx=ratio,
-        E=on_history(noisier - ratio * flipped.alpha),
+        E=on_history(next_alpha - ratio * flipped.alpha),
         index=forward.index,
     )

@@ -31,10 +31,10 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
             )
 
     def restarted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-        rising = levels(schedule, grid).half_log_snr[:-1]
+        half_log_snrs = levels(schedule, grid).half_log_snr[:-1]
 
-        def nearest_step(level: float) -> int:
-            return int(np.abs(rising + np.log(level)).argmin())
+        def nearest_step(noise_level: float) -> int:
+            return int(np.abs(half_log_snrs + np.log(noise_level)).argmin())
 
         jumps = []
         for low, high, repeats in intervals:
@@ -118,30 +118,30 @@ def add_jumps(
 
 
 # The columns that a jump changes in the row before it.
-CHANGED = ("Qy", "Qx", "E", "s", "s_learned", "gradient_mean", "log_beta", "log_beta_tilde")
+JUMP_COLUMNS = ("Qy", "Qx", "E", "s", "s_learned", "gradient_mean", "log_beta", "log_beta_tilde")
 
 
 def jump_back(segment: Table, after: Table) -> Table:
     """Extend the last row of a segment to the noise level where the segment `after` starts.
 
-    `x <- g x + sqrt(sigma_top^2 - g^2 sigma^2) z`, `g = alpha_top / alpha`.
+    `x <- shrink x + sqrt(sigma_top^2 - shrink^2 sigma^2) z`, `shrink = alpha_top / alpha`.
 
     The noise of the row and the noise of the jump are sampled as one. Where the variance is
     learned, the jump moves both ends of its range. That is exact at the two ends; between them the
     log of the total variance is taken as linear in the variance fraction.
     """
-    columns = {name: getattr(segment, name).astype(np.float64) for name in CHANGED}
+    columns = {name: getattr(segment, name).astype(np.float64) for name in JUMP_COLUMNS}
     last = {name: column[-1] for name, column in columns.items()}
-    g = after.alpha[0] / segment.next_alpha[-1]
-    fresh = after.sigma[0] ** 2 - (g * segment.next_sigma[-1]) ** 2
-    changed = {name: g * last[name] for name in ("Qy", "Qx", "E", "gradient_mean")}
+    shrink = after.alpha[0] / segment.next_alpha[-1]
+    fresh_variance = after.sigma[0] ** 2 - (shrink * segment.next_sigma[-1]) ** 2
+    changed = {name: shrink * last[name] for name in ("Qy", "Qx", "E", "gradient_mean")}
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
-        changed |= {name: np.log(g**2 * np.exp(last[name]) + fresh) for name in ends}
+        changed |= {name: np.log(shrink**2 * np.exp(last[name]) + fresh_variance) for name in ends}
         # The gradient is still scaled by the learned variance alone, without the fresh noise.
         changed["gradient_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
-        changed["s"] = np.hypot(g * last["s"], np.sqrt(fresh))
+        changed["s"] = np.hypot(shrink * last["s"], np.sqrt(fresh_variance))
     for name, value in changed.items():
         columns[name][-1] = value
     return segment._replace(**columns)

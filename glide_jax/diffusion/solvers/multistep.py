@@ -48,20 +48,24 @@ def lagrange_weights(nodes: np.ndarray, points: np.ndarray, weights: np.ndarray)
 
 
 def history_weights(
-    at: np.ndarray, newest: np.ndarray, counts: np.ndarray, points: np.ndarray, weights: np.ndarray
+    positions: np.ndarray,
+    newest: np.ndarray,
+    counts: np.ndarray,
+    points: np.ndarray,
+    weights: np.ndarray,
 ) -> np.ndarray:
     """Return the weights `(R, 4)` on the history that integrate the interpolating polynomial.
 
     Args:
-        at: `(N,)`, the position of each step's prediction in the variable of the polynomial.
-        newest: `(R,)`, the index in `at` of the newest prediction of each row.
+        positions: `(N,)`, the position of each step's prediction in the variable of the polynomial.
+        newest: `(R,)`, the index in `positions` of the newest prediction of each row.
         counts: `(R,)`, how many predictions each row uses.
         points, weights: `(R, Q)`, the quadrature of each row.
     """
     coefficients = np.zeros((len(counts), HISTORY))
     for count in range(1, HISTORY + 1):
         rows = np.flatnonzero(counts == count)
-        nodes = at[newest[rows, None] - np.arange(count)]
+        nodes = positions[newest[rows, None] - np.arange(count)]
         coefficients[rows, :count] = lagrange_weights(nodes, points[rows], weights[rows])
     return coefficients
 
@@ -105,16 +109,17 @@ def exponential_integrator(
     table = one_row_per_step(schedule, grid)
     alpha, sigma, half_log_snr = levels(schedule, grid)
     # The last step, to the clean image, is the prediction itself.
-    alpha, ratio, h = alpha[1:-1, None], sigma[1:-1] / sigma[:-2], np.diff(half_log_snr[:-1])
+    next_alpha, ratio = alpha[1:-1, None], sigma[1:-1] / sigma[:-2]
+    h = np.diff(half_log_snr[:-1])
     tau = np.broadcast_to(tau, len(grid))[:-1]
     fall = (1 + tau**2) * h
     weights = fall[:, None] * WEIGHTS * np.exp(-fall[:, None] * NODES)
     lengths, first = history_lengths(breaks), np.arange(len(h))
 
     def weigh(newest: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        nodes = np.where(midpoint & (counts == 2)[:, None], 0.5, NODES)
-        points = half_log_snr[1:-1, None] - h[:, None] * nodes
-        return alpha * history_weights(half_log_snr, newest, counts, points, weights)
+        places = np.where(midpoint & (counts == 2)[:, None], 0.5, NODES)
+        points = half_log_snr[1:-1, None] - h[:, None] * places
+        return next_alpha * history_weights(half_log_snr, newest, counts, points, weights)
 
     E, B = np.zeros((2, len(grid), HISTORY))
     E[-1, 0] = 1.0
@@ -123,12 +128,13 @@ def exponential_integrator(
     s = np.append(sigma[1:-1] * np.sqrt(-np.expm1(-2 * tau**2 * h)), 0.0)
     if not corrector:
         return table._replace(Qx=decay, E=E, s=s)
-    # The correction of the step before: its weights with this row's prediction, minus the weights
-    # that it was taken with. The noise of that step stays. No correction across a break: there this
-    # row predicts with another set of guidances.
-    counts = np.where(lengths[1:] > 0, np.minimum(corrector, lengths[1:] + 1), 0)
+    # This row corrects the step before: the weights that include this row's prediction, minus those
+    # that the step was taken with. The noise of that step stays. There is no correction across a
+    # break: this row then predicts with another set of guidances.
+    corrector_counts = np.where(lengths[1:] > 0, np.minimum(corrector, lengths[1:] + 1), 0)
     previous_weights = np.pad(predicted, ((0, 0), (1, 0)))[:, :HISTORY]
-    B[1:] = np.where(counts[:, None] > 0, weigh(first + 1, counts) - previous_weights, 0.0)
+    correction = weigh(first + 1, corrector_counts) - previous_weights
+    B[1:] = np.where(corrector_counts[:, None] > 0, correction, 0.0)
     return table._replace(Px=np.ones(len(grid)), B=B, Qy=decay, E=E, s=s)
 
 
@@ -159,14 +165,14 @@ def noise_multistep(
     change = np.diff(rho)[:, None]
     steps = np.arange(len(grid))
     points = rho[:-1, None] + change * NODES
-    nodes, points = {
+    positions, points = {
         "rho": (rho, points),
         "t": (table.t, schedule.at_half_log_snr(-np.log(points))),
         "step": (steps, steps[:, None] + NODES),
     }[variable]
     counts = np.minimum(order, history_lengths(breaks) + 1)
     counts[-1] = 1
-    weights = history_weights(nodes, steps, counts, points, change * WEIGHTS)
+    weights = history_weights(positions, steps, counts, points, change * WEIGHTS)
     return table._replace(Qx=table.next_alpha / table.alpha, E=table.next_alpha[:, None] * weights)
 
 

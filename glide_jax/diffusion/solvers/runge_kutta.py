@@ -200,13 +200,13 @@ def plms(
         alpha_bar_between = (alpha_bar[i] + alpha_bar[j]) / 2
         return (grid[i] + grid[j]) / 2, np.sqrt(alpha_bar_between), np.sqrt(1 - alpha_bar_between)
 
-    rows, since = [], 0
+    rows, history_length = [], 0
     for i in range(1, len(grid) - 1):
-        since = 0 if breaks[i] else since
+        history_length = 0 if breaks[i] else history_length
         start, middle, end = between(i, i), between(i, i + 1), between(i + 1, i + 1)
-        if since >= 3 and not runge_kutta:
+        if history_length >= 3 and not runge_kutta:
             rows += _multistep_rows(i, start, end)
         else:
             rows += _runge_kutta_rows(i, start, middle, end)
-        since += 1
+        history_length += 1
     return _table(rows)

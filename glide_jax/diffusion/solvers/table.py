@@ -32,7 +32,10 @@ class Table(NamedTuple, Generic[Column]):
         t, alpha, sigma, next_alpha, next_sigma: see `glide_jax.diffusion.guidance.Point`.
         u, v: the history's new entry `u x + v x_0`: (0, 1) is x_0, (1/sigma, -alpha/sigma) is eps.
         S: `(N, 4, 5)`, the new history from entry and old history: a shift, or a combination.
-        Py, Px, B (N, 4): the anchor's update. Qy, Qx, E (N, 4): the update of x.
+        Py, Px: the anchor's update, weights of y and x.
+        B: `(N, 4)`, the anchor's update, weights of the history.
+        Qy, Qx: the update of x, weights of y and x.
+        E: `(N, 4)`, the update of x, weights of the history.
         log_beta, log_beta_tilde: the two ends of a learned variance.
         s, s_learned: noise, fixed or in units of the learned standard deviation.
         gradient_x_0, gradient_mean: how a guidance gradient g enters: `gradient_x_0 g` is added to
@@ -74,7 +77,8 @@ class Table(NamedTuple, Generic[Column]):
 
 
 # A sampler is the name, a solver the function that writes its table: `(schedule, grid, breaks) ->
-# Table`, where breaks `(N,)` bool marks steps where the history is reset.
+# Table`, where breaks `(N,)` bool marks steps where the history is reset. Solvers whose steps read
+# no prediction of an earlier step ignore it.
 Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
