@@ -50,56 +50,56 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
     check_writable(options.shards or options.out)
     model, editing = options.model, options.editing
     # Read before the weights are loaded: a wrong prompt ends the command at once.
-    given = prompts_of(options)
-    for prompt in given:
+    given_prompts = prompts_of(options)
+    for prompt in given_prompts:
         read_prompt(prompt)
     pipe = glide.load(**model.load_arguments())
-    shown = pipe.model.prompts if editing.image is None else ()
-    prompts = given or shown or ("",)
+    example_prompts = pipe.model.prompts if editing.image is None else ()
+    prompts = given_prompts or example_prompts or ("",)
     if note := pipe.tokenizer.too_long(
         [part.text for prompt in prompts for part in read_prompt(prompt).parts]
     ):
         print(note)
 
     # -- generate ---------------------------------------------------------------------------------
-    device, name = jax.devices()[0], pipe.model.name
-    print(f"{name} on {device.device_kind}; a run with new sizes or guidances compiles first")
+    device, model_name = jax.devices()[0], pipe.model.name
+    print(f"{model_name} on {device.device_kind}; a run with new sizes or guidances compiles first")
     upsampler = {"steps": model.upsampler_steps, "sampler": model.upsampler_sampler}
-    call = {
+    call_arguments = {
         "num": options.num,
         "seed": options.seed,
         "first_index": options.first_index,
         "batch_size": model.batch_size,
         "upsampler": {name: value for name, value in upsampler.items() if value is not None},
         "preview": (lambda images: images.preview(options.out)) if options.preview else None,
-        **options.sampling.chosen(),
+        **options.sampling.given_settings(),
     }
     if options.shards is not None:
         shards = {"folder": options.shards, "shard_size": options.sharding.shard_size}
-        del call["preview"]
-        print(sample_shards(pipe, prompts, process=process, **shards, **call))
+        del call_arguments["preview"]
+        print(sample_shards(pipe, prompts, process=process, **shards, **call_arguments))
         return
     image = editing.image
     if editing.interpolate:
         if len(prompts) > 2 or (len(prompts) == 1 and editing.to_seed is None):
             raise UsageError("--interpolate takes two prompts, or one and --to-seed")
-        images = pipe.interpolate(*prompts, to_seed=editing.to_seed, **call)
+        images = pipe.interpolate(*prompts, to_seed=editing.to_seed, **call_arguments)
     elif editing.variation is not None:
         if len(prompts) > 1:
             raise UsageError("--variation takes one prompt")
-        near = {
+        variation_arguments = {
             "variation": editing.variation,
             "image_caption": editing.image_caption,
             "fit": editing.fit,
         }
-        images = pipe.variations(image, *prompts, **near, **call)
+        images = pipe.variations(image, *prompts, **variation_arguments, **call_arguments)
     else:
         reading = {
             "fit": editing.fit,
             "invert_mask": editing.invert_mask,
             "allow_uniform_mask": editing.allow_uniform_mask,
         }
-        images = pipe(prompts, image=image, mask=editing.mask, **reading, **call)
+        images = pipe(prompts, image=image, mask=editing.mask, **reading, **call_arguments)
 
     # -- save -------------------------------------------------------------------------------------
     report(images, images.save(options.out))

@@ -31,8 +31,8 @@ from glide_jax.devices import processes
 from glide_jax.devices.parallel import make_parallel
 from glide_jax.devices.runtime import prepare_process
 from glide_jax.errors import one_line_errors
-from glide_jax.pipeline.default_settings import check_defaults
 from glide_jax.pipeline.loading import sample_grid
+from glide_jax.pipeline.plan_checks import check_defaults
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
@@ -50,7 +50,7 @@ from glide_jax.training.runs import model_of
 from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
 from glide_jax.training.step import Control, make_step
 from glide_jax.training.stopping import Stopping
-from glide_jax.training.unused_fields import check_used
+from glide_jax.training.unused_fields import check_no_unused_fields
 from glide_jax.training.validation import Validation
 
 
@@ -86,8 +86,8 @@ def train(config: RunConfig) -> None:
             start_step, state, loop_state = 0, begin_state(config, objective, parallel), {}
         else:
             saved_shapes = saved_part(abstract_state(config, objective), objective)
-            like = parallel.restore_target(saved_shapes)
-            start_step, state, loop_state = checkpoints.restore(like, source.fingerprint)
+            restore_target = parallel.restore_target(saved_shapes)
+            start_step, state, loop_state = checkpoints.restore(restore_target, source.fingerprint)
             say_changes(config, start_step, loop_state.get("seconds", 0.0))
             state = fit_loss_scale(state, objective)
             if base := frozen_base(config, objective):
@@ -104,8 +104,8 @@ def train(config: RunConfig) -> None:
             # The clock is read once a pass: where it stops the run, a checkpoint is saved.
             while step < config.steps and not stop:
                 count = steps_of_next_call(batches, step)
-                factor, item = clock.factor(), next(batches)
-                control = Control(key, factor, clock.time_share)
+                lr_factor, item = clock.factor(), next(batches)
+                control = Control(key, lr_factor, clock.time_share)
                 state, metrics = train_steps(state, item, control)
                 clock.started(metrics)
                 step += count
@@ -144,7 +144,7 @@ def check_recipe(config: RunConfig) -> None:
     Raises:
         UsageError: a field has no effect, or the weights could not be sampled as it says.
     """
-    check_used(config)
+    check_no_unused_fields(config)
     if isinstance(config, TrainConfig):
         check_defaults(model_of(config, {}))
 

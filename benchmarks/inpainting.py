@@ -21,7 +21,7 @@ from glide_jax.evaluation.captions import prompt_of, random_records, training_pa
 from glide_jax.folders import check_writable
 from glide_jax.pipeline.images import image_grid
 from glide_jax.pipeline.runner import check_32_bits
-from glide_jax.pipeline.settings import REPAINT
+from glide_jax.pipeline.settings import DEFAULT_REPAINT
 from glide_jax.training.recipes import load_recipe
 
 # Top, bottom, left, right of the masked region, as shares of the side: the middle.
@@ -91,7 +91,7 @@ def main() -> None:
 
         rows = {"real": real, "masked": np.where(mask[..., None], np.uint8(127), real)}
         pipe = glide.load(options.weights, upsampler="none")
-        for name, repaint in (("plain", None), ("resampling", REPAINT)):
+        for name, repaint in (("plain", None), ("resampling", DEFAULT_REPAINT)):
             call = {"image": real, "mask": mask, "seed": options.seed, "repaint": repaint}
             rows[name] = pipe(prompts, **call).images
         kept = {name: bool((rows[name][:, ~mask] == real[:, ~mask]).all()) for name in rows}

@@ -108,7 +108,7 @@ def forward(*, model: str, dtype: str, batch: int, size: str, repeats: int) -> d
     config = config_of(model, size)
     # Weights in the dtype and layout of a pipeline's.
     network = Stage(Model(f"random {model}", config, random_params(config)), dtype).network
-    module, params = network.fn.model, network.params
+    module, params = network.fn.module, network.params
     side, rng = config.image_size, np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, config.n_vocab, (batch, config.text_ctx)), jnp.int32)
     inputs = {"text": encode_text(module, params, tokens, jnp.ones(tokens.shape, bool))}

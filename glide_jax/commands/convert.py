@@ -73,10 +73,10 @@ def lora(run: Run, to: To) -> None:
         raise UsageError(f"{to} must end in {SAFETENSORS}")
     if to.exists():
         raise UsageError(f"{to} exists: remove it, or write elsewhere")
-    lora = open_lora(run)
-    save_lora(to, lora)
-    count = sum(a.size + b.size for a, b in lora.pairs.values())
-    print(f"{count:,} parameters in {len(lora.pairs)} pairs, {_megabytes(to)}: {to}")
+    adapter = open_lora(run)
+    save_lora(to, adapter)
+    count = sum(a.size + b.size for a, b in adapter.pairs.values())
+    print(f"{count:,} parameters in {len(adapter.pairs)} pairs, {_megabytes(to)}: {to}")
 
 
 def ema(

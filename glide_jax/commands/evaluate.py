@@ -34,7 +34,7 @@ from glide_jax.evaluation.reports import write_json
 from glide_jax.folders import check_writable, expand_words
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
-    HIDDEN,
+    NO_DEFAULT_SHOWN,
     UNEXPANDED_OPTIONS,
     NetworkOptions,
     SamplingOptions,
@@ -161,7 +161,7 @@ class Ranking:
 
     def run(self) -> None:
         """Generate, rank, and print the counts."""
-        check_scales(self.model, self.sampling.chosen())
+        check_scales(self.model, self.sampling.given_settings())
         config, pipe = self.dataset.config(), self.model.pipeline()
         report = ranking.report(
             pipe,
@@ -172,7 +172,7 @@ class Ranking:
             images=self.images,
             captions=self.choices,
             batch_size=self.model.batch_size,
-            settings=self.sampling.chosen(),
+            settings=self.sampling.given_settings(),
         )
         for kind in ranking.KINDS:
             counts = report[kind]
@@ -211,7 +211,7 @@ class Sweep:
     """
 
     vary: tuple[str, ...]
-    values: Annotated[tuple[str, ...], HIDDEN] = ()
+    values: Annotated[tuple[str, ...], NO_DEFAULT_SHOWN] = ()
     out: Path = Path("evaluation")
     features: tuple[str, ...] = (SCORER,)
     images: int = 64
@@ -224,9 +224,9 @@ class Sweep:
 
     def run(self) -> None:
         """Measure the missing points, and write the figures."""
-        todo = sweep_options.tasks(self.vary, self.values, self.sampling.chosen())
+        todo = sweep_options.tasks(self.vary, self.values, self.sampling.given_settings())
         swept = {task.sweep.replace("-", "_"): task.value for task in todo}
-        check_scales(self.model, self.sampling.chosen() | swept)
+        check_scales(self.model, self.sampling.given_settings() | swept)
         # A missing matplotlib must fail before the first point, not after the last.
         figures.figure_class()
         config, pipe = self.dataset.config(), self.model.pipeline()
@@ -263,7 +263,7 @@ class Loss:
     """
 
     splits: Positional[tuple[str, ...]] = ("train", "test_style")
-    out: Annotated[Path | None, HIDDEN] = None
+    out: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
     images: int = 256
     batch_size: int = 16
     network: OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
@@ -309,7 +309,7 @@ class Scenes:
     split: str = "test"
     images: int = 60
     seed: int = 0
-    batch_size: Annotated[int | None, HIDDEN] = None
+    batch_size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
@@ -321,7 +321,7 @@ class Scenes:
             images=self.images,
             seed=self.seed,
             batch_size=self.batch_size,
-            settings=self.sampling.chosen(),
+            settings=self.sampling.given_settings(),
         )
         for name, rate in report["right"].items():
             print(f"{name}: {rate:.3f}")

@@ -25,7 +25,7 @@ from glide_jax.evaluation.set_scores import Side, compare, measure
 from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.options import (
-    HIDDEN,
+    NO_DEFAULT_SHOWN,
     SampleModelOptions,
     SamplingOptions,
     ShardOptions,
@@ -77,12 +77,12 @@ class Curve:
     real: str
     inception: Path
     score_clip: Path
-    prompts_field: Annotated[str | None, HIDDEN] = None
+    prompts_field: Annotated[str | None, NO_DEFAULT_SHOWN] = None
     num: int = 30_000
     seed: int = 0
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
     clip_scales: tuple[float, ...] = ()
-    size: Annotated[int | None, HIDDEN] = None
+    size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
     nearest_k: int = 3
     allow_few_images: bool = False
     out: Path = Path("curve")
@@ -99,7 +99,7 @@ class Curve:
         if not self.scales and not self.clip_scales:
             raise UsageError("give --scales or --clip-scales")
         swept = {"clip_scale": self.clip_scales} if self.clip_scales else {}
-        check_scales(self.model, self.sampling.chosen() | swept)
+        check_scales(self.model, self.sampling.given_settings() | swept)
         prompts = self._prompts()
         inception, clip = open_extractor(self.inception), open_clean_clip(self.score_clip)
         if inception.classes is None:
@@ -143,7 +143,7 @@ class Curve:
 
     def _points(self) -> list[tuple[Path, tuple[str, float], dict[str, Any]]]:
         """Return the folder of each point, its kind and scale, and its settings."""
-        chosen = self.sampling.chosen()
+        chosen = self.sampling.given_settings()
         points: list[tuple[Path, tuple[str, float], dict[str, Any]]] = []
         for kind, values, fixed in (
             ("guidance_scale", self.scales, {"clip_scale": 0.0} | chosen),
@@ -206,7 +206,7 @@ class Curve:
             "num": self.num,
             "seed": self.seed,
             "clip": {"name": clip.name, "checksum": clip.checksum},
-            "sampling": self.sampling.chosen(),
+            "sampling": self.sampling.given_settings(),
             "points": points,
         }
         write_json(self.out / "curve.json", report)

@@ -16,7 +16,7 @@ from glide_jax.evaluation.image_sets import ImageSet, has_images, open_images
 from glide_jax.evaluation.reports import write_json
 from glide_jax.evaluation.set_scores import compare, measure, table
 from glide_jax.folders import check_writable
-from glide_jax.pipeline.options import HIDDEN
+from glide_jax.pipeline.options import NO_DEFAULT_SHOWN
 
 WEIGHTS = (
     "--features needs one weight file or several: pt_inception-2015-12-05-6726825d.pth for FID "
@@ -63,18 +63,18 @@ class Fid:
         out: The report, a .json file. Features are kept in the folder features beside it.
     """
 
-    real: Annotated[str | None, HIDDEN] = None
-    generated: Annotated[str | None, HIDDEN] = None
-    reference: Annotated[Path | None, HIDDEN] = None
+    real: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    generated: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    reference: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
     features: tuple[str, ...] = ()
-    size: Annotated[int | None, HIDDEN] = None
-    captions: Annotated[str | None, HIDDEN] = None
-    score_clip: Annotated[Path | None, HIDDEN] = None
+    size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
+    captions: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    score_clip: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
     scorer: str = "emoji_scorer64"
     views: Literal[10, 1] = 10
     nearest_k: int = 3
     allow_few_images: bool = False
-    save_statistics: Annotated[Path | None, HIDDEN] = None
+    save_statistics: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
     out: Path = Path("evaluation/fid.json")
 
     def run(self) -> None:

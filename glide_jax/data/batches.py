@@ -80,7 +80,8 @@ class Prepare:
         """Return one prepared record, and one message per broken record that it replaces.
 
         Returns:
-            image `(size, size, 3)` uint8, tokens `(L,)` int32, mask `(L,)` bool; and the messages.
+            image `(size, size, 3)` uint8, tokens `(L,)` int32, caption_mask `(L,)` bool; and the
+            messages.
 
         Raises:
             GlideError: too many records in a row are broken.
@@ -144,10 +145,10 @@ class Prepare:
             BrokenRecord: it cannot be encoded.
         """
         try:
-            ids, mask = self.tokenizer.ids_and_mask(caption)
+            ids, caption_mask = self.tokenizer.ids_and_mask(caption)
         except UsageError as error:
             raise BrokenRecord(f"{error} ({caption!r:.60})") from None
-        return {"tokens": ids, "mask": mask}
+        return {"tokens": ids, "caption_mask": caption_mask}
 
 
 def _caption(
@@ -353,7 +354,7 @@ def make_batches(
 
     Returns:
         An iterator of dictionaries with this process's b = B / n rows: image `(b, size, size, 3)`
-        uint8, tokens `(b, L)` int32, mask `(b, L)` bool, row `(b,)` int32, the row in the
+        uint8, tokens `(b, L)` int32, caption_mask `(b, L)` bool, row `(b,)` int32, the row in the
         whole batch; and `skipped`, the number of broken records that were replaced.
 
     Raises:

@@ -26,12 +26,12 @@ class Resident(NamedTuple):
     Attributes:
         image: `(N, H, W, 3)` uint8.
         tokens: `(M, L)` int32, of all captions.
-        mask: `(M, L)` bool.
+        caption_mask: `(M, L)` bool.
     """
 
     image: Any
     tokens: Any
-    mask: Any
+    caption_mask: Any
 
 
 class Picks(NamedTuple):
@@ -53,7 +53,7 @@ class Picks(NamedTuple):
 
 
 def take(data: Resident, picks: Picks, size: int) -> dict[str, jax.Array]:
-    """Return the image, tokens, mask and row of a step: `(b, size, size, 3)` uint8 and so on."""
+    """Return the image, tokens, caption_mask and row of a step: see `make_batches`."""
 
     def cut_image(number: jax.Array, corner: jax.Array, flip: jax.Array) -> jax.Array:
         start = (number, corner[0], corner[1], 0)
@@ -63,7 +63,7 @@ def take(data: Resident, picks: Picks, size: int) -> dict[str, jax.Array]:
     return {
         "image": jax.vmap(cut_image)(picks.image, picks.corner, picks.flip),
         "tokens": data.tokens[picks.caption],
-        "mask": data.mask[picks.caption],
+        "caption_mask": data.caption_mask[picks.caption],
         "row": picks.row,
     }
 
@@ -113,7 +113,7 @@ class ResidentBatches:
                     text = fill(template, record, caption)
                     encoded = prepare.tokens(text)
                     tokens.append(encoded["tokens"])
-                    masks.append(encoded["mask"])
+                    masks.append(encoded["caption_mask"])
                     sides.append(names_side(text))
             images.append(_resident_pixels(record["image"], prepare))
             if images[-1].shape != images[0].shape:

@@ -150,10 +150,10 @@ def children(folder: str) -> tuple[list[str], list[str]]:
 def _local_children(folder: str) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(folder) as entries:
-            children = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
+            names_and_kinds = sorted((entry.name, os.path.isdir(entry.path)) for entry in entries)
     except OSError as error:
         raise GlideError(f"cannot read {folder} ({error.strerror})") from None
-    shown = [(name, is_dir) for name, is_dir in children if not name.startswith(".")]
+    shown = [(name, is_dir) for name, is_dir in names_and_kinds if not name.startswith(".")]
     return [n for n, is_dir in shown if is_dir], [n for n, is_dir in shown if not is_dir]
 
 

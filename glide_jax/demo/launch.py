@@ -18,7 +18,7 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.errors import GlideError, UsageError, one_line_errors
 from glide_jax.folders import check_writable
 from glide_jax.pipeline.loading import load
-from glide_jax.pipeline.options import HIDDEN, SampleModelOptions
+from glide_jax.pipeline.options import NO_DEFAULT_SHOWN, SampleModelOptions
 
 DESCRIPTION = """Open a page to generate and edit images in a browser.
 
@@ -44,7 +44,7 @@ class DemoOptions:
     """
 
     out: Annotated[Path, arg(aliases=["-o"])] = Path("samples")
-    port: Annotated[int | None, HIDDEN] = None
+    port: Annotated[int | None, NO_DEFAULT_SHOWN] = None
     host: str = LOCAL
     share: bool = False
     open: bool = False

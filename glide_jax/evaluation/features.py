@@ -50,7 +50,7 @@ class Scorer:
         """The logit scale, k, the factor from cosine to logit (in GLIDE's CLIP score: s)."""
         network = self.clip.network
         variables = {"params": network.params}
-        return float(network.fn.model.apply(variables, method=NoisedCLIP.scale))
+        return float(network.fn.module.apply(variables, method=NoisedCLIP.scale))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return image embeddings of length 1 at noise level 0.
@@ -66,7 +66,9 @@ class Scorer:
         for view in ten_views(images) if self.views > 1 else (images,):
             view = fit(view, size)
             encoded = [
-                np.asarray(_encode_image(network.fn.model, network.params, from_uint8(view[index])))
+                np.asarray(
+                    _encode_image(network.fn.module, network.params, from_uint8(view[index]))
+                )
                 for index in batches(len(view), BATCH)
             ]
             total = total + np.concatenate(encoded)[: len(view)]

@@ -111,11 +111,11 @@ def report(
     held_out = held_out_pairs(config)
     held_out = random_records(held_out, min(5, len(held_out)), rng)
 
-    report: dict[str, Any] = {"seed": seed, "weights": pipe.model.name}
+    results: dict[str, Any] = {"seed": seed, "weights": pipe.model.name}
     for name, records in (("training_captions", trained_on), ("held_out_pairs", held_out)):
         matches = generate_and_match(pipe, records, train, seed, batch_size)
         write_png(out / f"{name}.png", sheet(matches))
-        report[name] = {
+        results[name] = {
             "right": sum(match.right for match in matches),
             "of": len(matches),
             "images": [
@@ -127,8 +127,8 @@ def report(
                 for match in matches
             ],
         }
-    write_json(out / "nearest.json", report)
-    return report
+    write_json(out / "nearest.json", results)
+    return results
 
 
 def sheet(matches: Sequence[Match], scale: int = 2, columns: int = 5) -> Image.Image:

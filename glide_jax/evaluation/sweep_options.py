@@ -114,7 +114,7 @@ def tasks(
         raise UsageError(f"name what to sweep: {', '.join(SWEEPS)}")
     if values and len(names) > 1:
         raise UsageError("--values are for one sweep: run one command for each sweep")
-    tasks = []
+    chosen_tasks = []
     for name in names:
         if name not in SWEEPS:
             raise UsageError(
@@ -130,5 +130,5 @@ def tasks(
                 swept = {sweep.setting: sweep.read(value)}
             except ValueError:
                 raise UsageError(f"{value!r} is not a value of the sweep {name}") from None
-            tasks.append(Task(name, value, sweep.fixed | settings | swept))
-    return tasks
+            chosen_tasks.append(Task(name, value, sweep.fixed | settings | swept))
+    return chosen_tasks

@@ -32,12 +32,12 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     longest = -(-size // devices)
     powers = (4**k for k in reversed(range(longest.bit_length())))
     lengths = [n * devices for n in (longest, *(n for n in powers if n < longest))]
-    batches, done = [], 0
+    index_batches, done = [], 0
     while done < count:
         length = next((n for n in lengths if 4 * (count - done) > 3 * n), lengths[-1])
-        batches.append(np.minimum(np.arange(done, done + length), count - 1))
+        index_batches.append(np.minimum(np.arange(done, done + length), count - 1))
         done += length
-    return batches
+    return index_batches
 
 
 def default_batch_size(side: int) -> int:

@@ -1,8 +1,9 @@
 """CLIP guidance: `--clip-scale s` adds `g = s grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
 
 Ancestral samplers move their mean by `Sigma g`; all others move x_0 by `sigma^2/alpha g`, limited
-(`LIMIT`). f and g are the embeddings of image and caption, of length 1, and k is the logit scale.
-`glide_jax.diffusion.guidance.gradients` has the gradient, the limit, and how the sampler adds them.
+(`MAX_X_0_CHANGE`). f and g are the embeddings of image and caption, of length 1, and k is the logit
+scale. `glide_jax.diffusion.guidance.gradients` has the gradient, the limit, and how the
+sampler adds them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from glide_jax.weights.registry import Model
 
 # Limit of the pipeline where the sampler is not ancestral. With the embedded models, 8 steps of
 # dpm++2m and scale 3, 0.5 still damages images and 0.25 does not (docs/guide/guidance.md).
-LIMIT = 0.25
+MAX_X_0_CHANGE = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Similarity:
     A `Network.fn`, conditioned on `g(c)`. t is rounded, since a CLIP knows whole timesteps.
     """
 
-    model: NoisedCLIP
+    module: NoisedCLIP
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
-        similarity: Any = self.model.apply(
+        similarity: Any = self.module.apply(
             {"params": params}, x, t, cond, method=NoisedCLIP.similarity
         )
         return similarity
@@ -88,7 +89,7 @@ class CLIP:
         tokens = CLIPTokenizer(self.config.max_text_len)(list(captions))
         network = self.network
         features = [
-            _encode_text(network.fn.model, network.params, ids[None], length[None])
+            _encode_text(network.fn.module, network.params, ids[None], length[None])
             for ids, length in zip(tokens.ids, tokens.lengths, strict=True)
         ]
         return np.concatenate(features)
@@ -143,16 +144,16 @@ def clip_guidance(
         raise UsageError("clip_scale needs a noised CLIP: load one as clip_model (--clip-model)")
     sides = clip.config.image_size, model.config.image_size
     timesteps = clip.config.n_timestep, model.diffusion_steps
-    what = ""
+    problem = ""
     if sides[0] != sides[1]:
-        what = f"{clip.name} sees images of {sides[0]} pixels, {model.name} generates {sides[1]}"
+        problem = f"{clip.name} sees images of {sides[0]} pixels, {model.name} generates {sides[1]}"
     elif timesteps[0] not in (0, timesteps[1]):
-        what = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
-    if what:
-        raise UsageError(f"{what}: load another CLIP, or set clip_scale to 0")
+        problem = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
+    if problem:
+        raise UsageError(f"{problem}: load another CLIP, or set clip_scale to 0")
     # A gradient that moves the mean, as in the paper, needs no limit.
-    exact = traits_of(settings.sampler).guides_mean and not reverse
-    limit = None if exact else LIMIT
+    moves_mean = traits_of(settings.sampler).guides_mean and not reverse
+    limit = None if moves_mean else MAX_X_0_CHANGE
     return (clip.guidance(prompts, settings.clip_scale, limit),)
 
 

@@ -67,7 +67,7 @@ class Conditioning:
         image, known = self.known_image()
         return (known_pixels(image=image, known=known),)
 
-    def start(self, plan: Plan, settings: Settings, noise: jax.Array) -> jax.Array:
+    def initial_x(self, plan: Plan, settings: Settings, noise: jax.Array) -> jax.Array:
         """Return `x_t` of the first row: noise, or `alpha image + sigma noise` with a strength.
 
         That is SDEdit (2108.01073); an upsampler starts from the small image, enlarged
@@ -85,7 +85,8 @@ class Conditioning:
     def restore_known(self, images: np.ndarray) -> np.ndarray:
         """Return 8-bit images with the exact bytes of the known pixels.
 
-        The samples have these pixels up to rounding, and up to what gradients move and PLMS leaves.
+        In the samples these pixels differ by rounding, by what gradients move, and by the noise
+        that PLMS leaves.
         """
         if self.known is None:
             return images
@@ -103,7 +104,7 @@ def _noised(image: Any, noise: jax.Array, temperature: Any, alpha: Any, sigma: A
     return alpha * image + sigma * noise
 
 
-class Reading(TypedDict, total=False):
+class ReadingOptions(TypedDict, total=False):
     """How images and masks are read.
 
     Attributes:
@@ -128,15 +129,17 @@ class InputImages:
     mask: SourceMasks | None = None
     low_res: SourceImages | None = None
     noise: np.ndarray | None = None
-    reading: Reading = field(default_factory=Reading)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata: the file of each input, or "array", and how it was read."""
         sources = {"image": self.image, "mask": self.mask}
         names = {key: s.name or "array" for key, s in sources.items() if s is not None}
         names |= {} if self.noise is None else {"noise": "array"}
-        usual = ("crop", False)
-        return names | {key: value for key, value in self.reading.items() if value not in usual}
+        default_values = ("crop", False)
+        return names | {
+            key: value for key, value in self.reading.items() if value not in default_values
+        }
 
 
 def read_input_images(
@@ -144,7 +147,7 @@ def read_input_images(
     mask: MaskLike | None,
     low_res: ImageLike | None,
     side: int,
-    **reading: Unpack[Reading],
+    **reading: Unpack[ReadingOptions],
 ) -> InputImages:
     """Read images and masks, and print one note on stderr: what was changed in them.
 
@@ -152,7 +155,7 @@ def read_input_images(
 
     Args:
         side: side of the result, in a cascade that of the last stage.
-        **reading: see `Reading`.
+        **reading: see `ReadingOptions`.
 
     Raises:
         UsageError: the mask does not belong to the image, or is uniform.
@@ -161,7 +164,7 @@ def read_input_images(
     notes, fit = [], reading.get("fit", "crop")
     images = None if image is None else open_images(image, side, fit=fit)
     if images is not None and images is not image:
-        notes += _noted(images, side, "")
+        notes += _change_notes(images, side, "")
     masks = (
         None if mask is None else open_masks(mask, images, invert=reading.get("invert_mask", False))
     )
@@ -171,16 +174,16 @@ def read_input_images(
         notes.append(masks.note(side))
     small = None if low_res is None else open_images(low_res, side, fit=fit)
     if small is not None and small is not low_res and not isinstance(low_res, Images):
-        notes += _noted(small, small_side(small, side), "low_res: ")
+        notes += _change_notes(small, small_side(small, side), "low_res: ")
     if notes:
         print(f"note: {'; '.join(notes)}", file=sys.stderr)
     return InputImages(images, masks, small, reading=reading)
 
 
-def _noted(images: SourceImages, side: int | None, what: str) -> list[str]:
+def _change_notes(images: SourceImages, side: int | None, prefix: str) -> list[str]:
     changes = images.changes(side)
     listed = " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
-    return [f"{what}{images.label} was {listed}"] if changes else []
+    return [f"{prefix}{images.label} was {listed}"] if changes else []
 
 
 def small_side(images: SourceImages, side: int) -> int | None:
@@ -199,13 +202,13 @@ def read_conditioning(
     mask: MaskLike | None = None,
     low_res: ImageLike | None = None,
     noise: np.ndarray | None = None,
-    **reading: Unpack[Reading],
+    **reading: Unpack[ReadingOptions],
 ) -> tuple[Conditioning, InputImages]:
     """Read and check what `count` images of a model are made from; see `Pipeline.stream`.
 
     Args:
         side: see `read_input_images`.
-        **reading: see `Reading`.
+        **reading: see `ReadingOptions`.
 
     Raises:
         UsageError: something is missing, is not what the model takes, or has no effect.

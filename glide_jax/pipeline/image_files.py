@@ -129,7 +129,7 @@ def open_images(source: ImageLike, side: int | None = None, *, fit: Fit = "crop"
     if isinstance(source, list | tuple) and any(_is_image(item) for item in source):
         opened = [open_images(item, side, fit=fit) for item in source]
         return SourceImages(
-            tuple(upright for images in opened for upright in images.images), "", fit
+            tuple(upright for source_images in opened for upright in source_images.images), "", fit
         )
     images, change = _from_array(to_array(source, "an image"))
     mode_change = (change,) if change else ()

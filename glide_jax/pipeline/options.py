@@ -20,8 +20,8 @@ from glide_jax.weights.registry import NONE
 # The defaults that the help shows: those of the weights that will be used.
 _shown: dict[str, Any] = {}
 # For options whose help says what happens without them.
-HIDDEN = arg(help_behavior_hint="")
-BELONGING = arg(
+NO_DEFAULT_SHOWN = arg(help_behavior_hint="")
+COMPANION_DEFAULT = arg(
     help_behavior_hint="(default: the one that belongs to the weights, if any: emoji_upsample256 "
     "for emoji64)"
 )
@@ -63,11 +63,11 @@ class SharedModelOptions(NetworkOptions):
             64 on other devices; a quarter of that at 256x256.
     """
 
-    upsampler: Annotated[str | None, BELONGING] = None
-    clip_model: Annotated[str | None, HIDDEN] = None
-    weak_model: Annotated[str | None, HIDDEN] = None
+    upsampler: Annotated[str | None, COMPANION_DEFAULT] = None
+    clip_model: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    weak_model: Annotated[str | None, NO_DEFAULT_SHOWN] = None
     devices: str = "1"
-    batch_size: Annotated[int | None, HIDDEN] = None
+    batch_size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
 
     def load_arguments(self) -> dict[str, Any]:
         """Return the arguments of `glide_jax.load`."""
@@ -90,9 +90,9 @@ class SampleModelOptions(SharedModelOptions):
             times.
     """
 
-    upsampler_steps: Annotated[str | None, HIDDEN] = None
-    upsampler_sampler: Annotated[str | None, HIDDEN] = None
-    lora: Annotated[UseAppendAction[tuple[str, ...]], HIDDEN] = ()
+    upsampler_steps: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    upsampler_sampler: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    lora: Annotated[UseAppendAction[tuple[str, ...]], NO_DEFAULT_SHOWN] = ()
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ class EditingOptions:
         to_seed: The seed at the end of --interpolate.
     """
 
-    image: Annotated[Path | None, HIDDEN] = None
-    mask: Annotated[Path | None, HIDDEN] = None
-    invert_mask: Annotated[bool, HIDDEN] = False
-    allow_uniform_mask: Annotated[bool, HIDDEN] = False
+    image: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
+    mask: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
+    invert_mask: Annotated[bool, NO_DEFAULT_SHOWN] = False
+    allow_uniform_mask: Annotated[bool, NO_DEFAULT_SHOWN] = False
     fit: Fit = "crop"
-    variation: Annotated[float | None, HIDDEN] = None
-    image_caption: Annotated[str | None, HIDDEN] = None
-    interpolate: Annotated[bool, HIDDEN] = False
-    to_seed: Annotated[int | None, HIDDEN] = None
+    variation: Annotated[float | None, NO_DEFAULT_SHOWN] = None
+    image_caption: Annotated[str | None, NO_DEFAULT_SHOWN] = None
+    interpolate: Annotated[bool, NO_DEFAULT_SHOWN] = False
+    to_seed: Annotated[int | None, NO_DEFAULT_SHOWN] = None
 
 
 def _sampling_option(name: str, kind: Any) -> tuple[str, Any, Any]:
@@ -146,6 +146,7 @@ def _sampling_option(name: str, kind: Any) -> tuple[str, Any, Any]:
     return name, Annotated[kind, shown], None
 
 
+# --steps, --sampler, --guidance-scale and so on: one option for each field of `Settings`.
 _SETTING_TEXTS = setting_texts()
 # A command line has one guidance scale for all images, and no functions.
 _KINDS = get_type_hints(SettingsArguments) | {"guidance_scale": float | None}
@@ -158,7 +159,7 @@ class SamplingOptions(make_dataclass("SamplingOptions", _SAMPLING, frozen=True))
     Where {none} is listed, the word none turns off a default of the weights.
     """
 
-    def chosen(self) -> dict[str, Any]:
+    def given_settings(self) -> dict[str, Any]:
         """Return the settings that are not left to the weights."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -175,8 +176,8 @@ class ShardOptions:
     """
 
     shard_size: int = 1000
-    processes: Annotated[int | None, HIDDEN] = None
-    process: Annotated[int | None, HIDDEN] = None
+    processes: Annotated[int | None, NO_DEFAULT_SHOWN] = None
+    process: Annotated[int | None, NO_DEFAULT_SHOWN] = None
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,14 @@ class Options:
     prompts: Annotated[
         Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]", help_behavior_hint="")
     ] = ()
-    prompts_file: Annotated[Path | None, HIDDEN] = None
-    prompts_field: Annotated[str | None, HIDDEN] = None
+    prompts_file: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
+    prompts_field: Annotated[str | None, NO_DEFAULT_SHOWN] = None
     num: Annotated[int, arg(aliases=["-n"])] = 1
     seed: int = 0
     first_index: int = 0
     out: Annotated[Path, arg(aliases=["-o"])] = Path("samples")
-    shards: Annotated[Path | None, HIDDEN] = None
-    preview: Annotated[bool, HIDDEN] = False
+    shards: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
+    preview: Annotated[bool, NO_DEFAULT_SHOWN] = False
     sharding: OmitArgPrefixes[ShardOptions] = field(default_factory=ShardOptions)
     editing: OmitArgPrefixes[EditingOptions] = field(default_factory=EditingOptions)
     model: OmitArgPrefixes[SampleModelOptions] = field(default_factory=SampleModelOptions)
@@ -224,9 +225,9 @@ def read_options(description: str, arguments: Sequence[str] | None = None) -> Op
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_defaults_of(_named(words, "--weights") or SampleModelOptions.weights, words)
     plain = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    chosen, prompts = split_prompts(words)
-    chosen = expand_words(chosen, UNEXPANDED_OPTIONS)
-    words = [*chosen, "--", *prompts] if prompts else chosen
+    option_words, prompts = split_prompts(words)
+    option_words = expand_words(option_words, UNEXPANDED_OPTIONS)
+    words = [*option_words, "--", *prompts] if prompts else option_words
     return tyro.cli(Options, description=description, args=words, config=plain)
 
 
@@ -235,22 +236,22 @@ def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     All that follows `--` is prompts.
     """
-    value_counts, chosen, prompts = _value_counts(Options), [], []
+    value_counts, option_words, prompts = _value_counts(Options), [], []
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
         if word == "--":
-            return chosen, prompts + remaining
+            return option_words, prompts + remaining
         if not word.startswith("-") or " " in word.partition("=")[0] or word == "-":
             prompts.append(word)
             continue
-        chosen.append(word)
+        option_words.append(word)
         if "=" not in word:
             count = value_counts.get(word.replace("_", "-"), 0)
             count = min(count, 1) if remaining[:1] == [NONE] else count
-            chosen += remaining[:count]
+            option_words += remaining[:count]
             del remaining[:count]
-    return chosen, prompts
+    return option_words, prompts
 
 
 def _value_counts(kind: Any) -> dict[str, int]:
@@ -262,7 +263,11 @@ def _value_counts(kind: Any) -> dict[str, int]:
         if is_dataclass(plain):
             value_counts |= _value_counts(plain)
             continue
-        tuples = [get_args(kind) for kind in (plain, *get_args(plain)) if get_origin(kind) is tuple]
+        tuples = [
+            get_args(option_type)
+            for option_type in (plain, *get_args(plain))
+            if get_origin(option_type) is tuple
+        ]
         if any(Ellipsis in kinds for kinds in tuples):
             if name == "prompts":
                 continue
@@ -302,41 +307,45 @@ def check_options(options: Options) -> None:
     Raises:
         UsageError: two options exclude each other, or one has no effect.
     """
-    e, varies = options.editing, options.editing.variation is not None
+    editing, varies = options.editing, options.editing.variation is not None
     sharding = options.sharding
-    into = options.shards is not None
+    writes_shards = options.shards is not None
     for wrong, message in (
-        (varies and e.image is None, "--variation needs an image: give --image"),
-        (varies and e.mask is not None, "--variation changes the whole image: it takes no --mask"),
+        (varies and editing.image is None, "--variation needs an image: give --image"),
         (
-            e.mask is None and (e.invert_mask or e.allow_uniform_mask),
+            varies and editing.mask is not None,
+            "--variation changes the whole image: it takes no --mask",
+        ),
+        (
+            editing.mask is None and (editing.invert_mask or editing.allow_uniform_mask),
             "--invert-mask and --allow-uniform-mask are for --mask",
         ),
         (
-            e.fit != "crop" and e.image is None,
+            editing.fit != "crop" and editing.image is None,
             "--fit is for --image",
         ),
-        (e.image_caption is not None and not varies, "--image-caption is for --variation"),
-        (e.to_seed is not None and not e.interpolate, "--to-seed is for --interpolate"),
+        (editing.image_caption is not None and not varies, "--image-caption is for --variation"),
+        (editing.to_seed is not None and not editing.interpolate, "--to-seed is for --interpolate"),
         (
-            e.interpolate and (e.image is not None or e.mask is not None),
+            editing.interpolate and (editing.image is not None or editing.mask is not None),
             "--interpolate takes prompts: it has no --image or --mask",
         ),
         (
-            into and (e.interpolate or e.image is not None or e.mask is not None),
+            writes_shards
+            and (editing.interpolate or editing.image is not None or editing.mask is not None),
             "--shards takes prompts: it has no --image, --mask or --interpolate",
         ),
-        (into and options.preview, "--shards has no --preview"),
+        (writes_shards and options.preview, "--shards has no --preview"),
         (
-            into and options.out != Options.out,
+            writes_shards and options.out != Options.out,
             "--shards names the folder: give no --out",
         ),
         (
-            not into and (sharding.processes is not None or sharding.process is not None),
+            not writes_shards and (sharding.processes is not None or sharding.process is not None),
             "--processes and --process are for --shards",
         ),
         (
-            not into and sharding.shard_size != ShardOptions.shard_size,
+            not writes_shards and sharding.shard_size != ShardOptions.shard_size,
             "--shard-size is for --shards",
         ),
         (
@@ -346,21 +355,21 @@ def check_options(options: Options) -> None:
     ):
         if wrong:
             raise UsageError(message)
-    check_scales(options.model, options.sampling.chosen())
+    check_scales(options.model, options.sampling.given_settings())
 
 
-def check_scales(model: SharedModelOptions, chosen: Mapping[str, Any]) -> None:
+def check_scales(model: SharedModelOptions, given: Mapping[str, Any]) -> None:
     """Check that a CLIP or a weak model that is named also acts.
 
     Args:
-        chosen: the settings that are not left to the weights.
+        given: the settings that are not left to the weights.
 
     Raises:
         UsageError: a CLIP or a weak model has no scale, neither set nor among the defaults of the
             weights.
     """
     for name, scale in (("clip_model", "clip_scale"), ("weak_model", "autoguidance_scale")):
-        if getattr(model, name) in (None, NONE) or scale in chosen:
+        if getattr(model, name) in (None, NONE) or scale in given:
             continue
         settings = Settings().changed(**sampling_defaults(model.weights))
         if getattr(settings, scale) == getattr(Settings, scale):

@@ -8,13 +8,13 @@ import numpy as np
 
 from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
-from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.conditioning import read_conditioning, read_input_images
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
 from glide_jax.pipeline.mask_files import MaskLike
+from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
@@ -152,7 +152,7 @@ class Pipeline(Stage):
                 no prompt; an input is missing, or the model does not take it.
             GlideError: a file cannot be read.
         """
-        chosen = self.settings.changed(**settings)
+        call_settings = self.settings.changed(**settings)
         parsed = read_prompts(prompts, num)
         if np.ndim(first_index) == 0:
             indices = np.arange(len(parsed)) + first_index
@@ -160,13 +160,13 @@ class Pipeline(Stage):
             indices = np.asarray(first_index)
         if indices.shape != (len(parsed),):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
-        larger = chosen_upsampler(self.upsampler, upsampler)
+        upsampler_pipeline = chosen_upsampler(self.upsampler, upsampler)
         config = self.model.config
         conditioning, input_images = read_conditioning(
             self.model,
-            chosen,
+            call_settings,
             len(parsed),
-            side=(larger or self).model.config.image_size,
+            side=(upsampler_pipeline or self).model.config.image_size,
             image=image,
             mask=mask,
             low_res=low_res,
@@ -177,7 +177,7 @@ class Pipeline(Stage):
         )
         keeps_known_without_repaint = config.inpaints or config.upsamples
         if mask is not None and not keeps_known_without_repaint and settings.get("repaint") is None:
-            chosen = chosen.with_repaint(self.schedule)
+            call_settings = call_settings.with_repaint(self.schedule)
 
         side = config.image_size
         if input_images.low_res is None:
@@ -190,7 +190,7 @@ class Pipeline(Stage):
             seed=seed,
             indices=tuple(indices.tolist()),
             weights=self.model.name,
-            settings=describe(chosen) | input_images.metadata(),
+            settings=describe(call_settings) | input_images.metadata(),
         )
         for index, state, is_last, evaluations in run(
             self,
@@ -198,7 +198,7 @@ class Pipeline(Stage):
             seed,
             indices,
             conditioning,
-            chosen,
+            call_settings,
             clip=self.clip,
             weak_stage=self.weak_stage,
             batch_size=batch_size,
@@ -212,9 +212,9 @@ class Pipeline(Stage):
                 settings=images.settings | {"evaluations": evaluations},
             )
             yield images
-        if larger is None:
+        if upsampler_pipeline is None:
             return
-        for enlarged in larger.stream(
+        for enlarged in upsampler_pipeline.stream(
             [prompt.joined() for prompt in parsed],
             seed=seed,
             first_index=indices,

@@ -89,7 +89,7 @@ def clean(text: str) -> str:
     return text
 
 
-def shouts(prompt: str) -> bool:
+def is_all_capitals(prompt: str) -> bool:
     """Whether a prompt is all capitals without weights, so that AND and NOT are plain words.
 
     A weight that cannot be read counts as one.
@@ -113,7 +113,7 @@ def read_prompt(prompt: str | Prompt) -> Prompt:
         raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.60}")
     prompt = clean(prompt)
     first, *joints_and_captions = _JOINTS.split(prompt)
-    if not joints_and_captions or shouts(prompt):
+    if not joints_and_captions or is_all_capitals(prompt):
         return Prompt(prompt, (Part(prompt),))
     parts = []
     for joint, caption in zip(
@@ -146,11 +146,13 @@ def read_prompts(prompts: str | Prompt | Sequence[str | Prompt], num: int = 1) -
     if not prompts or num < 1:
         raise UsageError("give at least one prompt, and a num of at least 1")
     parsed = [read_prompt(prompt) for prompt in prompts]
-    if loud := [prompt for prompt in prompts if isinstance(prompt, str) and shouts(prompt)]:
-        more = f" and in {len(loud) - 1} more" if loud[1:] else ""
+    if capital_prompts := [
+        prompt for prompt in prompts if isinstance(prompt, str) and is_all_capitals(prompt)
+    ]:
+        more = f" and in {len(capital_prompts) - 1} more" if capital_prompts[1:] else ""
         print(
-            f"note: AND and NOT are words in {clean(loud[0])!r:.80}{more}, which is all capitals: "
-            "write the captions in lower case to join them",
+            f"note: AND and NOT are words in {clean(capital_prompts[0])!r:.80}{more}, which is all "
+            "capitals: write the captions in lower case to join them",
             file=sys.stderr,
         )
     count = max(len(prompt.parts) for prompt in parsed)
@@ -176,15 +178,17 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
     Args:
         encode: texts -> a tree of their features; called once, with the distinct texts.
     """
-    distinct = list(dict.fromkeys(text for part in parts for text in part.ends))
+    distinct = list(dict.fromkeys(text_index for part in parts for text_index in part.ends))
     features = jax.tree.map(np.asarray, encode(distinct))
-    text, end = (np.array([distinct.index(part.ends[i]) for part in parts]) for i in range(2))
+    text_index, end_index = (
+        np.array([distinct.index(part.ends[i]) for part in parts]) for i in range(2)
+    )
     share = np.array([part.share for part in parts], np.float32)
-    if (text == end).all():
-        return jax.tree.map(lambda leaf: leaf[text], features)
+    if (text_index == end_index).all():
+        return jax.tree.map(lambda leaf: leaf[text_index], features)
 
     def mix(leaf: Any) -> Any:
         weight = share.reshape(-1, *[1] * (leaf.ndim - 1))
-        return ((1 - weight) * leaf[text] + weight * leaf[end]).astype(leaf.dtype)
+        return ((1 - weight) * leaf[text_index] + weight * leaf[end_index]).astype(leaf.dtype)
 
     return jax.tree.map(mix, features)

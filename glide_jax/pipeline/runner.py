@@ -134,10 +134,10 @@ def run(
     count, placement = len(prompts), Placement(stage.devices)
     devices = placement.mesh.size
     batch_size = chosen_batch_size(batch_size, stage.model.config.image_size, devices)
-    todo = batches(count, batch_size, devices)
-    what = "1 image" if count == 1 else f"{count} images"
-    with tqdm.tqdm(unit="evaluation", desc=what, disable=not progress) as bar:
-        for index in todo:
+    index_batches = batches(count, batch_size, devices)
+    bar_label = "1 image" if count == 1 else f"{count} images"
+    with tqdm.tqdm(unit="evaluation", desc=bar_label, disable=not progress) as bar:
+        for index in index_batches:
             batch = _Batch(
                 stage,
                 [prompts[i] for i in index],
@@ -149,15 +149,16 @@ def run(
             )
             arguments = batch.arguments(reverse)
             length = len(arguments.plan)
-            bar.total = len(todo) * length
+            bar.total = len(index_batches) * length
             # One compiled program, of one row, serves every number of steps, and previews. The
-            # device has the next row before the host waits for one, so that it never idles.
-            before: list[jax.Array] = []
+            # host queues the next row before it waits for the previous one, so that the device
+            # never idles.
+            pending: list[jax.Array] = []
             for rows_done, state in stream(*arguments):
-                if before:
-                    jax.block_until_ready(before.pop())
+                if pending:
+                    jax.block_until_ready(pending.pop())
                     bar.update()
-                before.append(state.x)
+                pending.append(state.x)
                 is_last = rows_done == length
                 if is_last or (every and rows_done % every == 0):
                     yield BatchState(index, state, is_last, length)
@@ -207,7 +208,7 @@ class _Batch(NamedTuple):
         """Return the arguments of the sampler, on the devices."""
         stage, config = self.stage, self.stage.model.config
         settings, scale = self.settings, np.float32(1)
-        if config.guidance_scale_input and settings.is_scale_alone(self.prompts):
+        if config.guidance_scale_input and settings.scale_can_be_input(self.prompts):
             scale = np.asarray(settings.guidance_scale, np.float32)
             settings = replace(settings, guidance_scale=1.0)
         guidances = self.guidances(settings, reverse)
@@ -216,8 +217,8 @@ class _Batch(NamedTuple):
             assert self.conditioning.image is not None
             x = from_uint8(self.conditioning.image)
         else:
-            noise = start_noise(self.keys.start, config.image_size)
-            x = self.conditioning.start(plan, self.settings, noise)
+            initial_noise = start_noise(self.keys.start, config.image_size)
+            x = self.conditioning.initial_x(plan, self.settings, initial_noise)
 
         networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
         stages = {CONDITIONAL.network: stage, WEAK.network: self.weak_stage}

@@ -12,7 +12,7 @@ import numpy as np
 from glide_jax.diffusion.guidance import is_network
 from glide_jax.errors import UsageError, one_line
 
-NAMES = {int: "whole number", float: "number", str: "text"}
+TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 
 
 @cache
@@ -20,7 +20,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def checked_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Check the values of a class's fields against its type hints, and return them.
 
     A number may also be an array of numpy or jax without axes, a tuple also a list or an array:
@@ -37,7 +37,10 @@ def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Return a number without its array; lists of any length stay as they are."""
+    """Turn arrays without axes into numbers, and the items of what should be a tuple too.
+
+    A tuple may also be given as an array; sequences of any length stay as they are.
+    """
     if isinstance(value, (list, tuple)) and tuple in _origins(hint):
         return type(value)(_plain(item, float) for item in value)
     if hasattr(value, "dtype") and (np.ndim(value) == 0 or Sequence not in _origins(hint)):
@@ -85,11 +88,11 @@ def _in_words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_in_words(option) for option in arguments if option is not NoneType)
     if origin is tuple:
-        return f"{len(arguments)} values ({', '.join(NAMES[part] for part in arguments)})"
+        return f"{len(arguments)} values ({', '.join(TYPE_NAMES[part] for part in arguments)})"
     if origin is Sequence:
         (part,) = arguments
-        return f"a list of {NAMES[part] if part in NAMES else part.__name__.lower()}s"
-    return "text" if hint is str else f"a {NAMES[hint]}"
+        return f"a list of {TYPE_NAMES[part] if part in TYPE_NAMES else part.__name__.lower()}s"
+    return "text" if hint is str else f"a {TYPE_NAMES[hint]}"
 
 
 def json_value(value: Any) -> Any:

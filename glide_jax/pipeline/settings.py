@@ -35,18 +35,18 @@ from glide_jax.diffusion.solvers import (
 )
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
-from glide_jax.pipeline.setting_types import checked, json_value
+from glide_jax.pipeline.setting_types import checked_values, json_value
 from glide_jax.weights.registry import NONE
 
 # Jump length and resamplings for 25 steps, where the paper has ten and ten for 250. Measured on an
 # embedded model without mask input (November 2026): across the edge of the mask pixels change by 23
 # levels without it, 16 with it, and 15 in real images.
-REPAINT = (5, 4)
-METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
+DEFAULT_REPAINT = (5, 4)
+GUIDANCE_METHODS = {"cfg": classifier_free, "cfg++": cfg_plus_plus, "apg": apg}
 # The settings that can be text.
 TEXT_SETTINGS = ("steps", "sampler", "spacing", "guidance_method", "negative_prompt")
 # What `guidance=[...]` replaces.
-GUIDING = (
+REPLACED_BY_GUIDANCE = (
     "guidance_scale",
     "guidance_method",
     "guidance_interval",
@@ -138,7 +138,7 @@ class Settings:
             if isinstance(value, str) and name not in TEXT_SETTINGS:
                 raise UsageError(f"{name} cannot be {value!r}, which is text")
         check_finite(vars(self), unbounded=("guidance_interval",))
-        for name, value in checked(Settings, vars(self)).items():
+        for name, value in checked_values(Settings, vars(self)).items():
             object.__setattr__(self, name, value)
 
     def changed(self, **values: Any) -> "Settings":
@@ -155,8 +155,8 @@ class Settings:
         values = {name: value for name, value in values.items() if value is not None}
         if isinstance(negative := values.get("negative_prompt"), str):
             values["negative_prompt"] = clean(negative)
-        if not is_none(values.get("guidance", NONE)):
-            if beside := set(GUIDING) & set(values):
+        if not is_off(values.get("guidance", NONE)):
+            if beside := set(REPLACED_BY_GUIDANCE) & set(values):
                 raise UsageError(f"guidance=[...] replaces {min(beside)}: give one of them")
             if self.clip_scale and "clip_scale" not in values:
                 warnings.warn(
@@ -166,7 +166,7 @@ class Settings:
                 )
             values = {"clip_scale": 0.0} | values
         turned_off = [
-            f.name for f in fields(self) if f.default is None and is_none(values.get(f.name))
+            f.name for f in fields(self) if f.default is None and is_off(values.get(f.name))
         ]
         return replace(self, **values | dict.fromkeys(turned_off))
 
@@ -184,8 +184,8 @@ class Settings:
             raise UsageError(f"eta is for {with_eta}, not for {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise UsageError(f"eta must be between 0 and 1, not {self.eta}")
-        noisy: Any = solver
-        return partial(noisy, eta=self.eta)
+        eta_solver: Any = solver  # its traits say that it takes eta
+        return partial(eta_solver, eta=self.eta)
 
     def grid(self, schedule: Schedule) -> np.ndarray:
         """Return the timesteps to visit; with a strength, the last share of them.
@@ -202,10 +202,10 @@ class Settings:
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
         """Return the settings with RePaint by default, unless `repaint` or `restart` is set."""
-        jump = min(REPAINT[0], len(self.grid(schedule)) - 1)
+        jump = min(DEFAULT_REPAINT[0], len(self.grid(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self
-        return replace(self, repaint=(jump, REPAINT[1]))
+        return replace(self, repaint=(jump, DEFAULT_REPAINT[1]))
 
     def guidances(self, prompts: Sequence[Prompt], *maps: Guidance) -> tuple[Guidance, ...]:
         """Return what acts on the prediction, innermost first.
@@ -231,7 +231,7 @@ class Settings:
             return (*linear, dynamic_threshold(self.dynamic_threshold), *maps)
         return (*linear, *maps, clip_x0())
 
-    def is_scale_alone(self, prompts: Sequence[Prompt]) -> bool:
+    def scale_can_be_input(self, prompts: Sequence[Prompt]) -> bool:
         """Whether guidance is classifier-free and its scale alone can be an input of a network.
 
         Otherwise guidance is computed from branches of the network, each without guidance.
@@ -258,8 +258,10 @@ class Settings:
 
     def _towards_prompts(self, prompts: Sequence[Prompt]) -> list[Guidance]:
         scale, method = self.guidance_scale, self.guidance_method
-        if method not in METHODS:
-            raise UsageError(f"unknown guidance_method {method!r}: choose {', '.join(METHODS)}")
+        if method not in GUIDANCE_METHODS:
+            raise UsageError(
+                f"unknown guidance_method {method!r}: choose {', '.join(GUIDANCE_METHODS)}"
+            )
         scales = np.atleast_1d(scale)
         if method == "cfg++" and not ((scales >= 0) & (scales <= 1)).all():
             outlier = scales[(scales < 0) | (scales > 1)][0]
@@ -273,10 +275,11 @@ class Settings:
                 for c in columns
             ]
             return [all_of([None, *columns[1:]], weights)]
-        # Scales of several images always guide: an error never depends on the batch.
+        # A list of scales is a guidance even if all are 1. Otherwise it would depend on the batch
+        # whether a call fails.
         if np.ndim(scale) == 0 and scale == 1 and method != "cfg++":
             return []
-        return [METHODS[method](scale)]
+        return [GUIDANCE_METHODS[method](scale)]
 
     def plan(
         self, schedule: Schedule, guidances: Sequence[Guidance], solver: Solver | None = None
@@ -303,7 +306,7 @@ class Settings:
 Off = Literal["none"]
 
 
-def is_none(value: Any) -> bool:
+def is_off(value: Any) -> bool:
     """Whether a value is the word that turns a setting off."""
     return isinstance(value, str) and value == NONE
 
@@ -374,7 +377,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     values = {name: NONE if value is None else value for name, value in values.items()}
     values["guidance_scale"] = json_value(settings.guidance_scale)
     if guidance is not None:
-        values = {name: value for name, value in values.items() if name not in GUIDING}
+        values = {name: value for name, value in values.items() if name not in REPLACED_BY_GUIDANCE}
         values["guidance"] = [
             {"name": member.name, "interval": [json_value(level) for level in member.interval]}
             | {name: json_value(value) for name, value in member.args.items()}

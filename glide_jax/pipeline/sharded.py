@@ -14,8 +14,8 @@ from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import check_writable, expand_home
 from glide_jax.pipeline.batching import chosen_batch_size
-from glide_jax.pipeline.cascade import chosen_upsampler
 from glide_jax.pipeline.pipeline import Pipeline
+from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, read_prompts
 from glide_jax.pipeline.runner import check_32_bits, settings_of
 from glide_jax.pipeline.settings import describe
@@ -145,17 +145,17 @@ def _unpadded(prompt: Prompt) -> Prompt:
 
 def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what else the images depend on: settings, and checksums of the weights."""
-    chosen = pipe.settings.changed(**settings)
-    larger = chosen_upsampler(pipe.upsampler, upsampler)
-    identity: dict[str, Any] = {"settings": describe(chosen)}
+    call_settings = pipe.settings.changed(**settings)
+    upsampler_pipeline = chosen_upsampler(pipe.upsampler, upsampler)
+    identity: dict[str, Any] = {"settings": describe(call_settings)}
     used: dict[str, tuple[str, Any]] = {"weights": (pipe.model.name, pipe.model.params)}
-    if larger is not None:
+    if upsampler_pipeline is not None:
         changed = upsampler if isinstance(upsampler, Mapping) else {}
-        identity["upsampler"] = describe(larger.settings.changed(**changed))
-        used["upsampler weights"] = larger.model.name, larger.model.params
-    if chosen.clip_scale and pipe.clip is not None:
+        identity["upsampler"] = describe(upsampler_pipeline.settings.changed(**changed))
+        used["upsampler weights"] = upsampler_pipeline.model.name, upsampler_pipeline.model.params
+    if call_settings.clip_scale and pipe.clip is not None:
         used["CLIP"] = pipe.clip.name, pipe.clip.params
-    if chosen.autoguidance_scale != 1 and pipe.weak_stage is not None:
+    if call_settings.autoguidance_scale != 1 and pipe.weak_stage is not None:
         used["weak model"] = pipe.weak_stage.model.name, pipe.weak_stage.model.params
     for what, (_, params) in used.items():
         sums = checksums(params)

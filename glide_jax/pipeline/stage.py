@@ -1,4 +1,4 @@
-"""One model of the cascade, ready to run: network on its devices, tokenizer, schedule."""
+"""A model ready to run: its network on the devices, its tokenizer and its noise schedule."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -30,24 +30,24 @@ class Denoiser:
     """`Network.fn` of a GLIDE model: the conditioning is a dictionary of its keyword arguments.
 
     Attributes:
-        model: the module.
+        module: the network without its weights.
         mesh: the devices over which batches are split; None: unknown.
         is_sharded: whether they hold the weights in parts; otherwise each holds them whole.
     """
 
-    model: GLIDE
+    module: GLIDE
     mesh: AbstractMesh | None = None
     is_sharded: bool = False
 
     @property
     def out_channels(self) -> int:
         """Channels of the result."""
-        return self.model.config.out_channels
+        return self.module.config.out_channels
 
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, cond: Mapping) -> jax.Array:
         on_mesh = pin_batch if self.is_sharded else jax.sharding.use_abstract_mesh
         with nullcontext() if self.mesh is None else on_mesh(self.mesh):
-            output: Any = self.model.apply({"params": params}, x, t, **cond)
+            output: Any = self.module.apply({"params": params}, x, t, **cond)
         return output
 
 
@@ -62,7 +62,9 @@ def encode_text(
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A model on its devices, with tokenizer and noise schedule.
+    """A model ready to run, such as the base or the upsampler of a cascade.
+
+    A `Pipeline` is a stage with sampling settings and, if it has one, an upsampler.
 
     Attributes:
         model: sizes and weights.
@@ -113,7 +115,7 @@ class Stage:
         """
         tokens, network = self.tokenizer(list(captions)), self.network
         features = [
-            encode_text(network.fn.model, network.params, ids[None], mask[None])
+            encode_text(network.fn.module, network.params, ids[None], mask[None])
             for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
         ]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *features)

@@ -79,9 +79,9 @@ def adapted_loss(
     loss: Callable[..., Any],
     scale: float,
     params: Any,
-    *batch: Any,
+    *arguments: Any,
     base: Any = None,
     **options: Any,
 ) -> Any:
     """Return the loss of a base with pairs; without `base`, `params` are those of the network."""
-    return loss(params if base is None else add_pairs(params, base, scale), *batch, **options)
+    return loss(params if base is None else add_pairs(params, base, scale), *arguments, **options)

@@ -16,7 +16,7 @@ from glide_jax.errors import UsageError
 from glide_jax.folders import expand_words
 from glide_jax.training.config import RunConfig
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.unused_fields import check_used, without_leftovers
+from glide_jax.training.unused_fields import check_no_unused_fields, without_leftovers
 from glide_jax.weights.registry import NONE
 
 
@@ -78,7 +78,7 @@ def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig,
     if again := [option for option, value in vars(chosen.start).items() if value]:
         raise UsageError(f"--{again[0].replace('_', '-')} is given twice")
     config = without_leftovers(chosen.recipe, recipe)
-    check_used(config)
+    check_no_unused_fields(config)
     return config, hardware
 
 

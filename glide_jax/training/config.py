@@ -343,9 +343,9 @@ def check_same_model(config: RunConfig) -> None:
     if not same_kind or recipe_model != config.model:
         raise UsageError(f"{config.folder} holds a run of another model: choose another --out")
     if isinstance(recipe, TrainConfig) and isinstance(config, TrainConfig):
-        # Off is off, whatever the other fields say.
-        lora, now = (c.lora if c.lora.rank else LoRAConfig() for c in (recipe, config))
-        if lora != now:
+        # With rank 0 the other fields of LoRA have no effect.
+        stored_lora, lora = (c.lora if c.lora.rank else LoRAConfig() for c in (recipe, config))
+        if stored_lora != lora:
             raise UsageError(
                 f"{config.folder} holds a run with other lora fields: choose another --out"
             )

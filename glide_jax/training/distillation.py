@@ -42,7 +42,7 @@ Denoise = Callable[[jax.Array, Point], jax.Array]
 
 
 class ConsistencyTerms(NamedTuple):
-    """The loss of each image and the mean square by which it misses its target, `(B,)` float32."""
+    """The loss of each image, and its mean squared error, `(B,)` float32."""
 
     loss: jax.Array
     mse: jax.Array
@@ -76,7 +76,7 @@ def teacher_steps_at(progress: Any, teacher_steps: tuple[int, int]) -> jax.Array
     return jnp.minimum(first * 2.0**stage, last)
 
 
-def earlier(
+def earlier_timestep(
     t: jax.Array, gap: jax.Array | int, length: int, student_steps: int
 ) -> tuple[jax.Array, jax.Array]:
     """Return the earlier timestep of each record, and the end of its interval; -1: the clean image.
@@ -126,12 +126,12 @@ def teacher_predictor(
         network: the teacher as a function of its inputs.
         scale: `(B,)` guidance scales; None: no guidance, and no second branch.
     """
-    branches = {CONDITIONAL.name: caption_mask}
+    caption_masks = {CONDITIONAL.name: caption_mask}
     if scale is not None:
-        branches[NULL.name] = caption_mask & False
+        caption_masks[NULL.name] = caption_mask & False
     conds = {
-        name: {"text": network(tokens, shown, method=GLIDE.encode_text)} | conditioning
-        for name, shown in branches.items()
+        name: {"text": network(tokens, branch_mask, method=GLIDE.encode_text)} | conditioning
+        for name, branch_mask in caption_masks.items()
     }
     guidances = [] if scale is None else [classifier_free(scale)]
     if clips_x0:
@@ -165,7 +165,7 @@ def ddim_step(x: jax.Array, x_0: jax.Array, point: Point) -> jax.Array:
 
 def consistency_target(
     tables: LossTables,
-    frozen_student: Denoise,
+    frozen_denoise: Denoise,
     x_t: jax.Array,
     x_r: jax.Array,
     t: jax.Array,
@@ -179,14 +179,14 @@ def consistency_target(
     is the student's clean image itself.
 
     Args:
-        frozen_student: the student, without gradient.
-        t, r, end: `(B,)` timesteps, see `earlier`.
+        frozen_denoise: the student, without gradient.
+        t, r, end: `(B,)` timesteps, see `earlier_timestep`.
     """
     at_t, at_r = point_at(tables, t, end), point_at(tables, r, end)
     arrived = (r == end)[:, None, None, None]
     # Avoid division by sigma = 0 where r is the clean image; the result is not used there.
     at_r = at_r._replace(sigma=jnp.where(arrived, 1.0, at_r.sigma))
-    x_end = jnp.where(arrived, x_r, ddim_step(x_r, frozen_student(x_r, at_r), at_r))
+    x_end = jnp.where(arrived, x_r, ddim_step(x_r, frozen_denoise(x_r, at_r), at_r))
     ratio = at_t.next_sigma / at_t.sigma
     return (x_end - ratio * x_t) / (at_t.next_alpha - ratio * at_t.alpha)
 
@@ -243,7 +243,7 @@ def consistency_loss(
     c, x_t, t = config.distillation, inputs.x_t, inputs.t
     length = distilled_length(config, tables)
     gap = jnp.maximum(jnp.round(length / teacher_steps), 1).astype(t.dtype)
-    r, end = earlier(t, gap, length, c.student_steps)
+    r, end = earlier_timestep(t, gap, length, c.student_steps)
     point = point_at(tables, t, r)
     scale = jax.vmap(lambda key: sample_scale(key, c))(inputs.key)
     if teacher is None:
@@ -265,16 +265,18 @@ def consistency_loss(
     if config.model.guidance_scale_input:
         arguments = arguments | {"guidance_scale": scale}
     frozen_arguments = arguments | {"text": jax.lax.stop_gradient(text)}
-    denoise = student_denoiser(frozen_student, config.prediction, frozen_arguments, c.clip_x0)
-    target = consistency_target(tables, denoise, x_t, x_r, t, r, end)
+    frozen_denoise = student_denoiser(
+        frozen_student, config.prediction, frozen_arguments, c.clip_x0
+    )
+    target = consistency_target(tables, frozen_denoise, x_t, x_r, t, r, end)
     x_0 = student_denoiser(student, config.prediction, arguments | {"text": text})(x_t, point)
     return consistency_error(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
 
 
-def teacher_model(student: GLIDE) -> GLIDE:
+def teacher_model(student_model: GLIDE) -> GLIDE:
     """Return the teacher of a student: the same network without scale and dropout."""
-    config = replace(student.config, guidance_scale_input=False, dropout=0.0)
-    return GLIDE(config, student.dtype)
+    config = replace(student_model.config, guidance_scale_input=False, dropout=0.0)
+    return GLIDE(config, student_model.dtype)
 
 
 def consistency_loss_at(
@@ -284,14 +286,14 @@ def consistency_loss_at(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
-    teacher: Any,
+    teacher_params: Any,
     progress: Any,
     train: bool = False,
 ) -> tuple[ConsistencyTerms, jax.Array]:
     """Return the consistency loss of a batch at a share of the run, and the teacher's steps.
 
     Args:
-        teacher: weights of the teacher; {}: there is no teacher.
+        teacher_params: weights of the teacher; {}: there is no teacher.
     """
     teacher_steps = teacher_steps_at(progress, config.distillation.teacher_steps)
     # The same dropout masks at both noise levels.
@@ -299,7 +301,7 @@ def consistency_loss_at(
     terms = consistency_loss(
         bind_network(model, params),
         bind_network(model, jax.lax.stop_gradient(params)),
-        bind_network(teacher_model(model), teacher) if teacher else None,
+        bind_network(teacher_model(model), teacher_params) if teacher_params else None,
         inputs,
         tables=tables,
         config=config,

@@ -147,8 +147,8 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     summed = sum(leaf.size for leaf in jax.tree.leaves(trained))
     # pmap sums all gradients once. The others, in each microbatch, gather all parameters for the
     # forward and for the backward pass, and sum all gradients. Frozen parameters have none.
-    replicated = config.parallelism == "pmap"
-    passed = 8 * summed if replicated else microbatches * (2 * gathered + 4 * summed)
+    is_replicated = config.parallelism == "pmap"
+    passed = 8 * summed if is_replicated else microbatches * (2 * gathered + 4 * summed)
     sharing, copies = mesh.shape[AXIS], mesh.shape.get(COPIES, 1)
     return Needs(
         parameters=parameters,

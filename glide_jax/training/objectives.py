@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
 def to_batch(arrays: Mapping[str, Any]) -> Batch:
     """Return the arrays of a data batch that the training step takes."""
-    return Batch(arrays["image"], arrays["tokens"], arrays["mask"], arrays["row"])
+    return Batch(arrays["image"], arrays["tokens"], arrays["caption_mask"], arrays["row"])
 
 
 class Noise(NamedTuple):
@@ -84,9 +84,9 @@ class Objective:
         init: `key -> params`, random.
         loss: `(params, batch, key, *, train, axis) -> (loss, metrics)`, the mean over the batch;
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
-            which the batch is split, if any. With loss-aware timesteps it takes the `loss_history`
-            of the state, and its metrics have the `RECORDS`.
-        distils: whether the loss also takes `teacher` (frozen parameters), `step` and `time_share`.
+            which the batch is split, if any; every loss takes both. With loss-aware timesteps it
+            takes the `loss_history` of the state, and its metrics have the `RECORDS`.
+        distils: whether the loss also takes `teacher_params` (frozen), `step` and `time_share`.
         init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
             LoRA in its dtypes. Without a teacher or a base they are {}.
         lora_scale: factor of the low-rank pairs, if these are trained; the loss then also takes
@@ -110,7 +110,7 @@ class Objective:
         """Return the loss's extra arguments: those of a distillation, or the base of LoRA."""
         if self.lora_scale:
             return {"base": frozen_params}
-        inputs = {"teacher": frozen_params, "step": step, "time_share": time_share}
+        inputs = {"teacher_params": frozen_params, "step": step, "time_share": time_share}
         return inputs if self.distils else {}
 
 
@@ -149,13 +149,13 @@ def _frozen_loss(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     frozen: tuple[str, ...],
     params: Params,
-    *batch: Any,
+    *arguments: Any,
     **options: Any,
 ) -> tuple[jax.Array, Metrics]:
     """Return the loss without a gradient of frozen parameters."""
     use = {"frozen": jax.lax.stop_gradient, "trained": lambda x: x}
     params = jax.tree.map(lambda x, label: use[label](x), params, frozen_labels(params, frozen))
-    return loss(params, *batch, **options)
+    return loss(params, *arguments, **options)
 
 
 def make_tokenizer(config: RunConfig) -> GPT2Tokenizer | CLIPTokenizer:
@@ -272,7 +272,7 @@ def distillation_loss(
     model: GLIDE,
     tables: LossTables,
     config: TrainConfig,
-    teacher: Params,
+    teacher_params: Params,
     step: jax.Array | int,
     time_share: jax.Array | np.ndarray | None = None,
     train: bool = False,
@@ -281,7 +281,8 @@ def distillation_loss(
     """Return the mean consistency loss of a batch (`glide_jax.training.distillation`).
 
     Args:
-        teacher: weights of the teacher; {}: there is no teacher, and the images take its place.
+        teacher_params: weights of the teacher; {}: there is no teacher, and the images take its
+            place.
         step: number of steps that the run has done.
         time_share: share of the time limit that is used up, if there is one. The number of teacher
             steps depends on it or on the share of the steps, whichever is larger.
@@ -293,7 +294,7 @@ def distillation_loss(
         model=model,
         tables=tables,
         config=config,
-        teacher=teacher,
+        teacher_params=teacher_params,
         # Whichever limit comes first.
         progress=jnp.maximum(step / config.steps, 0.0 if time_share is None else time_share),
         train=train,
@@ -315,8 +316,8 @@ def noise_batch(
     x_0 = from_uint8(batch.image)
     x_t = q_sample(tables, x_0, noise.t, noise.eps)
 
-    u = jax.vmap(jax.random.uniform)(keys[:, 0])
-    caption_mask = batch.caption_mask & (u >= config.caption_dropout)[:, None]
+    dropout_draw = jax.vmap(jax.random.uniform)(keys[:, 0])
+    caption_mask = batch.caption_mask & (dropout_draw >= config.caption_dropout)[:, None]
     conditioning: dict[str, jax.Array] = {}
     if config.model.upsamples:
         low_res = conditioning["low_res"] = from_uint8(shrink(batch.image))
@@ -328,9 +329,10 @@ def noise_batch(
         one_mask = partial(random_mask, size=size, share_all=config.mask_all_share)
         known = jax.vmap(one_mask)(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_known": known}
-    # A key of its own: the three above are those of denoising.
-    key = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
-    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, caption_mask, conditioning, key)
+    # Keys of the loss: guidance scale and dropout. Not from the split above, so that denoising
+    # keeps its random numbers.
+    loss_keys = jax.vmap(lambda key: jax.random.fold_in(key, 3))(noise.key)
+    return Inputs(x_0, x_t, noise.eps, noise.t, batch.tokens, caption_mask, conditioning, loss_keys)
 
 
 def noise_low_res(

@@ -128,7 +128,7 @@ def train_step(
         `learning_rate`.
     """
     key = jax.random.fold_in(key, state.step)
-    # Split and not used as it is: other keys would change the random numbers of runs before.
+    # Split, not used directly: this keeps the random numbers of earlier runs.
     record_key, _ = jax.random.split(key)
     loss_scale = 2.0**state.log2_loss_scale
 
@@ -140,7 +140,7 @@ def train_step(
         if state.loss_history is not None:
             extra_inputs["loss_history"] = state.loss_history
 
-        def scaled(trained: Params) -> tuple[jax.Array, Metrics]:
+        def scaled_loss(trained: Params) -> tuple[jax.Array, Metrics]:
             full_params = merge_frozen(trained, params)
             value, metrics = loss(
                 full_params, rows, record_key, train=True, axis=axis, **extra_inputs
@@ -148,7 +148,7 @@ def train_step(
             return value * loss_scale, metrics
 
         # Gradients of frozen parameters would be zeros that all devices sum.
-        grads, metrics = jax.grad(scaled, has_aux=True)(drop_frozen(params, config.freeze))
+        grads, metrics = jax.grad(scaled_loss, has_aux=True)(drop_frozen(params, config.freeze))
         records: Any = metrics.pop(RECORDS, None)
         return (grads, metrics), records
 
@@ -196,17 +196,17 @@ def apply_gradient(
     overflow = ~jnp.isfinite(norm) & (state.log2_loss_scale > MIN_LOG2_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
     if spike:
-        warm = state.step >= SPIKE_WARMUP
-        bad = bad | (warm & (metrics["loss"] > spike * state.loss_mean))
+        past_warmup = state.step >= SPIKE_WARMUP
+        bad = bad | (past_warmup & (metrics["loss"] > spike * state.loss_mean))
     metrics |= {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
     if lr_schedule is not None:
         factor = 1.0 if lr_factor is None else lr_factor
         # Steps without an update do not count.
         metrics["learning_rate"] = factor * jnp.float32(lr_schedule(updates_made(state.opt_state)))
-    new = _update(state, grads, metrics["loss"], optimiser, config, lr_factor)
+    updated = _update(state, grads, metrics["loss"], optimiser, config, lr_factor)
     if loss_history is not None:
-        new = replace(new, loss_history=loss_history)
-    state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), new)
+        updated = replace(updated, loss_history=loss_history)
+    state = jax.tree.map(partial(jnp.where, bad | overflow), _skip(state, overflow), updated)
     return state, metrics
 
 

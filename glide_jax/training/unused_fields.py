@@ -10,22 +10,22 @@ from glide_jax.training.config import RunConfig, TrainConfig
 
 
 class Rule(NamedTuple):
-    """Fields that have an effect in some recipes alone.
+    """Fields that have an effect only in some recipes.
 
     Attributes:
         fields: names of the fields, with a dot for those of a section of the recipe.
         needed: what a recipe must have for the fields to act, as messages say it.
-        used: whether a recipe has it.
+        applies: whether a recipe has it.
         off: a value of the fields that is always accepted, besides the default.
     """
 
     fields: tuple[str, ...]
     needed: str
-    used: Callable[[Any], bool]
+    applies: Callable[[Any], bool]
     off: Any = None
 
 
-# Of every recipe.
+# Rules for every recipe.
 RUN_RULES = (
     Rule(("optimiser.muon_lr_ratio",), "optimiser.kind muon", lambda c: c.optimiser.kind == "muon"),
     Rule(
@@ -49,7 +49,7 @@ RUN_RULES = (
         lambda c: c.data.on_device != "yes" or c.validate_every > 0,
     ),
 )
-# Of the recipes of GLIDE models.
+# Rules for recipes of GLIDE models.
 GLIDE_RULES = (
     Rule(("snr_gamma",), "weighting min-snr", lambda c: c.weighting == "min-snr"),
     Rule(
@@ -83,7 +83,7 @@ GLIDE_RULES = (
 )
 
 
-def check_used(config: RunConfig) -> None:
+def check_no_unused_fields(config: RunConfig) -> None:
     """Check that the fields that have no effect in a recipe have their defaults.
 
     The check belongs where a training begins, not where a recipe is built: a run that was trained
@@ -93,7 +93,7 @@ def check_used(config: RunConfig) -> None:
         UsageError: a field without effect is set.
     """
     for rule in rules_of(config):
-        if rule.used(config):
+        if rule.applies(config):
             continue
         for path in rule.fields:
             value, default = attrgetter(path)(config), default_of(config, path)
@@ -113,7 +113,7 @@ def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:
         recipe: the recipe itself.
     """
     for rule in rules_of(config):
-        if rule.used(config) or not rule.used(recipe):
+        if rule.applies(config) or not rule.applies(recipe):
             continue
         for path in rule.fields:
             if attrgetter(path)(config) == attrgetter(path)(recipe):

@@ -200,14 +200,14 @@ def assemble(
             # Aligned, but not made contiguous: a mapped array stays in its file until it is used.
             params[path] = np.require(array, np.float32, "A")
     problems = [
-        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for kind, names in (
+        f"{len(arrays)} {kind} ({', '.join(arrays[:5])}{', ...' if len(arrays) > 5 else ''})"
+        for kind, arrays in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of the wrong shape", shaped),
             ("of the wrong dtype", typed),
         )
-        if names
+        if arrays
     ]
     if problems:
         raise GlideError(f"these weights do not fit the {what}: {'; '.join(problems)}")

@@ -39,7 +39,7 @@ def same(a, b):
 
 def captions(arrays):
     tokenizer = GPT2Tokenizer(16)
-    rows = zip(arrays["tokens"], arrays["mask"], strict=True)
+    rows = zip(arrays["tokens"], arrays["caption_mask"], strict=True)
     return [tokenizer.decode(ids[mask]) for ids, mask in rows]
 
 
@@ -124,7 +124,7 @@ def test_processes_together_make_the_batch_of_one_process(count):
     whole = first(batches(config), 3)
     shares = [first(batches(config, process=(i, count)), 3) for i in range(count)]
     for step, expected in enumerate(whole):
-        for key in ("image", "tokens", "mask", "row"):
+        for key in ("image", "tokens", "caption_mask", "row"):
             got = np.concatenate([share[step][key] for share in shares])
             assert np.array_equal(got, expected[key]), key
     assert whole[0]["row"].tolist() == [0, 1, 2, 3]
@@ -304,10 +304,10 @@ def test_one_of_several_captions_is_sampled_each_time():
 def test_clip_tokens_come_with_a_mask():
     arrays = next(batches(DataConfig(), partly_broken(), size=8, tokenizer=CLIPTokenizer(12)))
     tokens = CLIPTokenizer(12)(["7"])
-    assert arrays["tokens"].shape == arrays["mask"].shape == (4, 12)
-    assert arrays["tokens"].dtype == np.int32 and arrays["mask"].dtype == bool
-    assert (arrays["mask"].sum(1) >= tokens.lengths[0]).all()
-    assert np.array_equal(arrays["tokens"] > 0, arrays["mask"])
+    assert arrays["tokens"].shape == arrays["caption_mask"].shape == (4, 12)
+    assert arrays["tokens"].dtype == np.int32 and arrays["caption_mask"].dtype == bool
+    assert (arrays["caption_mask"].sum(1) >= tokens.lengths[0]).all()
+    assert np.array_equal(arrays["tokens"] > 0, arrays["caption_mask"])
 
 
 def test_data_workers_do_not_use_the_accelerator():

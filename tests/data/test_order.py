@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_the_rounds_that_it_began_with(kind):
         item = next(batches)
         if kind == "resident":
             return item.image[0].tolist()
-        tokens = zip(item["tokens"], item["mask"], strict=True)
+        tokens = zip(item["tokens"], item["caption_mask"], strict=True)
         return [int(GPT2Tokenizer(8).decode(ids[mask])) for ids, mask in tokens]
 
     def ordered(rounds):

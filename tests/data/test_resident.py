@@ -52,7 +52,7 @@ def test_equals_the_loader(crop: str, group_by: str) -> None:
         for call in range(2):
             expected = next(loader)
             got = take(resident.data, type(picks)(*(x[call] for x in picks)), common["size"])
-            for name in ("image", "tokens", "mask", "row"):
+            for name in ("image", "tokens", "caption_mask", "row"):
                 np.testing.assert_array_equal(np.asarray(got[name]), expected[name])
         assert resident.get_state() == loader.get_state()
     loader.close()

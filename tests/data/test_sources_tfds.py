@@ -123,7 +123,10 @@ def test_a_record_without_a_caption_or_with_a_broken_image_is_skipped(data_dir):
     batches = make_batches(source, config, batch_size=8, tokenizer=tokenizer, size=16, seed=0)
     arrays = next(batches)
     assert arrays["skipped"] >= 3  # 0, 3 and 6 have no caption
-    texts = {tokenizer.decode(i[m]) for i, m in zip(arrays["tokens"], arrays["mask"], strict=True)}
+    texts = {
+        tokenizer.decode(i[m])
+        for i, m in zip(arrays["tokens"], arrays["caption_mask"], strict=True)
+    }
     known = {f"caption {i}.{k}" for i in (1, 2, 4, 7) for k in range(i % 3)}
     assert texts <= known
 

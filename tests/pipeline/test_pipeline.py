@@ -10,7 +10,7 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
-from glide_jax.pipeline.clip_guide import CLIP, LIMIT
+from glide_jax.pipeline.clip_guide import CLIP, MAX_X_0_CHANGE
 from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.mask_files import read_known
 from glide_jax.pipeline.runner import image_keys, start_noise
@@ -220,7 +220,7 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(CLIP, "guidance", record)
     pipe("red", clip_scale=500.0, **settings | {"sampler": "ddpm-small"})
     pipe("red", clip_scale=500.0, **settings | {"sampler": "ddim"})
-    assert given == [None, LIMIT]
+    assert given == [None, MAX_X_0_CHANGE]
     monkeypatch.undo()
     # The empty caption guides nowhere.
     nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]

@@ -17,7 +17,7 @@ from glide_jax.diffusion.solvers import traits_of
 from glide_jax.pipeline.options import SamplingOptions, read_options
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import (
-    METHODS,
+    GUIDANCE_METHODS,
     Settings,
     SettingsArguments,
     describe,
@@ -121,7 +121,7 @@ def test_an_interval_applies_to_linear_guidance_alone():
     assert names(settings.changed(guidance_scale=1.0)) == ["rescale", "clip_x0"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GUIDANCE_METHODS)
 def test_a_negative_prompt_replaces_the_empty_one(method):
     settings = Settings(guidance_method=method, guidance_scale=0.5, negative_prompt="green")
     assert prompts_of(settings) == {"cond": None, "null": "green"}
@@ -300,10 +300,10 @@ def test_the_word_none_turns_off_what_can_be_off():
 def test_the_word_none_on_the_command_line():
     words = [word for name in OFF for word in (f"--{name.replace('_', '-')}", "none")]
     options = read_options("", ["red", *words, "a blue one"])
-    assert options.sampling.chosen() == dict.fromkeys(OFF, "none")
+    assert options.sampling.given_settings() == dict.fromkeys(OFF, "none")
     assert options.prompts == ("red", "a blue one")
     options = read_options("", ["--restart", "0.3", "2", "3", "none", "--repaint=none", "red"])
-    assert options.sampling.chosen() == {"restart": (0.3, 2.0, 3), "repaint": "none"}
+    assert options.sampling.given_settings() == {"restart": (0.3, 2.0, 3), "repaint": "none"}
     assert options.prompts == ("none", "red")
 
 

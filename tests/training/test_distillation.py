@@ -19,7 +19,7 @@ from glide_jax.training import distillation, objectives
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.distillation import (
     ConsistencyTerms,
-    earlier,
+    earlier_timestep,
     sample_scale,
     teacher_steps_at,
 )
@@ -55,7 +55,7 @@ def test_the_number_of_teacher_steps_doubles_at_equal_intervals():
 @pytest.mark.parametrize("student_steps", [1, 3, 4])
 def test_an_earlier_timestep_stays_in_its_interval(student_steps):
     t = jnp.arange(LENGTH)
-    r, end = (np.asarray(a) for a in earlier(t, 100, LENGTH, student_steps))
+    r, end = (np.asarray(a) for a in earlier_timestep(t, 100, LENGTH, student_steps))
     # The levels of the spacing `trailing-capped` are the borders, down to the clean image.
     borders = [k * LENGTH // student_steps - 1 for k in range(student_steps)]
     assert np.unique(end).tolist() == borders
@@ -246,7 +246,14 @@ def test_the_number_of_teacher_steps_follows_the_nearer_limit(monkeypatch):
     monkeypatch.setattr(objectives, "consistency_loss_at", terms)
     loss = make_objective(config).loss
     for step, time_share in ((25, None), (25, 0.1), (25, 0.5)):
-        loss({}, batch_of(config), jax.random.key(0), teacher={}, step=step, time_share=time_share)
+        loss(
+            {},
+            batch_of(config),
+            jax.random.key(0),
+            teacher_params={},
+            step=step,
+            time_share=time_share,
+        )
     assert found == [0.25, 0.25, 0.5]
 
 
@@ -277,7 +284,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
     batch, key = batch_of(config), jax.random.key(0)
     objectives.distillation_loss(
         {"name": 1.0}, batch, key, model=Recorder(), tables=TABLES, config=config,
-        teacher={"name": 2.0}, step=0,
+        teacher_params={"name": 2.0}, step=0,
     )  # fmt: skip
     # The teacher once, without a branch for the empty caption; the student at x_r and at x_t.
     assert [float(name) for name, _ in seen] == [2, 1, 1]

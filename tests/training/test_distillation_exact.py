@@ -12,7 +12,7 @@ from glide_jax.training.config import TrainConfig
 from glide_jax.training.distillation import (
     consistency_loss,
     distilled_length,
-    earlier,
+    earlier_timestep,
     point_at,
     teacher_steps_at,
 )
@@ -74,7 +74,7 @@ def path_map(gap, scale, student_steps=1, timestep_share=1.0):
     """
     length = distilled_length(config_of(timestep_share=timestep_share), TABLES)
     t = np.arange(length)
-    r, end = (np.asarray(a) for a in earlier(jnp.asarray(t), gap, length, student_steps))
+    r, end = (np.asarray(a) for a in earlier_timestep(jnp.asarray(t), gap, length, student_steps))
     mean = NULL_MEAN + scale * (MEAN - NULL_MEAN)
     gain, offset = np.zeros(length), np.zeros(length)
     for i in t:

@@ -13,7 +13,7 @@ from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.unused_fields import check_used
+from glide_jax.training.unused_fields import check_no_unused_fields
 from tests.support.commands import RECIPE, ROOT, TINY, one_line, run
 from train import check_recipe, train
 
@@ -120,18 +120,18 @@ UNUSED = [
     ("recipe", "set_to", "owner", "message"), UNUSED, ids=[case[3].split()[0] for case in UNUSED]
 )
 def test_a_field_without_effect_is_refused_where_it_is_set(recipe, set_to, owner, message):
-    check_used(recipe)
+    check_no_unused_fields(recipe)
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
-        check_used(replace(recipe, **set_to))
+        check_no_unused_fields(replace(recipe, **set_to))
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         train(replace(recipe, **set_to))
     if owner is not None:
-        check_used(replace(recipe, **set_to | owner))
+        check_no_unused_fields(replace(recipe, **set_to | owner))
 
 
 def test_samples_may_be_off_in_every_recipe():
     for recipe in (PLAIN, UPSAMPLER, STUDENT):
-        check_used(replace(recipe, sample_every=0))
+        check_no_unused_fields(replace(recipe, sample_every=0))
 
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
