@@ -36,7 +36,7 @@ from glide_jax.pipeline.pipeline import Pipeline
 # default of the embedded model.
 SPACED = (
     ("dpm++2m", "optimised"),
-    ("dpm++2m", "rho"),
+    ("dpm++2m", "karras"),
     ("dpm++2m", "trailing"),
     ("dpm++2m", "uniform"),
     ("dpm++2m", "trailing-capped"),
@@ -48,7 +48,7 @@ SPACED = (
 MARKERS = {
     "logsnr": "o",
     "optimised": "*",
-    "rho": "v",
+    "karras": "v",
     "trailing": "<",
     "uniform": "x",
     "trailing-capped": "^",

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from glide_jax.devices.hardware import parse_slice
 from glide_jax.errors import one_line_errors
 from glide_jax.models.attention import attend
-from glide_jax.models.target import compile_for
+from glide_jax.models.platform import compile_for
 from glide_jax.training.dry_run import slice_devices
 
 IMAGES, PIXELS, TOKENS, HEADS, HEAD = 16, 1024, 128, 6, 64

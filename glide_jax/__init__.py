@@ -38,7 +38,7 @@ from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.loading import load
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
-from glide_jax.pipeline.stage import Denoiser
+from glide_jax.pipeline.stage import GLIDEFunction
 
 __all__ = [
     "CLIP",
@@ -48,7 +48,7 @@ __all__ = [
     "SOLVERS",
     "Branch",
     "CLIPConfig",
-    "Denoiser",
+    "GLIDEFunction",
     "GlideError",
     "Guidance",
     "Images",

@@ -89,7 +89,7 @@ class Call:
         # noise would differ by rounding.
         progress = self.method == "variations"
         named = self._named_prompts() | dict(self.arguments)
-        return function(**named, progress=progress, preview=preview, every=1)
+        return function(**named, progress=progress, preview=preview, preview_every=1)
 
     def python(self, loading: Mapping[str, Any], out: Path) -> str:
         """Return the Python code that makes the same images.

@@ -8,9 +8,9 @@ from glide_jax.diffusion.optimised_grids import optimised_grid
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import Solver
 from glide_jax.diffusion.spacings import (
+    karras,
     log_snr_uniform,
     respaced,
-    rho,
     trailing,
     trailing_capped,
     uniform,
@@ -21,7 +21,7 @@ OPTIMISED = "optimised"
 SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "logsnr": log_snr_uniform,
     "uniform": uniform,
-    "rho": rho,
+    "karras": karras,
     "trailing": trailing,
     "trailing-capped": trailing_capped,
 }
@@ -37,7 +37,7 @@ def make_timesteps(
         steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",
             "10,10,3,2,2". A string that holds one number is that number of steps.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
-            time, as in OpenAI's code), "rho" (EDM), "trailing" (even in time, from the noisiest
+            time, as in OpenAI's code), "karras" (EDM), "trailing" (even in time, from the noisiest
             timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few
             steps), or "optimised" (for the solver). A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.

@@ -84,7 +84,7 @@ CLEANEST_HALF_LOG_SNR = 5.05
 
 
 def end_half_log_snrs(schedule: Schedule) -> tuple[float, float]:
-    """Return log(alpha / sigma) of the noisiest and of the cleanest level of logsnr and rho."""
+    """Return log(alpha / sigma) of the noisiest and of the cleanest level of logsnr and karras."""
     low = max(schedule.half_log_snr(len(schedule) - 1), NOISIEST_HALF_LOG_SNR)
     high = min(schedule.half_log_snr(0), CLEANEST_HALF_LOG_SNR)
     return float(low), float(high)
@@ -105,7 +105,7 @@ def uniform(schedule: Schedule, steps: int) -> np.ndarray:
     return respaced(schedule, str(steps))
 
 
-def rho(schedule: Schedule, steps: int) -> np.ndarray:
+def karras(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
     roots = np.exp(-np.array(end_half_log_snrs(schedule)) / 7)
     return schedule.at_half_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
@@ -122,7 +122,7 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def noisiest_timestep(schedule: Schedule) -> float:
-    """Return the timestep, maybe fractional, of the noisiest level of logsnr and rho."""
+    """Return the timestep, maybe fractional, of the noisiest level of logsnr and karras."""
     return float(schedule.at_half_log_snr(end_half_log_snrs(schedule)[0]))
 
 

@@ -71,7 +71,7 @@ SWEEPS = {
     ),
     "steps": Sweep("steps", ("5", "8", "10", "15", "20", "25", "35", "50"), _steps),
     "sampler": Sweep("sampler", tuple(SOLVERS), _word),
-    "spacing": Sweep("spacing", ("logsnr", "uniform", "rho", "trailing", "optimised"), _word),
+    "spacing": Sweep("spacing", ("logsnr", "uniform", "karras", "trailing", "optimised"), _word),
     "guidance-interval": Sweep(
         "guidance_interval", ("all", "0:5", "0.3:", "0.3:5", "0.3:10", "1:10"), _interval
     ),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glide_jax.models import tpu_attention
-from glide_jax.models.target import accelerator, on_cpu, product_dtype
+from glide_jax.models.platform import accelerator, on_cpu, product_dtype
 
 HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 # The widest head that cuDNN takes on GPUs before Hopper.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.models.target import on_cpu, split_axes
+from glide_jax.models.platform import on_cpu, split_axes
 
 # The most bytes of the products of a block of pixels: more would exceed the caches of a CPU.
 BLOCK_BYTES = 2**24

@@ -15,7 +15,7 @@ from flax.linen.dtypes import promote_dtype
 
 from glide_jax.models import cpu_products, winograd
 from glide_jax.models.attention import HALF_DTYPES, split_heads
-from glide_jax.models.target import accelerator, on_cpu
+from glide_jax.models.platform import accelerator, on_cpu
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5

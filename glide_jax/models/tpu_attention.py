@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas
 from jax.sharding import PartitionSpec
 
-from glide_jax.models.target import split_axes
+from glide_jax.models.platform import split_axes
 
 # A TPU's registers hold 128 columns.
 LANES = 128

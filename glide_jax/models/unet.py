@@ -15,7 +15,7 @@ from glide_jax.models.blocks import (
     space_to_depth,
     upsample,
 )
-from glide_jax.models.joined import JOINED, JoinedOutputs
+from glide_jax.models.joined_projections import JOINED, JoinedOutputs
 from glide_jax.models.layers import GroupNorm, conv3x3, dense, timestep_embedding
 from glide_jax.models.presets import ModelConfig
 from glide_jax.models.text import TextFeatures, TextTransformer

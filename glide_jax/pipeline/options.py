@@ -57,10 +57,10 @@ class SharedModelOptions(NetworkOptions):
         weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
             was trained less. It must have the same variant, image size and noise schedule.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
-            errors only.
+            errors: 1 of 255 in float32, more in 16 bits.
         batch_size: Images generated at a time, in total over all devices. More needs more memory.
-            It changes an image by rounding errors only. Default per device at 64x64: 16 on a CPU,
-            64 on other devices; a quarter of that at 256x256.
+            It changes an image by rounding errors, as --devices. Default per device at 64x64: 16 on
+            a CPU, 64 on other devices; a quarter of that at 256x256.
     """
 
     upsampler: Annotated[str | None, COMPANION_DEFAULT] = None

@@ -59,7 +59,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
-        every: int = 5,
+        preview_every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Generate `num` images of each prompt: `pipe("a red apple", num=4, seed=0, steps=20)`.
@@ -67,7 +67,7 @@ class Pipeline(Stage):
         Args:
             progress: show a progress bar.
             preview: a function, called with the current estimates of the images.
-            every: network evaluations between two previews.
+            preview_every: network evaluations between two previews.
             **settings: any field of `Settings`. For the other arguments see `stream`.
 
         Raises:
@@ -88,7 +88,7 @@ class Pipeline(Stage):
             noise=noise,
             upsampler=upsampler,
             batch_size=batch_size,
-            every=None if preview is None else every,
+            preview_every=None if preview is None else preview_every,
             progress=progress,
             **settings,
         ):
@@ -115,7 +115,7 @@ class Pipeline(Stage):
         noise: np.ndarray | None = None,
         upsampler: SettingsArguments | Literal["none"] | None = None,
         batch_size: int | None = None,
-        every: int | None = None,
+        preview_every: int | None = None,
         progress: bool = False,
         **settings: Unpack[SettingsArguments],
     ) -> Iterator[Images]:
@@ -143,7 +143,7 @@ class Pipeline(Stage):
             noise: the initial noise, `(H, W, 3)` or `(N, H, W, 3)` float: see `invert`.
             upsampler: settings of the upsampler; "none": the images are not enlarged.
             batch_size: images at a time; None: by their side (`default_batch_size`).
-            every: yield after this many network evaluations; None: after each batch.
+            preview_every: yield after this many network evaluations; None: after each batch.
             progress: show a progress bar.
             **settings: any field of `Settings`.
 
@@ -202,7 +202,7 @@ class Pipeline(Stage):
             clip=self.clip,
             weak_stage=self.weak_stage,
             batch_size=batch_size,
-            every=every,
+            preview_every=preview_every,
             progress=progress,
         ):
             pixels[index] = to_uint8(state.x if is_last else state.x_0)
@@ -222,7 +222,7 @@ class Pipeline(Stage):
             image=None if mask is None else input_images.image,
             mask=input_images.mask,
             batch_size=batch_size,
-            every=every,
+            preview_every=preview_every,
             progress=progress,
             **(upsampler if isinstance(upsampler, Mapping) else {}),
         ):
@@ -294,7 +294,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
-        every: int = 5,
+        preview_every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Generate variations of an image: its noise (`invert`), rotated towards fresh noise.
@@ -337,7 +337,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
-            every=every,
+            preview_every=preview_every,
             **{"sampler": "dpm++2m", **unguided(settings)},
         )
         made = {"variation": variation, "image_caption": image_caption, **input_images.metadata()}
@@ -358,7 +358,7 @@ class Pipeline(Stage):
         batch_size: int | None = None,
         progress: bool = True,
         preview: Preview | None = None,
-        every: int = 5,
+        preview_every: int = 5,
         **settings: Unpack[SettingsArguments],
     ) -> Images:
         """Interpolate: `num` images from one prompt and seed to another, both ends included.
@@ -391,7 +391,7 @@ class Pipeline(Stage):
             batch_size=batch_size,
             progress=progress,
             preview=preview,
-            every=every,
+            preview_every=preview_every,
             **settings,
         )
         path = {"prompts": [first.text, last.text], "seeds": [seed, to_seed]}

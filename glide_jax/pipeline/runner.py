@@ -117,7 +117,7 @@ def run(
     clip: CLIP | None = None,
     weak_stage: Stage | None = None,
     batch_size: int | None = None,
-    every: int | None = None,
+    preview_every: int | None = None,
     progress: bool = False,
     reverse: bool = False,
 ) -> Iterator[BatchState]:
@@ -128,7 +128,7 @@ def run(
         seed, indices: of the run, and of each image in it: see `image_keys`.
         clip: used if the settings have a `clip_scale`.
         weak_stage: the weak model of autoguidance.
-        every: yield after each `every` evaluations too, not only at the end of a batch.
+        preview_every: yield after so many evaluations too, not only at the end of a batch.
         reverse: DDIM inversion, from the image to its noise.
     """
     count, placement = len(prompts), Placement(stage.devices)
@@ -160,7 +160,7 @@ def run(
                     bar.update()
                 pending.append(state.x)
                 is_last = rows_done == length
-                if is_last or (every and rows_done % every == 0):
+                if is_last or (preview_every and rows_done % preview_every == 0):
                     yield BatchState(index, state, is_last, length)
             bar.update()
 

@@ -72,13 +72,13 @@ class Settings:
         sampler: name of the sampler. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3,
             heun, deis, lms, ipndm, plms, prk, ddim. With noise at each step: ddpm (the paper's
             ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed variance),
-            dpm++2m-sde, sa. For few-step students: consistency.
+            dpm++2m-sde, sa (between t/T = 0.2 and 0.8). For few-step students: consistency.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
-            time, as in OpenAI's code), rho (EDM), trailing (even in time, the last step to the
-            clean image included), trailing-capped (as trailing, without the very noisiest
+            time, as in OpenAI's code), karras (EDM), trailing (even in time, the last step as long
+            as the others), trailing-capped (as trailing, without the very noisiest
             timesteps: for few steps), or optimised (for the sampler and the number of steps).
-        eta: amount of noise added at each step, from 0 to 1 (the reverse SDE), by the samplers ddim
-            (0 unless set), dpm++2m-sde and sa (1 unless set).
+        eta: amount of noise added at each step by the samplers ddim, dpm++2m-sde and sa: from 0
+            (deterministic; the default of ddim) to 1 (the reverse SDE; that of the others).
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
         restart: Restart sampling by three numbers, LOW HIGH REPEATS, for example 0.3 2 3. At the
             noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps from
@@ -107,9 +107,9 @@ class Settings:
             to 1; larger changes the image more. With 25 steps, strength 0.6 runs the last 15. An
             upsampler with a strength starts from the enlarged small image.
         repaint: RePaint by two numbers, JUMP RESAMPLINGS, for example 5 4. Groups of JUMP steps are
-            run RESAMPLINGS times each. Unless set, it is 5 4 (JUMP below the number of steps) for
-            inpainting with a base model that was not trained to inpaint, without Restart sampling,
-            and otherwise off.
+            run RESAMPLINGS times each. Default: 5 4 for inpainting with a base model that was not
+            trained to inpaint, unless there is Restart sampling; otherwise off. With few steps the
+            default JUMP is smaller.
         guidance: Python only: a list of guidance functions; replaces classifier-free guidance,
             autoguidance, rescaling, thresholding and clipping, and a CLIP guidance that the weights
             have by default.
@@ -187,7 +187,7 @@ class Settings:
         eta_solver: Any = solver  # its traits say that it takes eta
         return partial(eta_solver, eta=self.eta)
 
-    def grid(self, schedule: Schedule) -> np.ndarray:
+    def timesteps(self, schedule: Schedule) -> np.ndarray:
         """Return the timesteps to visit; with a strength, the last share of them.
 
         Raises:
@@ -202,7 +202,7 @@ class Settings:
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
         """Return the settings with RePaint by default, unless `repaint` or `restart` is set."""
-        jump = min(DEFAULT_REPAINT[0], len(self.grid(schedule)) - 1)
+        jump = min(DEFAULT_REPAINT[0], len(self.timesteps(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self
         return replace(self, repaint=(jump, DEFAULT_REPAINT[1]))
@@ -300,7 +300,7 @@ class Settings:
             solver = restart(solver, [(low, high, int(repeats))])
         if self.repaint:
             solver = repaint(solver, *map(int, self.repaint))
-        return make_plan(schedule, self.grid(schedule), solver, guidances)
+        return make_plan(schedule, self.timesteps(schedule), solver, guidances)
 
 
 Off = Literal["none"]

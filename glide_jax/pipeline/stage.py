@@ -17,7 +17,7 @@ from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.diffusion.guidance import Network
 from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.models import cpu_products, winograd
-from glide_jax.models.joined import JOINED, join_projections
+from glide_jax.models.joined_projections import JOINED, join_projections
 from glide_jax.models.precision import cast_trunk
 from glide_jax.models.text import TextFeatures
 from glide_jax.models.tokenizers import GPT2Tokenizer
@@ -26,7 +26,7 @@ from glide_jax.weights.registry import Model
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class GLIDEFunction:
     """`Network.fn` of a GLIDE model: the conditioning is a dictionary of its keyword arguments.
 
     Attributes:
@@ -100,7 +100,7 @@ class Stage:
                 params = cpu_products.arrange_kernels(params)
         params = placement.put_weights(params)
         params = params if is_sharded else placement.arrange_kernels(params)
-        denoiser = Denoiser(module, placement.mesh.abstract_mesh, is_sharded)
+        denoiser = GLIDEFunction(module, placement.mesh.abstract_mesh, is_sharded)
         return Network(denoiser, params, self.model.prediction)
 
     @cached_property

@@ -33,7 +33,7 @@ from glide_jax.devices.mesh import (
     state_sharding,
 )
 from glide_jax.errors import GlideError, UsageError
-from glide_jax.models.target import compile_for
+from glide_jax.models.platform import compile_for
 from glide_jax.training.config import RunConfig, adapts
 from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
 from glide_jax.training.flops import cost_of_update, flops_per_image

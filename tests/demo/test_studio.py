@@ -116,7 +116,7 @@ def test_the_programs_that_are_prepared_are_those_of_the_page(studio):
     run(studio, call(studio, seed=3))
     run(studio, call(studio, guidance_scale=1))
     run(studio, interpolation(replace(CONTROLS, num=3), studio.pipe.settings, "blue", batch_size=1))
-    studio.pipe("red", **given, every=1, progress=True)
+    studio.pipe("red", **given, preview_every=1, progress=True)
     assert run_rows._cache_size() == size
 
 

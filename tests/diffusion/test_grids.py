@@ -59,7 +59,7 @@ def test_short_processes_are_spaced_too(name, length):
 def test_rho_grid(name):
     """`(sigma / alpha)^(1/7)` in even steps, between the ends of the log-SNR grid (EDM, eq. 5)."""
     schedule = make_schedule(name)
-    half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12, "rho"))
+    half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12, "karras"))
     roots = np.exp(-half_log_snr / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-8)
     assert (half_log_snr[0], half_log_snr[-1]) == pytest.approx(

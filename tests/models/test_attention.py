@@ -12,7 +12,7 @@ from glide_jax.devices.mesh import AXIS, device_mesh
 from glide_jax.models import attention, tpu_attention
 from glide_jax.models.attention import attend, fused_kernel, split_heads
 from glide_jax.models.blocks import AttentionBlock
-from glide_jax.models.target import accelerator, compile_for
+from glide_jax.models.platform import accelerator, compile_for
 from tests.support.golden import assert_close, load, nhwc
 
 CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("

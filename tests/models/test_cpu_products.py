@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 import glide_jax as glide
 from glide_jax.models import cpu_products
 from glide_jax.models.layers import Conv3x3, dense
+from glide_jax.models.platform import compile_for, split_axes
 from glide_jax.models.precision import cast_trunk
-from glide_jax.models.target import compile_for, split_axes
 from glide_jax.models.unet import GLIDE, init_params
 from tests.support.commands import TINY, first_weights, make_weights
 

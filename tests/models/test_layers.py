@@ -18,7 +18,7 @@ from glide_jax.models.blocks import (
     upsample,
 )
 from glide_jax.models.layers import GroupNorm, Projections, conv3x3, dense, timestep_embedding
-from glide_jax.models.target import compile_for
+from glide_jax.models.platform import compile_for
 from glide_jax.models.text import TextBlock
 from glide_jax.models.unet import GLIDE
 from glide_jax.weights import released

@@ -55,7 +55,7 @@ def flowed(x, alpha, sigma, mean):
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 def test_img2img_starts_from_the_noised_image(pipe, photo, strength):
     found = pipe("green", image=photo, strength=strength, steps=40, sampler="unipc3")
-    grid = pipe.settings.changed(steps=40, strength=strength).grid(pipe.schedule)
+    grid = pipe.settings.changed(steps=40, strength=strength).timesteps(pipe.schedule)
     assert len(grid) == 40 * strength
     alpha = np.sqrt(pipe.schedule.alpha_bar_at(grid[0]))
     sigma = np.sqrt(1 - alpha**2)
@@ -70,7 +70,9 @@ def test_an_upsampler_with_a_strength_starts_from_the_small_image_enlarged(photo
     up = exact_pipeline("superres", size=32)
     settings = {"strength": strength, "steps": 40, "sampler": "unipc3"}
     found = up("green", low_res=photo, **settings)
-    alpha = np.sqrt(up.schedule.alpha_bar_at(up.settings.changed(**settings).grid(up.schedule)[0]))
+    alpha = np.sqrt(
+        up.schedule.alpha_bar_at(up.settings.changed(**settings).timesteps(up.schedule)[0])
+    )
     sigma = np.sqrt(1 - alpha**2)
     smooth = jax.image.resize(pixels(photo), (32, 32, 3), "bilinear")
     x = (

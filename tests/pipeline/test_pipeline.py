@@ -66,7 +66,7 @@ def test_no_number_of_images_captions_or_steps_compiles_again(folders):
         pipe(["red", "blue", "a green one"], first_index=7, **call)
         pipe("blue", **call | {"guidance_scale": 2, "negative_prompt": "red"})
         pipe("blue", **call | {"steps": 7, "sampler": "ddim", "upsampler": {"steps": 5}})
-        list(pipe.stream("blue", every=2, **call))
+        list(pipe.stream("blue", preview_every=2, **call))
         assert compiled == []
         # Four images at a time are another program; eight distinct captions are not.
         pipe("red", num=4, **call)

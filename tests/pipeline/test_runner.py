@@ -250,7 +250,7 @@ def test_no_setting_with_as_many_rows_compiles_again(pipe):
     for sampler in glide.SOLVERS:
         if sampler not in ("heun", "dpm++2s", "plms", "prk"):
             generate(sampler=sampler)
-    for spacing in ("uniform", "rho", "trailing", "optimised"):
+    for spacing in ("uniform", "karras", "trailing", "optimised"):
         generate(spacing=spacing)
     generate(sampler="ddim", eta=0.5)
     generate(guidance_scale=7.5, seed=3, first_index=2, temperature=0.9)
@@ -275,7 +275,7 @@ def test_with_a_bar_one_compiled_row_serves_any_number_of_steps(pipe):
     pipe("red", steps=2)
     before = run_rows._cache_size()
     pipe("red", steps=7, sampler="heun")
-    list(pipe.stream("red", steps=9, every=2))
+    list(pipe.stream("red", steps=9, preview_every=2))
     assert run_rows._cache_size() == before
 
 
@@ -283,7 +283,7 @@ def test_with_a_bar_one_compiled_row_serves_any_number_of_steps(pipe):
 
 
 def test_the_last_images_of_a_stream_are_the_result(pipe):
-    some = list(pipe.stream(["red", "blue"], seed=1, every=3, batch_size=1))
+    some = list(pipe.stream(["red", "blue"], seed=1, preview_every=3, batch_size=1))
     # After 3, 6, 9 and 10 evaluations of one image, and then of the other.
     assert len(some) == 8
     result = pipe(["red", "blue"], seed=1, batch_size=1)
@@ -297,7 +297,9 @@ def test_the_last_images_of_a_stream_are_the_result(pipe):
 
 def test_a_cascade_streams_small_images_then_large_ones():
     pipe = exact_pipeline(upsampler=exact_pipeline("superres", size=16))
-    shapes = [p.images.shape[1] for p in pipe.stream("red", every=5, upsampler={"steps": 4})]
+    shapes = [
+        p.images.shape[1] for p in pipe.stream("red", preview_every=5, upsampler={"steps": 4})
+    ]
     assert shapes == [8, 8, 16]
     made = pipe("red", upsampler={"steps": 4, "sampler": "ddim"}).metadata(0)
     assert made["upsampler"]["steps"] == 4 and made["upsampler"]["sampler"] == "ddim"

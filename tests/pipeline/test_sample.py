@@ -291,14 +291,14 @@ def test_interpolation_from_the_command_line(weights, tmp_path):
 def test_every_flag_reaches_the_image(weights, tmp_path):
     generate(
         "red AND blue :0.5", "--weights", weights, "--weak-model", weights, "--out", tmp_path,
-        "--steps", 6, "--sampler", "sa", "--spacing", "rho", "--eta", 0.5, "--temperature", 0.9,
+        "--steps", 6, "--sampler", "sa", "--spacing", "karras", "--eta", 0.5, "--temperature", 0.9,
         "--restart", 0.3, 3, 1, "--guidance-scale", 2, "--guidance-interval", 0.2, 9,
         "--guidance-rescale", 0.5, "--negative-prompt", "green", "--autoguidance-scale", 1.5,
         "--dynamic-threshold", 0.99, "--guidance-method", "cfg",
     )  # fmt: skip
     _, (metadata,) = made(tmp_path)
     wanted = {
-        "prompt": "red AND blue :0.5", "steps": 6, "sampler": "sa", "spacing": "rho", "eta": 0.5,
+        "prompt": "red AND blue :0.5", "steps": 6, "sampler": "sa", "spacing": "karras", "eta": 0.5,
         "temperature": 0.9, "restart": [0.3, 3.0, 1], "guidance_scale": 2.0,
         "guidance_interval": [0.2, 9.0], "guidance_rescale": 0.5, "negative_prompt": "green",
         "autoguidance_scale": 1.5, "dynamic_threshold": 0.99, "guidance_method": "cfg",

@@ -23,7 +23,7 @@ INTERVAL = "guidance_interval takes 2 values (number, number), not "
         ("steps", True, "steps takes a whole number or text, not True"),
         ("sampler", ["ddim"], "sampler takes text, not ['ddim']"),
         ("sampler", 3, "sampler takes text, not 3"),
-        ("spacing", ("rho",), "spacing takes text, not ('rho',)"),
+        ("spacing", ("karras",), "spacing takes text, not ('karras',)"),
         ("guidance_method", {"cfg"}, "guidance_method takes text, not {'cfg'}"),
         ("negative_prompt", ["red"], "negative_prompt takes text, not ['red']"),
         ("eta", [0.5], "eta takes a number, not [0.5]"),

@@ -73,12 +73,14 @@ def test_what_is_known_of_each_sampler():
     assert named[1] >= noisy - {"consistency"} and few_step == "consistency."
 
 
-@pytest.mark.parametrize("spacing", ["logsnr", "uniform", "rho", "trailing", "optimised"])
+@pytest.mark.parametrize("spacing", ["logsnr", "uniform", "karras", "trailing", "optimised"])
 def test_strength_keeps_the_last_levels_of_any_grid(spacing):
     settings = Settings(steps=10, spacing=spacing)
-    whole = settings.grid(SCHEDULE)
+    whole = settings.timesteps(SCHEDULE)
     for strength, left in ((1.0, 10), (0.5, 5), (0.26, 3), (0.01, 1)):
-        assert np.array_equal(settings.changed(strength=strength).grid(SCHEDULE), whole[-left:])
+        assert np.array_equal(
+            settings.changed(strength=strength).timesteps(SCHEDULE), whole[-left:]
+        )
 
 
 def test_samplers_that_go_back():

@@ -302,7 +302,7 @@ def test_the_sampler_and_its_spacing_come_with_the_weights():
     assert found == {
         "steps": 4, "guidance_scale": 3.0, "sampler": "consistency", "spacing": "trailing-capped"
     }  # fmt: skip
-    assert Settings().changed(**found).grid(SCHEDULE)[0] == pytest.approx(LENGTH - 1, abs=1)
+    assert Settings().changed(**found).timesteps(SCHEDULE)[0] == pytest.approx(LENGTH - 1, abs=1)
     for name, value in (("sampler", "consistncy"), ("spacing", "fw")):
         with pytest.raises(UsageError, match=f"sample_{name} is .*, not '{value}'"):
             replace(config, **{f"sample_{name}": value})

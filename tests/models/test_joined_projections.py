@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from glide_jax.models.joined import JOINED, join_projections
+from glide_jax.models.joined_projections import JOINED, join_projections
 from glide_jax.weights.store import flatten
 from tests.support import golden
 from tests.support.golden import load
