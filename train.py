@@ -139,7 +139,7 @@ def train(config: RunConfig) -> None:
 
 
 def check_recipe(config: RunConfig) -> None:
-    """Check what need not hold where a recipe is built: old runs can then still be read.
+    """Check a recipe before training. Reading one does not check it: old runs stay readable.
 
     Raises:
         UsageError: a field has no effect, or the weights could not be sampled as it says.

@@ -52,9 +52,13 @@ def describe_environment() -> str:
         devices = jax.devices()
         kinds = sorted({f"{d.platform}: {d.device_kind}" for d in devices})
         lines["devices"] = f"{len(devices)} ({', '.join(kinds)})"
-        lines["trunk dtype"] = f"{jax.numpy.dtype(trunk_dtype()).name} (auto)"
     except GlideError as error:
         lines["devices"] = f"none: {error}"
+    else:
+        try:
+            lines["trunk dtype"] = f"{jax.numpy.dtype(trunk_dtype()).name} (auto)"
+        except UsageError as error:
+            lines["trunk dtype"] = f"none: {error}"
     lines["cache"] = str(cache_folder())
     lines["weights"] = ", ".join((*EMBEDDED, *EMBEDDED_CLIPS)) or "none are installed"
     lines |= {name: os.environ[name] for name in VARIABLES if name in os.environ}

@@ -19,7 +19,7 @@ from glide_jax.folders import cache_folder
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-# What the dtype "auto" means, whatever the device.
+# The variable that says what the dtype "auto" is, whatever the device.
 AUTO_DTYPE = "GLIDE_JAX_DTYPE"
 
 
@@ -140,18 +140,21 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def trunk_dtype(name: str = "auto") -> jnp.dtype:
-    """Return the dtype of a name; "auto" depends on the default device.
+def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dtype:
+    """Return the dtype of a name; "auto" depends on the device.
 
     "auto" is the variable `GLIDE_JAX_DTYPE`, if set. Otherwise it is bfloat16 on TPUs, on GPUs
     with units for it (see `computes_bfloat16`), and on CPUs with them (AMX), float16 on older GPUs,
     float32 on other CPUs.
 
+    Args:
+        device: by default the first one of this process.
+
     Raises:
         UsageError: an unknown name.
         GlideError: jax finds no device.
     """
-    if name == "auto" and (chosen := os.environ.get(AUTO_DTYPE, "auto")) != "auto":
+    if name == "auto" and (chosen := os.environ.get(AUTO_DTYPE) or "auto") != "auto":
         if chosen not in DTYPES:
             raise UsageError(f"{AUTO_DTYPE}={chosen}: choose auto, {', '.join(DTYPES)}")
         name = chosen
@@ -159,7 +162,7 @@ def trunk_dtype(name: str = "auto") -> jnp.dtype:
         return DTYPES[name]
     if name != "auto":
         raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
-    device = find_devices()[0]
+    device = find_devices()[0] if device is None else device
     if device.platform == "tpu":
         return jnp.bfloat16
     if device.platform in ("gpu", "cuda", "rocm"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from glide_jax.models.platform import on_cpu, split_axes
 
-# The most bytes of the products of a block of pixels: more would exceed the caches of a CPU.
+# Limit of the float32 products of a block of pixels: more would exceed the caches of a CPU.
 BLOCK_BYTES = 2**24
 # With fewer channels, most of a unit would be idle.
 MIN_CHANNELS = 32
@@ -25,14 +25,14 @@ class Kernel(NamedTuple):
     """A kernel arranged for `convolve`, in the place of the kernel in the parameters of a layer.
 
     Attributes:
-        matrix: `(C, 9 F)`.
+        matrix: `(C, 9 F)`; the F columns of the place in row i and column j are the (3 i + j)th.
     """
 
     matrix: jax.Array
 
 
 def suits(x: jax.Array) -> bool:
-    """Return whether these products serve the layers of an array `(..., C)`."""
+    """Whether a layer with this input `(..., C)` uses the products of this file."""
     # Blocks of a batch that is split over devices would be gathered.
     whole = split_axes() == ()
     return on_cpu() and whole and x.dtype == jnp.bfloat16 and x.shape[-1] >= MIN_CHANNELS
@@ -73,7 +73,10 @@ def _float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return `x kernel` of `x (..., C)` and `kernel (C, F)`, and gradients, in bfloat16."""
+    """Return `x kernel` of `x (..., C)` and `kernel (C, F)`, and gradients, in bfloat16.
+
+    Its own gradients exclude forward mode (`jax.jvp`), as those of `arrange_and_convolve` do.
+    """
     return _product(x, kernel)
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-# Inside `with compile_for("cuda"):` programs are traced for that platform: "cpu", "cuda" or "tpu".
-# Outside they are traced for the default device. jax traces a jitted function again for each value.
+# Inside `with compile_for("cuda"):` programs are traced for that platform: "cpu", "cuda" or "tpu",
+# or in the form that is the same for all: "any". Outside they are traced for the default device.
+# jax traces a jitted function again for each value.
 compile_for = jax.make_user_context(None)
 
 
@@ -28,7 +29,7 @@ def accelerator() -> str:
 
 
 def on_cpu() -> bool:
-    """Return whether programs are traced for a CPU."""
+    """Whether programs are traced for a CPU."""
     return (compile_for.value or _default_device().platform) == "cpu"
 
 

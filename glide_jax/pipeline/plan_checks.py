@@ -1,7 +1,4 @@
-"""Checks of sampling settings before they are used: no later stage then fails for them.
-
-A recipe's are checked before its weights are trained, an upsampler's before the base samples.
-"""
+"""Checks of sampling settings, a recipe's before training, an upsampler's before the base runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeVar
@@ -10,6 +7,7 @@ from glide_jax.diffusion.guidance import Guidance
 from glide_jax.diffusion.sampling import NO_VARIANCE
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
+from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
 from glide_jax.pipeline.prompts import read_prompt
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.weights.registry import NONE, Model
@@ -21,6 +19,9 @@ class _PipelineLike(Protocol):
 
     @property
     def model(self) -> Model: ...
+
+    @property
+    def clip(self) -> CLIP | None: ...
 
 
 P = TypeVar("P", bound=_PipelineLike)
@@ -52,7 +53,7 @@ def check_defaults(model: Model) -> None:
 
 
 def check_plan(model: Model, settings: Settings, guidances: Sequence[Guidance] = ()) -> None:
-    """Check that settings make a plan, and one that the network of a model suits.
+    """Check that settings make a plan, and that the network of the model suits it.
 
     Raises:
         UsageError: they do not.
@@ -88,7 +89,10 @@ def chosen_upsampler(
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     try:
-        check_plan(upsampler.model, upsampler.settings.changed(**(call_settings or {})))
+        settings = upsampler.settings.changed(**(call_settings or {}))
+        prompts = [read_prompt("")]
+        clip = clip_guidance(upsampler.clip, upsampler.model, prompts, settings)
+        check_plan(upsampler.model, settings, (*settings.guidances(prompts), *clip))
     except UsageError as error:
         raise UsageError(f"the upsampler: {error}") from None
     return upsampler

@@ -178,7 +178,7 @@ def encode_parts(encode: Callable[[list[str]], Any], parts: Sequence[Part]) -> A
     Args:
         encode: texts -> a tree of their features; called once, with the distinct texts.
     """
-    distinct = list(dict.fromkeys(text_index for part in parts for text_index in part.ends))
+    distinct = list(dict.fromkeys(text for part in parts for text in part.ends))
     features = jax.tree.map(np.asarray, encode(distinct))
     text_index, end_index = (
         np.array([distinct.index(part.ends[i]) for part in parts]) for i in range(2)

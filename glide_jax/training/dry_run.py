@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,6 +33,7 @@ from glide_jax.devices.mesh import (
     rows,
     state_sharding,
 )
+from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.platform import compile_for
 from glide_jax.training.config import RunConfig, adapts
@@ -111,9 +113,8 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         GlideError: there is no TPU compiler.
     """
     devices = slice_devices(chips) if chips else jax.devices("cpu")
-    if config.dtype == "auto":
-        # "auto" depends on the devices of this machine, not on those compiled for.
-        config = replace(config, dtype="bfloat16" if chips else "float32")
+    # "auto" depends on the devices compiled for, not on those of this machine.
+    config = replace(config, dtype=jnp.dtype(trunk_dtype(config.dtype, devices[0])).name)
     count, microbatches, options = len(devices), config.accumulate, QUICK if chips else None
     microbatch = images_per_device(config, count)
     begun = time.monotonic()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from glide_jax.models.platform import compile_for
 from glide_jax.training.config import RunConfig
 from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import abstract_batch, make_objective
@@ -39,7 +40,8 @@ def flops_per_image(config: RunConfig) -> float:
 def count_flops(function: Any, *arguments: Any) -> float:
     """Return the multiplications and additions of a jitted function, before XLA optimises it.
 
-    They are counted for a CPU on any device, since GPU compilers do not report them.
+    They are counted for a CPU on any device, since GPU compilers do not report them, but in the
+    form that is the same on all devices: of a loop over blocks, XLA would count one iteration.
 
     Returns:
         The count; nan if jax has no CPU backend (`JAX_PLATFORMS=cuda`).
@@ -49,7 +51,7 @@ def count_flops(function: Any, *arguments: Any) -> float:
     except RuntimeError:
         return math.nan
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    with jax.default_device(host):
+    with jax.default_device(host), compile_for("any"):
         return function.lower(*shapes).cost_analysis()["flops"]
 
 

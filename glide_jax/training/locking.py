@@ -70,5 +70,6 @@ def _lock(path: Path) -> int:
     # For the message to a second run; the lock holds without it.
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor

@@ -38,6 +38,15 @@ def test_env_says_what_a_bug_report_needs():
     assert "takes no options" in one_line(command("env", "--all"), 2)
 
 
+def test_env_names_a_wrong_dtype_beside_the_devices(monkeypatch):
+    monkeypatch.setenv("GLIDE_JAX_DTYPE", "half")
+    lines = command("env").stdout.splitlines()
+    found = {line[:20].strip(): line[21:] for line in lines}
+    assert found["devices"] == "1 (cpu: cpu)" and found["GLIDE_JAX_DTYPE"] == "half"
+    wanted = "none: GLIDE_JAX_DTYPE=half: choose auto, float32, bfloat16, float16"
+    assert found["trunk dtype"] == wanted
+
+
 def test_the_help_of_env_is_help():
     for option in ("-h", "--help"):
         result = command("env", option)

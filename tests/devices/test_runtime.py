@@ -46,6 +46,8 @@ def test_the_dtype_of_a_cpu_follows_from_its_features(monkeypatch):
 def test_a_variable_says_what_the_dtype_auto_means(monkeypatch):
     monkeypatch.setenv("GLIDE_JAX_DTYPE", "float16")
     assert trunk_dtype() == jnp.float16 and trunk_dtype("float32") == jnp.float32
+    monkeypatch.setenv("GLIDE_JAX_DTYPE", "")
+    assert trunk_dtype("auto", types.SimpleNamespace(platform="tpu")) == jnp.bfloat16
     monkeypatch.setenv("GLIDE_JAX_DTYPE", "half")
     with pytest.raises(UsageError) as caught:
         trunk_dtype()

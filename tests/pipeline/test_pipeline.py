@@ -179,6 +179,15 @@ def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path)
         ({"steps": 2000}, "cannot take 2000 of 1000 steps: take at most 1000"),
         ({"strength": 2}, "strength must be above 0 and at most 1, not 2"),
         ({"repaint": 5}, "repaint takes 2 values (whole number, whole number), not 5"),
+        ({"guidance_method": "cgf"}, "unknown guidance_method 'cgf': choose cfg, cfg++, apg"),
+        (
+            {"guidance_method": "cfg++", "guidance_scale": 3},
+            "cfg++ takes a guidance_scale from 0 to 1, not 3",
+        ),
+        (
+            {"clip_scale": 2},
+            "clip_scale needs a noised CLIP: load one as clip_model (--clip-model)",
+        ),
     ):
         with pytest.raises(glide.UsageError) as caught:
             next(both.stream("red", upsampler=wrong))
