@@ -1,6 +1,6 @@
 """One training step over many devices: replicated, fully sharded, or sharded in copies.
 
-All run the same step `(state, batch, key) -> (state, metrics)` and give the same result up to
+All run the same step `(state, batch, control) -> (state, metrics)` and give the same result up to
 rounding. The devices may belong to several processes, on one machine or on many.
 """
 
@@ -31,10 +31,10 @@ class Parallel(Protocol):
     devices: list[jax.Device]
 
     def compile(self, step: Step) -> Step:
-        """Return the compiled step `(state, batch, key)`; it reuses the old state's memory.
+        """Return the compiled step `(state, batch, control)`; it reuses the old state's memory.
 
         Args:
-            step: `(state, batch, key, *, axis)`; `axis` is the name of the mapped axis, or None
+            step: `(state, batch, control, *, axis)`, whose control has the key; `axis` is the name of the mapped axis, or None
                 where the whole batch is seen at once.
         """
         ...

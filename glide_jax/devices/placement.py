@@ -84,7 +84,7 @@ class Placement:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
         return not all(leaf.is_fully_replicated for leaf in leaves)
 
-    def arrange_kernels(self, tree: Any) -> Any:
+    def lay_out_kernels(self, tree: Any) -> Any:
         """Lay kernels of convolutions out in memory as a GPU's convolutions in 16 bits read them.
 
         Their order is then out, height, width, in. Otherwise each network evaluation would begin

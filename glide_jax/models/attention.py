@@ -12,10 +12,11 @@ HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_MAX_HEAD_WIDTH = 128
 # Shorter sequences have small logits, and no kernel in some versions of cuDNN.
 CUDNN_MIN_LENGTH = 64
-# On a CPU, XLA of jax 0.11 and later computes attention in blocks that its caches hold. Before, it
-# is faster head by head if one head has this many logits, image by image if all have.
+# On a CPU, XLA of jax 0.11 and later computes attention in blocks that its caches hold.
 SPLITS_ON_CPU = jax.__version_info__ < (0, 11)
+# Before, it is faster head by head if one head has so many logits or more,
 SPLIT_HEADS_LOGITS = 2**19
+# and image by image if all heads of all images have so many.
 SPLIT_IMAGES_LOGITS = 2**21
 
 

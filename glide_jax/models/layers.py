@@ -1,8 +1,8 @@
 """The layers that the networks share: norms, convolutions, projections, time embedding.
 
 Images are `(B, H, W, C)`, sequences `(B, L, C)`. Convolutions and linear layers of the trunk run
-in `dtype`. Norms, softmax, the path of the time embedding, and all parameters are float32, as in
-OpenAI's models.
+in `dtype`. Norms, softmax and the path of the time embedding are float32, as in OpenAI's models, and
+so are parameters in training; a pipeline casts those of the trunk.
 """
 
 from typing import Any
@@ -57,7 +57,7 @@ class _UsesStoredParams:
 
 
 class Conv(_UsesStoredParams, nn.Conv):
-    """`flax.linen.Conv`."""
+    """`flax.linen.Conv`, without a check of the shapes of stored parameters."""
 
 
 # Names of a low-rank pair beside a kernel  (LoRA, 2106.09685): `(in, r)` and `(r, out)`.
@@ -99,7 +99,7 @@ class _GroupNorm(_UsesStoredParams, nn.GroupNorm):
 
 
 class LayerNorm(_UsesStoredParams, nn.LayerNorm):
-    """`flax.linen.LayerNorm`."""
+    """`flax.linen.LayerNorm`, without a check of the shapes of stored parameters."""
 
 
 class GroupNorm(nn.Module):

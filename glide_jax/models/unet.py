@@ -178,7 +178,7 @@ class GLIDE(nn.Module):
 
     Attributes:
         config: sizes and variant; see `glide_jax.models.presets`.
-        dtype: dtype of the trunk; parameters, norms, time embedding and head stay float32.
+        dtype: dtype of the trunk; norms, time embedding and head are float32.
         remat: activation checkpointing in training: less memory, about a third more time.
     """
 

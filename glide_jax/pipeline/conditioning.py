@@ -1,8 +1,8 @@
 """Inputs of sampling other than captions: image, mask, small image, noise.
 
 An image to edit, the pixels of it that stay, a small image to enlarge, a noise to start from. A
-user's mask is white where the image is regenerated. Inside the program all masks have one polarity:
-1 where the pixel is kept (`known`, `inpaint_known`).
+user's mask is white where the image is regenerated. `known` and `inpaint_known` are 1 where the
+pixel is kept.
 """
 
 import sys

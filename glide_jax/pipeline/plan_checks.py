@@ -64,32 +64,32 @@ def check_plan(model: Model, settings: Settings, guidances: Sequence[Guidance] =
 
 
 def chosen_upsampler(
-    upsampler: P | None, call_settings: SettingsArguments | Literal["none"] | None
+    upsampler: P | None, given: SettingsArguments | Literal["none"] | None
 ) -> P | None:
     """Return the upsampler that these settings are for, or None for a run without one.
 
     Args:
         upsampler: that of the pipeline, if it has one.
-        call_settings: settings of a call, "none", or None for the upsampler's own settings.
+        given: settings of a call, "none", or None for the upsampler's own settings.
 
     Raises:
-        UsageError: there are settings but no upsampler; `call_settings` is no mapping; its settings
+        UsageError: there are settings but no upsampler; `given` is no mapping; its settings
             cannot be used; or the upsampler's network does not suit the sampler.
     """
-    if isinstance(call_settings, str) and call_settings == NONE:
+    if isinstance(given, str) and given == NONE:
         return None
-    if call_settings is not None and not isinstance(call_settings, Mapping):
+    if given is not None and not isinstance(given, Mapping):
         raise UsageError(
-            f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {call_settings!r}: '
+            f'upsampler takes settings, such as {{"steps": 10}}, or "none", not {given!r}: '
             "glide_jax.load(upsampler=...) chooses its weights"
         )
     if upsampler is None:
-        if call_settings:
+        if given:
             raise UsageError("settings of an upsampler, but there is none: load one")
         return None
     # For their errors: the upsampler would raise them only after the base has sampled.
     try:
-        settings = upsampler.settings.changed(**(call_settings or {}))
+        settings = upsampler.settings.changed(**(given or {}))
         prompts = [read_prompt("")]
         clip = clip_guidance(upsampler.clip, upsampler.model, prompts, settings)
         check_plan(upsampler.model, settings, (*settings.guidances(prompts), *clip))

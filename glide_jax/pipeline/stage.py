@@ -99,7 +99,7 @@ class Stage:
             elif module.dtype == jnp.bfloat16 and placement.mesh.size == 1:
                 params = cpu_products.arrange_kernels(params)
         params = placement.put_weights(params)
-        params = params if is_sharded else placement.arrange_kernels(params)
+        params = params if is_sharded else placement.lay_out_kernels(params)
         denoiser = GLIDEFunction(module, placement.mesh.abstract_mesh, is_sharded)
         return Network(denoiser, params, self.model.prediction)
 

@@ -37,7 +37,13 @@ from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.platform import compile_for
 from glide_jax.training.config import RunConfig, adapts
-from glide_jax.training.dry_run_report import Needs, microbatches_of, minutes, report, shortage
+from glide_jax.training.dry_run_report import (
+    Needs,
+    format_minutes,
+    microbatches_of,
+    report,
+    shortage,
+)
 from glide_jax.training.flops import cost_of_update, flops_per_image
 from glide_jax.training.freezing import drop_frozen
 from glide_jax.training.objectives import Batch, abstract_batch, make_objective
@@ -118,9 +124,9 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
     count, microbatches, options = len(devices), config.accumulate, QUICK if chips else None
     microbatch = images_per_device(config, count)
     begun = time.monotonic()
-    clocked = clock(f"compiling {config.name} for {chips.name if chips else 'cpu'}")
+    showing = show_elapsed(f"compiling {config.name} for {chips.name if chips else 'cpu'}")
     # The machine's own GPU, if it has one, takes no part.
-    with clocked, compile_for("tpu" if chips else "cpu"):
+    with showing, compile_for("tpu" if chips else "cpu"):
         mesh = training_mesh(config, devices)
         program, arguments = parallel_step(config, mesh)
         flops, moved, code = math.nan, math.nan, 0
@@ -250,7 +256,7 @@ def reported_temporaries(message: str) -> float:
 
 
 @contextmanager
-def clock(what: str) -> Iterator[None]:
+def show_elapsed(what: str) -> Iterator[None]:
     """Show the elapsed time on stderr: each second on a terminal, otherwise each half minute.
 
     On a terminal the line is overwritten.
@@ -260,7 +266,7 @@ def clock(what: str) -> Iterator[None]:
 
     def show() -> None:
         while not done.wait(PERIODS[terminal]):
-            line = f"{what}: {minutes(time.monotonic() - begun)}"
+            line = f"{what}: {format_minutes(time.monotonic() - begun)}"
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
             sys.stderr.flush()
         if terminal:

@@ -120,7 +120,7 @@ def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
     }
     if chips:
         lines |= _slice_lines(config, needs, chips)
-    lines["compiled in"] = minutes(needs.seconds)
+    lines["compiled in"] = format_minutes(needs.seconds)
     return "\n".join(f"{name:16} {text}" for name, text in lines.items())
 
 
@@ -154,7 +154,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size >= GIB or not size else f"{size / GIB:.2g}"
 
 
-def minutes(seconds: float) -> str:
+def format_minutes(seconds: float) -> str:
     """Format seconds as `m:ss`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 

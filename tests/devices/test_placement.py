@@ -19,14 +19,14 @@ def params():
 
 def test_other_devices_than_gpus_keep_their_kernels(params):
     params = Placement().replicate(params)
-    assert Placement().arrange_kernels(params) is params
+    assert Placement().lay_out_kernels(params) is params
 
 
 def test_the_order_in_memory_of_kernels_in_16_bits(monkeypatch, params):
     """A CPU can have this order too: the numbers stay the same, and the program adapts."""
     monkeypatch.setattr(placement, "GPU_PLATFORMS", ("cpu",))
     before = Placement().replicate(params)
-    after = Placement().arrange_kernels(before)
+    after = Placement().lay_out_kernels(before)
     assert after["a"]["kernel"].format.layout.major_to_minor == OHWI.major_to_minor
     assert after["b"]["kernel"] is before["b"]["kernel"]
     np.testing.assert_array_equal(after["a"]["kernel"], params["a"]["kernel"])

@@ -41,11 +41,11 @@ def assert_rounded(found, wanted):
 
 # One block for the batch; for two images; for three rows of an image; for one row.
 @pytest.mark.parametrize(
-    ("row_bytes", "blocks"), [(10**6, 0), (2 * 8, 2), (5, 8), (1, 24)], ids=str
+    ("rows_that_fit", "blocks"), [(10**6, 0), (2 * 8, 2), (5, 8), (1, 24)], ids=str
 )
-def test_blocks_of_images_or_rows_give_the_same_convolution(row_bytes, blocks, monkeypatch):
+def test_blocks_of_images_or_rows_give_the_same_convolution(rows_that_fit, blocks, monkeypatch):
     x, kernel = random(0, 4, 6, 5, 32), random(1, 3, 3, 32, 40)
-    monkeypatch.setattr(cpu_products, "BLOCK_BYTES", row_bytes * 4 * 9 * 40 * (5 + 2))
+    monkeypatch.setattr(cpu_products, "BLOCK_BYTES", rows_that_fit * 4 * 9 * 40 * (5 + 2))
     convolve = jax.jit(lambda x, kernel: cpu_products.arrange_and_convolve(x, kernel))
     assert_rounded(convolve(x, kernel), plain_convolution(x, kernel))
     program = str(jax.make_jaxpr(lambda x, k: cpu_products.arrange_and_convolve(x, k))(x, kernel))

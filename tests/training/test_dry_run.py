@@ -258,7 +258,7 @@ def test_an_unknown_slice_ends_the_command_with_one_line():
 
 def test_the_clock_prints_lines_if_stderr_is_not_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(dry, "PERIODS", {False: 0.01, True: 1.0})
-    with dry.clock("compiling"):
+    with dry.show_elapsed("compiling"):
         time.sleep(0.1)
     assert "compiling: 0:00\n" in capsys.readouterr().err
 
