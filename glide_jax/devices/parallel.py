@@ -34,7 +34,7 @@ class Parallel(Protocol):
         """Return the compiled step `(state, batch, control)`; it reuses the old state's memory.
 
         Args:
-            step: `(state, batch, control, *, axis)`, whose control has the key; `axis` is the name of the mapped axis, or None
+            step: `(state, batch, control, *, axis)`; `axis` is the name of the mapped axis, or None
                 where the whole batch is seen at once.
         """
         ...

@@ -1,8 +1,8 @@
 """The layers that the networks share: norms, convolutions, projections, time embedding.
 
 Images are `(B, H, W, C)`, sequences `(B, L, C)`. Convolutions and linear layers of the trunk run
-in `dtype`. Norms, softmax and the path of the time embedding are float32, as in OpenAI's models, and
-so are parameters in training; a pipeline casts those of the trunk.
+in `dtype`. Norms, softmax and the path of the time embedding are float32, as in OpenAI's models.
+Parameters are float32 in training; a pipeline casts those of the trunk.
 """
 
 from typing import Any
