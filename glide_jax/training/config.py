@@ -162,9 +162,10 @@ class TrainConfig(RunConfig):
         levels: Distribution of the noise levels. "uniform": all timesteps are equally likely (the
             paper). "log-normal": log(alpha/sigma) is normal (EDM, 2206.00364). "loss-aware":
             timesteps with a larger loss are sampled more often and weighted less (2102.09672).
-        level_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy levels.
-        level_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0; larger is
-            broader.
+        half_log_snr_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy
+            levels.
+        half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0;
+            larger is broader.
         level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
             from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
@@ -207,8 +208,8 @@ class TrainConfig(RunConfig):
     snr_gamma: float = 5.0
     huber_width: float = 0.0
     levels: str = "uniform"
-    level_mean: float = 0.0
-    level_std: float = 1.0
+    half_log_snr_mean: float = 0.0
+    half_log_snr_std: float = 1.0
     level_uniform_share: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -243,7 +244,7 @@ class TrainConfig(RunConfig):
             if getattr(self, name) not in known:
                 choose = " or ".join(filter(None, known))
                 raise UsageError(f"{name} is {choose}, not {getattr(self, name)!r}")
-        for name in ("snr_gamma", "level_std"):
+        for name in ("snr_gamma", "half_log_snr_std"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.huber_width < 0:

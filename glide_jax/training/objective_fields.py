@@ -12,8 +12,8 @@ DENOISING = (
     "snr_gamma",
     "huber_width",
     "levels",
-    "level_mean",
-    "level_std",
+    "half_log_snr_mean",
+    "half_log_snr_std",
     "level_uniform_share",
 )
 

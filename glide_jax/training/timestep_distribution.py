@@ -58,7 +58,7 @@ def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
     return TimestepDistribution(
         length,
         half_log_snr.astype(np.float32),
-        config.level_mean,
-        config.level_std,
+        config.half_log_snr_mean,
+        config.half_log_snr_std,
         config.level_uniform_share,
     )

@@ -53,7 +53,7 @@ RUN_RULES = (
 GLIDE_RULES = (
     Rule(("snr_gamma",), "weighting min-snr", lambda c: c.weighting == "min-snr"),
     Rule(
-        ("level_mean", "level_std", "level_uniform_share"),
+        ("half_log_snr_mean", "half_log_snr_std", "level_uniform_share"),
         "levels log-normal",
         lambda c: c.levels == "log-normal",
     ),

@@ -99,8 +99,8 @@ def test_fields_that_are_refused(options, message):
         ("huber_width", 0.05, "0.0"),
         ("levels", "log-normal", "'uniform'"),
         ("levels", "loss-aware", "'uniform'"),
-        ("level_mean", 1.0, "0.0"),
-        ("level_std", 2.0, "1.0"),
+        ("half_log_snr_mean", 1.0, "0.0"),
+        ("half_log_snr_std", 2.0, "1.0"),
         ("level_uniform_share", 0.0, "0.1"),
     ],
 )

@@ -120,8 +120,8 @@ def test_log_normal_levels_have_their_mean_and_spread():
         name="x",
         model=TINY,
         levels="log-normal",
-        level_mean=0.5,
-        level_std=0.8,
+        half_log_snr_mean=0.5,
+        half_log_snr_std=0.8,
         level_uniform_share=0.0,
     )
     timesteps = make_timestep_distribution(config)
