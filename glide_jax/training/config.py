@@ -20,7 +20,7 @@ from glide_jax.training.objective_fields import OBJECTIVES, check_objective
 from glide_jax.training.optimiser_config import OptimiserConfig
 
 PARALLELISMS = ("pmap", "fsdp", "hybrid")
-LEVELS = ("uniform", "log-normal", "loss-aware")
+TIMESTEP_DISTRIBUTIONS = ("uniform", "log-normal", "loss-aware")
 ON_BAD_STEP = ("stop", "skip")
 
 
@@ -159,15 +159,16 @@ class TrainConfig(RunConfig):
         huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
             prediction below W and linear above; smaller is closer to the absolute error; 0: squared
             error.
-        levels: Distribution of the noise levels. "uniform": all timesteps are equally likely (the
-            paper). "log-normal": log(alpha/sigma) is normal (EDM, 2206.00364). "loss-aware":
-            timesteps with a larger loss are sampled more often and weighted less (2102.09672).
-        half_log_snr_mean: Mean of log(alpha/sigma) for log-normal levels; larger trains less noisy
-            levels.
-        half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal levels, above 0;
+        timestep_distribution: Distribution of the timesteps, and so of the noise levels. "uniform":
+            all timesteps are equally likely (the paper). "log-normal": log(alpha/sigma) is normal
+            (EDM, 2206.00364). "loss-aware": timesteps with a larger loss are sampled more often
+            and weighted less (2102.09672).
+        half_log_snr_mean: Mean of log(alpha/sigma) for log-normal timesteps; larger trains less
+            noisy levels.
+        half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal timesteps, above 0;
             larger is broader.
-        level_uniform_share: With log-normal levels, share of the images whose timestep is uniform,
-            from 0 to 1; larger trains the extreme levels more.
+        level_uniform_share: With log-normal timesteps, share of the images whose timestep is
+            uniform, from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student that samples in few steps, with the options `distillation` in place of those
             from `weighting` to `level_uniform_share`.
@@ -207,7 +208,7 @@ class TrainConfig(RunConfig):
     weighting: str = "none"
     snr_gamma: float = 5.0
     huber_width: float = 0.0
-    levels: str = "uniform"
+    timestep_distribution: str = "uniform"
     half_log_snr_mean: float = 0.0
     half_log_snr_std: float = 1.0
     level_uniform_share: float = 0.1
@@ -236,7 +237,7 @@ class TrainConfig(RunConfig):
         for name, known in (
             ("prediction", PREDICTIONS),
             ("weighting", WEIGHTINGS),
-            ("levels", LEVELS),
+            ("timestep_distribution", TIMESTEP_DISTRIBUTIONS),
             ("objective", OBJECTIVES),
             ("sample_sampler", ("", *SOLVERS)),
             ("sample_spacing", ("", *SPACINGS, OPTIMISED)),

@@ -11,7 +11,7 @@ DENOISING = (
     "weighting",
     "snr_gamma",
     "huber_width",
-    "levels",
+    "timestep_distribution",
     "half_log_snr_mean",
     "half_log_snr_std",
     "level_uniform_share",

@@ -46,7 +46,7 @@ class TrainState:
         log2_loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
         frozen_params: parameters that the loss takes too: of the teacher that is distilled, or of
             the base of LoRA, in the dtype of the trunk; {} for other objectives.
-        loss_history: the last losses at each timestep, for loss-aware levels; None for others.
+        loss_history: the last losses at each timestep, for loss-aware timesteps; None for others.
     """
 
     step: jax.Array
@@ -92,7 +92,7 @@ def new_state(
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
-    aware = isinstance(config, TrainConfig) and config.levels == "loss-aware"
+    aware = isinstance(config, TrainConfig) and config.timestep_distribution == "loss-aware"
     return init_state(
         params,
         optimiser,

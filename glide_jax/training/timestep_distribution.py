@@ -49,10 +49,10 @@ class TimestepDistribution:
 def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
     """Return the timesteps of a recipe  (log-normal: EDM, 2206.00364, sec. 5).
 
-    Loss-aware levels are uniform where there is no history of losses: in held-out losses.
+    Loss-aware timesteps are uniform where there is no history of losses: in held-out losses.
     """
     length = config.diffusion_steps
-    if config.levels != "log-normal":
+    if config.timestep_distribution != "log-normal":
         return TimestepDistribution(length)
     half_log_snr = make_schedule(config.schedule, length).half_log_snr(np.arange(length))
     return TimestepDistribution(

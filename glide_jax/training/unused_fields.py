@@ -54,8 +54,8 @@ GLIDE_RULES = (
     Rule(("snr_gamma",), "weighting min-snr", lambda c: c.weighting == "min-snr"),
     Rule(
         ("half_log_snr_mean", "half_log_snr_std", "level_uniform_share"),
-        "levels log-normal",
-        lambda c: c.levels == "log-normal",
+        "timestep_distribution log-normal",
+        lambda c: c.timestep_distribution == "log-normal",
     ),
     Rule(("mask_all_share",), "inpainting models", lambda c: c.model.inpaints),
     Rule(("sample_strength",), "upsamplers", lambda c: c.model.upsamples),

@@ -141,7 +141,11 @@ class Scaled:
 
 
 CONFIG = TrainConfig(
-    name="x", model=TINY, levels="loss-aware", diffusion_steps=STEPS, optimiser=OPTIMISER
+    name="x",
+    model=TINY,
+    timestep_distribution="loss-aware",
+    diffusion_steps=STEPS,
+    optimiser=OPTIMISER,
 )
 LOSS = partial(
     denoising_loss,

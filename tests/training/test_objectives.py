@@ -119,7 +119,7 @@ def test_log_normal_levels_have_their_mean_and_spread():
     config = TrainConfig(
         name="x",
         model=TINY,
-        levels="log-normal",
+        timestep_distribution="log-normal",
         half_log_snr_mean=0.5,
         half_log_snr_std=0.8,
         level_uniform_share=0.0,

@@ -24,16 +24,18 @@ UPSAMPLER = replace(PLAIN, model=replace(TINY, variant="superres", image_size=64
 # A field that is set; its message; and the recipe in which it has an effect.
 UNUSED = [
     (
-        PLAIN, {"half_log_snr_mean": 1.0}, {"levels": "log-normal"},
-        "half_log_snr_mean is for levels log-normal: choose that, or set it to 0.0",
+        PLAIN, {"half_log_snr_mean": 1.0}, {"timestep_distribution": "log-normal"},
+        "half_log_snr_mean is for timestep_distribution log-normal: choose that, or set it to 0.0",
     ),
     (
-        replace(PLAIN, levels="loss-aware"), {"half_log_snr_std": 2.0}, {"levels": "log-normal"},
-        "half_log_snr_std is for levels log-normal: choose that, or set it to 1.0",
+        replace(PLAIN, timestep_distribution="loss-aware"), {"half_log_snr_std": 2.0},
+        {"timestep_distribution": "log-normal"},
+        "half_log_snr_std is for timestep_distribution log-normal: choose that, or set it to 1.0",
     ),
     (
-        PLAIN, {"level_uniform_share": 0.0}, {"levels": "log-normal"},
-        "level_uniform_share is for levels log-normal: choose that, or set it to 0.1",
+        PLAIN, {"level_uniform_share": 0.0}, {"timestep_distribution": "log-normal"},
+        "level_uniform_share is for timestep_distribution log-normal: choose that, or set it to "
+        "0.1",
     ),
     (
         replace(PLAIN, weighting="v"), {"snr_gamma": 3.0}, {"weighting": "min-snr"},
