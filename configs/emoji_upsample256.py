@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="emoji_upsample256",
         model=presets.emoji_upsample256(),
-        train_size=128,
+        train_image_size=128,
         prediction="x",
         # Flat art has edges between two colours: the absolute error picks one, the squared error
         # their mean.

@@ -88,7 +88,7 @@ def noise_loss(
         weighting="none",
         low_res_timestep_share=share,
         caption_dropout=0.0,
-        train_size=0,
+        train_image_size=0,
         batch_size=size,
         accumulate=1,
         validation_split=split,

@@ -21,7 +21,7 @@ class ModelConfig:
     Attributes:
         variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints), or
             an upsampler that inpaints, "superres_inpaint".
-        image_size: Side of its square training images, in pixels.
+        image_size: Side of the images that it generates, in pixels.
         model_channels: Channels of the first resolution; a multiple of 32.
         channel_mult: Channels of each resolution as multiples of `model_channels`.
         num_res_blocks: Residual blocks per resolution.

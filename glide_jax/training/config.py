@@ -183,9 +183,9 @@ class TrainConfig(RunConfig):
             other models. Larger tolerates worse small images.
         mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1;
             larger trains generation from text alone more.
-        train_size: Side of the training images in pixels, if it is not `model.image_size`: the
-            network is convolutional and can learn from crops or smaller images. 0: the size of
-            the model.
+        train_image_size: Side of the training images in pixels, if it is not `model.image_size`:
+            the network is convolutional and can learn from crops or smaller images. 0: the size
+            of the model.
         sample_prompts: Prompts of the grids of samples.
         sample_steps: Sampling steps of the grids, and default stored with the weights; more is
             slower and more accurate.
@@ -218,7 +218,7 @@ class TrainConfig(RunConfig):
     caption_dropout: float = 0.0
     low_res_timestep_share: float = 0.0
     mask_all_share: float = 0.1
-    train_size: int = 0
+    train_image_size: int = 0
     sample_every: int = 5000
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
@@ -259,8 +259,10 @@ class TrainConfig(RunConfig):
             raise UsageError("low_res_timestep_share and model.low_res_timestep go together")
         # Each resolution of the UNet but the last halves the image; the small image has side / 4.
         step = max(self.model.size_multiple, 4 if self.model.upsamples else 1)
-        if self.train_size < 0 or self.train_size % step:
-            raise UsageError(f"train_size is a multiple of {step}, not {self.train_size}")
+        if self.train_image_size < 0 or self.train_image_size % step:
+            raise UsageError(
+                f"train_image_size is a multiple of {step}, not {self.train_image_size}"
+            )
 
     def _check_lora(self) -> None:
         """Check the fields that LoRA does not go with."""
@@ -277,7 +279,7 @@ class TrainConfig(RunConfig):
     @property
     def side(self) -> int:
         """Side of the training images, in pixels."""
-        return self.train_size or self.model.image_size
+        return self.train_image_size or self.model.image_size
 
     @property
     def starts_from(self) -> str:

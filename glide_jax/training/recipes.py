@@ -93,7 +93,7 @@ def toy(config: RunConfig) -> RunConfig:
             "model": toy_model(model),
             "steps": 300 if slow_captions or model.inpaints else 150,
             "batch_size": 8 if model.upsamples else 16,
-            "train_size": 0,
+            "train_image_size": 0,
         }
         if config.objective == "consistency":
             low, high = config.distillation.guidance_scales

@@ -207,11 +207,11 @@ def test_a_recipe_may_train_at_another_size_than_it_samples():
     assert (config.side, config.model.image_size) == (128, 256)
     assert load_recipe("configs/emoji64.py").side == 64
     assert load_recipe("configs/emoji_clip64.py").side == 64
-    parts = [flops_per_image(replace(config, train_size=size)) for size in (16, 32)]
+    parts = [flops_per_image(replace(config, train_image_size=size)) for size in (16, 32)]
     assert parts[1] / parts[0] == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [-8, 3, 20])
 def test_a_size_that_the_network_cannot_halve_is_refused(size):
-    with pytest.raises(UsageError, match="train_size is a multiple of 16"):
-        replace(load_recipe("configs/emoji_upsample256.py"), train_size=size)
+    with pytest.raises(UsageError, match="train_image_size is a multiple of 16"):
+        replace(load_recipe("configs/emoji_upsample256.py"), train_image_size=size)

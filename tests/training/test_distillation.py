@@ -127,7 +127,7 @@ def test_every_field_has_an_objective():
     """A new field of the loss is noticed here: sort it into those of one objective or of both."""
     loss = set(f.name for f in fields(TrainConfig)) - {f.name for f in fields(RunConfig)}
     of_both = {"prediction", "objective", "distillation", "lora", "caption_dropout"}
-    of_both |= {"low_res_timestep_share", "mask_all_share", "train_size"}
+    of_both |= {"low_res_timestep_share", "mask_all_share", "train_image_size"}
     assert {name for name in loss - of_both if not name.startswith("sample_")} == set(DENOISING)
 
 
