@@ -34,7 +34,7 @@ PROMPTS = (
 # Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
 # captions with a part only let `all_of([concept, style], [w, w])` compose unseen pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
-CAPTIONS = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
+CAPTION_TEMPLATES = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 
 
 def concepts() -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         # "red apple" is in test_concept; this small model is not tested on new concepts.
         split="train+test_concept",
         concepts=concepts(),
-        captions=CAPTIONS,
+        caption_templates=CAPTION_TEMPLATES,
     )
     # Almost no decay: the second training has it.
     optimiser = OptimiserConfig(

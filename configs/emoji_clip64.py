@@ -53,7 +53,7 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
             split=ALL_SPLITS if scores else SPLIT,
             concepts=concepts(),
             # The scorer ranks captions of concept and style together.
-            captions=styled if scores else several,
+            caption_templates=styled if scores else several,
             crop="random",
             min_crop=0.6,
             flip=True,

@@ -118,7 +118,7 @@ class Prepare:
 
     def _record(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         record = self.source.records[number]
-        caption = _caption(record, self.config.captions, rng)
+        caption = _caption(record, self.config.caption_templates, rng)
         tokens = self.tokens(caption)
         image = self._image(record["image"], rng)
         if self.config.flip and rng.random() < 0.5 and not names_side(caption):
@@ -385,6 +385,6 @@ def make_prepare(
         )
     if source.parts and config.group_by:
         raise UsageError("a mixture is not grouped: leave --data.group-by or --data.mixture out")
-    _check_templates(source, config.captions)
+    _check_templates(source, config.caption_templates)
     groups = groups_of(source, config.group_by) if config.group_by else b""
     return Prepare(source, config, tokenizer, size, seed, groups)

@@ -28,9 +28,9 @@ class DataConfig:
             tensorflow-datasets, the split in the names of parquet files, or a subfolder with this
             name.
         data_dir: Folder of the tensorflow-datasets that `source` names.
-        captions: Templates of captions. One is chosen at random each time a record is seen. They
-            can use `{caption}` and every other text field of the record; `{a_caption}` is the
-            caption with "a" or "an".
+        caption_templates: Templates of captions. One is chosen at random each time a record is
+            seen. They can use `{caption}` and every other text field of the record; `{a_caption}`
+            is the caption with "a" or "an".
         concepts: Keep only records with these concepts, in data that have them. Empty: keep all.
         styles: Keep only records with these styles, in data that have them. Empty: keep all.
         image_field: Field of a record that has the image, with `/` between nested keys. Empty: the
@@ -72,7 +72,7 @@ class DataConfig:
     mixture: tuple[str, ...] = ()
     split: str = "train"
     data_dir: str = "~/tensorflow_datasets"
-    captions: tuple[str, ...] = ("{caption}",)
+    caption_templates: tuple[str, ...] = ("{caption}",)
     concepts: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     image_field: str = ""
@@ -112,7 +112,7 @@ class DataConfig:
             raise UsageError("min_score and score_field belong together: give both, or neither")
         if not 0 < self.min_crop <= 1:
             raise UsageError(f"min_crop is a share, 0 < min_crop <= 1, not {self.min_crop}")
-        if not self.captions:
-            raise UsageError("captions needs a template, for example '{caption}'")
+        if not self.caption_templates:
+            raise UsageError("caption_templates needs a template, for example '{caption}'")
         if self.workers < 0 or self.threads < 1 or self.prefetch < 1:
             raise UsageError("workers must be at least 0, threads and prefetch at least 1")

@@ -109,7 +109,7 @@ class ResidentBatches:
             variants.append(0 if isinstance(captions, str) else len(alternatives))
             first.append(len(tokens))
             for caption in alternatives:
-                for template in prepare.config.captions:
+                for template in prepare.config.caption_templates:
                     text = fill(template, record, caption)
                     encoded = prepare.tokens(text)
                     tokens.append(encoded["tokens"])
@@ -140,8 +140,8 @@ class ResidentBatches:
         number, rng = self._prepare.start(position)
         config = self._prepare.config
         variant = int(rng.integers(self._variants[number])) if self._variants[number] else 0
-        template = int(rng.integers(len(config.captions)))
-        caption = self._first[number] + variant * len(config.captions) + template
+        template = int(rng.integers(len(config.caption_templates)))
+        caption = self._first[number] + variant * len(config.caption_templates) + template
         top, left = 0, 0
         if config.crop == "window":
             top, left = window_corner(self.data.image.shape[1:3], self._prepare.size, rng)

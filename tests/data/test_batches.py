@@ -94,7 +94,7 @@ def test_groups_stay_together_and_every_pass_has_another_order():
 
 
 def test_batches_with_groups_resume():
-    config = DataConfig(source=MINI, captions=("{concept}",), group_by="concept")
+    config = DataConfig(source=MINI, caption_templates=("{concept}",), group_by="concept")
     one, two = batches(config, batch_size=12), batches(config, batch_size=12)
     made = first(one, 3)
     found = [caption for arrays in made for caption in captions(arrays)]
@@ -119,7 +119,7 @@ def test_another_seed_gives_another_order_and_may_be_negative():
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_together_make_the_batch_of_one_process(count):
     config = DataConfig(
-        source=MINI, captions=("{caption}", "{a_caption}"), crop="random", flip=True
+        source=MINI, caption_templates=("{caption}", "{a_caption}"), crop="random", flip=True
     )
     whole = first(batches(config), 3)
     shares = [first(batches(config, process=(i, count)), 3) for i in range(count)]
@@ -145,7 +145,7 @@ def test_threads_change_nothing():
 
 
 def test_iteration_resumes_where_it_was_saved():
-    config = DataConfig(source=MINI, captions=("{caption}", "{a_caption}", "{style}"))
+    config = DataConfig(source=MINI, caption_templates=("{caption}", "{a_caption}", "{style}"))
     one, two = batches(config), batches(config)
     first(one, 3)
     state = json.loads(json.dumps(one.get_state()))
@@ -269,7 +269,7 @@ def test_captions_are_sampled_from_the_templates():
         source=MINI,
         concepts=("octopus",),
         styles=("Google Noto style",),
-        captions=("{caption}", "{a_caption}, {style}"),
+        caption_templates=("{caption}", "{a_caption}, {style}"),
     )
     seen = set()
     for arrays in first(batches(config), 8):
@@ -283,13 +283,13 @@ def test_captions_are_sampled_from_the_templates():
 )
 def test_a_template_that_cannot_be_filled_is_refused_before_training(template, message):
     with pytest.raises(UsageError, match=message):
-        batches(DataConfig(source=MINI, captions=("{caption}", template)))
+        batches(DataConfig(source=MINI, caption_templates=("{caption}", template)))
 
 
 def test_records_that_cannot_fill_a_template_are_skipped():
     plain = partly_broken(10)
     styled = Source([*plain.records, *({**r, "style": "flat"} for r in plain.records)])
-    iterator = batches(DataConfig(captions=("{style}",)), styled, size=8, batch_size=20)
+    iterator = batches(DataConfig(caption_templates=("{style}",)), styled, size=8, batch_size=20)
     assert captions(next(iterator)) == ["flat"] * 20 and iterator.skipped > 0
 
 
@@ -352,7 +352,7 @@ def test_an_image_whose_caption_names_a_side_is_not_mirrored(caption):
     [
         ({"crop": "center"}, "did you mean 'centre'"),
         ({"min_crop": 0.0}, "min_crop"),
-        ({"captions": ()}, "captions"),
+        ({"caption_templates": ()}, "caption_templates needs a template"),
         ({"workers": -1}, "workers"),
         ({"prefetch": 0}, "prefetch"),
     ],

@@ -117,7 +117,7 @@ def test_sources_of_different_kinds_and_their_templates(tmp_path, config):
     mixture = (*config.mixture, f"{MINI}:0.5")
     source = open_source(replace(config, mixture=mixture))
     assert [part.weight for part in source.parts] == [6, 2, 1]
-    options = replace(config, mixture=mixture, captions=("{caption}, {style}",))
+    options = replace(config, mixture=mixture, caption_templates=("{caption}, {style}",))
     with pytest.raises(UsageError, match="asks for 'style'"):
         make_prepare(source, options, 4, TOKENIZER, 8, 0, (0, 1))
 

@@ -36,7 +36,7 @@ def records(count: int, side: int = 8) -> Source:
 @pytest.mark.parametrize("group_by", ["", "style"])
 def test_equals_the_loader(crop: str, group_by: str) -> None:
     config = DataConfig(
-        captions=TEMPLATES, crop=crop, flip=True, group_by=group_by, on_device="yes"
+        caption_templates=TEMPLATES, crop=crop, flip=True, group_by=group_by, on_device="yes"
     )
     common = {
         "batch_size": 6,
@@ -59,7 +59,7 @@ def test_equals_the_loader(crop: str, group_by: str) -> None:
 
 
 def test_resumes_and_shares_like_the_loader() -> None:
-    config = DataConfig(captions=TEMPLATES, on_device="yes")
+    config = DataConfig(caption_templates=TEMPLATES, on_device="yes")
     common = {
         "batch_size": 4,
         "tokenizer": GPT2Tokenizer(16),

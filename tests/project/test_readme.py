@@ -56,4 +56,4 @@ def test_its_training_on_your_own_data_reads_it(tmp_path):
     line = line.replace("configs/", f"{ROOT}/configs/").replace(" images", f" {folder}")
     config, _ = parse_recipe(shlex.split(line)[2:], "")
     assert "caption" in open_source(config.data)[0]
-    assert config.data.captions == ("{caption}",)
+    assert config.data.caption_templates == ("{caption}",)

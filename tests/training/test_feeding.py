@@ -36,7 +36,7 @@ CONFIG = TrainConfig(
     save_every=2,
     batch_size=4,
     optimiser=OptimiserConfig(learning_rate=1e-3),
-    data=DataConfig(on_device="yes", captions=("{caption}", "a {caption}"), flip=True),
+    data=DataConfig(on_device="yes", caption_templates=("{caption}", "a {caption}"), flip=True),
 )
 
 
