@@ -40,7 +40,7 @@ def get_config(size: str = "released") -> TrainConfig:
             learning_rate=1e-4 if paper else 3e-4,
             warmup=5000,
             # The widths that EDM2 keeps; a snapshot every ten million images.
-            ema_power=(0.05, 0.10),
+            ema_widths=(0.05, 0.10),
             ema_every=5000,
         ),
         steps=2_500_000 if paper else 1_100_000,

@@ -92,7 +92,7 @@ def ema(
     steps.
 
     Args:
-        run: Folder of a run of train.py with --optimiser.ema-power.
+        run: Folder of a run of train.py with --optimiser.ema-widths.
         width: Width of the EMA, as a share of the training: above 0 and below 0.28.
         out: Folder for config.json and model.safetensors; created if needed.
         step: Last training step of the EMA. Default: the last step at which EMAs were saved.

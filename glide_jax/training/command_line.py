@@ -100,7 +100,7 @@ def _options(recipe: RunConfig) -> type:
 def _options_in_the_help(recipe: RunConfig) -> Iterator[None]:
     """Let the docstrings of a recipe, which the help shows, name options in place of fields.
 
-    `ema_power` of the optimiser becomes `--optimiser.ema-power`, and None becomes none.
+    `ema_widths` of the optimiser becomes `--optimiser.ema-widths`, and None becomes none.
     """
     parts = {name: part for name, part in vars(recipe).items() if is_dataclass(part)}
     options = {

@@ -271,7 +271,7 @@ class TrainConfig(RunConfig):
             (self.objective != "denoising", "lora.rank is for objective denoising"),
             (optimiser.kind != "adamw", "lora.rank is for optimiser.kind adamw"),
             (optimiser.freeze, "lora.rank freezes all weights: leave optimiser.freeze empty"),
-            (optimiser.ema_power, "lora.rank keeps one EMA: leave optimiser.ema_power empty"),
+            (optimiser.ema_widths, "lora.rank keeps one EMA: leave optimiser.ema_widths empty"),
         ):
             if wrong:
                 raise UsageError(message)

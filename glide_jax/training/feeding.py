@@ -29,7 +29,7 @@ def steps_per_call(config: RunConfig) -> int:
         return 1  # XLA runs the operations of a loop on one core
     events = [config.steps, config.save_every, config.keep_every]
     events += [config.sample_every, config.validate_every]
-    if config.optimiser.ema_power:
+    if config.optimiser.ema_widths:
         events.append(config.optimiser.ema_every)
     common = math.gcd(*events)
     return max(k for k in range(1, MAX_STEPS + 1) if common % k == 0)

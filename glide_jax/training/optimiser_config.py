@@ -49,11 +49,11 @@ class OptimiserConfig:
         ema: Decay rate of the EMA of the weights, from 0 to 1. Sampling uses the EMA. Larger
             averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
             step))`: short runs thereby forget their first weights.
-        ema_power: Relative widths of further EMAs, whose weights are a power function: for
+        ema_widths: Relative widths of further EMAs, whose weights are a power function: for
             example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
             training. From their snapshots, the command glide-jax weights ema makes the EMA of any
             width (post-hoc EMA: EDM2, 2312.02696, sec. 3.1).
-        ema_every: Steps between the snapshots of `ema_power`, at least 1; larger needs less disk
+        ema_every: Steps between the snapshots of `ema_widths`, at least 1; larger needs less disk
             space, and makes the post-hoc EMA less exact.
     """
 
@@ -71,7 +71,7 @@ class OptimiserConfig:
     grad_clip: float = 1.0
     freeze: tuple[str, ...] = ()
     ema: float = 0.9999
-    ema_power: tuple[float, ...] = ()
+    ema_widths: tuple[float, ...] = ()
     ema_every: int = 5000
 
     def __post_init__(self):
@@ -87,9 +87,9 @@ class OptimiserConfig:
             raise UsageError(f"muon_lr_ratio must be above 0, not {self.muon_lr_ratio}")
         if self.moments not in ("float32", "bfloat16"):
             raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
-        for width in self.ema_power:
+        for width in self.ema_widths:
             check_width(width)
-        if len(set(self.ema_power)) < len(self.ema_power):
-            raise UsageError("ema_power names a width twice")
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise UsageError("ema_widths names a width twice")
         if self.ema_every < 1:
             raise UsageError("ema_every must be at least 1")

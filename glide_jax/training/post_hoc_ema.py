@@ -61,7 +61,7 @@ def save_ema_snapshots(config: RunConfig, step: int, emas: Iterable[Any]) -> Non
     """
     if step % config.optimiser.ema_every and step != config.steps:
         return
-    for width, ema in zip(config.optimiser.ema_power, emas, strict=True):
+    for width, ema in zip(config.optimiser.ema_widths, emas, strict=True):
         flat = {path: _half(array) for path, array in flatten(ema).items()}
         folder = config.folder / FOLDER / f"{step:08}_{width:g}"
         on_first_process(partial(save_weights, folder, description(config, step), flat))
@@ -120,7 +120,7 @@ def reconstruct(
 
     Args:
         run: folder of the run.
-        width: as a share of the steps up to `step`, as in `OptimiserConfig.ema_power`.
+        width: as a share of the steps up to `step`, as in `OptimiserConfig.ema_widths`.
         step: the last step of the EMA; None: the last one that was saved.
 
     Returns:
@@ -134,7 +134,7 @@ def reconstruct(
     check_width(width)
     folders = snapshots(run)
     if not folders:
-        raise UsageError(f"{run} has saved no EMAs: train with --optimiser.ema-power 0.05 0.1")
+        raise UsageError(f"{run} has saved no EMAs: train with --optimiser.ema-widths 0.05 0.1")
     last_step = max(profile.step for profile in folders)
     wanted = Profile(last_step if step is None else step, width)
     saved = [profile for profile in folders if profile.step <= wanted.step]

@@ -40,7 +40,7 @@ class TrainState:
         step: int32 scalar, the number of steps done.
         params: the parameters.
         ema: EMA of the parameters; samples are made with it.
-        power_emas: power-function EMAs, one for each of `OptimiserConfig.ema_power`.
+        power_emas: power-function EMAs, one for each of `OptimiserConfig.ema_widths`.
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
         log2_loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
@@ -78,7 +78,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        power_emas=tuple(jax.tree.map(jnp.copy, params) for _ in config.ema_power),
+        power_emas=tuple(jax.tree.map(jnp.copy, params) for _ in config.ema_widths),
         opt_state=optimiser.init(params),
         loss_mean=jnp.zeros(()),
         log2_loss_scale=jnp.float32(INITIAL_LOG2_LOSS_SCALE if float16 else 0.0),

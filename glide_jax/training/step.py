@@ -261,7 +261,7 @@ def _update(
     decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
     power_emas = tuple(
         _decay(ema, trained, power_rate(step, width))
-        for ema, width in zip(state.power_emas, config.ema_power, strict=True)
+        for ema, width in zip(state.power_emas, config.ema_widths, strict=True)
     )
     memory = jnp.minimum(SPIKE_MEMORY, state.step / step)
     return TrainState(

@@ -33,7 +33,7 @@ RUN_RULES = (
         "optimiser.decay linear",
         lambda c: c.optimiser.decay == "linear",
     ),
-    Rule(("optimiser.ema_every",), "optimiser.ema_power", lambda c: bool(c.optimiser.ema_power)),
+    Rule(("optimiser.ema_every",), "optimiser.ema_widths", lambda c: bool(c.optimiser.ema_widths)),
     Rule(
         ("validation_split", "validation_batches"),
         "a validate_every above 0",

@@ -357,7 +357,7 @@ def test_a_base_that_changed_or_vanished_is_named(whole_run, folder, tmp_path):
         ({"lora": {"layers": ("mlp",)}}, "layers are one or more of attention, text, not mlp"),
         ({"lora": {"layers": ()}}, "layers are one or more of attention, text, not none"),
         ({"optimiser": OptimiserConfig(freeze=("text",))}, "leave optimiser.freeze empty"),
-        ({"optimiser": OptimiserConfig(ema_power=(0.1,))}, "leave optimiser.ema_power empty"),
+        ({"optimiser": OptimiserConfig(ema_widths=(0.1,))}, "leave optimiser.ema_widths empty"),
         ({"optimiser": OptimiserConfig(kind="muon")}, "lora.rank is for optimiser.kind adamw"),
         ({"objective": "consistency"}, "lora.rank is for objective denoising"),
     ],

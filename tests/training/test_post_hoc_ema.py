@@ -128,7 +128,7 @@ def finished(tmp_path_factory):
     """A run of 35 steps whose parameters are `step * params`."""
     folder = tmp_path_factory.mktemp("run")
     params = load_model(make_weights(folder / "weights")).params
-    optimiser = OptimiserConfig(ema_power=WIDTHS, ema_every=10)
+    optimiser = OptimiserConfig(ema_widths=WIDTHS, ema_every=10)
     config = TrainConfig(
         name="grown", model=TINY, optimiser=optimiser, steps=35, out=str(folder / "run")
     )
@@ -150,7 +150,7 @@ def test_snapshots_are_saved_at_multiples_of_ema_every_and_at_the_end(finished):
 
 def test_nothing_is_gathered_between_two_snapshots(finished):
     folder, _ = finished
-    config = TrainConfig(name="x", model=TINY, optimiser=OptimiserConfig(ema_power=WIDTHS))
+    config = TrainConfig(name="x", model=TINY, optimiser=OptimiserConfig(ema_widths=WIDTHS))
 
     def emas():
         raise AssertionError("gathered for nothing")
@@ -198,7 +198,7 @@ def test_an_array_beyond_the_range_of_float16_stays_float32(tmp_path):
     config = TrainConfig(
         name="large",
         model=TINY,
-        optimiser=OptimiserConfig(ema_power=(0.1,)),
+        optimiser=OptimiserConfig(ema_widths=(0.1,)),
         steps=1,
         out=str(tmp_path),
     )
@@ -213,4 +213,4 @@ def test_an_array_beyond_the_range_of_float16_stays_float32(tmp_path):
 def test_impossible_widths_are_refused():
     for widths in ((0.3,), (0.0,), (0.1, 0.1)):
         with pytest.raises(UsageError):
-            OptimiserConfig(ema_power=widths)
+            OptimiserConfig(ema_widths=widths)

@@ -144,14 +144,14 @@ def test_help_names_options_where_the_docstrings_name_fields(capsys, monkeypatch
         parse_recipe(["--config", "upsample256", "--help"], "")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for phrase in (
-        "(see `--spike`)", "snapshots of `--optimiser.ema-power`", "and `--model.residual`",
+        "(see `--spike`)", "snapshots of `--optimiser.ema-widths`", "and `--model.residual`",
         "weights of `--init-from`", "the options `--distillation.*`", "instead of `--data.source`",
         "as multiples of `--model.model-channels`", "--sample-strength FLOAT|{none}",
     ):  # fmt: skip
         assert phrase in text, phrase
     assert not re.findall(r"`[a-z.]*_[a-z_.]*`", text.replace("`save_to_disk`", ""))
     assert not re.search(r"\bNone\b", text)
-    assert OptimiserConfig.__doc__ == before and "`ema_power`" in before
+    assert OptimiserConfig.__doc__ == before and "`ema_widths`" in before
 
 
 @pytest.mark.parametrize("word", ["none", "None"])
@@ -204,7 +204,7 @@ def test_recipes_differ_as_the_paper_says():
     for name in ("improved64", "improved256"):
         config = load_recipe(name)
         assert (config.prediction, config.weighting) == ("v", "min-snr")
-        assert config.optimiser.ema_power == (0.05, 0.10)
+        assert config.optimiser.ema_widths == (0.05, 0.10)
     assert load_recipe("finetune64").optimiser.freeze == ("text",)
     lora = load_recipe("lora64")
     assert (lora.lora.rank, lora.lora.scale, lora.optimiser.learning_rate) == (16, 1.0, 1e-4)
@@ -252,7 +252,7 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
         assert small.model.low_res_timestep == whole.model.low_res_timestep
     for field in same:
         assert getattr(small, field) == getattr(whole, field)
-    for field in ("freeze", "ema_power", "moments", "grad_clip", "beta_2", "weight_decay"):
+    for field in ("freeze", "ema_widths", "moments", "grad_clip", "beta_2", "weight_decay"):
         assert getattr(small.optimiser, field) == getattr(whole.optimiser, field)
 
 

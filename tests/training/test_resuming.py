@@ -176,7 +176,7 @@ def test_an_interrupt_while_workers_start_ends_in_one_line_and_leaves_nothing(tm
 def test_numbers_that_are_not_finite_are_refused_by_name(value, config):
     for make, name in (
         (lambda: OptimiserConfig(learning_rate=value), "learning_rate"),
-        (lambda: OptimiserConfig(ema_power=(0.05, value)), "ema_power"),
+        (lambda: OptimiserConfig(ema_widths=(0.05, value)), "ema_widths"),
         (lambda: replace(config, spike=value), "spike"),
         (lambda: replace(config, caption_dropout=value), "caption_dropout"),
         (lambda: replace(config, model=replace(config.model, dropout=value)), "model.dropout"),

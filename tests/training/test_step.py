@@ -18,7 +18,7 @@ from glide_jax.training.state import INITIAL_LOG2_LOSS_SCALE, init_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 
-OPTIMISER = OptimiserConfig(learning_rate=0.1, ema=0.5, ema_power=(0.1,))
+OPTIMISER = OptimiserConfig(learning_rate=0.1, ema=0.5, ema_widths=(0.1,))
 KEY = jax.random.key(0)
 
 

@@ -98,7 +98,7 @@ UNUSED = [
         for name, value, owner, what, default in (
             ("muon_lr_ratio", 2.0, {"kind": "muon"}, "optimiser.kind muon", "1.0"),
             ("decay_share", 0.2, {"decay": "linear"}, "optimiser.decay linear", "0.4"),
-            ("ema_every", 9, {"ema_power": (0.1,)}, "optimiser.ema_power", "5000"),
+            ("ema_every", 9, {"ema_widths": (0.1,)}, "optimiser.ema_widths", "5000"),
         )
     ),
     *(
