@@ -37,7 +37,11 @@ def get_config(size: str = "released") -> TrainConfig:
         init_from="runs/cfg64-paper" if paper else "openai/base",
         data=DataConfig(workers=4),
         optimiser=OptimiserConfig(
-            learning_rate=1e-5, warmup=200, moments="bfloat16", freeze=("text",), ema=0.999
+            learning_rate=1e-5,
+            warmup=200,
+            first_moment_dtype="bfloat16",
+            freeze=("text",),
+            ema=0.999,
         ),
         steps=10_000,
         batch_size=32,

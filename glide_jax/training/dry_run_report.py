@@ -92,8 +92,8 @@ def shortage(config: RunConfig, needs: Needs, chips: Slice) -> str:
             if isinstance(config, CLIPTrainConfig)
             else f"--accumulate {microbatches}"
         )
-    if needs.state > memory / 2 and config.optimiser.moments == "float32":
-        ways.append("--optimiser.moments bfloat16")
+    if needs.state > memory / 2 and config.optimiser.first_moment_dtype == "float32":
+        ways.append("--optimiser.first-moment-dtype bfloat16")
     if config.parallelism == "hybrid":
         ways.append("--parallelism fsdp")
     ways.append("a larger slice" if config.parallelism != "pmap" else "chips with more memory")

@@ -76,7 +76,7 @@ def _adamw(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTrans
         eps=config.epsilon,
         weight_decay=config.weight_decay,
         mask=kernels,
-        mu_dtype=jnp.dtype(config.moments),
+        mu_dtype=jnp.dtype(config.first_moment_dtype),
     )
 
 
@@ -89,7 +89,7 @@ def _muon(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTransf
         lambda step: rate(step) * config.muon_lr_ratio,
         weight_decay=config.weight_decay,
         weight_decay_mask=kernels,
-        mu_dtype=jnp.dtype(config.moments),
+        mu_dtype=jnp.dtype(config.first_moment_dtype),
         adam_b1=config.beta_1,
         adam_b2=config.beta_2,
         adam_learning_rate=rate,

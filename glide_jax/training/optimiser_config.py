@@ -40,7 +40,8 @@ class OptimiserConfig:
         epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
         weight_decay: Weight decay of the kernels, not of biases, norms and embeddings; larger
             keeps them smaller; 0: off.
-        moments: Dtype of Adam's first moment: "float32", or "bfloat16", which saves memory.
+        first_moment_dtype: Dtype of Adam's first moment: "float32", or "bfloat16", which saves
+            memory.
         grad_clip: Largest global norm of the gradient; larger gradients are scaled down to it; 0:
             no clipping.
         freeze: Parts of the network that are not trained, given by the beginning of their parameter
@@ -53,8 +54,8 @@ class OptimiserConfig:
             example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
             training. From their snapshots, the command glide-jax weights ema makes the EMA of any
             width (post-hoc EMA: EDM2, 2312.02696, sec. 3.1).
-        ema_every: Steps between the snapshots of `ema_widths`, at least 1; larger needs less disk
-            space, and makes the post-hoc EMA less exact.
+        ema_every: Steps between the snapshots of the EMAs of `ema_widths`, at least 1; larger needs
+            less disk space, and makes the post-hoc EMA less exact.
     """
 
     kind: str = "adamw"
@@ -67,7 +68,7 @@ class OptimiserConfig:
     beta_2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
-    moments: str = "float32"
+    first_moment_dtype: str = "float32"
     grad_clip: float = 1.0
     freeze: tuple[str, ...] = ()
     ema: float = 0.9999
@@ -85,8 +86,10 @@ class OptimiserConfig:
             raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
         if not self.muon_lr_ratio > 0:
             raise UsageError(f"muon_lr_ratio must be above 0, not {self.muon_lr_ratio}")
-        if self.moments not in ("float32", "bfloat16"):
-            raise UsageError(f"moments are float32 or bfloat16, not {self.moments!r}")
+        if self.first_moment_dtype not in ("float32", "bfloat16"):
+            raise UsageError(
+                f"first_moment_dtype is float32 or bfloat16, not {self.first_moment_dtype!r}"
+            )
         for width in self.ema_widths:
             check_width(width)
         if len(set(self.ema_widths)) < len(self.ema_widths):

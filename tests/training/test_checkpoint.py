@@ -21,7 +21,7 @@ from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.runs import is_average
 from glide_jax.training.state import init_state
 
-CONFIG = OptimiserConfig(moments="bfloat16", ema_widths=(0.1,))
+CONFIG = OptimiserConfig(first_moment_dtype="bfloat16", ema_widths=(0.1,))
 
 
 def make_state(step: int, seed: int = 0, width: int = 300):

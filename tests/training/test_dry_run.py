@@ -186,7 +186,7 @@ def test_the_advice_for_a_clip_is_a_smaller_batch_since_it_compares_the_whole_on
 
 def test_the_advice_for_a_large_state_is_smaller_moments():
     text = report.shortage(recipe(), needs(state=30 * GIB), parse_slice("v5e:4x4"))
-    assert "--optimiser.moments bfloat16" in text and "--accumulate" not in text
+    assert "--optimiser.first-moment-dtype bfloat16" in text and "--accumulate" not in text
 
 
 def test_a_report_of_a_slice_has_the_figures():

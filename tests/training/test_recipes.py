@@ -144,7 +144,7 @@ def test_help_names_options_where_the_docstrings_name_fields(capsys, monkeypatch
         parse_recipe(["--config", "upsample256", "--help"], "")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for phrase in (
-        "(see `--spike`)", "snapshots of `--optimiser.ema-widths`", "and `--model.residual`",
+        "(see `--spike`)", "EMAs of `--optimiser.ema-widths`", "and `--model.residual`",
         "weights of `--init-from`", "the options `--distillation.*`", "instead of `--data.source`",
         "as multiples of `--model.model-channels`", "--sample-strength FLOAT|{none}",
     ):  # fmt: skip
@@ -252,7 +252,8 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
         assert small.model.low_res_timestep == whole.model.low_res_timestep
     for field in same:
         assert getattr(small, field) == getattr(whole, field)
-    for field in ("freeze", "ema_widths", "moments", "grad_clip", "beta_2", "weight_decay"):
+    trained_with = ("freeze", "ema_widths", "first_moment_dtype", "grad_clip", "beta_2")
+    for field in (*trained_with, "weight_decay"):
         assert getattr(small.optimiser, field) == getattr(whole.optimiser, field)
 
 
