@@ -57,10 +57,10 @@ class RunConfig:
             empty: random weights. It is ignored when a stopped run is resumed.
         out: Folder of the run; empty: `runs/<name>`.
         on_bad_step: What to do at a bad step: "stop" the run, or "skip" the update. A step is bad
-            if its loss or gradient is not finite, or its loss is too large (see `spike`). A bad
-            step never changes the weights.
-        spike: A step is bad if its loss exceeds this multiple of the running mean; larger tolerates
-            more; 0: no limit.
+            if its loss or gradient is not finite, or its loss is too large (see `spike_factor`). A
+            bad step never changes the weights.
+        spike_factor: A step is bad if its loss exceeds this multiple of the running mean; larger
+            tolerates more; 0: no limit.
         save_every: Steps between checkpoints, at least 1. A smaller number loses less work if the
             run is killed.
         keep: Number of newest checkpoints that are kept, at least 1.
@@ -95,7 +95,7 @@ class RunConfig:
     init_from: str = ""
     out: str = ""
     on_bad_step: str = "stop"
-    spike: float = 0.0
+    spike_factor: float = 0.0
     save_every: int = 1000
     keep: int = 3
     keep_every: int = 0
@@ -115,7 +115,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
         intervals = ("keep_every", "sample_every", "validate_every")
-        for name in (*intervals, "spike", "minutes", "devices_per_copy"):
+        for name in (*intervals, "spike_factor", "minutes", "devices_per_copy"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} cannot be negative")
         if self.batch_size % self.accumulate:

@@ -35,7 +35,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
         config=config.optimiser,
         lr_schedule=learning_rate(config.optimiser, config.steps, bool(config.minutes)),
         accumulate=config.accumulate,
-        spike=config.spike,
+        spike_factor=config.spike_factor,
     )
 
 
@@ -99,14 +99,15 @@ def train_step(
     lr_schedule: optax.Schedule | None = None,
     loss_inputs: Callable[..., dict[str, Any]] = lambda *_: {},
     accumulate: int = 1,
-    spike: float = 0.0,
+    spike_factor: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
 
-    The update is left out if the loss or gradient is not finite, or the loss is `spike` times its
-    running mean: only the step is counted, and metric `bad` is 1. An overflow of scaled float16
-    gradients is not bad: the update is left out, and the next step's scale is half as large.
+    The update is left out if the loss or gradient is not finite, or the loss is `spike_factor`
+    times its running mean: only the step is counted, and metric `bad` is 1. An overflow of scaled
+    float16 gradients is not bad: the update is left out, and the next step's scale is half as
+    large.
 
     Args:
         state: the state before the step.
@@ -120,7 +121,7 @@ def train_step(
         lr_schedule: the optimiser's learning rate, for the metrics; None: they have none.
         loss_inputs: other arguments of the loss: see `Objective.loss_inputs`.
         accumulate: number of microbatches (gradient accumulation).
-        spike: see `RunConfig.spike`.
+        spike_factor: see `RunConfig.spike_factor`.
         axis: name of the mapped axis over which losses and gradients are averaged, if any.
 
     Returns:
@@ -166,7 +167,7 @@ def train_step(
         optimiser=optimiser,
         config=config,
         lr_schedule=lr_schedule,
-        spike=spike,
+        spike_factor=spike_factor,
         lr_factor=lr_factor,
         loss_history=history,
     )
@@ -180,7 +181,7 @@ def apply_gradient(
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
     lr_schedule: optax.Schedule | None = None,
-    spike: float = 0.0,
+    spike_factor: float = 0.0,
     lr_factor: jax.Array | np.ndarray | None = None,
     loss_history: LossHistory | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -195,9 +196,9 @@ def apply_gradient(
     norm = optax.tree.norm(grads)
     overflow = ~jnp.isfinite(norm) & (state.log2_loss_scale > MIN_LOG2_LOSS_SCALE)
     bad = ~jnp.isfinite(metrics["loss"]) | (~jnp.isfinite(norm) & ~overflow)
-    if spike:
+    if spike_factor:
         past_warmup = state.step >= SPIKE_WARMUP
-        bad = bad | (past_warmup & (metrics["loss"] > spike * state.loss_mean))
+        bad = bad | (past_warmup & (metrics["loss"] > spike_factor * state.loss_mean))
     metrics |= {"grad_norm": norm, "bad": bad.astype(jnp.float32)}
     if lr_schedule is not None:
         factor = 1.0 if lr_factor is None else lr_factor

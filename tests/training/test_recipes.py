@@ -144,7 +144,7 @@ def test_help_names_options_where_the_docstrings_name_fields(capsys, monkeypatch
         parse_recipe(["--config", "upsample256", "--help"], "")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for phrase in (
-        "(see `--spike`)", "EMAs of `--optimiser.ema-widths`", "and `--model.residual`",
+        "(see `--spike-factor`)", "EMAs of `--optimiser.ema-widths`", "and `--model.residual`",
         "weights of `--init-from`", "the options `--distillation.*`", "instead of `--data.source`",
         "as multiples of `--model.model-channels`", "--sample-strength FLOAT|{none}",
     ):  # fmt: skip

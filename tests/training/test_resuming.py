@@ -177,7 +177,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value, config):
     for make, name in (
         (lambda: OptimiserConfig(learning_rate=value), "learning_rate"),
         (lambda: OptimiserConfig(ema_widths=(0.05, value)), "ema_widths"),
-        (lambda: replace(config, spike=value), "spike"),
+        (lambda: replace(config, spike_factor=value), "spike_factor"),
         (lambda: replace(config, caption_dropout=value), "caption_dropout"),
         (lambda: replace(config, model=replace(config.model, dropout=value)), "model.dropout"),
         (lambda: DataConfig(min_crop=value), "min_crop"),

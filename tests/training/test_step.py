@@ -100,10 +100,10 @@ def test_a_gradient_that_is_not_finite_is_bad_even_if_the_loss_is_finite():
 def test_a_loss_above_its_running_mean_by_the_factor_is_a_spike(monkeypatch):
     monkeypatch.setattr(steps, "SPIKE_WARMUP", 2)
     troubles = [0, 0, 0, 1, 0]
-    found = run(scaled(10.0), troubles, spike=3.0)
+    found = run(scaled(10.0), troubles, spike_factor=3.0)
     assert [float(m["bad"]) for _, m in found] == [0, 0, 0, 1, 0]
     # No spikes are found in the first steps.
-    assert [float(m["bad"]) for _, m in run(scaled(10.0), [0, 1], spike=3.0)] == [0, 0]
+    assert [float(m["bad"]) for _, m in run(scaled(10.0), [0, 1], spike_factor=3.0)] == [0, 0]
     assert_equal(kept(found[3][0]), kept(found[2][0]))
     assert [float(m["bad"]) for _, m in run(scaled(10.0), troubles)] == [0] * 5
 
