@@ -160,9 +160,9 @@ class TrainConfig(RunConfig):
             prediction below W and linear above; smaller is closer to the absolute error; 0: squared
             error.
         timestep_distribution: Distribution of the timesteps, and so of the noise levels. "uniform":
-            all timesteps are equally likely (the paper). "log-normal": log(alpha/sigma) is normal
-            (EDM, 2206.00364). "loss-aware": timesteps with a larger loss are sampled more often
-            and weighted less (2102.09672).
+            all timesteps are equally likely (the paper). "log-normal": log(alpha/sigma) is
+            normal (EDM, 2206.00364). "loss-aware": timesteps with a larger loss are sampled more
+            often and weighted less (2102.09672).
         half_log_snr_mean: Mean of log(alpha/sigma) for log-normal timesteps; larger trains less
             noisy levels.
         half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal timesteps, above 0;
