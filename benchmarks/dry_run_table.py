@@ -26,7 +26,6 @@ from glide_jax.training.dry_run_report import (
     estimated_seconds,
     gib,
     largest_microbatch,
-    minutes,
     step_seconds,
 )
 from glide_jax.training.recipes import load_recipe
@@ -153,7 +152,7 @@ def row(recipe: str, chips: Slice, found: dict[str, Any] | None) -> list[str]:
         f"{needs.model_flops:.2g}",
         f"{seconds:.2g} ({bound})" if fits else "",
         f"{estimate:,.0f}" if fits else "",
-        f"{minutes(found['processor_seconds'])}, {gib(found['compiler_memory'])} GiB",
+        f"{format_minutes(found['processor_seconds'])}, {gib(found['compiler_memory'])} GiB",
     ]
 
 
