@@ -24,6 +24,7 @@ from glide_jax.training.dry_run import measure
 from glide_jax.training.dry_run_report import (
     Needs,
     estimated_seconds,
+    format_minutes,
     gib,
     largest_microbatch,
     step_seconds,
