@@ -162,11 +162,11 @@ def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dty
         return DTYPES[name]
     if name != "auto":
         raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
-    device = find_devices()[0] if device is None else device
-    if device.platform == "tpu":
+    target = find_devices()[0] if device is None else device
+    if target.platform == "tpu":
         return jnp.bfloat16
-    if device.platform in ("gpu", "cuda", "rocm"):
-        capability = str(getattr(device, "compute_capability", ""))
+    if target.platform in ("gpu", "cuda", "rocm"):
+        capability = str(getattr(target, "compute_capability", ""))
         return jnp.bfloat16 if computes_bfloat16(capability) else jnp.float16
     return jnp.bfloat16 if "amx_bf16" in cpu_features() else jnp.float32
 
