@@ -144,8 +144,8 @@ def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dty
     """Return the dtype of a name; "auto" depends on the device.
 
     "auto" is the variable `GLIDE_JAX_DTYPE`, if set. Otherwise it is bfloat16 on TPUs, on GPUs
-    with units for it (see `computes_bfloat16`), and on CPUs with them (AMX), float16 on older GPUs,
-    float32 on other CPUs.
+    with units for it (see `computes_bfloat16`), and on a CPU with them (AMX) as the only device,
+    float16 on older GPUs, float32 on other CPUs.
 
     Args:
         device: by default the first one of this process.
@@ -168,7 +168,9 @@ def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dty
     if target.platform in ("gpu", "cuda", "rocm"):
         capability = str(getattr(target, "compute_capability", ""))
         return jnp.bfloat16 if computes_bfloat16(capability) else jnp.float16
-    return jnp.bfloat16 if "amx_bf16" in cpu_features() else jnp.float32
+    # A batch that is split over several devices gains nothing: see `models/cpu_products.py`.
+    fast = "amx_bf16" in cpu_features() and jax.device_count() == 1
+    return jnp.bfloat16 if fast else jnp.float32
 
 
 def computes_bfloat16(capability: str) -> bool:

@@ -41,6 +41,9 @@ def test_the_dtype_of_a_cpu_follows_from_its_features(monkeypatch):
     for features, dtype in (({"sse", "amx_bf16"}, jnp.bfloat16), ({"avx512_bf16"}, jnp.float32)):
         monkeypatch.setattr(runtime, "cpu_features", lambda features=features: features)
         assert trunk_dtype() == dtype and trunk_dtype("float16") == jnp.float16
+    monkeypatch.setattr(runtime, "cpu_features", lambda: {"amx_bf16"})
+    monkeypatch.setattr(runtime.jax, "device_count", lambda: 2)
+    assert trunk_dtype() == jnp.float32
 
 
 def test_a_variable_says_what_the_dtype_auto_means(monkeypatch):
