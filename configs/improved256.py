@@ -39,7 +39,7 @@ def get_config(size: str = "released") -> TrainConfig:
         low_res_timestep_share=0.5,
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(
-            learning_rate=1e-4, warmup=1000, ema_widths=(0.05, 0.10), ema_every=5000
+            learning_rate=1e-4, warmup=1000, ema_widths=(0.05, 0.10), ema_snapshot_every=5000
         ),
         steps=1_600_000 if paper else 400_000,
         batch_size=512,

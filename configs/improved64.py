@@ -41,7 +41,7 @@ def get_config(size: str = "released") -> TrainConfig:
             warmup=5000,
             # The widths that EDM2 keeps; a snapshot every ten million images.
             ema_widths=(0.05, 0.10),
-            ema_every=5000,
+            ema_snapshot_every=5000,
         ),
         steps=2_500_000 if paper else 1_100_000,
         batch_size=2048,

@@ -34,8 +34,8 @@ def make_timesteps(
     """Return the grid: `(N,)` timesteps of the noise levels to visit, noisiest first.
 
     Args:
-        steps: a number of steps, or a respacing string of OpenAI's code: "ddim50", "fast27",
-            "10,10,3,2,2". A string that holds one number is that number of steps.
+        steps: a number of noise levels, or a respacing string of OpenAI's code: "ddim50", "fast27",
+            "10,10,3,2,2". A string that holds one number is that number of levels.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
             time, as in OpenAI's code), "karras" (EDM), "trailing" (even in time, from the noisiest
             timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few

@@ -167,11 +167,11 @@ class TrainConfig(RunConfig):
             noisy levels.
         half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal timesteps, above 0;
             larger is broader.
-        level_uniform_share: With log-normal timesteps, share of the images whose timestep is
+        uniform_timestep_share: With log-normal timesteps, share of the images whose timestep is
             uniform, from 0 to 1; larger trains the extreme levels more.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student that samples in few steps, with the options `distillation` in place of those
-            from `weighting` to `level_uniform_share`.
+            from `weighting` to `uniform_timestep_share`.
         distillation: Teacher, noise levels and loss of the objective "consistency".
         lora: LoRA fine-tuning: low-rank pairs are trained, and the weights of `init_from` are
             frozen.
@@ -211,7 +211,7 @@ class TrainConfig(RunConfig):
     timestep_distribution: str = "uniform"
     half_log_snr_mean: float = 0.0
     half_log_snr_std: float = 1.0
-    level_uniform_share: float = 0.1
+    uniform_timestep_share: float = 0.1
     objective: str = "denoising"
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -230,7 +230,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        shares = ("low_res_timestep_share", "mask_all_share", "level_uniform_share")
+        shares = ("low_res_timestep_share", "mask_all_share", "uniform_timestep_share")
         for name in ("caption_dropout", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")

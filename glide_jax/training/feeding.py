@@ -30,7 +30,7 @@ def steps_per_call(config: RunConfig) -> int:
     events = [config.steps, config.save_every, config.keep_every]
     events += [config.sample_every, config.validate_every]
     if config.optimiser.ema_widths:
-        events.append(config.optimiser.ema_every)
+        events.append(config.optimiser.ema_snapshot_every)
     common = math.gcd(*events)
     return max(k for k in range(1, MAX_STEPS + 1) if common % k == 0)
 

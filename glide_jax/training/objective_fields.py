@@ -14,7 +14,7 @@ DENOISING = (
     "timestep_distribution",
     "half_log_snr_mean",
     "half_log_snr_std",
-    "level_uniform_share",
+    "uniform_timestep_share",
 )
 
 

@@ -54,8 +54,8 @@ class OptimiserConfig:
             example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
             training. From their snapshots, the command glide-jax weights ema makes the EMA of any
             width (post-hoc EMA: EDM2, 2312.02696, sec. 3.1).
-        ema_every: Steps between the snapshots of the EMAs of `ema_widths`, at least 1; larger needs
-            less disk space, and makes the post-hoc EMA less exact.
+        ema_snapshot_every: Steps between the snapshots of the EMAs of `ema_widths`, at least 1;
+            larger needs less disk space, and makes the post-hoc EMA less exact.
     """
 
     kind: str = "adamw"
@@ -73,7 +73,7 @@ class OptimiserConfig:
     freeze: tuple[str, ...] = ()
     ema: float = 0.9999
     ema_widths: tuple[float, ...] = ()
-    ema_every: int = 5000
+    ema_snapshot_every: int = 5000
 
     def __post_init__(self):
         check_finite(vars(self))
@@ -94,5 +94,5 @@ class OptimiserConfig:
             check_width(width)
         if len(set(self.ema_widths)) < len(self.ema_widths):
             raise UsageError("ema_widths names a width twice")
-        if self.ema_every < 1:
-            raise UsageError("ema_every must be at least 1")
+        if self.ema_snapshot_every < 1:
+            raise UsageError("ema_snapshot_every must be at least 1")

@@ -48,8 +48,8 @@ class Profile:
 def save_ema_snapshots(config: RunConfig, step: int, emas: Iterable[Any]) -> None:
     """Write the power-function EMAs as float16 weights, `ema/<step>_<width>`.
 
-    Does nothing except at multiples of `optimiser.ema_every` and at the last step. A sum of
-    snapshots adds up their rounding errors, and bfloat16 has an eighth of float16's precision.
+    Does nothing except at multiples of `optimiser.ema_snapshot_every` and at the last step. A sum
+    of snapshots adds up their rounding errors, and bfloat16 has an eighth of float16's precision.
 
     Args:
         config: the recipe.
@@ -59,7 +59,7 @@ def save_ema_snapshots(config: RunConfig, step: int, emas: Iterable[Any]) -> Non
     Raises:
         GlideError: they cannot be written.
     """
-    if step % config.optimiser.ema_every and step != config.steps:
+    if step % config.optimiser.ema_snapshot_every and step != config.steps:
         return
     for width, ema in zip(config.optimiser.ema_widths, emas, strict=True):
         flat = {path: _half(array) for path, array in flatten(ema).items()}
@@ -147,7 +147,7 @@ def reconstruct(
         raise UsageError(
             f"{len(saved)} EMAs of width {', '.join(map(str, widths))} do not give one of "
             f"{width} at step {wanted.step} ({error:.0%} off): choose a nearer width, or save more "
-            "often (--optimiser.ema-every)"
+            "often (--optimiser.ema-snapshot-every)"
         )
     total: dict[str, np.ndarray] = {}
     for profile, coefficient in zip(saved, coefficients, strict=True):

@@ -114,7 +114,9 @@ def toy(config: RunConfig) -> RunConfig:
             decay_share=OptimiserConfig.decay_share,
             warmup=10,
             ema=0.95,
-            ema_every=15 if config.optimiser.ema_widths else OptimiserConfig.ema_every,
+            ema_snapshot_every=15
+            if config.optimiser.ema_widths
+            else OptimiserConfig.ema_snapshot_every,
         ),
         minutes=0.0,
         accumulate=min(config.accumulate, 2),

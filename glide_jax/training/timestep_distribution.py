@@ -60,5 +60,5 @@ def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
         half_log_snr.astype(np.float32),
         config.half_log_snr_mean,
         config.half_log_snr_std,
-        config.level_uniform_share,
+        config.uniform_timestep_share,
     )

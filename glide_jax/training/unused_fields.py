@@ -33,7 +33,11 @@ RUN_RULES = (
         "optimiser.decay linear",
         lambda c: c.optimiser.decay == "linear",
     ),
-    Rule(("optimiser.ema_every",), "optimiser.ema_widths", lambda c: bool(c.optimiser.ema_widths)),
+    Rule(
+        ("optimiser.ema_snapshot_every",),
+        "optimiser.ema_widths",
+        lambda c: bool(c.optimiser.ema_widths),
+    ),
     Rule(
         ("validation_split", "validation_batches"),
         "a validate_every above 0",
@@ -53,7 +57,7 @@ RUN_RULES = (
 GLIDE_RULES = (
     Rule(("snr_gamma",), "weighting min-snr", lambda c: c.weighting == "min-snr"),
     Rule(
-        ("half_log_snr_mean", "half_log_snr_std", "level_uniform_share"),
+        ("half_log_snr_mean", "half_log_snr_std", "uniform_timestep_share"),
         "timestep_distribution log-normal",
         lambda c: c.timestep_distribution == "log-normal",
     ),

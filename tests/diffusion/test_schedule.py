@@ -190,7 +190,7 @@ def test_a_number_in_a_string_is_a_number():
         ("0", "uniform", "at least one step"),
         (1001, "logsnr", "at most 1000"),
         (1001, "uniform", "1001 of 1000"),
-        (10, "karras", "unknown spacing 'karras'"),
+        (10, "cosine", "unknown spacing 'cosine'"),
         ("quick", "logsnr", "cannot read steps 'quick'"),
         ("10,", "logsnr", "cannot read steps '10,'"),
         ("10;10", "logsnr", "cannot read steps '10;10'"),

@@ -101,7 +101,7 @@ def test_fields_that_are_refused(options, message):
         ("timestep_distribution", "loss-aware", "'uniform'"),
         ("half_log_snr_mean", 1.0, "0.0"),
         ("half_log_snr_std", 2.0, "1.0"),
-        ("level_uniform_share", 0.0, "0.1"),
+        ("uniform_timestep_share", 0.0, "0.1"),
     ],
 )
 def test_fields_of_the_denoising_loss_are_refused(field, value, default):

@@ -122,13 +122,13 @@ def test_log_normal_levels_have_their_mean_and_spread():
         timestep_distribution="log-normal",
         half_log_snr_mean=0.5,
         half_log_snr_std=0.8,
-        level_uniform_share=0.0,
+        uniform_timestep_share=0.0,
     )
     timesteps = make_timestep_distribution(config)
     t = np.asarray(jax.vmap(timesteps.sample)(jax.random.split(KEY, 20_000)))
     assert half_log_snr[t].mean() == pytest.approx(0.5, abs=0.02)
     assert half_log_snr[t].std() == pytest.approx(0.8, abs=0.02)
-    everywhere = make_timestep_distribution(replace(config, level_uniform_share=1.0))
+    everywhere = make_timestep_distribution(replace(config, uniform_timestep_share=1.0))
     t = np.asarray(jax.vmap(everywhere.sample)(jax.random.split(KEY, 20_000)))
     assert t.mean() == pytest.approx(499.5, abs=8) and t.std() == pytest.approx(288.7, abs=5)
 

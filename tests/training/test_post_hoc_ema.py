@@ -128,7 +128,7 @@ def finished(tmp_path_factory):
     """A run of 35 steps whose parameters are `step * params`."""
     folder = tmp_path_factory.mktemp("run")
     params = load_model(make_weights(folder / "weights")).params
-    optimiser = OptimiserConfig(ema_widths=WIDTHS, ema_every=10)
+    optimiser = OptimiserConfig(ema_widths=WIDTHS, ema_snapshot_every=10)
     config = TrainConfig(
         name="grown", model=TINY, optimiser=optimiser, steps=35, out=str(folder / "run")
     )

@@ -33,8 +33,8 @@ UNUSED = [
         "half_log_snr_std is for timestep_distribution log-normal: choose that, or set it to 1.0",
     ),
     (
-        PLAIN, {"level_uniform_share": 0.0}, {"timestep_distribution": "log-normal"},
-        "level_uniform_share is for timestep_distribution log-normal: choose that, or set it to "
+        PLAIN, {"uniform_timestep_share": 0.0}, {"timestep_distribution": "log-normal"},
+        "uniform_timestep_share is for timestep_distribution log-normal: choose that, or set it to "
         "0.1",
     ),
     (
@@ -98,7 +98,7 @@ UNUSED = [
         for name, value, owner, what, default in (
             ("muon_lr_ratio", 2.0, {"kind": "muon"}, "optimiser.kind muon", "1.0"),
             ("decay_share", 0.2, {"decay": "linear"}, "optimiser.decay linear", "0.4"),
-            ("ema_every", 9, {"ema_widths": (0.1,)}, "optimiser.ema_widths", "5000"),
+            ("ema_snapshot_every", 9, {"ema_widths": (0.1,)}, "optimiser.ema_widths", "5000"),
         )
     ),
     *(
