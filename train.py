@@ -134,6 +134,7 @@ def train(config: RunConfig) -> None:
                     with log.paused():
                         full_params = objective.full_params(state.ema, state.frozen_params)
                         log.samples(step, parallel.for_sampling(full_params))
+            log.end(step, checkpoints.latest)
     if jax.process_index() == 0:
         print(f"{step:,} of {config.steps:,} steps done: {config.folder}")
 

@@ -213,7 +213,7 @@ class NoisedCLIP(nn.Module):
     """Both encoders and the scale of their similarity  (GLIDE, sec. 4.4; CLIP, sec. 2.3).
 
     For guidance, call `encode_text` once per prompt and take the gradient of `similarity` with
-    respect to `x` at each step. For training, use `__call__`.
+    respect to `x` at each step. For training, see `contrastive_loss`.
 
     Attributes:
         config: sizes; see `glide_jax.models.presets`.

@@ -1,4 +1,4 @@
-"""The platform that programs are traced for, and what layers do otherwise on it."""
+"""The platform that programs are traced for, and the choices of the layers that depend on it."""
 
 import re
 

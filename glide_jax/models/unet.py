@@ -26,7 +26,7 @@ SCALE_POSITION = 250.0
 
 
 class UNet(nn.Module):
-    """The network from a noised image to its noise  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
+    """The network from a noised image to its prediction  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
 
     Blocks have the numbers of OpenAI's weights: `down_0` is the stem, `down_i` and `up_i` are
     entry i of the encoder and of the decoder.
@@ -46,7 +46,7 @@ class UNet(nn.Module):
         low_res_timestep: jax.Array | None = None,
         guidance_scale: jax.Array | None = None,
     ) -> jax.Array:
-        """Return noise and, with learned variance, the variance output.
+        """Return the prediction (eps, v or x_0) and, with learned variance, the variance output.
 
         Args:
             x: `(B, H, W, C_in)` float32.

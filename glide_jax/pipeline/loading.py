@@ -70,7 +70,8 @@ def load(
     larger = None if upsampler is None else load(upsampler, **placement_arguments)
     if larger is not None and not larger.model.config.upsamples:
         raise UsageError(f"{upsampler} is not an upsampler")
-    weak = None if weak_model is None else load(weak_model, **placement_arguments)
+    alone: dict[str, Any] = {"upsampler": "none", "clip_model": "none"}
+    weak = None if weak_model is None else load(weak_model, **alone, **placement_arguments)
     if weak is not None and _kind(weak.model) != _kind(model):
         raise UsageError(
             f"{weak_model} cannot be the weak model of {weights}: variant, size or schedule differ"

@@ -1,4 +1,4 @@
-"""Checks of sampling settings, a recipe's before training, an upsampler's before the base runs."""
+"""Checks of sampling settings before training, and of an upsampler's before the base samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeVar

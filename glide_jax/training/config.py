@@ -305,6 +305,11 @@ class CLIPTrainConfig(RunConfig):
         super().__post_init__()
         if not 0 < self.timestep_share <= 1:
             raise UsageError(f"timestep_share is above 0 and up to 1, not {self.timestep_share}")
+        if self.model.n_timestep < self.diffusion_steps:
+            raise UsageError(
+                f"model.n_timestep is {self.model.n_timestep}: it must be at least "
+                f"{self.diffusion_steps}, the diffusion_steps"
+            )
         if self.accumulate > 1:
             raise UsageError("a noised CLIP compares the whole batch: accumulate must be 1")
         if self.sample_every:

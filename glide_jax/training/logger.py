@@ -118,6 +118,17 @@ class Logger:
             self._read(saved)
         self._trace(step, count, metrics)
 
+    def end(self, step: int, saved: int | None) -> None:
+        """Record the steps since the last record, where a run ends before its last step.
+
+        Raises:
+            GlideError: see `steps`.
+        """
+        self._read(saved)
+        if self._window:
+            self._due, self._window = (step, self._window), []
+            self._read(saved)
+
     def _read(self, saved: int | None) -> None:
         if self._due is None:
             return

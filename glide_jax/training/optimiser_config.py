@@ -35,8 +35,10 @@ class OptimiserConfig:
         decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
         warmup: Steps of linear warm-up of the learning rate; 0: none. More is more stable at a high
             rate.
-        beta_1: Decay rate of Adam's first moment, from 0 to 1; larger averages over more steps.
-        beta_2: Decay rate of Adam's second moment, from 0 to 1; larger averages over more steps.
+        beta_1: Decay rate of Adam's first moment, at least 0 and below 1; larger averages over more
+            steps.
+        beta_2: Decay rate of Adam's second moment, at least 0 and below 1; larger averages over
+            more steps.
         epsilon: Adam's epsilon, above 0; larger makes updates smaller where gradients are small.
         weight_decay: Weight decay of the kernels, not of biases, norms and embeddings; larger
             keeps them smaller; 0: off.
@@ -47,8 +49,8 @@ class OptimiserConfig:
         freeze: Parts of the network that are not trained, given by the beginning of their parameter
             path, for example "text" (the text transformer) or "unet/down". They need no gradients
             and no optimiser state. Empty: everything is trained.
-        ema: Decay rate of the EMA of the weights, from 0 to 1. Sampling uses the EMA. Larger
-            averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
+        ema: Decay rate of the EMA of the weights, at least 0 and below 1. Sampling uses the EMA.
+            Larger averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
             step))`: short runs thereby forget their first weights.
         ema_widths: Relative widths of further EMAs, whose weights are a power function: for
             example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
@@ -82,6 +84,16 @@ class OptimiserConfig:
         for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("beta_1", "beta_2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(
+                    f"{name} must be at least 0 and below 1, not {getattr(self, name)}"
+                )
+        for name in ("weight_decay", "grad_clip", "warmup"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} cannot be negative: {getattr(self, name)}")
+        if not self.epsilon > 0:
+            raise UsageError(f"epsilon must be above 0, not {self.epsilon}")
         if not 0 < self.decay_share <= 1:
             raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
         if not self.muon_lr_ratio > 0:

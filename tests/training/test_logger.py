@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glide_jax.errors import GlideError
 from glide_jax.training import logger
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.logger import Logger
@@ -79,6 +80,21 @@ def test_the_learning_rate_is_that_of_the_last_step_of_a_window(tmp_path, kept):
             log.steps(step, 1, metrics(step / 10))
     assert kept.curves[4]["train/learning_rate"] == pytest.approx(0.4)
     assert kept.curves[10]["train/learning_rate"] == pytest.approx(1.0)
+
+
+def test_a_run_that_is_stopped_records_its_last_steps(tmp_path, kept):
+    with Logger(config(tmp_path), 0, 8) as log:
+        for step in range(1, 6):
+            log.steps(step, 1, metrics(step / 10))
+        log.end(5, None)
+    assert kept.curves[4]["train/learning_rate"] == pytest.approx(0.4)
+    assert kept.curves[5]["train/learning_rate"] == pytest.approx(0.5)
+    bad = metrics() | {"bad": np.float32(1), "grad_norm": np.float32(2)}
+    with Logger(config(tmp_path, on_bad_step="stop"), 0, 8) as log:
+        for step in range(1, 4):
+            log.steps(step, 1, bad if step == 3 else metrics())
+        with pytest.raises(GlideError, match="^step 3: loss 1, gradient norm 2; this update was"):
+            log.end(3, 3)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -108,3 +108,21 @@ def test_unknown_names_are_refused():
         OptimiserConfig(kind="sgd")
     with pytest.raises(UsageError, match="decay_share"):
         OptimiserConfig(decay_share=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("beta_1", 1.0, "beta_1 must be at least 0 and below 1, not 1.0"),
+        ("beta_2", -0.1, "beta_2 must be at least 0 and below 1, not -0.1"),
+        ("ema", 1.5, "ema must be at least 0 and below 1, not 1.5"),
+        ("grad_clip", -1.0, "grad_clip cannot be negative: -1.0"),
+        ("weight_decay", -0.5, "weight_decay cannot be negative: -0.5"),
+        ("warmup", -1, "warmup cannot be negative: -1"),
+        ("epsilon", 0.0, "epsilon must be above 0, not 0.0"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(name, value, message):
+    with pytest.raises(UsageError) as caught:
+        OptimiserConfig(**{name: value})
+    assert str(caught.value) == message

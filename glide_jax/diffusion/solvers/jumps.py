@@ -138,7 +138,8 @@ def jump_back(segment: Table, after: Table) -> Table:
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
         changed |= {name: np.log(shrink**2 * np.exp(last[name]) + fresh_variance) for name in ends}
-        # The gradient is still scaled by the learned variance alone, without the fresh noise.
+        # The gradient is still scaled by the variance without the fresh noise: exactly so halfway
+        # between the two ends.
         changed["gradient_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
         changed["s"] = np.hypot(shrink * last["s"], np.sqrt(fresh_variance))
