@@ -111,7 +111,7 @@ def to_x_0(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
 
 
-def x_0_weight(alpha: Any, sigma: Any) -> Any:
+def x_0_per_gradient(alpha: Any, sigma: Any) -> Any:
     """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
 
     The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.

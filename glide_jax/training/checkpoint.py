@@ -1,7 +1,7 @@
 """Checkpoints of a run: state, position in the data, and checksums of both, through orbax.
 
 In `checkpoints/<step>/`, `state` is orbax's. `manifest` is JSON: the dtype, shape and checksum of
-each array, the data's fingerprint and position, and a digest of the manifest itself.
+each array, the fingerprint of the data, the `loop_state`, and a digest of the manifest itself.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ class Saved(NamedTuple):
     Attributes:
         step: the number of steps done.
         state: the training state.
-        position: the state of the data iterator.
+        loop_state: the state of the data iterator and of the clock.
     """
 
     step: int
     state: TrainState
-    position: dict[str, Any]
+    loop_state: dict[str, Any]
 
 
 def _saved_fields(state: TrainState) -> dict[str, Any]:
@@ -295,8 +295,8 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        position: dict[str, Any],
-        source: str,
+        loop_state: dict[str, Any],
+        fingerprint: str,
         sums: dict[str, int] | None = None,
     ) -> None:
         """Write the state after `step` updates, unless it is there already.
@@ -304,8 +304,8 @@ class Checkpoints:
         Args:
             step: number of steps done.
             state: the training state.
-            position: the state of the data iterator after as many steps.
-            source: the data's fingerprint.
+            loop_state: the state of the data iterator and of the clock after as many steps.
+            fingerprint: of the data.
             sums: the checksums of the state, of its arrays on the devices; None: of `state`.
 
         Raises:
@@ -315,7 +315,7 @@ class Checkpoints:
             return
         sums = checksums(state) if sums is None else sums
         manifest: dict[str, Any] = {"arrays": _arrays(state), "checksums": sums}
-        manifest |= {"data": position, "source": source}
+        manifest |= {"data": loop_state, "source": fingerprint}
         manifest |= {"digest": _digest(manifest)}
         items = {
             STATE: ocp.args.StandardSave(_saved_fields(state)),
@@ -324,7 +324,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, like: TrainState, source: str) -> Saved:
+    def restore(self, like: TrainState, fingerprint: str) -> Saved:
         """Return the newest whole checkpoint.
 
         A checkpoint that is incomplete or altered is named on stderr and moved to `broken/`, and
@@ -332,7 +332,7 @@ class Checkpoints:
 
         Args:
             like: a state of the same shapes: numpy arrays, or abstract ones with their sharding.
-            source: the data's fingerprint.
+            fingerprint: of the data.
 
         Raises:
             GlideError: the checkpoints are of another model or optimiser, or all are broken.
@@ -342,9 +342,9 @@ class Checkpoints:
             on_first_process(lambda: self._set_aside(broken))
             self._manager.reload()
         before = manifest["source"]
-        if source != before and jax.process_index() == 0:
+        if fingerprint != before and jax.process_index() == 0:
             print(
-                f"warning: the run resumes with other data: {source}; they were {before}",
+                f"warning: the run resumes with other data: {fingerprint}; they were {before}",
                 file=sys.stderr,
             )
         return Saved(int(state.step), state, manifest["data"])

@@ -18,8 +18,8 @@ class Clock:
     Time counts from the end of the first call on, so that compilation does not.
     """
 
-    def __init__(self, config: RunConfig, position: Mapping[str, Any] | None = None):
-        """Start from a checkpoint's position, or from nothing.
+    def __init__(self, config: RunConfig, loop_state: Mapping[str, Any] | None = None):
+        """Start from a checkpoint's `loop_state`, or from nothing.
 
         Raises:
             UsageError: there are several processes, whose clocks differ.
@@ -28,7 +28,7 @@ class Clock:
             raise UsageError("a time limit is for one process: set --minutes 0 and --steps")
         self._limit, self._share = 60 * config.minutes, config.optimiser.decay_share
         self._decays = config.optimiser.decay == "linear"
-        self._before = float((position or {}).get("seconds", 0.0))
+        self._before = float((loop_state or {}).get("seconds", 0.0))
         self._start: float | None = None
         self._running: Any = None
 

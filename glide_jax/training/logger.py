@@ -20,7 +20,7 @@ from glide_jax.folders import write_atomically
 from glide_jax.training.config import RunConfig, TrainConfig
 from glide_jax.training.flops import flops_per_image
 from glide_jax.training.objectives import Metrics, Params
-from glide_jax.training.quartiles import finish
+from glide_jax.training.quartiles import named_metrics
 from glide_jax.training.runs import model_of
 from glide_jax.training.writers import open_writer
 
@@ -140,7 +140,7 @@ class Logger:
             for i in range(count)
         ]
         raise_if_bad(self._config, step, window, saved)
-        values = finish(mean_metrics(window))
+        values = named_metrics(mean_metrics(window))
         now = time.monotonic()
         rate = (step - self._from) * self._config.batch_size / max(now - self._since, 1e-9)
         self._since, self._from = now, step

@@ -29,7 +29,7 @@ class LossHistory(NamedTuple):
     count: jax.Array
 
 
-class Records(NamedTuple):
+class TimestepLosses(NamedTuple):
     """The images of a step: row in the whole batch, timestep and loss; each `(B,)`."""
 
     row: jax.Array
@@ -70,7 +70,9 @@ def importance(probability: jax.Array, t: jax.Array) -> jax.Array:
     return 1 / (len(probability) * probability[t])
 
 
-def add_losses(history: LossHistory, records: Records, axis: str | None = None) -> LossHistory:
+def add_losses(
+    history: LossHistory, records: TimestepLosses, axis: str | None = None
+) -> LossHistory:
     """Return the history after a step, with its losses in the order of their rows.
 
     Args:

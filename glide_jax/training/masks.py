@@ -9,19 +9,19 @@ RECTANGLES, STROKES, POINTS = 3, 2, 4
 OUTSIDE = 1 / 8
 
 
-def random_mask(key: jax.Array, *, size: int, share_all: float = 0.0) -> jax.Array:
+def random_known(key: jax.Array, *, size: int, mask_all_share: float = 0.0) -> jax.Array:
     """Return a mask `(size, size, 1)` float32, 1 where the pixel is known.
 
     Unknown are one to three rectangles, with sides from an eighth to three quarters of the image,
     or one or two brush strokes of a few straight segments. An eighth of the masks are inverted, and
-    a share `share_all` knows no pixel.
+    a share `mask_all_share` knows no pixel.
     """
     kind_key, box_key, stroke_key, outside_key, all_key = jax.random.split(key, 5)
     boxes = _rectangles(box_key, size)
     strokes = _strokes(stroke_key, size)
     erased = jnp.where(jax.random.bernoulli(kind_key), boxes, strokes)
     erased = erased ^ jax.random.bernoulli(outside_key, OUTSIDE)
-    erased = erased | (jax.random.uniform(all_key) < share_all)
+    erased = erased | (jax.random.uniform(all_key) < mask_all_share)
     return 1 - erased[..., None].astype(jnp.float32)
 
 

@@ -26,8 +26,8 @@ from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_loss_at, distilled_length, teacher_model
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
-from glide_jax.training.loss_aware import LossHistory, Records, importance, probabilities
-from glide_jax.training.masks import random_mask
+from glide_jax.training.loss_aware import LossHistory, TimestepLosses, importance, probabilities
+from glide_jax.training.masks import random_known
 from glide_jax.training.quartiles import quartile_losses
 from glide_jax.training.timestep_distribution import (
     TimestepDistribution,
@@ -36,8 +36,8 @@ from glide_jax.training.timestep_distribution import (
 
 Params = Any
 Metrics = dict[str, jax.Array]
-# Key under which the loss returns its `Records`; the step removes them from the metrics.
-RECORDS = "records"
+# Key under which the loss returns its `TimestepLosses`; the step removes them from the metrics.
+TIMESTEP_LOSSES = "records"
 
 
 class Batch(NamedTuple):
@@ -85,7 +85,7 @@ class Objective:
         loss: `(params, batch, key, *, train, axis) -> (loss, metrics)`, the mean over the batch;
             `train` is whether there is dropout, and `axis` is the name of the mapped axis over
             which the batch is split, if any; every loss takes both. With loss-aware timesteps it
-            takes the `loss_history` of the state, and its metrics have the `RECORDS`.
+            takes the `loss_history` of the state, and its metrics have the `TIMESTEP_LOSSES`.
         distils: whether the loss also takes `teacher_params` (frozen), `step` and `time_share`.
         init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
             LoRA in its dtypes. Without a teacher or a base they are {}.
@@ -255,7 +255,7 @@ def denoising_loss(
     metrics: dict[str, Any] = {}
     weight = None
     if distribution.probability is not None:
-        metrics[RECORDS] = Records(jnp.asarray(batch.row), inputs.t, terms.loss)
+        metrics[TIMESTEP_LOSSES] = TimestepLosses(jnp.asarray(batch.row), inputs.t, terms.loss)
         weight = importance(distribution.probability, inputs.t)
         terms = LossTerms(*(term * weight for term in terms))
     metrics |= {"loss": terms.loss.mean(), "mse": terms.mse.mean(), "vlb": terms.vlb.mean()}
@@ -326,7 +326,7 @@ def noise_batch(
             conditioning["low_res"], conditioning["low_res_timestep"] = noised
     if config.model.inpaints:
         size = batch.image.shape[1]
-        one_mask = partial(random_mask, size=size, share_all=config.mask_all_share)
+        one_mask = partial(random_known, size=size, mask_all_share=config.mask_all_share)
         known = jax.vmap(one_mask)(keys[:, 2])
         conditioning |= {"inpaint_image": x_0 * known, "inpaint_known": known}
     # Keys of the loss: guidance scale and dropout. Not from the split above, so that denoising

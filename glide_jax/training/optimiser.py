@@ -16,7 +16,9 @@ from glide_jax.training.optimiser_config import OptimiserConfig
 _ENDS = ("unet/down_0", "unet/head")
 
 
-def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> optax.Schedule:
+def learning_rate(
+    config: OptimiserConfig, steps: int, follows_clock: bool = False
+) -> optax.Schedule:
     """Return the learning rate as a function of the updates made.
 
     It warms up, and is then constant or falls to 0. The first of W updates of the warm-up has the
@@ -25,8 +27,8 @@ def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> o
     Args:
         config: the settings.
         steps: number of steps of the whole run.
-        clock: whether the decay follows the clock: the schedule here is then constant after the
-            warm-up, and `Clock.factor` multiplies the updates.
+        follows_clock: whether the decay follows the clock: the schedule here is then constant after
+            the warm-up, and `Clock.factor` multiplies the updates.
     """
     # A cosine's warm-up ends before the run does.
     warmup = config.warmup if config.decay != "cosine" else min(config.warmup, steps - 1)
@@ -37,7 +39,7 @@ def learning_rate(config: OptimiserConfig, steps: int, clock: bool = False) -> o
     if config.decay == "cosine":
         fall = optax.cosine_decay_schedule(1.0, steps - warmup)
         return lambda step: rise(step) * fall(jnp.maximum(step - warmup, 0))
-    if config.decay == "constant" or clock:
+    if config.decay == "constant" or follows_clock:
         return rise
     return lambda step: rise(step) * decay_factor(step / steps, config.decay_share)
 
@@ -54,11 +56,11 @@ def decay_factor(done: Any, share: float) -> Any:
 
 
 def make_optimiser(
-    config: OptimiserConfig, steps: int, clock: bool = False
+    config: OptimiserConfig, steps: int, follows_clock: bool = False
 ) -> optax.GradientTransformation:
     """Return gradient clipping and the optimiser; frozen parameters get no update."""
     clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    rate = learning_rate(config, steps, clock)
+    rate = learning_rate(config, steps, follows_clock)
     trained = optax.chain(clip, {"adamw": _adamw, "muon": _muon}[config.kind](config, rate))
     if not config.freeze:
         return trained

@@ -12,8 +12,8 @@ def quartile_losses(
 ) -> dict[str, jax.Array]:
     """Return the loss `(B,)` summed over quarters of the timesteps, and the records in each.
 
-    Both are divided by the size of the batch, so that they average over devices; `finish` divides
-    one by the other.
+    Both are divided by the size of the batch, so that they average over devices; `named_metrics`
+    divides one by the other.
 
     Args:
         weight: of each record, already in its loss; None: 1.
@@ -24,7 +24,7 @@ def quartile_losses(
     return {"quartile_sum": (inside * loss[:, None]).mean(0), "quartile_share": share.mean(0)}
 
 
-def finish(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+def named_metrics(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     """Return averaged metrics as named numbers; a quartile without records has none."""
     values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
     if "quartile_sum" in metrics:

@@ -12,8 +12,8 @@ import optax
 
 from glide_jax.training.config import RunConfig
 from glide_jax.training.freezing import drop_frozen, merge_frozen
-from glide_jax.training.loss_aware import LossHistory, Records, add_losses
-from glide_jax.training.objectives import RECORDS, Batch, Metrics, Objective, Params
+from glide_jax.training.loss_aware import LossHistory, TimestepLosses, add_losses
+from glide_jax.training.objectives import TIMESTEP_LOSSES, Batch, Metrics, Objective, Params
 from glide_jax.training.optimiser import learning_rate, make_optimiser, updates_made
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.state import TrainState
@@ -135,7 +135,7 @@ def train_step(
 
     def gradient(
         both_params: tuple[Params, Params], rows: Batch
-    ) -> tuple[tuple[Params, Metrics], Records | None]:
+    ) -> tuple[tuple[Params, Metrics], TimestepLosses | None]:
         params, frozen_params = both_params
         extra_inputs = loss_inputs(frozen_params, state.step, time_share)
         if state.loss_history is not None:
@@ -150,7 +150,7 @@ def train_step(
 
         # Gradients of frozen parameters would be zeros that all devices sum.
         grads, metrics = jax.grad(scaled_loss, has_aux=True)(drop_frozen(params, config.freeze))
-        records: Any = metrics.pop(RECORDS, None)
+        records: Any = metrics.pop(TIMESTEP_LOSSES, None)
         return (grads, metrics), records
 
     both_params = (state.params, state.frozen_params)
@@ -213,12 +213,12 @@ def apply_gradient(
 
 def _accumulate(
     gradient: Callable[
-        [tuple[Params, Params], Batch], tuple[tuple[Params, Metrics], Records | None]
+        [tuple[Params, Params], Batch], tuple[tuple[Params, Metrics], TimestepLosses | None]
     ],
     both_params: tuple[Params, Params],
     batch: Batch,
     count: int,
-) -> tuple[tuple[Params, Metrics], Records | None]:
+) -> tuple[tuple[Params, Metrics], TimestepLosses | None]:
     """Do `count` microbatches, one after the other.
 
     Returns:
@@ -233,7 +233,7 @@ def _accumulate(
         jax.eval_shape(gradient, both_params, jax.tree.map(lambda x: x[0], split))[0],
     )
 
-    def add(total: Any, microbatch: Batch) -> tuple[Any, Records | None]:
+    def add(total: Any, microbatch: Batch) -> tuple[Any, TimestepLosses | None]:
         # Without the barrier, XLA gathers sharded parameters before the loop and keeps them whole.
         held_params, microbatch = jax.lax.optimization_barrier((both_params, microbatch))
         gradient_sums, records = gradient(held_params, microbatch)

@@ -21,7 +21,7 @@ from glide_jax.training.objectives import (
     make_tokenizer,
     to_batch,
 )
-from glide_jax.training.quartiles import finish
+from glide_jax.training.quartiles import named_metrics
 
 
 class Validation:
@@ -99,4 +99,6 @@ class Validation:
             batch = batch._replace(row=batch.row + np.int32(i * self.batch_size))
             measured.append(jax.device_get(self._measure(params, batch, jax.random.key(0))))
         batches.close()
-        return finish({name: np.mean([m[name] for m in measured], axis=0) for name in measured[0]})
+        return named_metrics(
+            {name: np.mean([m[name] for m in measured], axis=0) for name in measured[0]}
+        )

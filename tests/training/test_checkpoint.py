@@ -115,8 +115,8 @@ def test_a_permutation_changes_the_checksum():
 
 
 def test_a_state_is_restored_bit_for_bit_with_its_position_in_the_data(two):
-    step, state, position = restored(two)
-    assert step == 2 and position == {"position": 16}
+    step, state, loop_state = restored(two)
+    assert step == 2 and loop_state == {"position": 16}
     assert_same(state, make_state(2))
 
 
@@ -246,7 +246,7 @@ def test_an_altered_position_in_the_data_is_found(copied, capfd):
     path = copied / "2" / "manifest" / "metadata"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"data": {"position": 0}}))
-    assert restored(copied).position == {"position": 8}
+    assert restored(copied).loop_state == {"position": 8}
     assert "its manifest was altered" in capfd.readouterr().err
 
 

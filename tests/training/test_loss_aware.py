@@ -19,7 +19,7 @@ from glide_jax.training.checksums import name_of
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.loss_aware import (
     LossHistory,
-    Records,
+    TimestepLosses,
     add_losses,
     empty_history,
     importance,
@@ -83,7 +83,7 @@ def test_history_and_probabilities_are_those_of_the_reference():
         t = rng.choice(6, 24, p=(0.5, 0.2, 0.1, 0.1, 0.05, 0.05)).astype(np.int32)
         loss = rng.exponential(1 + t).astype(np.float32)
         mixed = rng.permutation(24).astype(np.int32)
-        history = add(history, Records(mixed, t[mixed], loss[mixed]))
+        history = add(history, TimestepLosses(mixed, t[mixed], loss[mixed]))
         reference.add(t, loss)
         assert_agrees(history, reference)
         uniform += np.allclose(probabilities(history), 1 / 6, rtol=1e-6)

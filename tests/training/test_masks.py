@@ -6,17 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from glide_jax.training.masks import OUTSIDE, RECTANGLES, random_mask
+from glide_jax.training.masks import OUTSIDE, RECTANGLES, random_known
 
 
 @partial(jax.jit, static_argnums=1)
-def random_masks(keys, size, share_all):
-    return jax.vmap(partial(random_mask, size=size, share_all=share_all))(keys)
+def random_masks(keys, size, mask_all_share):
+    return jax.vmap(partial(random_known, size=size, mask_all_share=mask_all_share))(keys)
 
 
-def masks(seed=0, size=32, share_all=0.0):
+def masks(seed=0, size=32, mask_all_share=0.0):
     """Return 400 masks, `(400, size, size)`, 1 where the pixel is known."""
-    found = np.asarray(random_masks(jax.random.split(jax.random.key(seed), 400), size, share_all))
+    found = np.asarray(
+        random_masks(jax.random.split(jax.random.key(seed), 400), size, mask_all_share)
+    )
     assert found.shape == (400, size, size, 1) and found.dtype == np.float32
     assert ((found == 0) | (found == 1)).all()
     return found[..., 0]
@@ -48,9 +50,9 @@ def test_every_pixel_is_erased_in_some_masks():
 
 
 def test_everything_is_erased_at_the_rate_of_share_all():
-    everything = masks(share_all=0.3).max(axis=(1, 2)) == 0
+    everything = masks(mask_all_share=0.3).max(axis=(1, 2)) == 0
     assert everything.mean() == pytest.approx(0.3, abs=0.07)
-    assert (masks(share_all=1.0) == 0).all()
+    assert (masks(mask_all_share=1.0) == 0).all()
 
 
 def test_a_mask_scales_with_the_image():

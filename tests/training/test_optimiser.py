@@ -27,7 +27,7 @@ def test_linear_decay_is_constant_and_then_falls_to_zero():
         [0.2, 1, 2, 2, 1, 0]
     )
     # With a clock the host multiplies by the decay.
-    assert float(learning_rate(config, 100, clock=True)(99)) == 2
+    assert float(learning_rate(config, 100, follows_clock=True)(99)) == 2
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])

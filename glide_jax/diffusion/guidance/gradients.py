@@ -4,10 +4,10 @@ The functions here compute a gradient g, already times its scale. The loop over 
 (`run_rows` in `sampling.py`) adds it in one of two ways:
 
     mean + Sigma g                  ancestral samplers  (ADM, 2105.05233, algorithm 1)
-    x_0 + x_0_weight(...) g         all other samplers  (ADM, algorithm 2)
+    x_0 + x_0_per_gradient(...) g         all other samplers  (ADM, algorithm 2)
 
-The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_weight`) choose between
-them.
+The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_per_gradient`) choose
+between them.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
 from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
-from glide_jax.diffusion.schedule import x_0_weight
+from glide_jax.diffusion.schedule import x_0_per_gradient
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
 DATA_STD = 0.5
@@ -69,7 +69,7 @@ def limit_gradient(gradient: jax.Array, point: Point, limit: Number) -> jax.Arra
     """
     posterior_std = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
-    change = x_0_weight(point.alpha, point.sigma) * rms
+    change = x_0_per_gradient(point.alpha, point.sigma) * rms
     change = jnp.maximum(change, jnp.finfo(rms.dtype).tiny)
     return gradient * jnp.minimum(1, per_image(limit) * posterior_std / change)
 

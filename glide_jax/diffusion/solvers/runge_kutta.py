@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from glide_jax.diffusion.schedule import Schedule, x_0_weight
+from glide_jax.diffusion.schedule import Schedule, x_0_per_gradient
 from glide_jax.diffusion.solvers.table import (
     HISTORY,
     Table,
@@ -33,7 +33,7 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[is_second] = values
         table = table._replace(**{name: column})
-    gradient_x_0 = x_0_weight(table.alpha, table.sigma)
+    gradient_x_0 = x_0_per_gradient(table.alpha, table.sigma)
     table = table._replace(
         Px=1.0 - is_second, Py=1.0 * is_second, gradient_x_0=gradient_x_0, index=row
     )
@@ -172,7 +172,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        gradient_x_0=x_0_weight(table.alpha, table.sigma), index=np.arange(len(rows))
+        gradient_x_0=x_0_per_gradient(table.alpha, table.sigma), index=np.arange(len(rows))
     )
 
 

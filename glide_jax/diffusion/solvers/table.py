@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from glide_jax.diffusion.schedule import Schedule, posterior, x_0_weight
+from glide_jax.diffusion.schedule import Schedule, posterior, x_0_per_gradient
 
 # Number of predictions that the history holds.
 HISTORY = 4
@@ -151,7 +151,7 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         log_beta_tilde=q.log_beta_tilde[::-1],
         s=zero,
         s_learned=zero,
-        gradient_x_0=x_0_weight(alpha[:-1], sigma[:-1]),
+        gradient_x_0=x_0_per_gradient(alpha[:-1], sigma[:-1]),
         gradient_mean=zero,
         keep=one,
         index=rows,
