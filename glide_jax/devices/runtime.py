@@ -50,6 +50,7 @@ def find_devices(*, dry_run: bool = False) -> list[jax.Device]:
     """
     if not dry_run and not os.environ.get("JAX_PLATFORMS") and not has_tpu():
         _leave_out_tpu()
+    _add_threads()
     try:
         return jax.local_devices()
     # An AssertionError: a platform in JAX_PLATFORMS whose plugin is not installed.
@@ -138,6 +139,17 @@ def enable_compilation_cache() -> None:
         compilation_cache.reset_cache()
     # All programs: some sixty small ones take a second or two together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _add_threads() -> None:
+    """Give the CPU more threads than virtual devices, before jax starts it.
+
+    In a collective each device occupies a thread until all have come. With as many threads as
+    devices, any other task could take one, and the collective would wait forever.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count := re.search(r"xla_force_host_platform_device_count=(\d+)", flags):
+        os.environ.setdefault("PJRT_NPROC", str(2 * int(count[1])))
 
 
 def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dtype:

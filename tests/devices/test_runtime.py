@@ -57,6 +57,16 @@ def test_a_variable_says_what_the_dtype_auto_means(monkeypatch):
     assert str(caught.value) == ("GLIDE_JAX_DTYPE=half: choose auto, float32, bfloat16, float16")
 
 
+def test_virtual_devices_get_twice_as_many_threads(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    find_devices()
+    assert os.environ["PJRT_NPROC"] == "16"
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    find_devices()
+    assert os.environ["PJRT_NPROC"] == "3"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Unable to\ninitialize. (set JAX_PLATFORMS='')"),
                                    AssertionError()])  # fmt: skip
 def test_no_device_is_one_line(error, monkeypatch):

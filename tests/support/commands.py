@@ -38,7 +38,9 @@ TINY = ModelConfig(
 def environment(devices: int = 1) -> dict[str, str]:
     """Return the environment of a command on the CPU, with so many virtual devices."""
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}" if devices > 1 else QUICK
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    threads = {"PJRT_NPROC": str(2 * devices)} if devices > 1 else {}
+    changes = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return os.environ | changes | threads
 
 
 def run(*arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
