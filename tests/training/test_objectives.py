@@ -31,7 +31,7 @@ from glide_jax.training.objectives import (
     shrink,
 )
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.quartiles import finish
+from glide_jax.training.quartiles import named_metrics
 from glide_jax.training.state import init_state
 from glide_jax.training.step import train_step
 from glide_jax.training.timestep_distribution import make_timestep_distribution
@@ -256,13 +256,13 @@ def test_low_res_noising_and_the_layers_of_its_level_go_together():
 
 def test_the_loss_is_split_into_quarters_of_the_timesteps():
     batch = make_batch(count=64, size=4)
-    values = finish(recorded(batch)[1])
+    values = named_metrics(recorded(batch)[1])
     quarter = np.asarray(sample_noise(KEY, batch, 1000).t) // 250
     shares = [(quarter == i).mean() for i in range(4)]
     total = sum(share * values[f"loss_quartile_{i}"] for i, share in enumerate(shares))
     assert total == pytest.approx(values["loss"], rel=1e-5)
     empty = {"loss": np.float32(1), "quartile_sum": np.zeros(4), "quartile_share": np.eye(4)[1]}
-    assert set(finish(empty)) == {"loss", "loss_quartile_1"}
+    assert set(named_metrics(empty)) == {"loss", "loss_quartile_1"}
 
 
 # --- frozen parts
