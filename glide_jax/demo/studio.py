@@ -107,7 +107,7 @@ class Studio:
         side = self.pipe.model.config.image_size
         image, mask = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
         mask[: side // 2] = 255
-        arguments: Any = {"progress": False, "every": 1, **self.more(1)}
+        arguments: Any = {"progress": False, "preview_every": 1, **self.more(1)}
         prompt = (*self.pipe.model.prompts, "")[0]
         try:
             with self._one:

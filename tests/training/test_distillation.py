@@ -29,7 +29,7 @@ from glide_jax.training.flops import flops_per_image
 from glide_jax.training.initial import begin_state, teacher_params
 from glide_jax.training.objective_fields import DENOISING
 from glide_jax.training.objectives import Batch, make_objective
-from glide_jax.training.quartiles import finish
+from glide_jax.training.quartiles import named_metrics
 from glide_jax.training.state import abstract_state
 from glide_jax.training.step import Control, make_step, scan_steps
 from glide_jax.weights.registry import load_model
@@ -207,7 +207,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     assert not np.array_equal(after.params["unet"]["head"]["kernel"], wanted["unet/head/kernel"])
     sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (after.params, after.opt_state)]
     assert sizes[1] < 2 * sizes[0] + 10
-    metrics = finish(jax.device_get(parallel.gather(metrics)))
+    metrics = named_metrics(jax.device_get(parallel.gather(metrics)))
     assert np.isfinite(metrics["loss"]) and metrics["teacher_steps"] == 8
 
 
