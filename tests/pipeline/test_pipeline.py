@@ -10,6 +10,7 @@ from PIL import Image
 
 import glide_jax as glide
 from glide_jax.models.clip import NoisedCLIP, init_params
+from glide_jax.pipeline import loading
 from glide_jax.pipeline.clip_guide import CLIP, MAX_X_0_CHANGE
 from glide_jax.pipeline.image_files import read_images
 from glide_jax.pipeline.mask_files import read_known
@@ -247,3 +248,16 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
         glide.load_clip(tmp_path / "nowhere")
     with pytest.raises(glide.GlideError, match="does not hold a noised CLIP"):
         glide.load_clip(folders["base"])
+
+
+def test_a_weak_model_is_loaded_alone(folders, monkeypatch):
+    asked = []
+
+    def companion(weights, role, wanted):
+        asked.append((str(weights), role, wanted))
+
+    monkeypatch.setattr(loading, "companion", companion)
+    glide.load(folders["base"], weak_model=folders["base"])
+    name = str(folders["base"])
+    own = [(name, "upsampler", None), (name, "clip", None)]
+    assert asked == [*own, (name, "upsampler", "none"), (name, "clip", "none")]

@@ -11,8 +11,9 @@ import pytest
 from glide_jax.errors import UsageError
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.models.clip import init_params as init_clip
-from glide_jax.models.presets import ModelConfig
+from glide_jax.models.presets import ModelConfig, clip64
 from glide_jax.models.unet import GLIDE, init_params
+from glide_jax.training.config import CLIPTrainConfig
 from glide_jax.training.optimiser import kernels, learning_rate, make_optimiser, matrices
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.weights.store import flatten
@@ -126,3 +127,10 @@ def test_numbers_out_of_their_range_are_refused(name, value, message):
     with pytest.raises(UsageError) as caught:
         OptimiserConfig(**{name: value})
     assert str(caught.value) == message
+
+
+def test_a_clip_needs_a_row_for_each_timestep():
+    message = "^model.n_timestep is 1000: it must be at least 1001, the diffusion_steps$"
+    with pytest.raises(UsageError, match=message):
+        CLIPTrainConfig(name="x", model=clip64(), diffusion_steps=1001)
+    assert CLIPTrainConfig(name="x", model=clip64()).diffusion_steps == 1000
