@@ -36,16 +36,16 @@ from glide_jax.pipeline.plan_checks import check_defaults
 from glide_jax.training.checkpoint import Checkpoints
 from glide_jax.training.checksums import checksums
 from glide_jax.training.clock import Clock
-from glide_jax.training.command_line import parse_recipe, take_membership
+from glide_jax.training.command_line import parse_recipe, take_process_options
 from glide_jax.training.config import RunConfig, TrainConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import compile_steps, open_batches, steps_of_next_call
-from glide_jax.training.initial import begin_state, frozen_base
-from glide_jax.training.locking import only_run
+from glide_jax.training.initial import frozen_base, load_or_init_state
+from glide_jax.training.locking import lock_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.post_hoc_ema import save_ema_snapshots
-from glide_jax.training.resuming import say_changes
+from glide_jax.training.resuming import print_changes
 from glide_jax.training.runs import model_of
 from glide_jax.training.state import abstract_state, fit_loss_scale, saved_part
 from glide_jax.training.step import Control, make_step
@@ -83,12 +83,12 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            start_step, state, loop_state = 0, begin_state(config, objective, parallel), {}
+            start_step, state, loop_state = 0, load_or_init_state(config, objective, parallel), {}
         else:
             saved_shapes = saved_part(abstract_state(config, objective), objective)
             restore_target = parallel.restore_target(saved_shapes)
             start_step, state, loop_state = checkpoints.restore(restore_target, source.fingerprint)
-            say_changes(config, start_step, loop_state.get("seconds", 0.0))
+            print_changes(config, start_step, loop_state.get("seconds", 0.0))
             state = fit_loss_scale(state, objective)
             if base := frozen_base(config, objective):
                 state = replace(state, frozen_params=base)
@@ -158,7 +158,7 @@ def due(step: int, every: int, last: int) -> bool:
 def main() -> None:
     """Run the command line."""
     with one_line_errors("stopped; the same command resumes from the newest checkpoint"):
-        arguments, membership = take_membership(sys.argv[1:])
+        arguments, membership = take_process_options(sys.argv[1:])
         config, hardware = parse_recipe(arguments, __doc__ or "")
         if hardware is not None:
             prepare_process(dry_run=True)
@@ -168,7 +168,7 @@ def main() -> None:
         links = processes.join(membership)
         prepare_process()
         again = "start all processes again, with the same command"
-        with processes.ending_with_peers(links, again), only_run(config.folder):
+        with processes.ending_with_peers(links, again), lock_run(config.folder):
             train(config)
 
 

@@ -135,7 +135,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     keys = jax.random.split(jax.random.key(options.seed), len(captions))
     conds = {
         name: {"text": pipe.encode_captions(texts)}
-        for name, texts in (("cond", captions), ("null", [""] * len(captions)))
+        for name, texts in (("caption", captions), ("null", [""] * len(captions)))
     }
     guidance = [classifier_free(options.scale), clip_x0()]
 

@@ -20,7 +20,7 @@ Hardware: the batch is compared as a whole, so gradient accumulation is not poss
 Time:     not measured here.
 Command:  glide-jax train --config clip64 --data.source FOLDER --batch-size 1024
           glide-jax sample "a red cube" --weights runs/text64 --clip-model runs/clip64 \\
-              --clip-scale 3 --guidance-scale 1 --sampler ddpm --steps 100
+              --clip-guidance-scale 3 --guidance-scale 1 --sampler ddpm --steps 100
 """
 
 from dataclasses import replace

@@ -32,7 +32,7 @@ PROMPTS = (
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
 # Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
-# captions with a part only let `all_of([concept, style], [w, w])` compose unseen pairs.
+# captions with a part only let `combine_prompts([concept, style], [w, w])` compose unseen pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTION_TEMPLATES = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 

@@ -16,7 +16,7 @@ Hardware: one GPU; 2 GB of its memory.
 Time:     four minutes each on one H200, at the same time as other trainings.
 Command:  glide-jax train --config emoji_clip64 --data.source emoji64.npz --data.workers 4
           glide-jax train --config emoji_clip64:scorer --data.source emoji64.npz --data.workers 4
-          glide-jax sample "a red apple" --clip-model runs/emoji_clip64 --clip-scale 2 \\
+          glide-jax sample "a red apple" --clip-model runs/emoji_clip64 --clip-guidance-scale 2 \\
               --guidance-scale 1 --sampler ddpm --steps 50
 """
 

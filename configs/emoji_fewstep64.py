@@ -45,7 +45,7 @@ def get_config() -> TrainConfig:
         sample_every=0,
         sample_steps=4,
         sample_guidance_scale=2.0,
-        sample_clip_scale=0.0,
+        sample_clip_guidance_scale=0.0,
         sample_sampler="consistency",
         sample_spacing="trailing-capped",
     )

@@ -38,7 +38,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
         glide.SOLVERS["ddim"],
         [glide.classifier_free(scale), glide.clip_x0()],
     )
-    conds = {n: {"text": pipe.encode_captions([p])} for n, p in (("cond", prompt), ("null", ""))}
+    conds = {n: {"text": pipe.encode_captions([p])} for n, p in (("caption", prompt), ("null", ""))}
     return glide.sample({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x
 
 

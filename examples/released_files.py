@@ -35,7 +35,7 @@ def main(
     pipe = load(base, large, list(clip_files))
     if clip_files:
         # The paper's CLIP guidance: scale 3, without classifier-free guidance.
-        settings = {"guidance_scale": 1.0, "clip_scale": 3.0} | settings
+        settings = {"guidance_scale": 1.0, "clip_guidance_scale": 3.0} | settings
     files = pipe(prompt, **settings).save(out)
     print(*files, sep="\n")
     return files

@@ -22,8 +22,8 @@ def _anagram(predict, x, point, *, scale):
     """The mean of both views, each `eps(own) + (s - 1)(eps(own) - eps(other's))`."""
     p, turned = predict(x, point), predict(x[:, ::-1], point).branches
     strength = per_image(scale) - 1
-    up = p.eps + strength * (p.branches["cond"] - p.branches["other"])
-    down = turned["other"] + strength * (turned["other"] - turned["cond"])
+    up = p.eps + strength * (p.branches["caption"] - p.branches["other"])
+    down = turned["other"] + strength * (turned["other"] - turned["caption"])
     return p.with_eps((up + down[:, ::-1]) / 2, x, point)
 
 

@@ -17,7 +17,7 @@ from glide_jax.diffusion.guidance import NULL, per_image
 def frequency_scales(predict, x, point, *, low, high):
     """`eps(c) + (s_low - 1) L d + (s_high - 1)(d - L d)`, `d = eps(c) - eps(null)`."""
     p = predict(x, point)
-    difference = p.branches["cond"] - p.branches["null"]
+    difference = p.branches["caption"] - p.branches["null"]
     batch, side, _, channels = x.shape
     small = jax.image.resize(difference, (batch, side // 4, side // 4, channels), "linear")
     coarse = jax.image.resize(small, x.shape, "cubic")

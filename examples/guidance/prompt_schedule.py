@@ -19,7 +19,7 @@ def first(prompt, level=1.0):
 
 def _first(predict, x, point):
     p = predict(x, point)
-    return p.with_eps(p.eps + p.branches["first"] - p.branches["cond"], x, point)
+    return p.with_eps(p.eps + p.branches["first"] - p.branches["caption"], x, point)
 
 
 def main(out="samples", weights="emoji64", **settings):

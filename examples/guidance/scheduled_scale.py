@@ -19,7 +19,7 @@ LAST = 999  # the noisiest timestep
 def scheduled_scale(predict, x, point, *, scale, growth=1.0):
     """`eps(c) + (s - 1)(1 + g (1 - 2 t / T)) (eps(c) - eps(null))`."""
     p = predict(x, point)
-    difference = p.branches["cond"] - p.branches["null"]
+    difference = p.branches["caption"] - p.branches["null"]
     weight = 1 + per_image(growth) * (1 - 2 * point.t / LAST)
     return p.with_eps(p.eps + (per_image(scale) - 1) * weight * difference, x, point)
 

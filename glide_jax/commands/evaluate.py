@@ -192,13 +192,13 @@ class Sweep:
     Sweeps of the same weights, captions and scorer can share a folder and its figures.
 
     Attributes:
-        vary: What to vary, one or several of guidance-scale, clip-scale, steps, sampler, spacing,
-            guidance-interval. A sweep of guidance-scale has no CLIP guidance unless --clip-scale is
-            set. A sweep of clip-scale has guidance scale 1 and the sampler ddpm, unless you set
-            others.
+        vary: What to vary, one or several of guidance-scale, clip-guidance-scale, steps, sampler,
+            spacing, guidance-interval. A sweep of guidance-scale has no CLIP guidance unless
+            --clip-guidance-scale is set. A sweep of clip-guidance-scale has guidance scale 1 and
+            the sampler ddpm, unless you set others.
         values: Values of a single sweep, in place of its defaults: guidance-scale 1 1.5 2 3 4 6 8,
-            clip-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and spacing,
-            guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
+            clip-guidance-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and
+            spacing, guidance-interval all 0:5 0.3: 0.3:5 0.3:10 1:10 (low:high, or all).
         out: Folder for sweep.json, the figures, and a sheet of the images per point.
         features: Feature spaces for distances between sets of images: scorer, or weight files
             of other networks (Inception v3 of FID, CLIP, DINOv2).

@@ -55,16 +55,16 @@ class Curve:
         inception: Weight file of the Inception network of FID,
             pt_inception-2015-12-05-6726825d.pth, from the releases of
             github.com/mseitzer/pytorch-fid.
-        score_clip: The CLIP of the CLIP score, trained on images without noise: a folder of
+        clip_score_model: The CLIP of the CLIP score, trained on images without noise: a folder of
             transformers (huggingface.co/openai), or a file of a state dict.
         prompts_field: The column or field of --prompts-file that has the captions. Default:
             caption, text, prompt or a similar name.
         num: Images per point: this many random captions, with one image each.
         seed: Seed of the images and of the choice of captions.
         scales: Scales of classifier-free guidance. Each gives one point of the curve.
-        clip_scales: Scales of CLIP guidance by the CLIP of --clip-model. Each gives one point of
-            the curve, without classifier-free guidance, and with the sampler ddpm unless --sampler
-            is set.
+        clip_guidance_scales: Scales of CLIP guidance by the CLIP of --clip-model. Each gives one
+            point of the curve, without classifier-free guidance, and with the sampler ddpm unless
+            --sampler is set.
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
         nearest_k: The k of precision and recall.
@@ -76,12 +76,12 @@ class Curve:
     prompts_file: Path
     real: str
     inception: Path
-    score_clip: Path
+    clip_score_model: Path
     prompts_field: Annotated[str | None, NO_DEFAULT_SHOWN] = None
     num: int = 30_000
     seed: int = 0
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
-    clip_scales: tuple[float, ...] = ()
+    clip_guidance_scales: tuple[float, ...] = ()
     size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
     nearest_k: int = 3
     allow_few_images: bool = False
@@ -96,18 +96,22 @@ class Curve:
         figure_class()
         if self.num < 1:
             raise UsageError(f"--num must be at least 1, not {self.num}")
-        if not self.scales and not self.clip_scales:
-            raise UsageError("give --scales or --clip-scales")
-        swept = {"clip_scale": self.clip_scales} if self.clip_scales else {}
+        if not self.scales and not self.clip_guidance_scales:
+            raise UsageError("give --scales or --clip-guidance-scales")
+        swept = (
+            {"clip_guidance_scale": self.clip_guidance_scales} if self.clip_guidance_scales else {}
+        )
         check_scales(self.model, self.sampling.given_settings() | swept)
         prompts = self._prompts()
-        inception, clip = open_extractor(self.inception), open_clean_clip(self.score_clip)
+        inception, clip = open_extractor(self.inception), open_clean_clip(self.clip_score_model)
         if inception.classes is None:
             raise UsageError(f"{self.inception} is {inception.name}, not the Inception of FID")
         check_writable(self.out)
         pipe = load(**self.model.load_arguments())
-        if self.clip_scales and pipe.clip is None:
-            raise UsageError("--clip-scales needs a noised CLIP that guides: give --clip-model")
+        if self.clip_guidance_scales and pipe.clip is None:
+            raise UsageError(
+                "--clip-guidance-scales needs a noised CLIP that guides: give --clip-model"
+            )
         side = (pipe.upsampler or pipe).model.config.image_size
         real_images = open_images(self.real, self.size or side)
         points = self._points()
@@ -146,8 +150,8 @@ class Curve:
         chosen = self.sampling.given_settings()
         points: list[tuple[Path, tuple[str, float], dict[str, Any]]] = []
         for kind, values, fixed in (
-            ("guidance_scale", self.scales, {"clip_scale": 0.0} | chosen),
-            ("clip_scale", self.clip_scales, CLIP_GUIDED | chosen),
+            ("guidance_scale", self.scales, {"clip_guidance_scale": 0.0} | chosen),
+            ("clip_guidance_scale", self.clip_guidance_scales, CLIP_GUIDED | chosen),
         ):
             for scale in dict.fromkeys(values):
                 points.append(

@@ -48,10 +48,10 @@ class Fid:
             caption per line, in the order of the image names (2.png before 10.png), or the word
             beside. With beside, the caption of cat.png is in cat.txt (also in tar shards),
             otherwise it is the prompt that glide-jax sample stored in the image.
-        score_clip: The CLIP of the CLIP score, trained on images without noise: a folder of
+        clip_score_model: The CLIP of the CLIP score, trained on images without noise: a folder of
             transformers (huggingface.co/openai), or a state dict in a file.
-        scorer: The CLIP of the CLIP score without --score-clip, a noised one: a name, a folder of
-            weights, or a run of train.py.
+        scorer: The CLIP of the CLIP score without --clip-score-model, a noised one: a name, a
+            folder of weights, or a run of train.py.
         views: Views of each image whose embeddings the scorer averages: 10 crops, or 1, the image
             alone.
         nearest_k: The k of precision and recall, at least 1 and below the number of images. A
@@ -69,7 +69,7 @@ class Fid:
     features: tuple[str, ...] = ()
     size: Annotated[int | None, NO_DEFAULT_SHOWN] = None
     captions: Annotated[str | None, NO_DEFAULT_SHOWN] = None
-    score_clip: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
+    clip_score_model: Annotated[Path | None, NO_DEFAULT_SHOWN] = None
     scorer: str = "emoji_scorer64"
     views: Literal[10, 1] = 10
     nearest_k: int = 3
@@ -92,7 +92,7 @@ class Fid:
             raise UsageError(f"--save-statistics needs images; {real_path} has statistics already")
         check_writable(self.out.parent)
         scorer = self._scorer()
-        clip = None if self.score_clip is None else open_clean_clip(self.score_clip)
+        clip = None if self.clip_score_model is None else open_clean_clip(self.clip_score_model)
         # A missing file must end the command before the first network computes.
         spaces = [
             scorer if scorer and name == SCORER else open_extractor(name) for name in self.features
@@ -141,8 +141,8 @@ class Fid:
             raise UsageError("--reference is for one network: name one in --features")
         if self.save_statistics is not None and self.save_statistics.suffix != ".npz":
             raise UsageError(f"--save-statistics ends in .npz, not {self.save_statistics.name}")
-        if self.score_clip is not None and self.captions is None:
-            raise UsageError("--score-clip is for the CLIP score: give --captions")
+        if self.clip_score_model is not None and self.captions is None:
+            raise UsageError("--clip-score-model is for the CLIP score: give --captions")
         if self.out.suffix != ".json":
             raise UsageError(f"--out is a .json file, not {self.out}")
         if self.nearest_k < 1:
@@ -156,7 +156,9 @@ class Fid:
         return open_images(path, self.size)
 
     def _scorer(self) -> Scorer | None:
-        if SCORER not in self.features and (self.captions is None or self.score_clip is not None):
+        if SCORER not in self.features and (
+            self.captions is None or self.clip_score_model is not None
+        ):
             return None
         return open_scorer(self.scorer, views=self.views)
 

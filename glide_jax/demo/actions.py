@@ -16,7 +16,7 @@ from glide_jax.weights.registry import NONE
 # The upper end of an interval of guidance that has none. The noisiest level is about 20,000.
 NO_LIMIT = 100_000.0
 # What guides only with a scale, and that scale; `glide-jax sample` refuses it without one.
-SCALES = {"clip_model": "clip_scale", "weak_model": "autoguidance_scale"}
+SCALES = {"clip_model": "clip_guidance_scale", "weak_model": "autoguidance_scale"}
 FILL, IMG2IMG, VARY = "Fill", "Img2img", "Vary"
 
 
@@ -27,8 +27,8 @@ class Controls:
     Attributes:
         prompt: the prompt.
         num, seed: images, and the seed of the run.
-        steps, sampler, guidance_scale, negative_prompt, clip_scale, autoguidance_scale: fields of
-            `Settings`; `steps` may be text.
+        steps, sampler, guidance_scale, negative_prompt, clip_guidance_scale, autoguidance_scale:
+            fields of `Settings`; `steps` may be text.
         low, high: the noise levels between which guidance acts; None or 0: no limit.
     """
 
@@ -39,7 +39,7 @@ class Controls:
     sampler: str
     guidance_scale: float
     negative_prompt: str
-    clip_scale: float
+    clip_guidance_scale: float
     autoguidance_scale: float
     low: float | None = None
     high: float | None = None
@@ -55,7 +55,7 @@ class Controls:
         values: dict[str, Any] = {
             "guidance_scale": number(self.guidance_scale),
             "negative_prompt": single_line(self.negative_prompt),
-            "clip_scale": number(self.clip_scale),
+            "clip_guidance_scale": number(self.clip_guidance_scale),
             "autoguidance_scale": number(self.autoguidance_scale),
         }
         low, high = self.low or 0.0, self.high or NO_LIMIT

@@ -164,10 +164,10 @@ def _guidance(components: SimpleNamespace, studio: Studio) -> None:
             info="Guide away from this, rather than from the empty prompt.",
             elem_id="negative",
         )
-        components.clip_scale = gr.Slider(
+        components.clip_guidance_scale = gr.Slider(
             0,
             10,
-            defaults.clip_scale,
+            defaults.clip_guidance_scale,
             step=0.5,
             label="CLIP scale",
             info="0 is off; more follows the prompt more closely.",

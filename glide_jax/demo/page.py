@@ -67,7 +67,7 @@ class Page:
 
     def _connect(self, p: SimpleNamespace) -> None:
         controls = [p.prompt, p.num, p.seed, p.steps, p.sampler, p.scale, p.negative]
-        controls += [p.clip_scale, p.auto, p.low, p.high]
+        controls += [p.clip_guidance_scale, p.auto, p.low, p.high]
         editing = [self.source, self.mask, p.mode, p.amount]
         outputs = [p.status, p.stop, p.gallery, p.next, p.made, p.command, p.python]
         outputs += [p.metadata, p.download, self.result, self.chosen]

@@ -115,7 +115,10 @@ class Studio:
                     if self.closed.is_set():
                         return
             self.ready.set()
-            for more in ({"image": image, "mask": mask}, {"guidance_scale": 1.0, "clip_scale": 0}):
+            for more in (
+                {"image": image, "mask": mask},
+                {"guidance_scale": 1.0, "clip_guidance_scale": 0},
+            ):
                 for _ in self.pipe.stream(prompt, **arguments, **more):
                     if self.closed.is_set():
                         return

@@ -106,7 +106,7 @@ def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
     return jnp.maximum(log_p, np.log(1e-12))
 
 
-def variational_bound(
+def vlb_term(
     tables: LossTables,
     x_0: jax.Array,
     x_t: jax.Array,
@@ -216,7 +216,7 @@ def hybrid_loss(
     predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
-    vlb = vlb_weight * variational_bound(
+    vlb = vlb_weight * vlb_term(
         tables, x_0, x_t, t, jax.lax.stop_gradient(predicted_eps), variance_output
     )
     return LossTerms(simple + vlb, mse, vlb)

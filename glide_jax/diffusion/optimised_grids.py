@@ -133,7 +133,7 @@ def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m
         raise UsageError(
             f"spacing optimised takes 1 to {most} steps, not {steps}: choose spacing logsnr"
         )
-    return schedule.at_half_log_snr(_optimised(schedule.betas.tobytes(), steps, *_key(solver)))
+    return schedule.t_at_half_log_snr(_optimised(schedule.betas.tobytes(), steps, *_key(solver)))
 
 
 def _key(solver: Solver) -> tuple[Solver, tuple]:
@@ -157,7 +157,7 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
         return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
-        grid = schedule.at_half_log_snr(half_log_snrs_of(logits))
+        grid = schedule.t_at_half_log_snr(half_log_snrs_of(logits))
         table = full_solver(schedule, grid, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
@@ -188,7 +188,7 @@ def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None)
     if _key(solver) == (dpm_solver_2m, ()) and steps in SHIPPED_STEPS:
         for name, grids in _shipped().items():
             if np.array_equal(schedule.betas, make_schedule(name).betas):
-                return schedule.at_half_log_snr(grids[str(steps)])
+                return schedule.t_at_half_log_snr(grids[str(steps)])
     return optimise_grid(schedule, steps, solver)
 
 

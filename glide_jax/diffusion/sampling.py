@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from glide_jax.diffusion.guidance.interface import Guidance, apply_guidances, branches_of
 from glide_jax.diffusion.guidance.predictor import (
     CONDITIONAL,
     Network,
@@ -22,7 +23,6 @@ from glide_jax.diffusion.guidance.predictor import (
     is_network,
     noise_predictor,
 )
-from glide_jax.diffusion.guidance.record import Guidance, apply_guidances, branches_of
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
@@ -269,7 +269,7 @@ def run_rows(
             )
 
         # The learned variance (2102.09672, eq. 15). Every solver computes it, so that all share one
-        # compiled program; where s_learned and gradient_mean are zero, it has no effect.
+        # compiled program; where s_learned and mean_per_gradient are zero, it has no effect.
         variance = jnp.exp(
             variance_fraction * row.log_beta + (1 - variance_fraction) * row.log_beta_tilde
         )
@@ -280,14 +280,14 @@ def run_rows(
                 lambda: jnp.zeros_like(x),
             )
 
-        entry = row.u * x + row.v * (x_0 + row.gradient_x_0 * gradient)
+        entry = row.u * x + row.v * (x_0 + row.x_0_per_gradient * gradient)
         history = weighted(row.S, jnp.concatenate([entry[None], history]))
         y = row.Py * y + row.Px * x + weighted(row.B, history)
         x = (
             row.Qy * y
             + row.Qx * x
             + weighted(row.E, history)
-            + row.gradient_mean * variance * gradient
+            + row.mean_per_gradient * variance * gradient
             + (row.s + row.s_learned * jnp.sqrt(variance)) * z
         )
         return State(x, y, history, memory, x_0), None

@@ -70,7 +70,7 @@ class Schedule:
         half_log_snrs = 0.5 * (np.log(self.alpha_bar) - np.log1p(-self.alpha_bar))
         return np.interp(np.asarray(t), np.arange(len(self)), half_log_snrs)
 
-    def at_half_log_snr(self, half_log_snr: ArrayLike) -> np.ndarray:
+    def t_at_half_log_snr(self, half_log_snr: ArrayLike) -> np.ndarray:
         """Return the fractional `t` with this log(alpha / sigma): the inverse of `half_log_snr`.
 
         A value beyond the ends of the schedule gives the end: 0 or T - 1.

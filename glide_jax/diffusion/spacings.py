@@ -92,7 +92,7 @@ def end_half_log_snrs(schedule: Schedule) -> tuple[float, float]:
 
 def log_snr_uniform(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in log(alpha / sigma)  (DPM-Solver, 2206.00927, sec. 3.4)."""
-    return schedule.at_half_log_snr(np.linspace(*end_half_log_snrs(schedule), steps))
+    return schedule.t_at_half_log_snr(np.linspace(*end_half_log_snrs(schedule), steps))
 
 
 def uniform(schedule: Schedule, steps: int) -> np.ndarray:
@@ -108,7 +108,7 @@ def uniform(schedule: Schedule, steps: int) -> np.ndarray:
 def karras(schedule: Schedule, steps: int) -> np.ndarray:
     """`steps` levels evenly spaced in `(sigma / alpha)^(1/7)`  (EDM, 2206.00364, eq. 5)."""
     roots = np.exp(-np.array(end_half_log_snrs(schedule)) / 7)
-    return schedule.at_half_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
+    return schedule.t_at_half_log_snr(-7 * np.log(np.linspace(roots[0], roots[1], steps)))
 
 
 def trailing(schedule: Schedule, steps: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 def noisiest_timestep(schedule: Schedule) -> float:
     """Return the timestep, maybe fractional, of the noisiest level of logsnr and karras."""
-    return float(schedule.at_half_log_snr(end_half_log_snrs(schedule)[0]))
+    return float(schedule.t_at_half_log_snr(end_half_log_snrs(schedule)[0]))
 
 
 def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:

@@ -154,8 +154,8 @@ class Experiment:
             UsageError: the settings cannot be used.
         """
         settings = self.pipe.settings.changed(**task.settings)
-        guide = self.pipe.clip if settings.clip_scale else None
-        if settings.clip_scale and guide is None:
+        guide = self.pipe.clip if settings.clip_guidance_scale else None
+        if settings.clip_guidance_scale and guide is None:
             raise UsageError("CLIP guidance needs a noised CLIP: name one with --clip-model")
         guidances = settings.guidances(read_prompts(prompt_of(self.records[0])))
         return json_round_trip(

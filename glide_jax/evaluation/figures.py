@@ -31,7 +31,7 @@ PANELS = (
     ("r_precision", "frechet_distance"),
     ("recall", "clip_score"),
 )
-NUMBERS = ("guidance-scale", "clip-scale", "steps")
+NUMBERS = ("guidance-scale", "clip-guidance-scale", "steps")
 GUIDE = "guided by"
 MATCHED = ("precision", "frechet_distance", "clip_score", "r_precision")
 
@@ -79,7 +79,7 @@ def _share_unguided(groups: dict[str, list[Point]]) -> None:
     """Add the points of CLIP scale 0, which no CLIP guides, to the curve of every CLIP."""
     for key, unguided in list(groups.items()):
         sweep, others = json.loads(key)
-        if SWEEPS[sweep].setting != "clip_scale" or others[GUIDE]:
+        if SWEEPS[sweep].setting != "clip_guidance_scale" or others[GUIDE]:
             continue
         guided = [
             curve
@@ -119,7 +119,7 @@ def matched(points: Sequence[Point], space: str) -> list[dict[str, Any]]:
     matches = []
     for free_name, free in by_sweep["guidance-scale"].items():
         scales = [float(point["value"]) for point in free]
-        for clip_name, guided in by_sweep["clip-scale"].items():
+        for clip_name, guided in by_sweep["clip-guidance-scale"].items():
             for point in guided:
                 at = measure(point, "recall", space)
                 for position in _crossings([measure(p, "recall", space) for p in free], at):

@@ -14,7 +14,7 @@ PANELS = (
     ("clip_score", "frechet_distance"),
     ("clip_score", "inception_score"),
 )
-NAMES = {"guidance_scale": "classifier-free guidance", "clip_scale": "CLIP guidance"}
+NAMES = {"guidance_scale": "classifier-free guidance", "clip_guidance_scale": "CLIP guidance"}
 
 
 def write_curve_figure(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:

@@ -24,7 +24,7 @@ from glide_jax.weights.registry import Model
 
 
 @dataclass(frozen=True, eq=False)
-class NoisePredictor:
+class EpsNetwork:
     """A GLIDE model as a network whose output is the noise, without a variance.
 
     Its parameters are `{"model": ..., "captions": bool}`. If `captions` is False, the network gets
@@ -94,7 +94,7 @@ def noise_loss(
         validation_split=split,
     )
     # `denoising_loss` names GLIDE as its model, and calls only `apply`.
-    predictor: Any = NoisePredictor(module, tables, model.prediction)
+    predictor: Any = EpsNetwork(module, tables, model.prediction)
     loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)

@@ -58,12 +58,12 @@ SWEEPS = {
         ("1", "1.5", "2", "3", "4", "6", "8"),
         _number,
         # Some weights use CLIP guidance by default: the sweep compares one guidance alone.
-        {"clip_scale": 0.0},
+        {"clip_guidance_scale": 0.0},
         label="classifier-free guidance",
     ),
     # As in the paper: the unguided model with the ancestral sampler (GLIDE, sec. 2.4 and 5.1).
-    "clip-scale": Sweep(
-        "clip_scale",
+    "clip-guidance-scale": Sweep(
+        "clip_guidance_scale",
         ("0", "1", "2", "4", "8", "16"),
         _number,
         {"guidance_scale": 1.0, "sampler": "ddpm"},
@@ -77,7 +77,7 @@ SWEEPS = {
     ),
 }
 # The sweeps whose curves share one figure.
-TRADE_OFF = ("guidance-scale", "clip-scale")
+TRADE_OFF = ("guidance-scale", "clip-guidance-scale")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glide_jax.models import tpu_attention
-from glide_jax.models.platform import accelerator, on_cpu, product_dtype
+from glide_jax.models.platform import fused_attention_platform, on_cpu, product_dtype
 
 HALF_DTYPES = (jnp.bfloat16, jnp.float16)
 # The widest head that cuDNN takes on GPUs before Hopper.
@@ -25,7 +25,7 @@ def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> st
     if query.dtype not in HALF_DTYPES or mask is not None:
         return ""
     lengths, head_width = (query.shape[1], key.shape[1]), query.shape[-1]
-    platform = accelerator()
+    platform = fused_attention_platform()
     if platform == "tpu":
         return "pallas" if tpu_attention.suits(query, key) else ""
     # cuDNN needs a head width that is a multiple of 8. The lengths of the UNet are multiples of 8

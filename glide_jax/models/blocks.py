@@ -97,17 +97,17 @@ class ResBlock(nn.Module):
 
     Attributes:
         features: channels of the result.
-        uses_film: whether the embedding scales and shifts the second norm, as in all of OpenAI's
-            models; otherwise it is added before that norm.
+        use_scale_shift_norm: whether the embedding scales and shifts the second norm, as in all of
+            OpenAI's models; otherwise it is added before that norm.
         resample: `upsample` or `downsample`, applied to both paths, or None.
         projects: whether the block projects the embedding; otherwise `emb` is `(B, features)`,
-            with `uses_film` `(B, 2 features)`, projected already.
+            with `use_scale_shift_norm` `(B, 2 features)`, projected already.
     """
 
     features: int
     dropout: float
     dtype: jnp.dtype
-    uses_film: bool = True
+    use_scale_shift_norm: bool = True
     resample: Callable[[jax.Array], jax.Array] | None = None
     projects: bool = True
 
@@ -125,10 +125,14 @@ class ResBlock(nn.Module):
         h = conv3x3(self.features, self.dtype, "conv_1")(h)
 
         if self.projects:
-            width = self.features * (2 if self.uses_film else 1)
+            width = self.features * (2 if self.use_scale_shift_norm else 1)
             emb = dense(width, jnp.float32, "emb")(nn.silu(emb))
         norm = GroupNorm(swish=1.0, name="norm_2")
-        h = norm(h, emb) if self.uses_film else norm(h + emb.astype(h.dtype)[:, None, None])
+        h = (
+            norm(h, emb)
+            if self.use_scale_shift_norm
+            else norm(h + emb.astype(h.dtype)[:, None, None])
+        )
         if dropout_keys is not None and self.dropout:
             h = drop(h, dropout_keys, self.dropout, "/".join(self.path))
         h = conv3x3(self.features, self.dtype, "conv_2", zero=True)(h)

@@ -15,7 +15,7 @@ from flax.linen.dtypes import promote_dtype
 
 from glide_jax.models import cpu_products, winograd
 from glide_jax.models.attention import HALF_DTYPES, split_heads
-from glide_jax.models.platform import accelerator, on_cpu
+from glide_jax.models.platform import fused_attention_platform, on_cpu
 
 # The default of torch, with which OpenAI's models were trained; the default of flax is 1e-6.
 NORM_EPSILON = 1e-5
@@ -270,7 +270,7 @@ class Projections(_UsesStoredParams, nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape[1:])
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
         pair = stored_pair(self, self.dtype)
-        if accelerator() != "tpu":
+        if fused_attention_platform() != "tpu":
             y = matmul(x, kernel) + bias
             if pair:
                 y = y + x @ pair[0] @ pair[1]

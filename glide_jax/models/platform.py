@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 compile_for = jax.make_user_context(None)
 
 
-def accelerator() -> str:
+def fused_attention_platform() -> str:
     """Return "cuda" or "tpu" if programs are traced for a device with fused attention, else "".
 
     Of GPUs these are NVIDIA's from compute capability 8.0 on.

@@ -104,7 +104,7 @@ class UNet(nn.Module):
                 features,
                 c.dropout,
                 self.dtype,
-                uses_film=c.use_scale_shift_norm,
+                use_scale_shift_norm=c.use_scale_shift_norm,
                 resample=resample,
                 projects=time_outputs is None,
                 name=name,

@@ -1,4 +1,4 @@
-"""CLIP guidance: `--clip-scale s` adds `g = s grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
+"""CLIP guidance: `--clip-guidance-scale s` adds `g = s grad(k f(x_t) . g(c))`  (GLIDE, sec. 2.4).
 
 Ancestral samplers move their mean by `Sigma g`; all others move x_0 by `sigma^2/alpha g`, limited
 (`MAX_X_0_CHANGE`). f and g are the embeddings of image and caption, of length 1, and k is the logit
@@ -130,7 +130,7 @@ def clip_guidance(
     settings: Settings,
     reverse: bool = False,
 ) -> tuple[Guidance, ...]:
-    """Return the CLIP guidance of a batch, to be listed last; none for `clip_scale` 0.
+    """Return the CLIP guidance of a batch, to be listed last; none for `clip_guidance_scale` 0.
 
     Args:
         reverse: DDIM inversion, whatever the sampler of the settings.
@@ -138,10 +138,12 @@ def clip_guidance(
     Raises:
         UsageError: there is no CLIP, or it sees other images or noise levels than the model.
     """
-    if not settings.clip_scale:
+    if not settings.clip_guidance_scale:
         return ()
     if clip is None:
-        raise UsageError("clip_scale needs a noised CLIP: load one as clip_model (--clip-model)")
+        raise UsageError(
+            "clip_guidance_scale needs a noised CLIP: load one as clip_model (--clip-model)"
+        )
     sides = clip.config.image_size, model.config.image_size
     timesteps = clip.config.n_timestep, model.diffusion_steps
     problem = ""
@@ -150,11 +152,11 @@ def clip_guidance(
     elif timesteps[0] not in (0, timesteps[1]):
         problem = f"{clip.name} knows {timesteps[0]} timesteps, {model.name} has {timesteps[1]}"
     if problem:
-        raise UsageError(f"{problem}: load another CLIP, or set clip_scale to 0")
+        raise UsageError(f"{problem}: load another CLIP, or set clip_guidance_scale to 0")
     # A gradient that moves the mean, as in the paper, needs no limit.
     moves_mean = traits_of(settings.sampler).guides_mean and not reverse
     limit = None if moves_mean else MAX_X_0_CHANGE
-    return (clip.guidance(prompts, settings.clip_scale, limit),)
+    return (clip.guidance(prompts, settings.clip_guidance_scale, limit),)
 
 
 def load_clip(

@@ -22,7 +22,7 @@ UNGUIDED: SettingsArguments = {
     "guidance_rescale": 0.0,
     "negative_prompt": "",
     "autoguidance_scale": 1.0,
-    "clip_scale": 0.0,
+    "clip_guidance_scale": 0.0,
 }
 
 # An inversion runs all steps, each of them once.

@@ -99,7 +99,7 @@ class Images:
 
         def stage_text(settings: dict[str, Any]) -> str:
             text = f"{settings['sampler']}, {settings['evaluations']} network evaluations"
-            for name, off in (("guidance_scale", 1.0), ("clip_scale", 0.0)):
+            for name, off in (("guidance_scale", 1.0), ("clip_guidance_scale", 0.0)):
                 if settings.get(name, off) != off:
                     ends = sorted({np.min(settings[name]), np.max(settings[name])})
                     text += f", {name.replace('_', ' ')} {' to '.join(f'{end:g}' for end in ends)}"

@@ -16,7 +16,7 @@ from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training.runs import open_lora, open_model
-from glide_jax.weights.lora import merge, say_other_base
+from glide_jax.weights.lora import merge, print_other_base
 from glide_jax.weights.registry import Model, companion
 
 # What `load` takes as its `lora`.
@@ -44,9 +44,9 @@ def load(
             `train.py`.
         upsampler: weights of an upsampler, which then enlarges each image; None: the one that
             belongs to the weights, if any; "none": no upsampler.
-        clip_model: weights of a noised CLIP, for `clip_scale`; see `glide_jax.load_clip`; None and
-            "none" as above. Without a CLIP, a `clip_scale` among the weights' own settings has no
-            effect.
+        clip_model: weights of a noised CLIP, for `clip_guidance_scale`; see `glide_jax.load_clip`;
+            None and "none" as above. Without a CLIP, a `clip_guidance_scale` among the weights' own
+            settings has no effect.
         weak_model: weights of a weaker model of the same kind, for `autoguidance_scale`.
         lora: low-rank pairs that are added to the weights: a run with LoRA or a file of its pairs,
             or several of them. Each may have a weight, which may be negative:
@@ -79,7 +79,7 @@ def load(
     settings = Settings().changed(**model.defaults)
     return Pipeline(
         model,
-        settings=settings if clip else settings.changed(clip_scale=0.0),
+        settings=settings if clip else settings.changed(clip_guidance_scale=0.0),
         upsampler=larger,
         clip=None if clip is None else load_clip(clip, **placement_arguments),
         weak_stage=weak,
@@ -100,7 +100,7 @@ def merge_loras(model: Model, lora: LoRAs) -> Model:
         return model
     loras = [(open_lora(source), weight) for source, weight in weighted]
     merged = merge(model.params, loras)
-    say_other_base([adapter for adapter, weight in loras if weight], model.params, model.name)
+    print_other_base([adapter for adapter, weight in loras if weight], model.params, model.name)
     return replace(model, params=merged)
 
 
@@ -143,6 +143,6 @@ def sample_grid(
 
     All of this process's devices share the batch. Weights that are split over them stay split.
     """
-    settings = Settings().changed(**model.defaults | {"clip_scale": 0.0})
+    settings = Settings().changed(**model.defaults | {"clip_guidance_scale": 0.0})
     pipe = Pipeline(model, dtype, "all", settings=settings)
     return pipe(prompts, seed=seed, progress=False).grid()

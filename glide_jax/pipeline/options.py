@@ -52,8 +52,9 @@ class SharedModelOptions(NetworkOptions):
 
     Attributes:
         upsampler: Weights of the upsampler that enlarges each image, or none.
-        clip_model: Weights of a noised CLIP (openai/clip, or a folder) for --clip-scale, or none.
-            Default: the one that belongs to the weights (emoji_clip64 for emoji64), if any.
+        clip_model: Weights of a noised CLIP (openai/clip, or a folder) for --clip-guidance-scale,
+            or none. Default: the one that belongs to the weights (emoji_clip64 for emoji64), if
+            any.
         weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
             was trained less. It must have the same variant, image size and noise schedule.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
@@ -368,7 +369,10 @@ def check_scales(model: SharedModelOptions, given: Mapping[str, Any]) -> None:
         UsageError: a CLIP or a weak model has no scale, neither set nor among the defaults of the
             weights.
     """
-    for name, scale in (("clip_model", "clip_scale"), ("weak_model", "autoguidance_scale")):
+    for name, scale in (
+        ("clip_model", "clip_guidance_scale"),
+        ("weak_model", "autoguidance_scale"),
+    ):
         if getattr(model, name) in (None, NONE) or scale in given:
             continue
         settings = Settings().changed(**sampling_defaults(model.weights))

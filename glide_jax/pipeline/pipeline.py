@@ -31,7 +31,7 @@ class Pipeline(Stage):
         model, dtype, devices: see `Stage`.
         settings: the defaults of a call.
         upsampler: enlarges each image, if there is one.
-        clip: the noised CLIP that guides by `clip_scale`, if there is one.
+        clip: the noised CLIP that guides by `clip_guidance_scale`, if there is one.
         weak_stage: the weak model of `autoguidance_scale`, if there is one.
     """
 
@@ -247,8 +247,9 @@ class Pipeline(Stage):
     ) -> np.ndarray:
         """Return the noise that generates an image: DDIM inversion  (2010.02502, sec. 4.3).
 
-        `pipe(prompt, noise=..., sampler="dpm++2m", guidance_scale=1, clip_scale=0)` reproduces the
-        image approximately. Any deterministic sampler does; dpm++2m comes closer than ddim.
+        `pipe(prompt, noise=..., sampler="dpm++2m", guidance_scale=1, clip_guidance_scale=0)`
+        reproduces the image approximately. Any deterministic sampler does; dpm++2m comes closer
+        than ddim.
 
         Args:
             image, fit: one or several; see `stream`.

@@ -60,7 +60,7 @@ class Prompt:
 
     Attributes:
         text: the prompt as written.
-        parts: the captions of the prompt; the first conditions branch "cond".
+        parts: the captions of the prompt; the first conditions branch "caption".
     """
 
     text: str

@@ -126,7 +126,7 @@ def run(
     Args:
         prompts: one per image, all with the same number of parts.
         seed, indices: of the run, and of each image in it: see `image_keys`.
-        clip: used if the settings have a `clip_scale`.
+        clip: used if the settings have a `clip_guidance_scale`.
         weak_stage: the weak model of autoguidance.
         preview_every: yield after so many evaluations too, not only at the end of a batch.
         reverse: DDIM inversion, from the image to its noise.

@@ -13,12 +13,12 @@ import numpy as np
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
-    all_of,
     apg,
     autoguidance,
     cfg_plus_plus,
     classifier_free,
     clip_x0,
+    combine_prompts,
     compose,
     dynamic_threshold,
     rescale,
@@ -97,10 +97,10 @@ class Settings:
         negative_prompt: prompt to guide away from, instead of the empty one.
         autoguidance_scale: scale of guidance away from the weak model; 1 is off, larger is
             stronger.
-        clip_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free guidance; 0
-            is off, larger follows the prompt more closely. OpenAI's notebook uses 3, with guidance
-            scale 1 and the sampler ddpm. With samplers other than ddpm, ddpm-small and ddpm-large,
-            the change of x_0 in each step is limited.
+        clip_guidance_scale: scale of CLIP guidance by the noised CLIP, added to classifier-free
+            guidance; 0 is off, larger follows the prompt more closely. OpenAI's notebook uses 3,
+            with guidance scale 1 and the sampler ddpm. With samplers other than ddpm, ddpm-small
+            and ddpm-large, the change of x_0 in each step is limited.
         dynamic_threshold: quantile of dynamic thresholding, such as 0.995. Without it x_0 is
             clipped to [-1, 1].
         strength: strength of img2img (SDEdit): share of the steps that are run, above 0 and up
@@ -127,7 +127,7 @@ class Settings:
     guidance_rescale: float = 0.0
     negative_prompt: str = ""
     autoguidance_scale: float = 1.0
-    clip_scale: float = 0.0
+    clip_guidance_scale: float = 0.0
     dynamic_threshold: float | None = None
     strength: float | None = None
     repaint: tuple[int, int] | None = None
@@ -158,13 +158,13 @@ class Settings:
         if not is_off(values.get("guidance", NONE)):
             if beside := set(REPLACED_BY_GUIDANCE) & set(values):
                 raise UsageError(f"guidance=[...] replaces {min(beside)}: give one of them")
-            if self.clip_scale and "clip_scale" not in values:
+            if self.clip_guidance_scale and "clip_guidance_scale" not in values:
                 warnings.warn(
                     f"guidance=[...] replaces the CLIP guidance of these weights: give "
-                    f"clip_scale={self.clip_scale:g} to keep it, or 0",
+                    f"clip_guidance_scale={self.clip_guidance_scale:g} to keep it, or 0",
                     stacklevel=3,
                 )
-            values = {"clip_scale": 0.0} | values
+            values = {"clip_guidance_scale": 0.0} | values
         turned_off = [
             f.name for f in fields(self) if f.default is None and is_off(values.get(f.name))
         ]
@@ -220,7 +220,9 @@ class Settings:
         """
         if self.guidance is not None:
             if len(prompts[0].parts) > 1:
-                raise UsageError("AND and NOT are guidance: with guidance=[...], give all_of there")
+                raise UsageError(
+                    "AND and NOT are guidance: with guidance=[...], give combine_prompts there"
+                )
             return (*self.guidance, *maps)
         linear = self._linear(prompts)
         if self.guidance_rescale:
@@ -251,7 +253,7 @@ class Settings:
         if self.negative_prompt:
             if not guidances:
                 raise UsageError("a negative_prompt needs a guidance_scale other than 1")
-            guidances = [g.against(self.negative_prompt) for g in guidances]
+            guidances = [g.with_negative_prompt(self.negative_prompt) for g in guidances]
         if self.autoguidance_scale != 1:
             guidances.append(autoguidance(self.autoguidance_scale))
         return guidances
@@ -274,7 +276,7 @@ class Settings:
                 np.asarray(scale) * np.array([part.weight for part in c], np.float32)
                 for c in columns
             ]
-            return [all_of([None, *columns[1:]], weights)]
+            return [combine_prompts([None, *columns[1:]], weights)]
         # A list of scales is a guidance even if all are 1. Otherwise it would depend on the batch
         # whether a call fails.
         if np.ndim(scale) == 0 and scale == 1 and method != "cfg++":
@@ -329,7 +331,7 @@ class SettingsArguments(TypedDict, total=False):
     guidance_rescale: float | None
     negative_prompt: str | None
     autoguidance_scale: float | None
-    clip_scale: float | None
+    clip_guidance_scale: float | None
     dynamic_threshold: float | Off | None
     strength: float | Off | None
     repaint: tuple[int, int] | Off | None

@@ -153,7 +153,7 @@ def _identity(pipe: Pipeline, upsampler: Any, settings: Mapping[str, Any]) -> di
         changed = upsampler if isinstance(upsampler, Mapping) else {}
         identity["upsampler"] = describe(upsampler_pipeline.settings.changed(**changed))
         used["upsampler weights"] = upsampler_pipeline.model.name, upsampler_pipeline.model.params
-    if call_settings.clip_scale and pipe.clip is not None:
+    if call_settings.clip_guidance_scale and pipe.clip is not None:
         used["CLIP"] = pipe.clip.name, pipe.clip.params
     if call_settings.autoguidance_scale != 1 and pipe.weak_stage is not None:
         used["weak model"] = pipe.weak_stage.model.name, pipe.weak_stage.model.params

@@ -154,7 +154,7 @@ def called_as() -> str:
     return f"python {program}" if program.endswith(".py") else program
 
 
-def take_membership(arguments: Sequence[str]) -> tuple[list[str], Membership | None]:
+def take_process_options(arguments: Sequence[str]) -> tuple[list[str], Membership | None]:
     """Split off the options by which processes find each other.
 
     Returns:

@@ -191,9 +191,9 @@ class TrainConfig(RunConfig):
             slower and more accurate.
         sample_guidance_scale: Classifier-free guidance scale of the grids, and default stored with
             the weights; 1 = off, larger follows the prompt more closely with less variety.
-        sample_clip_scale: CLIP guidance scale stored with the weights as their default, for use
-            with a noised CLIP; 0 = off, larger follows the prompt more closely. The grids use no
-            CLIP guidance.
+        sample_clip_guidance_scale: CLIP guidance scale stored with the weights as their default,
+            for use with a noised CLIP; 0 = off, larger follows the prompt more closely. The grids
+            use no CLIP guidance.
         sample_strength: For upsamplers, stored with the weights as their default: run only this
             share of the steps, the last ones, from the enlarged small image. Above 0 and up to 1;
             larger changes the image more. None: all steps, from noise.
@@ -223,7 +223,7 @@ class TrainConfig(RunConfig):
     sample_prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     sample_guidance_scale: float = 3.0
-    sample_clip_scale: float = 0.0
+    sample_clip_guidance_scale: float = 0.0
     sample_strength: float | None = None
     sample_sampler: str = ""
     sample_spacing: str = ""
@@ -316,7 +316,7 @@ class CLIPTrainConfig(RunConfig):
             raise UsageError("a noised CLIP makes no grids of samples: sample_every must be 0")
 
 
-def adapts(config: RunConfig) -> bool:
+def trains_lora(config: RunConfig) -> bool:
     """Whether a recipe trains low-rank pairs alone."""
     return isinstance(config, TrainConfig) and config.lora.rank > 0
 

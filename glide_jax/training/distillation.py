@@ -192,7 +192,7 @@ def consistency_target(
 
 
 def consistency_error(
-    x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber_constant: float
+    x_0: jax.Array, target: jax.Array, sigma: jax.Array, huber_width: float
 ) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
 
@@ -203,11 +203,11 @@ def consistency_error(
     Args:
         sigma: `(B, 1, 1, 1)`; below `MIN_SIGMA` the weight grows no further, since a network that
             predicts x_0 or eps has errors there that do not fall with the noise.
-        huber_constant: the constant, over the square root of the number of pixels.
+        huber_width: the constant, over the square root of the number of pixels.
     """
     mse = mean_flat((x_0 - target) ** 2)
     v_mse = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2
-    return ConsistencyTerms(jnp.sqrt(v_mse + huber_constant**2) - huber_constant, mse)
+    return ConsistencyTerms(jnp.sqrt(v_mse + huber_width**2) - huber_width, mse)
 
 
 def sample_scale(key: jax.Array, config: DistillationConfig) -> jax.Array:
@@ -270,7 +270,7 @@ def consistency_loss(
     )
     target = consistency_target(tables, frozen_denoise, x_t, x_r, t, r, end)
     x_0 = student_denoiser(student, config.prediction, arguments | {"text": text})(x_t, point)
-    return consistency_error(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_constant)
+    return consistency_error(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_width)
 
 
 def teacher_model(student_model: GLIDE) -> GLIDE:

@@ -30,7 +30,7 @@ class DistillationConfig:
             to 1. For upsamplers: their `sample_strength`, if set.
         clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
-        huber_constant: Constant of the pseudo-Huber loss, relative to the root mean square error of
+        huber_width: Constant of the pseudo-Huber loss, relative to the root mean square error of
             an image in v; above 0. The loss is quadratic for errors well below it, and linear well
             above. Larger is closer to the squared error, and learns faster. Long trainings without
             a teacher use 0.00054 (2310.14189). For the objective "denoising" see `huber_width`.
@@ -43,7 +43,7 @@ class DistillationConfig:
     student_steps: int = 1
     timestep_share: float = 1.0
     clip_x0: bool = True
-    huber_constant: float = 0.1
+    huber_width: float = 0.1
 
     def __post_init__(self):
         check_finite(vars(self))
@@ -62,6 +62,6 @@ class DistillationConfig:
         for name in ("unguided_share", "timestep_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
-        for name in ("timestep_share", "huber_constant"):
+        for name in ("timestep_share", "huber_width"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")

@@ -36,7 +36,7 @@ from glide_jax.devices.mesh import (
 from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.platform import compile_for
-from glide_jax.training.config import RunConfig, adapts
+from glide_jax.training.config import RunConfig, trains_lora
 from glide_jax.training.dry_run_report import (
     Needs,
     format_minutes,
@@ -147,7 +147,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     # With LoRA the network is the base and its pairs.
-    params = (state.params, state.frozen_params if adapts(config) else {})
+    params = (state.params, state.frozen_params if trains_lora(config) else {})
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     trained = drop_frozen(state.params, config.optimiser.freeze)

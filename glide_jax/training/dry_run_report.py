@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from glide_jax.devices.hardware import GIB, Device, Slice
-from glide_jax.training.config import CLIPTrainConfig, RunConfig, adapts
+from glide_jax.training.config import CLIPTrainConfig, RunConfig, trains_lora
 
 # Model FLOP utilisation reported for a network of this shape: NVIDIA's Imagen base of 500M
 # (JAX-Toolbox, 107 images a second on an A100 in bfloat16, batches of 64).
@@ -107,7 +107,7 @@ def report(config: RunConfig, needs: Needs, chips: Slice | None) -> str:
     """Return the report of a step on a slice, or on this machine's CPU (None), as lines."""
     remat = ", activation checkpointing" if config.remat else ""
     limit = f" of {gib(chips.device.memory)}" if chips else ""
-    trained = f", {needs.trained:,} of them trained" if adapts(config) else ""
+    trained = f", {needs.trained:,} of them trained" if trains_lora(config) else ""
     lines = {
         "model": f"{config.name}, {needs.parameters:,} parameters{trained}",
         "hardware": "this machine's CPU",

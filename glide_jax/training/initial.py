@@ -25,7 +25,7 @@ STEM = "unet/down_0/kernel"
 ADDED = tuple(f"unet/{name}_{i}/" for name in ("level", "guidance") for i in (1, 2))
 
 
-def begin_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
+def load_or_init_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
     """Return the state before the first step, on all devices: random, or from given weights.
 
     Raises:

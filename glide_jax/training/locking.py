@@ -20,7 +20,7 @@ LOCK = "lock"
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Hold the folder of a run; the kernel ends the lock with this process, however that ends.
 
     Of several processes of a run the first holds the lock for all. A run that ends before it has

@@ -21,11 +21,11 @@ from glide_jax.models import clip, unet
 from glide_jax.models.clip import NoisedCLIP, normalise
 from glide_jax.models.tokenizers import CLIPTokenizer, GPT2Tokenizer
 from glide_jax.models.unet import GLIDE
-from glide_jax.training.adapting import adapted_loss, add_pairs, init_base, init_pairs
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.distillation import consistency_loss_at, distilled_length, teacher_model
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.inputs import Inputs, bind_network, dropout_keys
+from glide_jax.training.lora_training import add_pairs, init_base, init_pairs, lora_loss
 from glide_jax.training.loss_aware import LossHistory, TimestepLosses, importance, probabilities
 from glide_jax.training.masks import random_known
 from glide_jax.training.quartiles import quartile_losses
@@ -139,7 +139,7 @@ def make_objective(config: RunConfig) -> Objective:
     if config.optimiser.freeze:
         loss = partial(_frozen_loss, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
-        loss = partial(adapted_loss, loss, scale)
+        loss = partial(lora_loss, loss, scale)
         init_frozen_params = partial(init_base, init, dtype)
         init = partial(init_pairs, base=init, config=config.lora)
     return Objective(model, init, loss, distils, init_frozen_params, scale)

@@ -9,7 +9,7 @@ from glide_jax.training.config import RunConfig, read_config
 from glide_jax.training.optimiser import decay_factor, learning_rate
 
 
-def say_changes(config: RunConfig, step: int, seconds: float = 0.0) -> None:
+def print_changes(config: RunConfig, step: int, seconds: float = 0.0) -> None:
     """Print one line on stderr for each change that matters, in the first process.
 
     Args:

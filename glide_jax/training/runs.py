@@ -12,7 +12,13 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import expand_home, write_atomically
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.models.unet import GLIDE, init_params
-from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig, adapts, read_config
+from glide_jax.training.config import (
+    CLIPTrainConfig,
+    RunConfig,
+    TrainConfig,
+    read_config,
+    trains_lora,
+)
 from glide_jax.weights.clip_registry import CLIPModel, load_clip_model
 from glide_jax.weights.lora import LoRA, checksum, merge, read_lora, to_pairs
 from glide_jax.weights.registry import Model, defaults_of, load_model
@@ -73,7 +79,7 @@ def network_params(config: RunConfig, state: "TrainState", folder: Path) -> Any:
     Raises:
         GlideError: the base is missing, or has changed.
     """
-    if not isinstance(config, TrainConfig) or not adapts(config):
+    if not isinstance(config, TrainConfig) or not trains_lora(config):
         return state.ema
     try:
         base = base_of(config)
@@ -93,7 +99,7 @@ def open_lora(source: str | Path) -> LoRA:
     path = expand_home(source)
     if is_run(path):
         config = read_config(path / CONFIG)
-        if not isinstance(config, TrainConfig) or not adapts(config):
+        if not isinstance(config, TrainConfig) or not trains_lora(config):
             raise UsageError(f"{source} is a run without LoRA: use it as the weights themselves")
         return _lora_of(config, restore_run(path, is_average)[1], path)
     if not path.is_file():
@@ -241,8 +247,8 @@ def run_defaults(config: TrainConfig) -> dict[str, Any]:
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guidance_scale,
     }
-    if config.sample_clip_scale:
-        settings["clip_scale"] = config.sample_clip_scale
+    if config.sample_clip_guidance_scale:
+        settings["clip_guidance_scale"] = config.sample_clip_guidance_scale
     if config.sample_strength is not None:
         settings["strength"] = config.sample_strength
     if config.sample_sampler:

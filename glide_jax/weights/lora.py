@@ -135,7 +135,7 @@ def merge(params: Mapping[str, Any], loras: Sequence[tuple[LoRA, float]]) -> dic
     return unflatten(flat)
 
 
-def say_other_base(loras: Sequence[LoRA], params: Mapping[str, Any], name: str) -> None:
+def print_other_base(loras: Sequence[LoRA], params: Mapping[str, Any], name: str) -> None:
     """Print a note on stderr for pairs that were trained beside other weights."""
     if not any(lora.checksum for lora in loras):
         return

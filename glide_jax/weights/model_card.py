@@ -130,8 +130,8 @@ def _use(name: str, sizes: ModelConfig | CLIPConfig, prompts: Sequence[str]) -> 
     """Return the commands that use the weights."""
     prompt = " ".join((prompts[0] if prompts else "a red apple").split())
     if isinstance(sizes, CLIPConfig):
-        options, load = f"--clip-model {name} --clip-scale 3", f'clip_model="{name}"'
-        call = "clip_scale=3"
+        options, load = f"--clip-model {name} --clip-guidance-scale 3", f'clip_model="{name}"'
+        call = "clip_guidance_scale=3"
     elif sizes.upsamples:
         options, load, call = f"--upsampler {name}", f'upsampler="{name}"', "num=4"
     else:

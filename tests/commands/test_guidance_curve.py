@@ -60,7 +60,7 @@ def inside(place, monkeypatch):
 
 
 WORDS = ("--prompts-file", "captions.json", "--real", "real", "--inception", "i.pth",
-         "--score-clip", "clip", "--weights", "w", "--num", "9", "--shard-size", "4",
+         "--clip-score-model", "clip", "--weights", "w", "--num", "9", "--shard-size", "4",
          "--scales", "1", "3", "--steps", "2", "--seed", "1", "--out", "out")  # fmt: skip
 
 
@@ -120,8 +120,8 @@ def test_processes_share_the_images_and_the_last_one_scores(place, capsys):
         (("--num", "13"), "captions.json has 12 captions: set --num to that or less, not 13"),
         (("--num", "0"), "--num must be at least 1"),
         (
-            ("--clip-scales", "2"),
-            "--clip-scales needs a noised CLIP that guides: give --clip-model",
+            ("--clip-guidance-scales", "2"),
+            "--clip-guidance-scales needs a noised CLIP that guides: give --clip-model",
         ),
         (("--seed", "2"), r"shards of another run \(seed 1, here 2; other prompts"),
     ],
@@ -137,7 +137,7 @@ def test_the_figure_has_a_curve_for_each_kind_of_guidance(tmp_path):
     measures = ("recall", "precision", "inception_score", "frechet_distance", "clip_score")
     points = [
         {"kind": kind, "scale": scale, **dict.fromkeys(measures, scale)}
-        for kind in ("guidance_scale", "clip_scale")
+        for kind in ("guidance_scale", "clip_guidance_scale")
         for scale in (3.0, 1.0)
     ]
     write_curve_figure(points, "a title", tmp_path / "curve.png")

@@ -25,7 +25,7 @@ from tests.support.commands import TINY, make_weights
 
 CONTROLS = Controls(
     prompt="a red apple", num=1, seed=3, steps=4, sampler="dpm++2m", guidance_scale=3.0,
-    negative_prompt="", clip_scale=0.0, autoguidance_scale=1.0,
+    negative_prompt="", clip_guidance_scale=0.0, autoguidance_scale=1.0,
 )  # fmt: skip
 DEFAULTS = glide.Settings(steps=4)
 

@@ -17,7 +17,7 @@ from tests.support.commands import TINY, make_weights
 
 CONTROLS = Controls(
     prompt="red", num=1, seed=0, steps=4, sampler="dpm++2m", guidance_scale=3.0,
-    negative_prompt="", clip_scale=0.0, autoguidance_scale=1.0,
+    negative_prompt="", clip_guidance_scale=0.0, autoguidance_scale=1.0,
 )  # fmt: skip
 
 

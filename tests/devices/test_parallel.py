@@ -16,7 +16,7 @@ from glide_jax.devices.parallel import make_parallel
 from glide_jax.devices.processes import Membership, join, on_first_process, shared_text
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import base64_paper
-from glide_jax.training.command_line import take_membership
+from glide_jax.training.command_line import take_process_options
 from glide_jax.training.config import TrainConfig
 from glide_jax.training.export import export
 from glide_jax.training.objectives import make_objective
@@ -321,14 +321,14 @@ def test_errors_of_the_first_process_keep_their_kind():
 
 
 def test_peers_are_taken_out_of_the_arguments():
-    assert take_membership(["--steps", "3"]) == (["--steps", "3"], None)
-    assert take_membership(["--coordinator", "auto", "--steps", "3"])[1] == Membership("auto")
-    assert take_membership(["--coordinator=none", "--steps", "3"]) == (
+    assert take_process_options(["--steps", "3"]) == (["--steps", "3"], None)
+    assert take_process_options(["--coordinator", "auto", "--steps", "3"])[1] == Membership("auto")
+    assert take_process_options(["--coordinator=none", "--steps", "3"]) == (
         ["--steps", "3"],
         Membership("none"),
     )
     mixed = ["--process=1", "--steps", "3", "--coordinator", "host:99", "--processes", "4"]
-    assert take_membership(mixed) == (["--steps", "3"], Membership("host:99", 4, 1))
+    assert take_process_options(mixed) == (["--steps", "3"], Membership("host:99", 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_peers_are_taken_out_of_the_arguments():
 )
 def test_incomplete_peers_are_refused(options):
     with pytest.raises(UsageError, match="--coordinator HOST:PORT --processes N --process I"):
-        take_membership(options.split())
+        take_process_options(options.split())
 
 
 def test_peers_that_cannot_be_found_are_one_error(tmp_path):

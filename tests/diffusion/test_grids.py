@@ -100,7 +100,7 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
 def test_more_capped_steps_than_usable_timesteps_are_even():
     schedule = make_schedule("linear", 5)
     grid = make_timesteps(schedule, 5, "trailing-capped")
-    noisiest = schedule.at_half_log_snr(end_half_log_snrs(schedule)[0])
+    noisiest = schedule.t_at_half_log_snr(end_half_log_snrs(schedule)[0])
     np.testing.assert_allclose(grid, noisiest * np.array([1, 0.75, 0.5, 0.25, 0]))
 
 

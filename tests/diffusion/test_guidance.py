@@ -20,7 +20,7 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start_state, stream
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close, rows
@@ -29,7 +29,7 @@ SCHEDULE = make_schedule("cosine")
 SHAPE = (4, 2, 3, 1)
 X = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
 CONDS = {
-    "cond": np.linspace(-1, 1, 4, dtype=np.float32),
+    "caption": np.linspace(-1, 1, 4, dtype=np.float32),
     "null": np.zeros(4, np.float32),
 }
 EACH_SOLVER = pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_scale_one_changes_no_bit(solver):
 
 def test_scale_zero_is_the_empty_caption():
     """A learned variance stays that of the caption, as in OpenAI's code."""
-    empty = sample(TOY, {"cond": CONDS["null"]}, run_of(guidances=[clip_x0()]), X, keys()).x
+    empty = sample(TOY, {"caption": CONDS["null"]}, run_of(guidances=[clip_x0()]), X, keys()).x
     run = run_of(guidances=[classifier_free(0.0), clip_x0()])
     assert_close(sample(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
 
@@ -220,7 +220,7 @@ def test_guidance_adds_up_in_any_order():
     @guidance(Branch("weak", network="weak"))
     def away_from_weak(predict, x, point, *, scale):
         p = predict(x, point)
-        difference = p.branches["cond"] - p.branches["weak"]
+        difference = p.branches["caption"] - p.branches["weak"]
         return p.with_eps(p.eps + scale * difference, x, point)
 
     def both(params, x, t, cond):
@@ -231,7 +231,7 @@ def test_guidance_adds_up_in_any_order():
     plain = run_of(guidances=[clip_x0()])
     wanted = sample({"main": Network(both, None)}, CONDS, plain, X, keys()).x
     networks = TOY | {"weak": Network(toy, np.float32(0.5))}
-    conds = CONDS | {"weak": CONDS["cond"]}
+    conds = CONDS | {"weak": CONDS["caption"]}
     guidances = [classifier_free(3.0), away_from_weak(0.5)]
     for order in (guidances, guidances[::-1]):
         run = run_of(guidances=[*order, clip_x0()])
@@ -292,9 +292,9 @@ def test_streaming_compiles_one_program_for_every_number_of_steps():
 # --- a negative prompt
 
 
-@pytest.mark.parametrize("other", [apg(2.0), apg(2.0).against("blurred")])
+@pytest.mark.parametrize("other", [apg(2.0), apg(2.0).with_negative_prompt("blurred")])
 def test_one_run_has_one_negative_prompt(other):
-    guidances = [classifier_free(3.0).against("ugly"), other]
+    guidances = [classifier_free(3.0).with_negative_prompt("ugly"), other]
     with pytest.raises(UsageError, match="two different branches are both called 'null'"):
         run_of(guidances=guidances)
     with pytest.raises(UsageError, match="two different branches are both called 'null'"):

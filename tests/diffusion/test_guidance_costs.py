@@ -9,13 +9,13 @@ import pytest
 
 from glide_jax.diffusion.guidance import (
     Network,
-    all_of,
     apg,
     autoguidance,
     cfg_plus_plus,
     classifier_free,
     classifier_guidance,
     clip_x0,
+    combine_prompts,
     compose,
     dynamic_threshold,
     guidance,
@@ -24,7 +24,7 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.sampling import run_rows, sample, start_state, stream
 from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
-from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close
@@ -70,26 +70,29 @@ COSTS = {
     "no guidance": ([], [("main", 1)]),
     "maps of x_0": ([rescale(), dynamic_threshold(), clip_x0()], [("main", 1)]),
     "classifier_free": ([FREE], [("main", 2)]),
-    "negative": ([FREE.against("ugly")], [("main", 2)]),
-    "all_of one prompt": ([all_of([None], [3.0])], [("main", 2)]),
-    "all_of": ([made("all_of")], [("main", 4)]),
-    "all_of without the caption": ([all_of(["a"], [3.0])], [("main", 3)]),
-    "shared empty prompt": ([FREE, made("all_of"), apg(2.0)], [("main", 4)]),
-    "shared negative prompt": ([FREE.against("a"), apg(2.0).against("a")], [("main", 2)]),
+    "negative": ([FREE.with_negative_prompt("ugly")], [("main", 2)]),
+    "combine_prompts one prompt": ([combine_prompts([None], [3.0])], [("main", 2)]),
+    "combine_prompts": ([made("combine_prompts")], [("main", 4)]),
+    "combine_prompts without the caption": ([combine_prompts(["a"], [3.0])], [("main", 3)]),
+    "shared empty prompt": ([FREE, made("combine_prompts"), apg(2.0)], [("main", 4)]),
+    "shared negative prompt": (
+        [FREE.with_negative_prompt("a"), apg(2.0).with_negative_prompt("a")],
+        [("main", 2)],
+    ),
     "cfg_plus_plus": ([made("cfg_plus_plus")], [("main", 2)]),
     "apg": ([apg(3.0)], [("main", 2)]),
     "autoguidance": ([autoguidance(2.0)], [("main", 1), ("weak", 1)]),
     "both": ([FREE, autoguidance(2.0)], [("main", 2), ("weak", 1)]),
     "classifier_guidance": (
-        lambda other: [FREE, classifier_guidance(other, CONDS["cond"], 1.0)],
+        lambda other: [FREE, classifier_guidance(other, CONDS["caption"], 1.0)],
         [("main", 2), ("other", 1)],
     ),
     "image_loss": (
-        lambda other: [FREE, image_loss(other, CONDS["cond"], 1.0)],
+        lambda other: [FREE, image_loss(other, CONDS["caption"], 1.0)],
         [("main", 2), ("other", 1)],
     ),
     "image_loss beside": (
-        lambda other: [image_loss(other, CONDS["cond"], 1.0, through=False)],
+        lambda other: [image_loss(other, CONDS["caption"], 1.0, through_network=False)],
         [("main", 1), ("other", 1)],
     ),
     "an interval": ([FREE.within(*INTERVAL)], [("main", 1), ("main", 2)]),
@@ -118,7 +121,7 @@ def dense(params, x, t, cond):
         ([FREE], [2]),
         ([FREE.within(*INTERVAL)], [1, 2]),
         ([FREE.within(*INTERVAL), clip_x0()], [1, 2]),
-        ([made("all_of").within(*INTERVAL)], [1, 4]),
+        ([made("combine_prompts").within(*INTERVAL)], [1, 4]),
     ],
     ids=["none", "everywhere", "interval", "interval and clip", "prompts"],
 )
@@ -151,18 +154,18 @@ def test_no_number_and_no_prompt_compiles_again():
             "slope": 1.0,
         } | numbers
         linear = [
-            all_of([None, words[0]], n["weights"]).within(*interval),
+            combine_prompts([None, words[0]], n["weights"]).within(*interval),
             classifier_free(n["scale"]).within(*interval),
             apg(n["scale"], n["eta"], n["momentum"], n["radius"]),
         ]
         guidances = [
             autoguidance(n["scale"]),
-            *(g.against(words[1]) for g in linear),
+            *(g.with_negative_prompt(words[1]) for g in linear),
             rescale(n["amount"]),
             dynamic_threshold(n["quantile"]),
             clip_x0(high=n["high"]),
-            classifier_guidance(BOWL, CONDS["cond"], n["slope"]),
-            image_loss(BOWL, CONDS["cond"], n["slope"]),
+            classifier_guidance(BOWL, CONDS["caption"], n["slope"]),
+            image_loss(BOWL, CONDS["caption"], n["slope"]),
         ]
         made = run_of(guidances, solver, steps=8, spacing=spacing)
         sample(NETWORKS, CONDS, made, X, keys(seed))
@@ -190,7 +193,7 @@ def test_no_number_and_no_prompt_compiles_again():
 
 def test_networks_of_guidance_keep_their_weights():
     weights = {"half": jnp.ones(3, jnp.bfloat16), "count": np.arange(3)}
-    run = run_of([classifier_guidance(Network(bowl, weights), CONDS["cond"], 1)])
+    run = run_of([classifier_guidance(Network(bowl, weights), CONDS["caption"], 1)])
     kept = run.guidances[0].args["log_prob"].params
     assert kept is weights
     assert run.guidances[0].args["scale"].dtype == jnp.float32
@@ -209,9 +212,9 @@ def test_networks_of_guidance_keep_their_weights():
         (lambda: apg(3.0, radius=-1.0), "apg needs 0 <= radius"),
         (lambda: apg(3.0, momentum=2.0), "apg needs -1 <= momentum <= 1"),
         (lambda: apg(), "apg needs a value for scale"),
-        (lambda: all_of(["a", "b"], [1.0]), "2 prompts but 1 weights"),
+        (lambda: combine_prompts(["a", "b"], [1.0]), "2 prompts but 1 weights"),
         (
-            lambda: compose(FREE.against("a"), FREE.against("b")),
+            lambda: compose(FREE.with_negative_prompt("a"), FREE.with_negative_prompt("b")),
             "two different branches are both called 'null'",
         ),
     ],
@@ -225,11 +228,11 @@ def test_guidances_that_cannot_be_built(make, message):
     ("guidances", "message"),
     [
         (
-            [FREE.against("a"), FREE.against("b")],
+            [FREE.with_negative_prompt("a"), FREE.with_negative_prompt("b")],
             "two different branches are both called 'null'",
         ),
         (
-            [all_of(["a"], [1]).within(0, 1), all_of(["b"], [1]).within(1, 2)],
+            [combine_prompts(["a"], [1]).within(0, 1), combine_prompts(["b"], [1]).within(1, 2)],
             "both called 'prompt 0'",
         ),
         ([apg(2.0), apg(3.0)], "two guidances remember 'apg'"),
@@ -242,8 +245,8 @@ def test_guidances_that_contradict_each_other(guidances, message):
 
 def test_the_same_guidance_at_two_noise_levels():
     """Two prompts with two names; and two momenta with one name, which never act together."""
-    early = all_of(["a"], [3.0], name="early").within(1.0, np.inf)
-    late = all_of(["b"], [3.0], name="late").within(0.0, 1.0)
+    early = combine_prompts(["a"], [3.0], name="early").within(1.0, np.inf)
+    late = combine_prompts(["b"], [3.0], name="late").within(0.0, 1.0)
     assert [g.needs[1].name for g in run_of([early, late]).guidances] == ["early 0", "late 0"]
     run_of([apg(2.0).within(1.0, np.inf), apg(3.0).within(0.0, 1.0)])
 
@@ -317,7 +320,7 @@ def test_samplers_that_cfg_plus_plus_can_use(solver):
     ("networks", "conds", "message"),
     [
         ({"main": NETWORKS["main"]}, CONDS, "branch 'weak' needs a network 'weak'"),
-        (NETWORKS, {"cond": CONDS["cond"]}, "branch 'weak' has no conditioning"),
+        (NETWORKS, {"caption": CONDS["caption"]}, "branch 'weak' has no conditioning"),
     ],
 )
 def test_a_branch_that_cannot_be_evaluated(networks, conds, message):

@@ -15,14 +15,14 @@ from scipy.special import ndtri
 from glide_jax.diffusion import sampling
 from glide_jax.diffusion.guidance import (
     Network,
-    all_of,
     autoguidance,
     classifier_free,
     classifier_guidance,
+    combine_prompts,
     image_loss,
 )
 from glide_jax.diffusion.sampling import make_plan, sample
-from glide_jax.diffusion.solvers.ancestral import ddpm
+from glide_jax.diffusion.solvers.first_order import ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
 from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_grid
@@ -103,7 +103,7 @@ def test_classifier_guidance_samples_from_the_posterior(chosen):
     mean, std = MEANS[chosen - 1], STDS[chosen - 1]
     x = gaussian(-4.0, mean, std)
     guided = classifier_guidance(CLASSIFIER, everywhere(chosen), 1.0)
-    found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)})
+    found = solve(MIXTURE, x, [guided], {"caption": everywhere(0)})
     assert_close(found.mean(), gaussian(5.0, mean, std).mean(), 2e-4)
     assert_close(found, gaussian_flow(x, mean, std, -4.0, 5.0), 2e-3)
 
@@ -113,9 +113,9 @@ def test_classifier_guidance_is_the_conditional_network():
     chosen = everywhere(2)
     x = gaussian(-4.0, 0.0, 0.7)
     guided = classifier_guidance(CLASSIFIER, chosen, 2.5)
-    found = solve(MIXTURE, x, [guided], {"cond": everywhere(0)}, steps=20)
+    found = solve(MIXTURE, x, [guided], {"caption": everywhere(0)}, steps=20)
     free = classifier_free(2.5)
-    wanted = solve(MIXTURE, x, [free], {"cond": chosen, "null": everywhere(0)}, steps=20)
+    wanted = solve(MIXTURE, x, [free], {"caption": chosen, "null": everywhere(0)}, steps=20)
     assert_close(found, wanted, 1e-9)
 
 
@@ -144,13 +144,13 @@ def test_classifier_guidance_of_ancestral_sampling():
     def error(steps):
         # Without noise the linear recursion maps the mean.
         start, end = (float(alpha_sigma(level)[0]) * posterior for level in (-4.0, 5.0))
-        conds = {"cond": np.zeros(1)}
+        conds = {"caption": np.zeros(1)}
         found = solve(networks, [start], [observed], conds, steps=steps, solver=small)
         return found[0] - end
 
     coarse, fine = error(100), error(200)
     assert abs(fine) < 0.03 and abs(2 * fine - coarse) < 1e-4
-    unguided = solve(networks, [0.0], [], {"cond": np.zeros(1)}, steps=200, solver=small)
+    unguided = solve(networks, [0.0], [], {"caption": np.zeros(1)}, steps=200, solver=small)
     assert abs(unguided[0] - posterior) > 0.3
 
 
@@ -166,7 +166,7 @@ def shifted(params, x, t, cond):
     ("guidances", "mean"),
     [
         ([classifier_free(3.0)], 0.2 + 3 * 0.5),
-        ([all_of([None, "a"], [2.0, -1.0])], 0.2 + 2 * 0.5 - 1 * 0.9),
+        ([combine_prompts([None, "a"], [2.0, -1.0])], 0.2 + 2 * 0.5 - 1 * 0.9),
         ([classifier_free(3.0), autoguidance(1.5)], 0.2 + 3 * 0.5 + 0.5 * 0.8),
     ],
     ids=["classifier-free", "and not", "with a weak model"],
@@ -175,7 +175,7 @@ def test_linear_guidance_of_gaussians(guidances, mean):
     """For Gaussians of one width, the result is a Gaussian with the weighted mean."""
     std = 0.4
     networks = {name: Network(shifted, (HALF_LOG_SNR, std)) for name in ("main", "weak")}
-    means = {"cond": 0.7, "null": 0.2, "prompt 0": 1.1, "weak": -0.1}
+    means = {"caption": 0.7, "null": 0.2, "prompt 0": 1.1, "weak": -0.1}
     conds = {name: everywhere(value, float) for name, value in means.items()}
     x = gaussian(-4.0, mean, std)
     found = solve(networks, x, guidances, conds)
@@ -191,12 +191,15 @@ def test_a_loss_on_the_clean_image_of_gaussians(through):
         return ((x_0[:, 0, 0, 0] - cond) ** 2) / 2
 
     loss = image_loss(
-        loss=Network(half_square, None), cond=everywhere(y, float), scale=scale, through=through
+        loss=Network(half_square, None),
+        cond=everywhere(y, float),
+        scale=scale,
+        through_network=through,
     )
     networks = {"main": Network(shifted, (HALF_LOG_SNR, std))}
     x = QUANTILES + 0.2
     found = solve(
-        networks, x, [loss], {"cond": everywhere(mean, float)}, low=-1.0, high=1.0, steps=1
+        networks, x, [loss], {"caption": everywhere(mean, float)}, low=-1.0, high=1.0, steps=1
     )
     (a, s), (next_a, next_s) = (map(float, alpha_sigma(level)) for level in (-1.0, 1.0))
     slope = a * std**2 / (a**2 * std**2 + s**2)

@@ -10,7 +10,6 @@ import pytest
 from glide_jax.diffusion.guidance import (
     Network,
     Point,
-    all_of,
     apg,
     autoguidance,
     branches_of,
@@ -18,6 +17,7 @@ from glide_jax.diffusion.guidance import (
     classifier_free,
     classifier_guidance,
     clip_x0,
+    combine_prompts,
     compose,
     dynamic_threshold,
     image_loss,
@@ -26,7 +26,7 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.guidance.gradients import limit_gradient
 from glide_jax.diffusion.sampling import sample, stream
-from glide_jax.diffusion.solvers.ancestral import ddpm
+from glide_jax.diffusion.solvers.first_order import ddpm
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close, rows
 from tests.support.guidances import (
@@ -93,28 +93,28 @@ def test_gradient_guidance_limits_its_own_score_alone():
 
 
 def test_a_negative_prompt_replaces_the_empty_one():
-    wanted = eps_of("negative") + 3 * (eps_of("cond") - eps_of("negative"))
+    wanted = eps_of("negative") + 3 * (eps_of("caption") - eps_of("negative"))
     assert_close(predicted(made("negative"), conds=AGAINST).eps, wanted, 1e-5)
 
 
 def test_weighted_prompts():
     """The image's caption AND another, NOT a third."""
     null = eps_of("null")
-    differences = [eps_of(name) - null for name in ("cond", "prompt 0", "prompt 1")]
+    differences = [eps_of(name) - null for name in ("caption", "prompt 0", "prompt 1")]
     wanted = null + 2 * differences[0] + 1.5 * differences[1] - 0.5 * differences[2]
-    assert_close(predicted(made("all_of")).eps, wanted, 1e-5)
-    without = all_of(["a", "b"], [1.5, -0.5])
+    assert_close(predicted(made("combine_prompts")).eps, wanted, 1e-5)
+    without = combine_prompts(["a", "b"], [1.5, -0.5])
     assert_close(predicted(without).eps, null + 1.5 * differences[1] - 0.5 * differences[2], 1e-5)
 
 
 def test_autoguidance_leads_away_from_the_weak_model():
-    wanted = eps_of("weak") + 2 * (eps_of("cond") - eps_of("weak"))
+    wanted = eps_of("weak") + 2 * (eps_of("caption") - eps_of("weak"))
     assert_close(predicted(autoguidance(2.0)).eps, wanted, 1e-5)
 
 
 def adaptive(memory, scale, eta, momentum, radius):
     """Adaptive projected guidance, image by image: `(x_0, memory)`."""
-    cond, null = (np.float64(x_0_of(eps_of(name))).reshape(3, -1) for name in ("cond", "null"))
+    cond, null = (np.float64(x_0_of(eps_of(name))).reshape(3, -1) for name in ("caption", "null"))
     memory = cond - null + momentum * memory.reshape(3, -1)
     found = []
     for c, difference in zip(cond, memory, strict=True):
@@ -142,18 +142,18 @@ def test_neutral_adaptive_projected_guidance_is_classifier_free():
 
 def test_adaptive_projected_guidance_without_a_difference():
     """No NaN where both captions are the same, or where the radius is 0."""
-    conds, none = CONDS | {"null": CONDS["cond"]}, {"apg": 0 * X}
+    conds, none = CONDS | {"null": CONDS["caption"]}, {"apg": 0 * X}
     for found in (
         predicted(apg(4.0), conds=conds, memory=none),
         predicted(apg(4.0, radius=0.0), conds=conds, memory=none),
         predicted(apg(4.0, radius=0.0)),
     ):
-        assert_close(found.x_0, x_0_of(eps_of("cond")), 1e-5)
+        assert_close(found.x_0, x_0_of(eps_of("caption")), 1e-5)
 
 
 def test_rescaling():
     free = classifier_free(5.0)
-    guided, cond = predicted(free).x_0, x_0_of(eps_of("cond"))
+    guided, cond = predicted(free).x_0, x_0_of(eps_of("caption"))
     std = partial(np.std, axis=(1, 2, 3), keepdims=True)
     wanted = 0.7 * guided * std(cond) / std(guided) + 0.3 * guided
     assert_close(predicted(free, rescale()).x_0, wanted, 1e-5)
@@ -177,7 +177,9 @@ def test_cfg_plus_plus_is_the_update_of_its_paper():
     x, column = np.float64(X), scales[:, None, None, None]
     for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
         t, alpha, sigma, next_alpha, next_sigma = (c[i] for c in run.table[:5])
-        cond, null = (toy(0.9, x, np.full(3, t), CONDS[name])[..., :1] for name in ("cond", "null"))
+        cond, null = (
+            toy(0.9, x, np.full(3, t), CONDS[name])[..., :1] for name in ("caption", "null")
+        )
         x_0 = (x - sigma * (null + column * (cond - null))) / alpha
         x = next_alpha * x_0 + next_sigma * np.float64(null)
         assert_close(state.x, x, 1e-6 * max(1, np.abs(x).max(), np.abs(x_0).max()))
@@ -201,13 +203,13 @@ def test_a_loss_on_the_clean_image(through):
 
     def x_0(x):
         at = jnp.full(3, 500.0)
-        cond, null = (toy(0.9, x, at, CONDS[name])[..., :1] for name in ("cond", "null"))
+        cond, null = (toy(0.9, x, at, CONDS[name])[..., :1] for name in ("caption", "null"))
         return (x - SIGMA * (null + 3 * (cond - null))) / ALPHA
 
     clean, pull = jax.vjp(x_0, X)
     (slope,) = pull(clean - y) if through else ((clean - y) / ALPHA,)
     # The bowl is a loss with the sign reversed.
-    guided = image_loss(BOWL, GOAL, -2.0, through=through)
+    guided = image_loss(BOWL, GOAL, -2.0, through_network=through)
     p = predicted(free, guided)
     assert_close(p.guidance_gradient, -2 * slope, 1e-4)
     assert_close(p.x_0, clean, 1e-5)
@@ -231,7 +233,7 @@ def test_no_gradient_where_the_clean_image_is_clipped():
 NEUTRAL = {
     "classifier_free": {"scale": 1},
     "negative": {"scale": 1},
-    "all_of": {"own": 1, "a": 0, "b": 0},
+    "combine_prompts": {"own": 1, "a": 0, "b": 0},
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
     "clip_x0": {"low": -1e9, "high": 1e9},
@@ -261,26 +263,26 @@ def test_rescaling_by_zero_and_thresholds_without_outliers_change_nothing():
 def test_all_of_one_prompt_is_classifier_free(scale):
     wanted = predicted(classifier_free(np.float32(scale))).eps
     for prompts, weights in (([None], [scale]), ([None, ""], [scale, 5.0])):
-        found = predicted(all_of(prompts, weights)).eps
+        found = predicted(combine_prompts(prompts, weights)).eps
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_the_weights_of_a_repeated_prompt_add_up():
-    twice = all_of(["a", None, "b", "a"], [1.0, 2.0, -0.5, 0.5])
-    assert twice.needs == made("all_of").needs
-    assert_close(predicted(twice).eps, predicted(made("all_of")).eps, 1e-6)
+    twice = combine_prompts(["a", None, "b", "a"], [1.0, 2.0, -0.5, 0.5])
+    assert twice.needs == made("combine_prompts").needs
+    assert_close(predicted(twice).eps, predicted(made("combine_prompts")).eps, 1e-6)
 
 
 def test_the_empty_negative_prompt_changes_nothing():
-    plain, against = classifier_free(3.3), classifier_free(3.3).against("")
+    plain, against = classifier_free(3.3), classifier_free(3.3).with_negative_prompt("")
     assert against.needs == plain.needs
     np.testing.assert_array_equal(predicted(against).eps, predicted(plain).eps)
 
 
 def test_a_negative_prompt_is_a_weighted_sum():
     conds = CONDS | {"prompt 0": CONDS["negative"]}
-    weighted = all_of([None, "ugly"], [3.0, 1 - 3.0])
-    found = predicted(classifier_free(3.0).against("ugly"), conds=AGAINST).eps
+    weighted = combine_prompts([None, "ugly"], [3.0, 1 - 3.0])
+    found = predicted(classifier_free(3.0).with_negative_prompt("ugly"), conds=AGAINST).eps
     assert_close(predicted(weighted, conds=conds).eps, found, 1e-5)
 
 
@@ -332,13 +334,13 @@ def test_numbers_for_each_image(name):
 def only(name, i):
     """Return the conditioning of one image, for guidances that carry their own."""
     own = name.startswith(("classifier_guidance", "image_loss"))
-    return {"cond": GOAL[i : i + 1]} if own else {}
+    return {"caption": GOAL[i : i + 1]} if own else {}
 
 
 def test_the_order_is_left_to_right_innermost_first():
     low = clip_x0(-0.25, 0.25)
     free = classifier_free(3.0)
-    clipped, difference = np.clip(predicted().x_0, -0.25, 0.25), eps_of("cond") - eps_of("null")
+    clipped, difference = np.clip(predicted().x_0, -0.25, 0.25), eps_of("caption") - eps_of("null")
     wanted = clipped - 2 * SIGMA / ALPHA * difference
     assert_close(predicted(low, free).x_0, wanted, 1e-5)
     assert_close(predicted(free, low).x_0, np.clip(predicted(free).x_0, -0.25, 0.25), 1e-6)
@@ -380,7 +382,8 @@ def test_momentum_is_reset_where_guidance_changes():
     x, memory = X, np.zeros(SHAPE)
     for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
         cond, null = (
-            toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1] for name in ("cond", "null")
+            toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1]
+            for name in ("caption", "null")
         )
         difference = table.sigma[i] / table.alpha[i] * (null - cond)
         reset = i > 0 and table.guidance_set[i] != table.guidance_set[i - 1]

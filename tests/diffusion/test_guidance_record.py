@@ -80,15 +80,15 @@ def test_parameters_that_a_guidance_refuses(make, message):
 
 
 def test_a_negative_prompt_is_the_caption_of_the_null_branch():
-    guided = classifier_free(3.0).within(*INTERVAL).against("ugly")
+    guided = classifier_free(3.0).within(*INTERVAL).with_negative_prompt("ugly")
     assert guided.needs == (Branch("null", prompt="ugly"),)
     assert guided.interval == INTERVAL and guided.args == {"scale": 3.0}
 
 
 def test_a_composition_is_against_a_prompt_in_all_its_members():
     free, weak = classifier_free(3.0), autoguidance(2.0)
-    nested = compose(compose(free.within(*INTERVAL), clip_x0()), weak).against("ugly")
-    flat = [free.within(*INTERVAL).against("ugly"), clip_x0(), weak]
+    nested = compose(compose(free.within(*INTERVAL), clip_x0()), weak).with_negative_prompt("ugly")
+    flat = [free.within(*INTERVAL).with_negative_prompt("ugly"), clip_x0(), weak]
     assert [member.needs for member in nested.members()] == [member.needs for member in flat]
     assert [member.interval for member in nested.members()] == [member.interval for member in flat]
     assert Branch("null", prompt="ugly") in nested.needs and NULL not in nested.needs
@@ -99,13 +99,13 @@ def test_a_composition_is_against_a_prompt_in_all_its_members():
     [
         (autoguidance(2.0), "autoguidance has no empty prompt that 'ugly' could replace"),
         (clip_x0(), "clip_x0 has no empty prompt"),
-        (classifier_free(3.0).against("bad"), "classifier_free has no empty prompt"),
+        (classifier_free(3.0).with_negative_prompt("bad"), "classifier_free has no empty prompt"),
         (compose(clip_x0()), "compose has no empty prompt"),
     ],
 )
 def test_guidance_without_the_empty_prompt_takes_no_negative_one(guided, message):
     with pytest.raises(UsageError, match=message) as caught:
-        guided.against("ugly")
+        guided.with_negative_prompt("ugly")
     assert str(caught.value).isprintable()
 
 

@@ -16,7 +16,7 @@ from glide_jax.diffusion.losses import (
     make_tables,
     normal_kl,
     q_sample,
-    variational_bound,
+    vlb_term,
 )
 from glide_jax.diffusion.schedule import Schedule, make_schedule, to_eps
 from glide_jax.diffusion.solvers.table import step_betas
@@ -138,7 +138,7 @@ def test_bound_alone(name, respacing):
 
     @jax.jit
     def total(output):
-        bound = variational_bound(tables, x_0, x_t, t, output[..., :3], output[..., 3:])
+        bound = vlb_term(tables, x_0, x_t, t, output[..., :3], output[..., 3:])
         return bound.sum(), bound
 
     grad, bound = jax.grad(total, has_aux=True)(output)

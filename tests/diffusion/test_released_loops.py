@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import make_plan, stream
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
-from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse
+from glide_jax.diffusion.solvers.first_order import ddim, ddim_reverse
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.pipeline.clip_guide import Similarity
 from tests.models.test_clip import config as clip_config
@@ -42,7 +42,7 @@ def conditions(name: str, **images) -> dict:
     text = features(name)
     cond = jax.tree.map(lambda leaf: leaf[:2], text)
     null = jax.tree.map(lambda leaf: leaf[2:], text)
-    return {"cond": (cond, images), "null": (null, images)}
+    return {"caption": (cond, images), "null": (null, images)}
 
 
 def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
@@ -95,7 +95,7 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
     x = jnp.asarray(nhwc(reference["x_T"]))
     found = []
     tape = jnp.zeros((len(p), *x.shape))
-    for done, state in stream({"main": Network(eps, None)}, {"cond": ()}, p, x, tape):
+    for done, state in stream({"main": Network(eps, None)}, {"caption": ()}, p, x, tape):
         if done == len(p) or p.table.step[done] != p.table.step[done - 1]:
             found.append(np.asarray(state.x))
     assert_close(np.stack(found), steps_nhwc(reference[f"{key}|x"]), 7e-4)

@@ -11,7 +11,7 @@ from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0, guid
 from glide_jax.diffusion.losses import make_tables, q_sample
 from glide_jax.diffusion.sampling import make_plan, sample, stream
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
-from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.table import step_betas
 from glide_jax.diffusion.spacings import respaced
 from tests.support.golden import (
@@ -45,7 +45,7 @@ def pushed(predict, x, point, *, gradient):
 def seen(predict, x, point):
     """Return the network's output as x_0."""
     p = predict(x, point)
-    return p._replace(x_0=p.branches["cond"])
+    return p._replace(x_0=p.branches["caption"])
 
 
 def echo(params, x, t, cond):
@@ -81,7 +81,7 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
         part = rows(make_plan(schedule, grid, solver, [*guidances, *pushes]), slice(row, row + 1))
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
-        conds = {"cond": reference(process, "model_output")[one]}
+        conds = {"caption": reference(process, "model_output")[one]}
         found.append(sample(networks, conds, part, reference(process, "x")[one], tape))
     return [np.concatenate(column) for column in zip(*((s.x, s.x_0) for s in found), strict=True)]
 
@@ -169,7 +169,7 @@ def base_run(spec, solver, guidances):
     text = encode("base", loops["tokens"], loops["mask"])
     conds = {
         name: (jax.tree.map(lambda array: array[rows], text), {})  # noqa: B023
-        for name, rows in (("cond", slice(0, 2)), ("null", slice(2, 4)))
+        for name, rows in (("caption", slice(0, 2)), ("null", slice(2, 4)))
     }
     run = make_plan(schedule, respaced(schedule, spec), solver, guidances)
     x, tape = nhwc(loops["base.x_T"][:2]), steps_nhwc(loops["base.noise"][: len(run), :2])
@@ -203,7 +203,7 @@ def test_ddim_run_without_clipping():
 def test_ddim_run_of_the_upsampler():
     loops, schedule = load("loops"), make_schedule("linear")
     text = encode("superres", loops["tokens"][:2], loops["mask"][:2])
-    conds = {"cond": (text, {"low_res": nhwc(loops["up.low_res"])})}
+    conds = {"caption": (text, {"low_res": nhwc(loops["up.low_res"])})}
     run = make_plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)

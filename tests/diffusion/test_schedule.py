@@ -131,7 +131,7 @@ def test_log_snr_and_its_inverse(name):
     schedule = make_schedule(SCHEDULES[name])
     t = np.append(np.random.default_rng(0).uniform(0, 999, 200), [0, 1, 500, 998, 999])
     np.testing.assert_allclose(
-        schedule.at_half_log_snr(schedule.half_log_snr(t)), t, rtol=1e-9, atol=1e-9
+        schedule.t_at_half_log_snr(schedule.half_log_snr(t)), t, rtol=1e-9, atol=1e-9
     )
     alpha_bar = schedule.alpha_bar_at(t)
     half_log_snr = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
@@ -239,5 +239,5 @@ def test_the_clean_image_of_noise_is_exact_without_a_way_through_eps(prediction,
     assert np.abs(through - x_0).max() > 4e-6
     network = Network(lambda _, x, t, cond: output[None], {}, prediction)
     point = Point(np.float32(1), alpha, sigma, alpha, sigma, {})
-    predict = noise_predictor({"main": network}, {"cond": {}}, (CONDITIONAL,))
+    predict = noise_predictor({"main": network}, {"caption": {}}, (CONDITIONAL,))
     np.testing.assert_array_equal(np.asarray(predict(x[None], point).x_0)[0], found)

@@ -102,7 +102,7 @@ def test_order_of_convergence(name, expected, levels, known, coarse):
 
     def error(steps):
         half_log_snr = levels(steps)
-        table = table_of(FLOW[name], SCHEDULE.at_half_log_snr(half_log_snr))
+        table = table_of(FLOW[name], SCHEDULE.t_at_half_log_snr(half_log_snr))
         # PLMS and PRK start at the second level and end before the clean image.
         table = table if name in ("plms", "prk") else without_last_step(table)
         start = mixture_at(half_log_snr[table.step[0] + known])
@@ -125,7 +125,7 @@ def test_the_published_third_order_formula_is_of_second_order():
 
     def error(steps):
         half_log_snr = short_and_long_in_turn(steps)
-        table = without_last_step(table_of(published, SCHEDULE.at_half_log_snr(half_log_snr)))
+        table = without_last_step(table_of(published, SCHEDULE.t_at_half_log_snr(half_log_snr)))
         history = exact_history(table, half_log_snr, 2)
         found = interpret(
             table, denoise_mixture, mixture_at(half_log_snr[2]), history=history, first=2
@@ -163,7 +163,7 @@ def exact_data(p, x, start, end):
 
 def after_one_step(solver, denoise, entry, x, at):
     """Return x after step `at` of an uneven grid and y of the next row, from an exact history."""
-    table = table_of(solver, SCHEDULE.at_half_log_snr(UNEVEN))
+    table = table_of(solver, SCHEDULE.t_at_half_log_snr(UNEVEN))
     history = np.zeros((HISTORY, 1))
     for back in range(HISTORY):
         history[back] = entry(table.rows(at - 1 - back))
@@ -215,7 +215,7 @@ def test_polynomials_that_each_solver_integrates(name, exact, corrected, degree)
 def test_polynomials_of_the_noise(variable, order, degree):
     """In sigma / alpha (LMS), in time (DEIS), in the step's number (iPNDM)."""
     p, at = of_degree(degree), 4
-    table = table_of(SOLVERS["ddim"], SCHEDULE.at_half_log_snr(UNEVEN))
+    table = table_of(SOLVERS["ddim"], SCHEDULE.t_at_half_log_snr(UNEVEN))
     rho = table.sigma / table.alpha
     place = {"rho": rho, "t": table.t / 1000, "step": np.arange(len(rho)) / 4}[variable]
 
@@ -231,7 +231,7 @@ def test_polynomials_of_the_noise(variable, order, degree):
     fine = np.linspace(rho[at], rho[at + 1], 200001)
     along = {
         "rho": fine,
-        "t": SCHEDULE.at_half_log_snr(-np.log(fine)) / 1000,
+        "t": SCHEDULE.t_at_half_log_snr(-np.log(fine)) / 1000,
         "step": (at + (fine - rho[at]) / (rho[at + 1] - rho[at])) / 4,
     }[variable]
     wanted = table.alpha[at + 1] * (0.7 / table.alpha[at] + np.trapezoid(p(along), fine))
@@ -241,7 +241,7 @@ def test_polynomials_of_the_noise(variable, order, degree):
 
 
 def test_ipndm_has_the_weights_of_adams_and_bashforth():
-    table = table_of(SOLVERS["ipndm"], SCHEDULE.at_half_log_snr(UNEVEN))
+    table = table_of(SOLVERS["ipndm"], SCHEDULE.t_at_half_log_snr(UNEVEN))
     a, b = table.alpha[4:6]
     change = b * (table.sigma[5] / b - table.sigma[4] / a)
     np.testing.assert_allclose(table.E[4], change * np.array([55, -59, 37, -9]) / 24, rtol=1e-12)
@@ -261,7 +261,7 @@ def test_classifier_free_guidance_of_equal_gaussians_flows_as_one():
         with_caption, without = (denoise_gaussian(mean, STD)(x, row) for mean in (cond, null))
         return without + scale * (with_caption - without)
 
-    table = table_of(SOLVERS["unipc3"], SCHEDULE.at_half_log_snr(np.linspace(-2.5, 2.0, 401)))
+    table = table_of(SOLVERS["unipc3"], SCHEDULE.t_at_half_log_snr(np.linspace(-2.5, 2.0, 401)))
     found = interpret(without_last_step(table), denoise, x).x[-1]
     wanted = gaussian_flow(x, null + scale * (cond - null), STD, -2.5, 2.0)
     np.testing.assert_allclose(found, wanted, atol=2e-9)
@@ -299,7 +299,7 @@ def interval_error(solver, reset):
 
     def error(steps):
         switches = np.array([steps * 2 // 8, steps * 6 // 8])
-        grid = SCHEDULE.at_half_log_snr(np.linspace(low, high, steps + 1))
+        grid = SCHEDULE.t_at_half_log_snr(np.linspace(low, high, steps + 1))
         table = without_last_step(table_of(solver, grid, switches if reset else ()))
 
         def denoise(x, row):

@@ -7,7 +7,7 @@ import pytest
 
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
-from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import sa_solver, sde_dpm_solver_2m
 from tests.support.oracles import (
     SCHEDULE,
@@ -166,7 +166,7 @@ def test_repaint_takes_each_jump_so_many_times():
 
 def test_restart_uses_the_nearest_levels_of_the_grid():
     """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
-    grid = SCHEDULE.at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
+    grid = SCHEDULE.t_at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
     intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
     table = table_of(restart(SOLVERS["ddim"], intervals), grid)
     assert table.step.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]
@@ -227,6 +227,6 @@ def test_a_jump_scales_the_score_by_the_learned_variance():
     table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), grid)
     for i in np.flatnonzero(np.diff(table.step) == 0):
         row, other = table.rows(i), plain.rows(table.step[i])
-        moved = row.gradient_mean * np.exp((row.log_beta + row.log_beta_tilde) / 2)
+        moved = row.mean_per_gradient * np.exp((row.log_beta + row.log_beta_tilde) / 2)
         pushed = np.exp((other.log_beta + other.log_beta_tilde) / 2)
         assert moved / pushed == pytest.approx(table.alpha[i + 1] / row.next_alpha, rel=1e-12)

@@ -15,7 +15,7 @@ from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import Network, classifier_free
 from glide_jax.diffusion.sampling import make_plan, run_rows, stream
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
-from glide_jax.diffusion.solvers.ancestral import ddim, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import unipc
 from glide_jax.diffusion.solvers.table import HISTORY, Table
 from glide_jax.diffusion.spacings import respaced
@@ -30,7 +30,7 @@ EVERY = SOLVERS | {
 
 # --- the compiled sampler
 
-PUSH = {"cond": 0.3, "null": -0.2}
+PUSH = {"caption": 0.3, "null": -0.2}
 SCALE, INTERVAL = 3.0, (0.3, 4.0)
 
 
@@ -70,11 +70,11 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     def denoise(x, row):
         eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
         acts = INTERVAL[0] < level[row.step] <= INTERVAL[1]
-        guided = eps["null"] + (SCALE if acts else 1) * (eps["cond"] - eps["null"])
+        guided = eps["null"] + (SCALE if acts else 1) * (eps["caption"] - eps["null"])
         return (x - row.sigma * guided) / row.alpha
 
     def fraction(x, row):
-        return (output(np, x, row.t, PUSH["cond"])[1] + 1) / 2
+        return (output(np, x, row.t, PUSH["caption"])[1] + 1) / 2
 
     # The table of the plan: there the solver is reset at both ends of the interval.
     wanted = interpret(run.table, denoise, X, noise, variance_fraction=fraction)
@@ -132,8 +132,8 @@ def test_tables_are_finite_and_have_the_same_columns(name, steps):
     # A gradient moves x_0 at the row's own level, or the mean of ancestral sampling.
     ancestral = name.startswith("ddpm") or name == "repaint"
     wanted = 0 * table.t if ancestral else table.sigma**2 / table.alpha
-    np.testing.assert_allclose(table.gradient_x_0, wanted, rtol=1e-12)
-    assert (table.gradient_mean > 0).all() if ancestral else not table.gradient_mean.any()
+    np.testing.assert_allclose(table.x_0_per_gradient, wanted, rtol=1e-12)
+    assert (table.mean_per_gradient > 0).all() if ancestral else not table.mean_per_gradient.any()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_2m_is_the_published_midpoint_form():
     step, and the order would still be 2.
     """
     half_log_snr = np.array([-3.0, -2.0, -1.8, 0.5, 1.0, 3.0])
-    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    table = table_of(SOLVERS["dpm++2m"], SCHEDULE.t_at_half_log_snr(half_log_snr))
     alpha, sigma = alpha_sigma(half_log_snr)
     for i in range(1, 5):
         h, before = half_log_snr[i + 1] - half_log_snr[i], half_log_snr[i] - half_log_snr[i - 1]
@@ -178,7 +178,7 @@ def test_unipc_is_the_published_form(p):
     order 2 and of the first corrector, is 1/2.
     """
     half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 0.9, 2.0])
-    table = table_of(partial(unipc, order=p), SCHEDULE.at_half_log_snr(half_log_snr))
+    table = table_of(partial(unipc, order=p), SCHEDULE.t_at_half_log_snr(half_log_snr))
     alpha, _ = alpha_sigma(half_log_snr)
 
     def rho(r, h):
@@ -209,7 +209,7 @@ def test_unipc_is_the_published_form(p):
 def test_3m_is_the_parabola_through_three_predictions():
     """In phi functions, with the factor 2 that the published formula lacks."""
     half_log_snr = np.array([-3.0, -2.0, -1.6, 0.2, 1.0])
-    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.at_half_log_snr(half_log_snr))
+    table = table_of(SOLVERS["dpm++3m"], SCHEDULE.t_at_half_log_snr(half_log_snr))
     alpha, _ = alpha_sigma(half_log_snr)
     h0, h1, h = np.diff(half_log_snr)[:3]
     fall = 1 - np.exp(-h)

@@ -201,7 +201,7 @@ def test_the_score_of_a_folder_under_its_three_definitions(tmp_path, capsys):
         "images",
         "--captions",
         "c.txt",
-        "--score-clip",
+        "--clip-score-model",
         "clip",
         "--out",
         "o.json",
@@ -220,7 +220,9 @@ def test_the_score_of_a_folder_under_its_three_definitions(tmp_path, capsys):
         f"CLIP score: {found['clip_score']:.4f}; 100 max(cos, 0): {found['clip_score_100']:.4f}; "
         f"CLIP-S: {found['clip_s']:.4f} (CLIP ViT-64/16, 32 pixels)"
     )
-    with pytest.raises(GlideError, match="--score-clip is for the CLIP score: give --captions"):
+    with pytest.raises(
+        GlideError, match="--clip-score-model is for the CLIP score: give --captions"
+    ):
         read(["fid", *words[:2], *words[4:], "--features", "scorer", "--real", "r"]).run()
 
 
@@ -228,7 +230,8 @@ def test_the_score_of_a_folder_under_its_three_definitions(tmp_path, capsys):
     ("change", "message"),
     [
         (lambda t: [t.pop(n) for n in list(t) if n.startswith("text_")],
-         "has CLIP ViT-64/16, 32 pixels and no text encoder: give a whole CLIP to --score-clip"),
+         "has CLIP ViT-64/16, 32 pixels and no text encoder: "
+          "give a whole CLIP to --clip-score-model"),
         (lambda t: t.pop("logit_scale"), "lacks logit_scale: give a whole CLIP"),
         (lambda t: t.pop("text_projection.weight"), "lacks text_projection.weight"),
         (lambda t: t.update({"text_model.embeddings.token_embedding.weight": np.zeros((9, 64))}),

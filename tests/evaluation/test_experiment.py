@@ -180,7 +180,7 @@ def test_a_broken_file_and_impossible_settings_fail_before_generation(config, tm
         (tasks(("spacing",), ("logsnr", "evenly")), "evenly"),
         (tasks(("guidance-scale",), ("1", "2"), {"guidance_method": "cfg++"}), "from 0 to 1"),
         (tasks(("guidance-interval",), ("all", "5:0.3")), "interval"),
-        (tasks(("clip-scale",), ("0", "2")), "needs a noised CLIP"),
+        (tasks(("clip-guidance-scale",), ("0", "2")), "needs a noised CLIP"),
     ):
         with pytest.raises(UsageError, match=message):
             run(experiment(config, idle), todo, tmp_path / "a")
@@ -196,19 +196,21 @@ def test_a_broken_file_and_impossible_settings_fail_before_generation(config, tm
 
 
 def test_the_settings_of_each_sweep():
-    clip = tasks(("clip-scale",), ("2",))[0].settings
-    assert clip == {"guidance_scale": 1.0, "sampler": "ddpm", "clip_scale": 2.0}
-    other = tasks(("clip-scale",), ("2",), {"sampler": "ddim", "steps": None})[0].settings
+    clip = tasks(("clip-guidance-scale",), ("2",))[0].settings
+    assert clip == {"guidance_scale": 1.0, "sampler": "ddpm", "clip_guidance_scale": 2.0}
+    other = tasks(("clip-guidance-scale",), ("2",), {"sampler": "ddim", "steps": None})[0].settings
     assert other["sampler"] == "ddim" and "steps" not in other
     alone = tasks(("guidance-scale",), ("2",))[0].settings
-    assert alone == {"guidance_scale": 2.0, "clip_scale": 0.0}
+    assert alone == {"guidance_scale": 2.0, "clip_guidance_scale": 0.0}
     todo = tasks(("guidance-interval",), ("all", "0.3:5"))
     intervals = [task.settings["guidance_interval"] for task in todo]
     assert intervals == [EVERYWHERE, (0.3, 5.0)]
     steps = [task.settings["steps"] for task in tasks(("steps",), ("10", "fast27"))]
     assert steps == [10, "fast27"]
-    both = tasks(("guidance-scale", "clip-scale"))
-    assert len(both) == sum(len(SWEEPS[n].values) for n in ("guidance-scale", "clip-scale"))
+    both = tasks(("guidance-scale", "clip-guidance-scale"))
+    assert len(both) == sum(
+        len(SWEEPS[n].values) for n in ("guidance-scale", "clip-guidance-scale")
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,9 +235,17 @@ def test_impossible_sweeps_are_refused(names, chosen, settings, message):
 
 
 def test_the_command_line():
-    words = ["--weights", "mine", "--vary", "guidance-scale", "clip-scale", "--steps", "10"]
+    words = [
+        "--weights",
+        "mine",
+        "--vary",
+        "guidance-scale",
+        "clip-guidance-scale",
+        "--steps",
+        "10",
+    ]
     found = read(["sweep", *words])
-    assert isinstance(found, Sweep) and found.vary == ("guidance-scale", "clip-scale")
+    assert isinstance(found, Sweep) and found.vary == ("guidance-scale", "clip-guidance-scale")
     assert found.model.weights == "mine" and found.sampling.steps == 10
     assert read(["sweep", "--vary", "steps", "--values", "5", "fast27"]).values == ("5", "fast27")
     found = read(["ranking", "--data", "a.npz", "--guidance-scale", "2"])
@@ -249,10 +259,13 @@ def test_the_command_line():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ranking", "--clip-model", "c"], "--clip-model .*: give --clip-scale"),
+        (["ranking", "--clip-model", "c"], "--clip-model .*: give --clip-guidance-scale"),
         (["sweep", "--vary", "steps", "--weak-model", "w"], "--weak-model .*: give --autoguidance"),
         # Its scale is swept: the next error is that of the recipe.
-        (["sweep", "--vary", "clip-scale", "--clip-model", "c", "--recipe", "no"], "recipe"),
+        (
+            ["sweep", "--vary", "clip-guidance-scale", "--clip-model", "c", "--recipe", "no"],
+            "recipe",
+        ),
     ],
 )
 def test_a_model_that_guides_needs_a_scale(words, message, monkeypatch):
@@ -302,9 +315,9 @@ POINTS = [
     a_point("guidance-scale", "3", 0.2, 8.0),
     a_point("guidance-scale", "1", 0.8, 2.0),
     a_point("guidance-scale", "2", 0.4, 6.0),
-    a_point("clip-scale", "16", 0.1, 9.0),
-    a_point("clip-scale", "2", 0.6, 3.0),
-    a_point("clip-scale", "4", 0.2, 5.0),
+    a_point("clip-guidance-scale", "16", 0.1, 9.0),
+    a_point("clip-guidance-scale", "2", 0.6, 3.0),
+    a_point("clip-guidance-scale", "4", 0.2, 5.0),
 ]
 
 
@@ -347,9 +360,9 @@ def test_curves_are_in_order_and_separate_where_other_settings_differ():
 
 def test_curves_of_different_clips_are_separate():
     """The point without guidance belongs to each."""
-    points = [a_point("clip-scale", "0", 0.9, 1.0)]
+    points = [a_point("clip-guidance-scale", "0", 0.9, 1.0)]
     points += [
-        a_point("clip-scale", scale, 0.5, 2.0, clip=[name, "1"])
+        a_point("clip-guidance-scale", scale, 0.5, 2.0, clip=[name, "1"])
         for name in ("guide", "other")
         for scale in ("4", "2")
     ]
@@ -366,15 +379,15 @@ def test_the_figures_show_the_curves(config, tmp_path):
     shared = experiment(config, replace(Painted(), clip=clip))
     for names, chosen in (
         (("guidance-scale",), ("1", "3")),
-        (("clip-scale",), ("0", "2")),
+        (("clip-guidance-scale",), ("0", "2")),
         (("steps",), ("5", "10")),
         (("sampler",), ("ddim", "heun")),
     ):
         found = run(shared, tasks(names, chosen), tmp_path)
-    guided = [point["clip"] for point in found["points"] if point["sweep"] == "clip-scale"]
+    guided = [point["clip"] for point in found["points"] if point["sweep"] == "clip-guidance-scale"]
     assert guided[0] is None and guided[1][0] == "guide"
     files = write_figures(found, tmp_path)
-    names = ["guidance_scale.png", "clip_scale.png", "steps.png", "sampler.png"]
+    names = ["guidance_scale.png", "clip_guidance_scale.png", "steps.png", "sampler.png"]
     assert [f.name for f in files] == ["trade_off.json", "trade_off.png", *names]
     table = json.loads(files[0].read_text())
     assert table == {"colours": matched(found["points"], "colours")}

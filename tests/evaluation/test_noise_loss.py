@@ -19,7 +19,7 @@ from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.errors import UsageError
 from glide_jax.evaluation import experiment, ranking, scene_report
 from glide_jax.evaluation.features import open_scorer
-from glide_jax.evaluation.noise_loss import NoisePredictor, noise_loss, report
+from glide_jax.evaluation.noise_loss import EpsNetwork, noise_loss, report
 from glide_jax.evaluation.scene_score import look
 from glide_jax.evaluation.sweep_options import tasks
 from glide_jax.models.clip import NoisedCLIP
@@ -65,7 +65,7 @@ def test_the_output_of_a_network_becomes_the_noise(prediction):
         assert inputs[2] == "text" and options == {"dropout_keys": None}
         return jnp.concatenate([exact, other], axis=-1)
 
-    predictor = NoisePredictor(SimpleNamespace(apply=apply), TABLES, prediction)
+    predictor = EpsNetwork(SimpleNamespace(apply=apply), TABLES, prediction)
     for captions in (True, False):
         variables = {"params": {"model": "weights", "captions": captions}}
         seen = predictor.apply(variables, 0, np.array([True, False]), method="encode_text")
@@ -188,7 +188,7 @@ def test_ranking_and_sweep_of_real_networks(config, tmp_path):
     found = ranking.report(pipe, scorer, config, tmp_path / "out", settings=settings, **sizes)
     assert found["training_concepts"]["of"] == 4 and found["settings"]["steps"] == 2
     shared = experiment.Experiment(pipe, scorer, (scorer,), config, **sizes)
-    todo = tasks(("clip-scale",), ("0", "50"), {"steps": 2})
+    todo = tasks(("clip-guidance-scale",), ("0", "50"), {"steps": 2})
     points = experiment.run(shared, todo, tmp_path / "out")["points"]
     assert [point["clip"] and point["clip"][0] for point in points] == [
         None, str(tmp_path / "guide"),

@@ -12,7 +12,7 @@ from glide_jax.devices.mesh import AXIS, device_mesh
 from glide_jax.models import attention, tpu_attention
 from glide_jax.models.attention import attend, fused_kernel, split_heads
 from glide_jax.models.blocks import AttentionBlock
-from glide_jax.models.platform import accelerator, compile_for
+from glide_jax.models.platform import compile_for, fused_attention_platform
 from tests.support.golden import assert_close, load, nhwc
 
 CALLS = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
@@ -90,17 +90,17 @@ def test_on_a_cpu_long_attention_is_split_before_jax_0_11(
 )
 def test_the_device_decides(monkeypatch, device, wanted):
     monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(**device)])
-    assert accelerator() == wanted
+    assert fused_attention_platform() == wanted
     for platform in ("cpu", "tpu", "cuda"):
         with compile_for(platform):
-            assert accelerator() == ("" if platform == "cpu" else platform)
+            assert fused_attention_platform() == ("" if platform == "cpu" else platform)
 
 
 def test_the_default_device_decides_where_it_is_set(monkeypatch):
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(jax, "local_devices", lambda **_: [gpu])
     with jax.default_device(jax.devices("cpu")[0]):
-        assert not accelerator()
+        assert not fused_attention_platform()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -164,22 +164,24 @@ def test_attention_block(with_text):
     assert_close(block.apply(variables, x, text), nhwc(wanted), 1e-5)
 
 
-@pytest.mark.parametrize("uses_film", [True, False])
+@pytest.mark.parametrize("use_scale_shift_norm", [True, False])
 @pytest.mark.parametrize("kind", ["same", "widen", "up", "down"])
-def test_residual_block(kind, uses_film):
+def test_residual_block(kind, use_scale_shift_norm):
     units = load("units")
     x, emb = nhwc(units["rb.x"]), units["rb.emb"]
     block = ResBlock(
         features=64 if kind == "widen" else 32,
         dropout=0.1,
         dtype=FLOAT,
-        uses_film=uses_film,
+        use_scale_shift_norm=use_scale_shift_norm,
         resample={"up": upsample, "down": downsample}.get(kind),
     )
     shapes = jax.eval_shape(lambda key: block.init(key, x, emb), jax.random.key(0))
     variables = block_variables(shapes, released._RES, weights_of("rb.sd."))
     found = block.apply(variables, x, emb)
-    assert_close(found, nhwc(units[f"rb.{kind}_{'film' if uses_film else 'add'}.out"]), 1e-5)
+    assert_close(
+        found, nhwc(units[f"rb.{kind}_{'film' if use_scale_shift_norm else 'add'}.out"]), 1e-5
+    )
 
 
 def test_text_block():

@@ -220,11 +220,11 @@ def test_clip_guidance_is_limited_in_inversion_whatever_the_sampler_of_the_weigh
     clip = BowlCLIP("bowl", replace(glide.CLIP_PRESETS["clip64"](), image_size=8, n_timestep=0), {})
     pipe = exact_pipeline(clip=clip, settings={"sampler": own})
     LIMITS.clear()
-    found = pipe.invert(photo, "red", clip_scale=3.0, steps=4)
+    found = pipe.invert(photo, "red", clip_guidance_scale=3.0, steps=4)
     assert LIMITS == [0.25]
     other = exact_pipeline(clip=clip, settings={"sampler": "dpm++2m"})
-    assert np.array_equal(found, other.invert(photo, "red", clip_scale=3.0, steps=4))
-    pipe("red", clip_scale=3.0, steps=4)
+    assert np.array_equal(found, other.invert(photo, "red", clip_guidance_scale=3.0, steps=4))
+    pipe("red", clip_guidance_scale=3.0, steps=4)
     assert [0.25, 0.25, 0.25 if own == "ddim" else None] == LIMITS
 
 

@@ -156,7 +156,7 @@ def test_weights_bring_the_scale_of_their_clip_which_acts_only_with_a_clip(
     description = assets / "emoji64" / CONFIG
     before = description.read_text()
     described = json.loads(before)
-    described["defaults"]["clip_scale"] = 300.0
+    described["defaults"]["clip_guidance_scale"] = 300.0
     description.write_text(json.dumps(described))
     try:
         pipe = glide.load("emoji64", upsampler="none")
@@ -164,21 +164,21 @@ def test_weights_bring_the_scale_of_their_clip_which_acts_only_with_a_clip(
         named = glide.load(assets / "emoji64", clip_model=assets / "emoji_clip64")
     finally:
         description.write_text(before)
-    assert pipe.settings.clip_scale == named.settings.clip_scale == 300
-    assert alone.settings.clip_scale == 0
+    assert pipe.settings.clip_guidance_scale == named.settings.clip_guidance_scale == 300
+    assert alone.settings.clip_guidance_scale == 0
     # It does not act beside guidance functions, nor in inversion.
     own = [glide.classifier_free(scale=pipe.settings.guidance_scale), glide.clip_x0()]
-    with pytest.warns(UserWarning, match="clip_scale=300"):
-        assert pipe.settings.changed(guidance=own).clip_scale == 0
+    with pytest.warns(UserWarning, match="clip_guidance_scale=300"):
+        assert pipe.settings.changed(guidance=own).clip_guidance_scale == 0
     seen = []
     monkeypatch.setattr(editing, "run", lambda *call, **_: seen.append(call[5]) or ())
     pipe.invert(np.zeros((1, 16, 16, 3), np.uint8), "red")
-    assert seen[0].clip_scale == 0 and seen[0].guidance_scale == 1
+    assert seen[0].clip_guidance_scale == 0 and seen[0].guidance_scale == 1
     call = {"sampler": "ddim", "steps": 2, "progress": False}
-    guided, both = pipe("red", **call), pipe("red", guidance=own, clip_scale=300, **call)
-    assert guided.metadata(0)["clip_scale"] == 300
+    guided, both = pipe("red", **call), pipe("red", guidance=own, clip_guidance_scale=300, **call)
+    assert guided.metadata(0)["clip_guidance_scale"] == 300
     np.testing.assert_array_equal(both.images, guided.images)
-    assert not np.array_equal(guided.images, pipe("red", clip_scale=-300, **call).images)
+    assert not np.array_equal(guided.images, pipe("red", clip_guidance_scale=-300, **call).images)
 
 
 def test_the_cascade_inpaints_and_keeps_known_pixels_to_the_byte(family, tmp_path):

@@ -69,7 +69,8 @@ def test_variations_have_no_strength_repaint_or_restart_of_the_weights(weights, 
 
 
 @pytest.mark.parametrize(
-    ("named", "scale"), [("--clip-model", "--clip-scale"), ("--weak-model", "--autoguidance-scale")]
+    ("named", "scale"),
+    [("--clip-model", "--clip-guidance-scale"), ("--weak-model", "--autoguidance-scale")],
 )
 def test_a_model_that_guides_needs_a_scale(named, scale, weights, tmp_path):
     setting = scale.removeprefix("--").replace("-", "_")

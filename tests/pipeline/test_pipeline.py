@@ -186,8 +186,8 @@ def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path)
             "cfg++ takes a guidance_scale from 0 to 1, not 3",
         ),
         (
-            {"clip_scale": 2},
-            "clip_scale needs a noised CLIP: load one as clip_model (--clip-model)",
+            {"clip_guidance_scale": 2},
+            "clip_guidance_scale needs a noised CLIP: load one as clip_model (--clip-model)",
         ),
     ):
         with pytest.raises(glide.UsageError) as caught:
@@ -210,8 +210,8 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     pipe = glide.load(folders["base"], clip_model=tmp_path / "clip")
     settings = {"sampler": "ddpm", "steps": 3, "progress": False}
     unguided = pipe("red", **settings)
-    guided = pipe("red", clip_scale=500.0, **settings)
-    assert guided.metadata(0)["clip_scale"] == 500.0
+    guided = pipe("red", clip_guidance_scale=500.0, **settings)
+    assert guided.metadata(0)["clip_guidance_scale"] == 500.0
 
     def likeness(images):
         x = jnp.asarray(images.images, jnp.float32) / 127.5 - 1
@@ -228,12 +228,12 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
 
     guidance = CLIP.guidance
     monkeypatch.setattr(CLIP, "guidance", record)
-    pipe("red", clip_scale=500.0, **settings | {"sampler": "ddpm-small"})
-    pipe("red", clip_scale=500.0, **settings | {"sampler": "ddim"})
+    pipe("red", clip_guidance_scale=500.0, **settings | {"sampler": "ddpm-small"})
+    pipe("red", clip_guidance_scale=500.0, **settings | {"sampler": "ddim"})
     assert given == [None, MAX_X_0_CHANGE]
     monkeypatch.undo()
     # The empty caption guides nowhere.
-    nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]
+    nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["caption"]
     assert not nothing.any() and jnp.linalg.norm(something) == pytest.approx(1, abs=1e-3)
     for changed, message in (
         ({"image_size": 32}, "sees images of 32 pixels, .* generates 16"),
@@ -241,9 +241,9 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     ):
         other = replace(pipe, clip=replace(pipe.clip, config=replace(small, **changed)))
         with pytest.raises(glide.UsageError, match=message):
-            other("red", clip_scale=3.0)
+            other("red", clip_guidance_scale=3.0)
     with pytest.raises(glide.UsageError, match="needs a noised CLIP"):
-        glide.load(folders["base"])("red", clip_scale=3.0)
+        glide.load(folders["base"])("red", clip_guidance_scale=3.0)
     with pytest.raises(glide.UsageError, match="no noised CLIP"):
         glide.load_clip(tmp_path / "nowhere")
     with pytest.raises(glide.GlideError, match="does not hold a noised CLIP"):

@@ -52,26 +52,28 @@ def test_the_usual_batch_is_smaller_for_larger_images():
 def test_none_in_a_list_of_captions_is_the_caption_of_the_image(pipe):
     call = {"num": 2, "seed": 4, "progress": False}
     found, wanted = (
-        pipe("red", guidance=[glide.all_of(prompts, [2.0, -0.5]), glide.clip_x0()], **call).images
+        pipe(
+            "red", guidance=[glide.combine_prompts(prompts, [2.0, -0.5]), glide.clip_x0()], **call
+        ).images
         for prompts in ([None, ["blue", None]], [None, ["blue", "red"]])
     )
     assert np.abs(found.astype(int) - wanted).max() <= 1
     with pytest.raises(UsageError) as caught:
-        pipe("red", guidance=[glide.all_of([[None, 5]], [1.0])], **call)
+        pipe("red", guidance=[glide.combine_prompts([[None, 5]], [1.0])], **call)
     assert str(caught.value) == "a caption of branch 'prompt 0' must be a string, not int"
 
 
 def test_a_list_of_captions_in_a_guidance_is_split_into_batches(pipe):
-    away = glide.all_of([None, ["blue", "red", "blue"]], [1.5, -0.5])
+    away = glide.combine_prompts([None, ["blue", "red", "blue"]], [1.5, -0.5])
     settings = {"num": 3, "seed": 4, "guidance": [away, glide.clip_x0()], "progress": False}
     whole = pipe("red", batch_size=4, **settings).images
     each = pipe("red", batch_size=1, **settings).images
     assert np.abs(each.astype(int) - whole).max() <= 1
-    same = glide.all_of([None, "blue"], [1.5, -0.5])
+    same = glide.combine_prompts([None, "blue"], [1.5, -0.5])
     same = pipe("red", batch_size=4, **settings | {"guidance": [same, glide.clip_x0()]}).images
     moved = np.abs(whole.astype(int) - same).max((1, 2, 3))
     assert moved[0] <= 1 and moved[1] > 1 and moved[2] <= 1
-    short = glide.all_of([None, ["blue", "red"]], [1.5, -0.5])
+    short = glide.combine_prompts([None, ["blue", "red"]], [1.5, -0.5])
     with pytest.raises(UsageError, match="branch 'prompt 0' has 2 values for 3 images"):
         pipe("red", **settings | {"guidance": [short]})
 
@@ -130,8 +132,8 @@ def test_guidance_parameters_are_selected_by_image():
     ]
     scale, clip, gradient = select_images(whole, np.array([2, 0]), 3)
     assert scale.args["scale"].tolist() == [3, 1] and clip.args == {"low": -1.0, "high": 1.0}
-    assert gradient.args["cond"]["y"].tolist() == [2, 0]
-    assert gradient.args["cond"]["z"].shape == (2, 4) and gradient.args["log_prob"] is network
+    assert gradient.args["caption"]["y"].tolist() == [2, 0]
+    assert gradient.args["caption"]["z"].shape == (2, 4) and gradient.args["log_prob"] is network
     with pytest.raises(glide.UsageError, match="classifier_free has 3 values for 4 images"):
         select_images(whole, np.arange(4), 4)
 

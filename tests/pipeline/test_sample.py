@@ -203,7 +203,7 @@ def test_bad_options_are_one_line(weights, tmp_path, arguments, message):
         (("--to-seed", "3"), "for --interpolate"),
         (("--repaint", "2", "2"), "give a mask"),
         (("--autoguidance-scale", "2"), "load one as weak_model"),
-        (("--clip-scale", "2"), "load one as clip_model"),
+        (("--clip-guidance-scale", "2"), "load one as clip_model"),
         (("--upsampler-steps", "2"), "there is none"),
         (("--batch-size", "0"), "at least one image"),
         (("--devices", "99"), "cannot use 99 devices"),

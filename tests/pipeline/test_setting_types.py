@@ -30,7 +30,7 @@ INTERVAL = "guidance_interval takes 2 values (number, number), not "
         ("temperature", np.ones(2), "temperature takes a number, not array([1., 1.])"),
         ("guidance_rescale", (0.5, 0.5), "guidance_rescale takes a number, not (0.5, 0.5)"),
         ("autoguidance_scale", [2.0], "autoguidance_scale takes a number, not [2.0]"),
-        ("clip_scale", {}, "clip_scale takes a number, not {}"),
+        ("clip_guidance_scale", {}, "clip_guidance_scale takes a number, not {}"),
         ("dynamic_threshold", [0.9], "dynamic_threshold takes a number, not [0.9]"),
         ("strength", 1j, "strength takes a number, not 1j"),
         ("restart", (0.3, 2.0), RESTART + "(0.3, 2.0)"),
@@ -66,7 +66,7 @@ def test_numbers_of_numpy_jax_and_json_are_settings():
     given = {
         "steps": np.int32(10),
         "temperature": np.float32(0.5),
-        "clip_scale": jnp.asarray(2.0),
+        "clip_guidance_scale": jnp.asarray(2.0),
         "restart": [0.3, 2, 3.0],
         "guidance_scale": np.array([1.0, 2.0]),
     }
@@ -76,5 +76,5 @@ def test_numbers_of_numpy_jax_and_json_are_settings():
     assert len(made) == len(Settings(steps=12, repaint=(2, 3)).plan(SCHEDULE, ()))
     # They are plain in the metadata.
     made = json.loads(json.dumps(describe(Settings().changed(**given))))
-    assert made["steps"] == 10 and made["temperature"] == 0.5 and made["clip_scale"] == 2.0
+    assert made["steps"] == 10 and made["temperature"] == 0.5 and made["clip_guidance_scale"] == 2.0
     assert made["restart"] == [0.3, 2, 3.0] and made["guidance_scale"] == [1.0, 2.0]

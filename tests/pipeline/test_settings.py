@@ -64,7 +64,7 @@ def test_what_is_known_of_each_sampler():
         assert traits.takes_eta == (name in {"ddim", "dpm++2m-sde", "sa"})
         assert traits.is_noisy == (name in noisy)
         table = Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table
-        assert table.gradient_mean.any() == traits.guides_mean != table.gradient_x_0.any()
+        assert table.mean_per_gradient.any() == traits.guides_mean != table.x_0_per_gradient.any()
     # The help text lists them by kind.
     deterministic, rest = setting_texts()["sampler"].split("With noise at each step: ")
     with_noise, few_step = rest.split("For few-step students: ")
@@ -111,8 +111,8 @@ def test_what_acts_and_in_which_order():
         "dynamic_threshold",
         "known_pixels",
     ]
-    assert names(Settings(), SEVERAL) == ["all_of", "clip_x0"]
-    assert names(Settings(guidance_scale=1.0), SEVERAL) == ["all_of", "clip_x0"]
+    assert names(Settings(), SEVERAL) == ["combine_prompts", "clip_x0"]
+    assert names(Settings(guidance_scale=1.0), SEVERAL) == ["combine_prompts", "clip_x0"]
     assert names(Settings(guidance=[glide.clip_x0()]), PLAIN, known) == ["clip_x0", "known_pixels"]
 
 
@@ -126,7 +126,7 @@ def test_an_interval_applies_to_linear_guidance_alone():
 @pytest.mark.parametrize("method", GUIDANCE_METHODS)
 def test_a_negative_prompt_replaces_the_empty_one(method):
     settings = Settings(guidance_method=method, guidance_scale=0.5, negative_prompt="green")
-    assert prompts_of(settings) == {"cond": None, "null": "green"}
+    assert prompts_of(settings) == {"caption": None, "null": "green"}
     assert prompts_of(settings.changed(negative_prompt=""))["null"] == ""
 
 
@@ -137,7 +137,7 @@ def test_captions_joined_by_and_and_not_have_weights_per_image():
     # The prediction contains the image's own caption once already.
     assert weights == [[3.0, 3.0], [2.0, 0.0], [-4.0, 0.0]]
     branches = prompts_of(settings, SEVERAL)
-    assert branches.pop("cond") is None and branches.pop("null") == "dark"
+    assert branches.pop("caption") is None and branches.pop("null") == "dark"
     assert [[part.text for part in column] for column in branches.values()] == [
         ["blue", ""],
         ["green", ""],
@@ -173,7 +173,7 @@ def test_guidances_are_described_by_their_parameters():
     scale, clip, loss = made["guidance"]
     assert scale == {"name": "classifier_free", "interval": [0.3, 5.0], "scale": [1.0, 2.0]}
     assert clip["interval"] == [0.3, 5.0] and "bowl" in loss["loss"]
-    assert loss["cond"] == "ndarray (2, 3)" and loss["interval"] == [0.0, "inf"]
+    assert loss["caption"] == "ndarray (2, 3)" and loss["interval"] == [0.0, "inf"]
     assert "guidance_scale" not in made
 
 
@@ -220,13 +220,16 @@ def test_the_signature_of_the_pipeline_lists_every_setting(method):
 
 
 def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so():
-    weights = Settings(clip_scale=4.0)
-    with pytest.warns(UserWarning, match="give clip_scale=4 to keep it"):
-        assert weights.changed(guidance=[glide.clip_x0()]).clip_scale == 0
+    weights = Settings(clip_guidance_scale=4.0)
+    with pytest.warns(UserWarning, match="give clip_guidance_scale=4 to keep it"):
+        assert weights.changed(guidance=[glide.clip_x0()]).clip_guidance_scale == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert weights.changed(guidance=[glide.clip_x0()], clip_scale=2.0).clip_scale == 2
-        assert Settings().changed(guidance=[glide.clip_x0()]).clip_scale == 0
+        assert (
+            weights.changed(guidance=[glide.clip_x0()], clip_guidance_scale=2.0).clip_guidance_scale
+            == 2
+        )
+        assert Settings().changed(guidance=[glide.clip_x0()]).clip_guidance_scale == 0
 
 
 # --- errors
@@ -271,7 +274,7 @@ def test_impossible_changes_are_refused(changes, message):
 def test_and_and_not_need_plain_classifier_free_guidance():
     for settings, message in (
         (Settings(guidance_method="apg"), "need the guidance_method cfg, not apg"),
-        (Settings(guidance=[glide.clip_x0()]), "give all_of there"),
+        (Settings(guidance=[glide.clip_x0()]), "give combine_prompts there"),
     ):
         with pytest.raises(glide.UsageError, match=message):
             settings.guidances(SEVERAL)
@@ -316,7 +319,7 @@ def test_metadata_reproduce_the_settings_whatever_the_defaults_of_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("clip_scale", "none"), ("guidance_scale", "3"), ("eta", "off")]
+    ("name", "value"), [("clip_guidance_scale", "none"), ("guidance_scale", "3"), ("eta", "off")]
 )
 def test_text_for_a_number_is_refused_by_name(name, value):
     with pytest.raises(glide.UsageError, match=f"^{name} cannot be '{value}', which is text$"):
@@ -333,7 +336,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value):
         ("restart", (0.3, value, 3)),
         ("guidance_rescale", value),
         ("autoguidance_scale", value),
-        ("clip_scale", value),
+        ("clip_guidance_scale", value),
         ("dynamic_threshold", value),
         ("strength", value),
     ):

@@ -68,7 +68,7 @@ def test_settings_with_a_value_per_image_are_those_of_its_images(pipe, tmp_path)
     per_image = {
         "scale": {"guidance_scale": [1.0, 2.0, 4.0]},
         "guidance": {
-            "guidance": [glide.all_of([None, captions[::-1]], [[1.0, 2.0, 3.0], 0.5])],
+            "guidance": [glide.combine_prompts([None, captions[::-1]], [[1.0, 2.0, 3.0], 0.5])],
         },
     }
     for name, settings in per_image.items():

@@ -110,7 +110,7 @@ def layer(module, *inputs):
 
 def test_with_perturbed_attention_each_pixel_sees_itself_alone():
     networks, x = layer(AttentionBlock(2, jnp.float32), None)
-    guided = partial(prediction, x=x, networks=networks, conds={"cond": np.zeros(2)})
+    guided = partial(prediction, x=x, networks=networks, conds={"caption": np.zeros(2)})
     params = networks["main"].params
     h = GroupNorm().apply({"params": params["norm"]}, x)
     # Of each head the packed channels are those of query, key and value.
@@ -135,7 +135,7 @@ class _Dropped(nn.Module):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_in_situ_guidance_leads_away_from_dropout(dtype):
     networks, x = layer(_Dropped(dtype))
-    guided = partial(prediction, x=x, networks=networks, conds={"cond": np.zeros(2)})
+    guided = partial(prediction, x=x, networks=networks, conds={"caption": np.zeros(2)})
     plain = np.asarray(guided().eps)
     assert_equal(guided(make("in_situ", 5.0, rate=0.0)).eps, plain)
     weak = np.asarray(guided(make("in_situ", 0.0, rate=0.5)).eps)
@@ -201,21 +201,21 @@ def test_tiles_shift_with_their_noise():
 
 
 def test_an_anagram_upside_down_is_the_anagram_of_the_swapped_prompts():
-    swapped = OTHERS | {"cond": OTHERS["other"], "other": OTHERS["cond"]}
+    swapped = OTHERS | {"caption": OTHERS["other"], "other": OTHERS["caption"]}
     words = make("anagram", "b", 3.0)
     found = prediction(words, x=X[:, ::-1], conds=swapped).eps
     assert_close(found[:, ::-1], prediction(words).eps, 1e-6)
     plain = prediction(make("anagram", "b", 1.0)).eps
-    up = toy(0.9, X, jnp.full(3, 500.0), OTHERS["cond"])[..., :1]
+    up = toy(0.9, X, jnp.full(3, 500.0), OTHERS["caption"])[..., :1]
     down = toy(0.9, X[:, ::-1], jnp.full(3, 500.0), OTHERS["other"])[:, ::-1, :, :1]
     assert_close(plain, (up + down) / 2, 1e-5)
 
 
-@pytest.mark.parametrize(("level", "prompt"), [(0.0, "first"), (1e6, "cond")])
+@pytest.mark.parametrize(("level", "prompt"), [(0.0, "first"), (1e6, "caption")])
 def test_a_prompt_schedule_of_one_part_is_that_prompt(level, prompt):
     run = run_of([make("prompt_schedule", "b", level, function="first")])
     found = sample(NETWORKS, OTHERS, run, X, keys()).x
-    alone = sample(NETWORKS, OTHERS | {"cond": OTHERS[prompt]}, run_of(), X, keys()).x
+    alone = sample(NETWORKS, OTHERS | {"caption": OTHERS[prompt]}, run_of(), X, keys()).x
     assert_close(found, alone, 1e-6 * np.abs(alone).max())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import glide_jax as glide
 from glide_jax.diffusion.losses import hybrid_loss
-from glide_jax.diffusion.solvers.ancestral import ddim, ddim_reverse, ddpm
+from glide_jax.diffusion.solvers.first_order import ddim, ddim_reverse, ddpm
 from tests.diffusion.test_losses import inputs, reference_tables
 from tests.diffusion.test_sampling import each_process, echo, grid_of, reference
 from tests.models.test_layers import weights_of
@@ -23,7 +23,7 @@ def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool =
     one, t = slice(i, i + 1), reference(process, "t")[i]
     row = t if backwards else len(grid) - 1 - t
     part = rows(glide.make_plan(schedule, grid, solver, guidances), slice(row, row + 1))
-    conds = {"cond": reference(process, "model_output")[one]}
+    conds = {"caption": reference(process, "model_output")[one]}
     x, tape = reference(process, "x")[one], reference(process, "noise")[one][None]
     return glide.sample({"main": glide.Network(echo, None)}, conds, part, x, tape)
 

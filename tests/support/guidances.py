@@ -13,7 +13,6 @@ from glide_jax.diffusion.guidance import (
     Network,
     Point,
     Prediction,
-    all_of,
     apg,
     apply_guidances,
     autoguidance,
@@ -22,6 +21,7 @@ from glide_jax.diffusion.guidance import (
     classifier_free,
     classifier_guidance,
     clip_x0,
+    combine_prompts,
     compose,
     dynamic_threshold,
     image_loss,
@@ -30,13 +30,13 @@ from glide_jax.diffusion.guidance import (
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.diffusion.solvers.ancestral import ddim
+from glide_jax.diffusion.solvers.first_order import ddim
 
 SCHEDULE = make_schedule("cosine")
 SHAPE = (3, 4, 4, 1)
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal(SHAPE), jnp.float32)
-NAMES = ("cond", "null", "negative", "weak", "prompt 0", "prompt 1")
+NAMES = ("caption", "null", "negative", "weak", "prompt 0", "prompt 1")
 CONDS = {name: np.float32(RNG.standard_normal(3)) for name in NAMES}
 # Conditioning of a run against the negative prompt: branch "null" gets its caption.
 AGAINST = CONDS | {"null": CONDS["negative"]}
@@ -62,9 +62,9 @@ BOWL, GOAL = Network(bowl, None), CONDS["prompt 0"]
 # Each guidance with its numbers; every number may have one value per image.
 EACH: dict[str, tuple[Any, dict[str, float]]] = {
     "classifier_free": (classifier_free, {"scale": 3.0}),
-    "negative": (lambda scale: classifier_free(scale).against("ugly"), {"scale": 3.0}),
-    "all_of": (
-        lambda **w: all_of([None, "a", "b"], [w["own"], w["a"], w["b"]]),
+    "negative": (lambda scale: classifier_free(scale).with_negative_prompt("ugly"), {"scale": 3.0}),
+    "combine_prompts": (
+        lambda **w: combine_prompts([None, "a", "b"], [w["own"], w["a"], w["b"]]),
         {"own": 2.0, "a": 1.5, "b": -0.5},
     ),
     "cfg_plus_plus": (cfg_plus_plus, {"scale": 0.6}),
@@ -76,7 +76,7 @@ EACH: dict[str, tuple[Any, dict[str, float]]] = {
     "classifier_guidance": (partial(classifier_guidance, log_prob=BOWL, cond=GOAL), {"scale": 0.3}),
     "image_loss": (partial(image_loss, loss=BOWL, cond=GOAL), {"scale": -0.3}),
     "image_loss beside": (
-        partial(image_loss, loss=BOWL, cond=GOAL, through=False),
+        partial(image_loss, loss=BOWL, cond=GOAL, through_network=False),
         {"scale": -0.3},
     ),
 }

@@ -36,7 +36,7 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.models.presets import CLIPConfig
 from glide_jax.training.checkpoint import steps_in
 from glide_jax.training.checksums import checksums
-from glide_jax.training.command_line import take_membership
+from glide_jax.training.command_line import take_process_options
 from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, RunConfig
 from glide_jax.training.logger import Logger
 from glide_jax.training.lora_config import LoRAConfig
@@ -205,7 +205,7 @@ def damage(run: Path) -> None:
 
 def main() -> None:
     """Run the command line."""
-    (images, runs, report, *jobs), membership = take_membership(sys.argv[1:])
+    (images, runs, report, *jobs), membership = take_process_options(sys.argv[1:])
     if membership:
         processes.join(membership)
     enable_compilation_cache()

@@ -279,7 +279,7 @@ def sample(name: str, out: Path) -> None:
         more += ("--image", image, "--mask", mask)
     if name == "clip64":
         base = out / "text64" / "weights"
-        more += ("--clip-model", weights, "--clip-scale", 1)
+        more += ("--clip-model", weights, "--clip-guidance-scale", 1)
         more += ("--guidance-scale", 1, "--sampler", "ddpm")
     folder = out / name / "samples"
     command("sample.py", PROMPT, "--weights", base, "--steps", 10, "--out", folder, *more)

@@ -26,7 +26,7 @@ from glide_jax.training.distillation import (
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.initial import begin_state, teacher_params
+from glide_jax.training.initial import load_or_init_state, teacher_params
 from glide_jax.training.objective_fields import DENOISING
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.quartiles import named_metrics
@@ -83,7 +83,7 @@ def test_scales_are_uniform_besides_those_without_guidance():
         ({"student_steps": 9}, "student_steps is from 1"),
         ({"timestep_share": 0.0}, "timestep_share must be above 0"),
         ({"unguided_share": 1.5}, "share from 0 to 1"),
-        ({"huber_constant": 0.0}, "huber_constant must be above 0"),
+        ({"huber_width": 0.0}, "huber_width must be above 0"),
     ],
 )
 def test_fields_that_are_refused(options, message):
@@ -183,7 +183,7 @@ def teacher(tmp_path_factory):
 def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     config = student_config(teacher, accumulate=2, parallelism=kind)
     objective, parallel = make_objective(config), make_parallel(kind, 2)
-    state = begin_state(config, objective, parallel)
+    state = load_or_init_state(config, objective, parallel)
     first = jax.device_get(parallel.for_checkpoint(state))
     wanted = flatten(load_model(teacher).params)
     step = make_step(config, objective)

@@ -238,7 +238,7 @@ def test_one_step_of_a_student_samples_a_mixture_where_its_teacher_returns_the_m
         (jax.random.normal(k, s) / np.sqrt(s[0]), jnp.zeros(s[1]))
         for k, s in zip(keys, sizes, strict=True)
     ]
-    config, steps = config_of(huber_constant=0.2), 2000
+    config, steps = config_of(huber_width=0.2), 2000
 
     def inputs_of(key, count=256):
         a, b, c, d = jax.random.split(key, 4)

@@ -18,10 +18,10 @@ from glide_jax.errors import GlideError, UsageError
 from glide_jax.training import locking
 from glide_jax.training.config import CLIPTrainConfig, TrainConfig, write_config
 from glide_jax.training.distillation_config import DistillationConfig
-from glide_jax.training.locking import only_run
+from glide_jax.training.locking import lock_run
 from glide_jax.training.optimiser_config import OptimiserConfig
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.resuming import changes, say_changes
+from glide_jax.training.resuming import changes, print_changes
 from tests.support.commands import RECIPE, ROOT, environment, make_images, one_line, run
 
 
@@ -76,7 +76,7 @@ def test_another_rate_and_another_time_limit_are_said(config):
 
 def test_seed_first_weights_and_too_few_steps_are_said_in_the_first_process(config, capsys):
     write_config(config)
-    say_changes(replace(config, seed=7, init_from="emoji64", steps=30), 40)
+    print_changes(replace(config, seed=7, init_from="emoji64", steps=30), 40)
     assert capsys.readouterr().err.splitlines() == [
         "note: step 40 is done and --steps is 30: there is nothing to train",
         "note: the seed is 7, it was 0: the order of the data and the noise are others from step "
@@ -87,7 +87,7 @@ def test_seed_first_weights_and_too_few_steps_are_said_in_the_first_process(conf
 
 
 def hold(folder, ready):
-    with only_run(folder):
+    with lock_run(folder):
         ready.set()
         time.sleep(60)
 
@@ -99,7 +99,7 @@ def test_a_second_run_says_so_and_the_lock_ends_with_its_process(tmp_path):
     process.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(GlideError) as error, only_run(tmp_path / "run"):
+        with pytest.raises(GlideError) as error, lock_run(tmp_path / "run"):
             pass
         assert str(error.value).startswith(f"another process ({process.pid} on ")
         assert str(error.value).endswith(
@@ -110,9 +110,9 @@ def test_a_second_run_says_so_and_the_lock_ends_with_its_process(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     for _ in range(2):
-        with only_run(tmp_path / "run"):
+        with lock_run(tmp_path / "run"):
             pass
-    with only_run(tmp_path / "new"):
+    with lock_run(tmp_path / "new"):
         assert (tmp_path / "new" / "lock").is_file()
     # It was there before, or nothing was written.
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(locking.fcntl, "flock", refuse)
-    with only_run(tmp_path):
+    with lock_run(tmp_path):
         pass
     assert capsys.readouterr().err == (
         f"note: {tmp_path} has no file locks: start no second run there\n"

@@ -40,7 +40,16 @@ def whole_run(images, tmp_path_factory):
     """A run of 60 steps without interruption."""
     out = tmp_path_factory.mktemp("run") / "whole"
     # The grids of samples use no CLIP guidance, whatever the recipe recommends.
-    more = ("--save-every", 10, "--sample-every", 30, "--log-every", 10, "--sample-clip-scale", 4)
+    more = (
+        "--save-every",
+        10,
+        "--sample-every",
+        30,
+        "--log-every",
+        10,
+        "--sample-clip-guidance-scale",
+        4,
+    )
     result = run(*arguments(images, out, 60, *more))
     assert result.returncode == 0, result.stderr
     return out
@@ -114,7 +123,7 @@ def test_two_devices_make_the_same_first_steps_as_one(images, tmp_path):
 def test_a_run_is_exported_with_the_token_rows_that_it_saw(whole_run, tmp_path):
     count = export(whole_run, tmp_path / "weights")
     exported, run_model = load_model(tmp_path / "weights"), load_run(whole_run)
-    assert exported.defaults == run_model.defaults and exported.defaults["clip_scale"] == 4
+    assert exported.defaults == run_model.defaults and exported.defaults["clip_guidance_scale"] == 4
     table = exported.params["text"]["token_embedding"]
     assert table.shape == (50257, 8)
     # "red", "green", "blue", and one row for all others (padding has an embedding of its own).

@@ -10,9 +10,9 @@ from glide_jax.weights.lora import (
     adapted_layers,
     checksum,
     merge,
+    print_other_base,
     read_lora,
     save_lora,
-    say_other_base,
     to_pairs,
 )
 from glide_jax.weights.released import abstract_params
@@ -177,9 +177,9 @@ def test_the_checksum_is_that_of_the_values():
 
 
 def test_a_note_names_pairs_of_other_weights(capsys):
-    say_other_base([lora(checksum=checksum(PARAMS), base="x"), lora("new")], PARAMS, "mine")
+    print_other_base([lora(checksum=checksum(PARAMS), base="x"), lora("new")], PARAMS, "mine")
     assert capsys.readouterr().err == ""
-    say_other_base([lora(checksum="00000000", base="x")], PARAMS, "mine")
+    print_other_base([lora(checksum="00000000", base="x")], PARAMS, "mine")
     err = capsys.readouterr().err
     assert err == "note: a was trained on x, whose weights are not those of mine\n"
 

@@ -82,5 +82,5 @@ def test_the_tables():
 def test_a_noised_clip():
     text = model_card(NAME, {"format": 1, "clip": asdict(clip64())}, Facts(1, ["bfloat16"]))
     assert front_matter(text)["pipeline_tag"] == "zero-shot-image-classification"
-    assert "--clip-model hf://user/tiny@side/sub --clip-scale 3\n" in text
+    assert "--clip-model hf://user/tiny@side/sub --clip-guidance-scale 3\n" in text
     assert "## Training" not in text and "Default settings" not in text

@@ -59,7 +59,10 @@ def test_the_default_settings_are_those_of_openais_notebooks(
     assert model.schedule == schedule and model.diffusion_steps == 1000
     settings = Settings().changed(**model.defaults)
     assert (settings.sampler, settings.guidance_scale) == (sampler, scale)
-    assert (settings.temperature, settings.clip_scale) == (temperature, 0) and not settings.eta
+    assert (settings.temperature, settings.clip_guidance_scale) == (
+        temperature,
+        0,
+    ) and not settings.eta
     assert len(settings.plan(make_schedule(schedule), [])) == rows
 
 

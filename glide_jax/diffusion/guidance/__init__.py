@@ -6,7 +6,7 @@ levels it acts. Guidances are applied left to right, innermost first: `[a, b]` i
 List them in this order:
 
 1. linear guidance, by differences of branches (`linear.py`): `autoguidance`, and one of
-   `classifier_free`, `all_of`, `cfg_plus_plus` and `apg`; they add up, in any order;
+   `classifier_free`, `combine_prompts`, `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
 3. gradients (`gradients.py`): `classifier_guidance` reads `x_t`; `image_loss` reads the `x_0` that
@@ -20,13 +20,20 @@ Every number may be a scalar or have one value per image, `(B,)`.
 """
 
 from glide_jax.diffusion.guidance.gradients import classifier_guidance, image_loss
-from glide_jax.diffusion.guidance.image import clip_x0, dynamic_threshold, known_pixels, rescale
+from glide_jax.diffusion.guidance.interface import (
+    Guidance,
+    apply_guidances,
+    branches_of,
+    compose,
+    guidance,
+    per_image,
+)
 from glide_jax.diffusion.guidance.linear import (
-    all_of,
     apg,
     autoguidance,
     cfg_plus_plus,
     classifier_free,
+    combine_prompts,
 )
 from glide_jax.diffusion.guidance.predictor import (
     CONDITIONAL,
@@ -41,14 +48,7 @@ from glide_jax.diffusion.guidance.predictor import (
     is_network,
     noise_predictor,
 )
-from glide_jax.diffusion.guidance.record import (
-    Guidance,
-    apply_guidances,
-    branches_of,
-    compose,
-    guidance,
-    per_image,
-)
+from glide_jax.diffusion.guidance.x_0_maps import clip_x0, dynamic_threshold, known_pixels, rescale
 
 __all__ = [
     "CONDITIONAL",
@@ -61,7 +61,6 @@ __all__ = [
     "Point",
     "Predict",
     "Prediction",
-    "all_of",
     "apg",
     "apply_guidances",
     "autoguidance",
@@ -70,6 +69,7 @@ __all__ = [
     "classifier_free",
     "classifier_guidance",
     "clip_x0",
+    "combine_prompts",
     "compose",
     "dynamic_threshold",
     "guidance",

@@ -6,8 +6,8 @@ The functions here compute a gradient g, already times its scale. The loop over 
     mean + Sigma g                  ancestral samplers  (ADM, 2105.05233, algorithm 1)
     x_0 + x_0_per_gradient(...) g         all other samplers  (ADM, algorithm 2)
 
-The table's columns `gradient_mean` (1 or 0) and `gradient_x_0` (0 or `x_0_per_gradient`) choose
-between them.
+The table's columns `mean_per_gradient` (1 or 0) and `x_0_per_gradient` (0 or sigma^2 / alpha)
+choose between them.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glide_jax.diffusion.guidance.interface import Guidance, guidance, per_image
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
-from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
 from glide_jax.diffusion.schedule import x_0_per_gradient
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
@@ -74,7 +74,9 @@ def limit_gradient(gradient: jax.Array, point: Point, limit: Number) -> jax.Arra
     return gradient * jnp.minimum(1, per_image(limit) * posterior_std / change)
 
 
-def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True) -> Guidance:
+def image_loss(
+    loss: Network, cond: Any, scale: Number, *, through_network: bool = True
+) -> Guidance:
     """Image loss: `gradient - s grad loss(x_0(x_t))` on clean images  (2209.14687; 2302.07121).
 
     Args:
@@ -82,11 +84,11 @@ def image_loss(loss: Network, cond: Any, scale: Number, *, through: bool = True)
             guidances listed before this one; no gradient flows where they clip it.
         cond: what the loss compares with; arrays with the batch as first axis.
         scale: s; larger follows the loss more closely.
-        through: differentiate through the network, at the cost and with the memory of a backward
-            pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.
+        through_network: differentiate through the network, at the cost and with the memory of a
+            backward pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.
     """
-    args = {"loss": loss, "cond": cond, "scale": scale}
-    return Guidance(_image_loss_through if through else _image_loss, args)
+    args = {"loss": loss, "caption": cond, "scale": scale}
+    return Guidance(_image_loss_through if through_network else _image_loss, args)
 
 
 def _image_loss_through(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glide_jax.diffusion.guidance.interface import Guidance, guidance, per_image
 from glide_jax.diffusion.guidance.predictor import (
     CONDITIONAL,
     NULL,
@@ -24,7 +25,6 @@ from glide_jax.diffusion.guidance.predictor import (
     Predict,
     Prediction,
 )
-from glide_jax.diffusion.guidance.record import Guidance, guidance, per_image
 from glide_jax.errors import UsageError
 
 # Keeps an image of zeros, or of one colour, from being divided by zero.
@@ -42,7 +42,7 @@ def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Numb
     return p.with_eps(p.eps + (per_image(scale) - 1) * difference, x, point)
 
 
-def all_of(
+def combine_prompts(
     prompts: Sequence[str | Sequence[Any] | None],
     weights: Sequence[Number],
     *,
@@ -50,19 +50,21 @@ def all_of(
 ) -> Guidance:
     """Composable diffusion: `eps(null) + sum_i w_i (eps(c_i) - eps(null))`  (2206.01714, sec. 4).
 
-    Weights above zero mean AND, below zero NOT. `all_of([None], [s])` is `classifier_free(s)`.
+    Weights above zero mean AND, below zero NOT. `combine_prompts([None], [s])` is
+    `classifier_free(s)`.
 
     Args:
         prompts: one caption each, or a list of one per image. In both, None stands for the image's
             own caption.
         weights: one for each prompt.
-        name: prefix of the branch names. Two `all_of` with different prompts need different names.
+        name: prefix of the branch names. Two `combine_prompts` with different prompts need
+            different names.
 
     Raises:
         UsageError: the numbers of weights and prompts differ.
     """
     if len(prompts) != len(weights):
-        raise UsageError(f"all_of has {len(prompts)} prompts but {len(weights)} weights")
+        raise UsageError(f"combine_prompts has {len(prompts)} prompts but {len(weights)} weights")
     # The sum is added to eps = eps(c), so the caption's own weight is reduced by 1.
     branch_names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
     branch_weights: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
@@ -71,10 +73,10 @@ def all_of(
         branch = branch_names.setdefault(prompt, f"{name} {len(branch_names) - 2}")
         branch_weights[branch] = branch_weights.get(branch, 0) + np.asarray(weight, np.float32)
     needs = (Branch(key, prompt=text) for text, key in branch_names.items() if text)
-    return Guidance(_all_of, {"weights": branch_weights}, (NULL, *needs))
+    return Guidance(_combine_prompts, {"weights": branch_weights}, (NULL, *needs))
 
 
-def _all_of(
+def _combine_prompts(
     predict: Predict, x: jax.Array, point: Point, *, weights: dict[str, Number]
 ) -> Prediction:
     p = predict(x, point)

@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         eps, x_0: noise and clean image, always in agreement.
-        variance_fraction: the learned variance of branch "cond", as a fraction between
+        variance_fraction: the learned variance of branch "caption", as a fraction between
             `beta_tilde` (0) and `beta` (1) on a log scale.
         guidance_gradient: sum of the gradients of log-probabilities by which guidances shift the
             step; zero without such a guidance.
@@ -91,7 +91,7 @@ class Branch(NamedTuple):
     prompt: str | Sequence[Any] | None = None
 
 
-CONDITIONAL = Branch("cond")
+CONDITIONAL = Branch("caption")
 NULL = Branch("null", prompt="")
 WEAK = Branch("weak", network="weak")
 
@@ -145,7 +145,7 @@ def noise_predictor(
     Args:
         networks: by name.
         conds: conditioning of each branch by its name, arrays batch first.
-        branches: what to evaluate; "cond" is one of them.
+        branches: what to evaluate; "caption" is one of them.
 
     Raises:
         UsageError: a branch lacks its network or its conditioning.
@@ -179,7 +179,7 @@ def noise_predictor(
             for b in branches
         }
         # The variance output lies in [-1, 1]  (Improved DDPM, eq. 15). `run_rows` uses the
-        # fraction; `losses.variational_bound` trains it.
+        # fraction; `losses.vlb_term` trains it.
         variance_output = outputs[CONDITIONAL.name][..., channels:]
         variance_fraction = (
             (variance_output + 1) / 2 if variance_output.shape[-1] else jnp.zeros_like(x)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from glide_jax.diffusion.schedule import make_schedule
-from glide_jax.diffusion.solvers.ancestral import consistency, ddim, ddim_reverse, ddpm
+from glide_jax.diffusion.solvers.first_order import consistency, ddim, ddim_reverse, ddpm
 from glide_jax.diffusion.solvers.jumps import repaint, restart
 from glide_jax.diffusion.solvers.multistep import (
     dpm_solver_2m,
@@ -93,7 +93,7 @@ def _traits(solver: Solver) -> Traits:
     steps = 8
     table = solver(make_schedule("cosine", steps), np.arange(steps)[::-1], np.zeros(steps, bool))
     return Traits(
-        guides_mean=bool(table.gradient_mean.any()),
+        guides_mean=bool(table.mean_per_gradient.any()),
         takes_eta="eta" in inspect.signature(solver).parameters,
         is_noisy=bool(table.s.any() or table.s_learned.any()),
     )

@@ -118,7 +118,16 @@ def add_jumps(
 
 
 # The columns that a jump changes in the row before it.
-JUMP_COLUMNS = ("Qy", "Qx", "E", "s", "s_learned", "gradient_mean", "log_beta", "log_beta_tilde")
+JUMP_COLUMNS = (
+    "Qy",
+    "Qx",
+    "E",
+    "s",
+    "s_learned",
+    "mean_per_gradient",
+    "log_beta",
+    "log_beta_tilde",
+)
 
 
 def jump_back(segment: Table, after: Table) -> Table:
@@ -134,13 +143,13 @@ def jump_back(segment: Table, after: Table) -> Table:
     last = {name: column[-1] for name, column in columns.items()}
     shrink = after.alpha[0] / segment.next_alpha[-1]
     fresh_variance = after.sigma[0] ** 2 - (shrink * segment.next_sigma[-1]) ** 2
-    changed = {name: shrink * last[name] for name in ("Qy", "Qx", "E", "gradient_mean")}
+    changed = {name: shrink * last[name] for name in ("Qy", "Qx", "E", "mean_per_gradient")}
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
         changed |= {name: np.log(shrink**2 * np.exp(last[name]) + fresh_variance) for name in ends}
         # The gradient is still scaled by the variance without the fresh noise: exactly so halfway
         # between the two ends.
-        changed["gradient_mean"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
+        changed["mean_per_gradient"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
         changed["s"] = np.hypot(shrink * last["s"], np.sqrt(fresh_variance))
     for name, value in changed.items():

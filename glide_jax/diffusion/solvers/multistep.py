@@ -167,7 +167,7 @@ def noise_multistep(
     points = rho[:-1, None] + change * NODES
     positions, points = {
         "rho": (rho, points),
-        "t": (table.t, schedule.at_half_log_snr(-np.log(points))),
+        "t": (table.t, schedule.t_at_half_log_snr(-np.log(points))),
         "step": (steps, steps[:, None] + NODES),
     }[variable]
     counts = np.minimum(order, history_lengths(breaks) + 1)

@@ -33,9 +33,9 @@ def two_rows_per_step(
         column = getattr(table, name).copy()
         column[is_second] = values
         table = table._replace(**{name: column})
-    gradient_x_0 = x_0_per_gradient(table.alpha, table.sigma)
+    factor = x_0_per_gradient(table.alpha, table.sigma)
     table = table._replace(
-        Px=1.0 - is_second, Py=1.0 * is_second, gradient_x_0=gradient_x_0, index=row
+        Px=1.0 - is_second, Py=1.0 * is_second, x_0_per_gradient=factor, index=row
     )
     return table, is_second
 
@@ -66,7 +66,7 @@ def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> T
     alpha, sigma, half_log_snr = levels(schedule, grid)
     middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, is_second = two_rows_per_step(schedule, grid, (schedule.at_half_log_snr(middle), a, s))
+    table, is_second = two_rows_per_step(schedule, grid, (schedule.t_at_half_log_snr(middle), a, s))
     # The level that each row leads to: the middle, then the end.
     target_alpha, target_sigma = table.next_alpha.copy(), table.next_sigma.copy()
     target_alpha[:-1:2], target_sigma[:-1:2] = a, s
@@ -172,7 +172,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table(**columns)
     return predicting_noise(table)._replace(
-        gradient_x_0=x_0_per_gradient(table.alpha, table.sigma), index=np.arange(len(rows))
+        x_0_per_gradient=x_0_per_gradient(table.alpha, table.sigma), index=np.arange(len(rows))
     )
 
 

@@ -4,9 +4,9 @@ One linear recursion runs every sampler (`glide_jax.diffusion.sampling.run_rows`
 prediction x_0, the history H of earlier predictions (newest first), the anchor y (x at the start
 of a step), a guidance gradient g and fresh noise z, each row does:
 
-    H <- S [u x + v (x_0 + gradient_x_0 g), *H]          store x_0 or eps, shift the history
+    H <- S [u x + v (x_0 + x_0_per_gradient g), *H]          store x_0 or eps, shift the history
     y <- Py y + Px x + B H                               keep or correct the anchor
-    x <- Qy y + Qx x + E H + gradient_mean variance g    the solver's step
+    x <- Qy y + Qx x + E H + mean_per_gradient variance g    the solver's step
          + (s + s_learned sqrt(variance)) z              noise, fixed or learned
 """
 
@@ -38,9 +38,9 @@ class Table(NamedTuple, Generic[Column]):
         E: `(N, 4)`, the update of x, weights of the history.
         log_beta, log_beta_tilde: the two ends of a learned variance.
         s, s_learned: noise, fixed or in units of the learned standard deviation.
-        gradient_x_0, gradient_mean: how a guidance gradient g enters: `gradient_x_0 g` is added to
-            x_0 (all but ancestral rows), or `gradient_mean variance g` to x (ancestral, ADM
-            algorithm 1).
+        x_0_per_gradient, mean_per_gradient: how a guidance gradient g enters: `x_0_per_gradient g`
+            is added to x_0 (all but ancestral rows), or `mean_per_gradient variance g` to x
+            (ancestral, ADM algorithm 1).
         keep: 0 where the memory of guidance is reset, else 1.
         index, step, guidance_set: int; the row's number, the step it belongs to, and the set of
             guidances that acts in it.
@@ -64,8 +64,8 @@ class Table(NamedTuple, Generic[Column]):
     log_beta_tilde: Column
     s: Column
     s_learned: Column
-    gradient_x_0: Column
-    gradient_mean: Column
+    x_0_per_gradient: Column
+    mean_per_gradient: Column
     keep: Column
     index: Column
     step: Column
@@ -151,8 +151,8 @@ def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
         log_beta_tilde=q.log_beta_tilde[::-1],
         s=zero,
         s_learned=zero,
-        gradient_x_0=x_0_per_gradient(alpha[:-1], sigma[:-1]),
-        gradient_mean=zero,
+        x_0_per_gradient=x_0_per_gradient(alpha[:-1], sigma[:-1]),
+        mean_per_gradient=zero,
         keep=one,
         index=rows,
         step=rows,

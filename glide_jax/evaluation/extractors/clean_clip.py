@@ -101,14 +101,14 @@ def open_clean_clip(path: str | Path) -> CleanCLIP:
     read = next((read for mark, read in READERS.items() if mark in tensors), None)
     if read is None or not image.name.startswith("CLIP"):
         raise GlideError(
-            f"{path} has {image.name} and no text encoder: give a whole CLIP to --score-clip"
+            f"{path} has {image.name} and no text encoder: give a whole CLIP to --clip-score-model"
         )
     try:
         config, params = read(tensors)
         scale = float(np.exp(np.asarray(tensors[SCALE], np.float64)).reshape(()))
     except KeyError as error:
         raise GlideError(
-            f"{path} lacks {error.args[0]}: give a whole CLIP to --score-clip"
+            f"{path} lacks {error.args[0]}: give a whole CLIP to --clip-score-model"
         ) from None
     except (ValueError, IndexError, TypeError) as error:
         raise GlideError(f"{path} has the shapes of no known CLIP ({error})") from None

@@ -75,7 +75,7 @@ def init_base(init: Callable[[jax.Array], Any], dtype: Any, key: jax.Array) -> A
     return cast_trunk(init(key), dtype)
 
 
-def adapted_loss(
+def lora_loss(
     loss: Callable[..., Any],
     scale: float,
     params: Any,

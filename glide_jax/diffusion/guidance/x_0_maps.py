@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from glide_jax.diffusion.guidance.interface import guidance, per_image
 from glide_jax.diffusion.guidance.linear import TINY
 from glide_jax.diffusion.guidance.predictor import CONDITIONAL, Number, Point, Predict, Prediction
-from glide_jax.diffusion.guidance.record import guidance, per_image
 
 
 @guidance(amount=(0, 1))

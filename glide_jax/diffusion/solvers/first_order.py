@@ -48,8 +48,8 @@ def ddpm(
         E=on_history(q.mean_weight_x_0[::-1]),
         Qx=q.mean_weight_x_t[::-1],
         s_learned=noisy * (variance == "learned"),
-        gradient_x_0=np.zeros(len(grid)),
-        gradient_mean=np.ones(len(grid)),
+        x_0_per_gradient=np.zeros(len(grid)),
+        mean_per_gradient=np.ones(len(grid)),
     )
 
 

@@ -39,7 +39,7 @@ class Guidance:
             function each time, so the sampler compiles again.
         args: parameters of the function, scalars or one value per image; traced, so a change
             compiles nothing.
-        needs: branches that the function reads besides "cond".
+        needs: branches that the function reads besides "caption".
         remembers: names of the images that the function carries from step to step.
         looks_ahead: whether the function reads `point.next_*`, which needs a sampler with one
             network evaluation per step, each towards less noise.
@@ -78,7 +78,7 @@ class Guidance:
                 )
         return result
 
-    def against(self, prompt: str) -> "Guidance":
+    def with_negative_prompt(self, prompt: str) -> "Guidance":
         """Guide away from this prompt in place of the empty one: a negative prompt.
 
         Needs no extra prediction: branch "null" is predicted for this caption.
@@ -92,7 +92,9 @@ class Guidance:
         needs = tuple(negative if branch == NULL else branch for branch in self.needs)
         args = self.args
         if self.fn is _compose:
-            members = (g.against(prompt) if NULL in g.needs else g for g in args["members"])
+            members = (
+                g.with_negative_prompt(prompt) if NULL in g.needs else g for g in args["members"]
+            )
             args = {"members": tuple(members)}
         return replace(self, args=args, needs=needs)
 
@@ -183,7 +185,7 @@ def guidance(
 
 
 def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
-    """Return "cond" and every branch that the guidances need, each once.
+    """Return "caption" and every branch that the guidances need, each once.
 
     Raises:
         UsageError: two guidances use one name for different branches.
