@@ -121,7 +121,7 @@ def main() -> None:
         sharding = options.sharding
         process = (0, 1)
         if options.shards:
-            process = own_process(sharding.process, sharding.processes)
+            process = own_process(sharding.process_id, sharding.num_processes)
         prepare_process()
         generate(options, process)
 

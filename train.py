@@ -16,7 +16,7 @@ training saves a checkpoint and ends with exit code 0.
 
 Several machines: start the same command on each of them, with an --out folder that they share. The
 processes find each other on TPU slices and under Slurm, Open MPI and Kubernetes. On other clusters
-add the options --coordinator HOST:PORT --processes N --process I.
+add the options --coordinator HOST:PORT --num-processes N --process-id I.
 """
 
 import sys

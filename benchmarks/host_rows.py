@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0
-from glide_jax.diffusion.sampling import make_plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 
@@ -35,7 +35,7 @@ def milliseconds(arrays: int) -> float:
     times = []
     for _ in range(6):
         begun = time.perf_counter()
-        *_, (_, last) = stream(networks, {"caption": {}, "null": {}}, run, x, keys)
+        *_, (_, last) = stream_plan(networks, {"caption": {}, "null": {}}, run, x, keys)
         last.x.block_until_ready()
         times.append(time.perf_counter() - begun)
     return min(times[1:]) / ROWS * 1e3

@@ -25,7 +25,7 @@ from glide_jax.devices.runtime import enable_compilation_cache
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
 from glide_jax.diffusion.optimised_grids import image_error
-from glide_jax.diffusion.sampling import make_plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, traits_of
 from glide_jax.diffusion.solvers.table import Solver
@@ -141,7 +141,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
 
     def generate(grid: np.ndarray, solver: Solver) -> np.ndarray:
         run = make_plan(pipe.schedule, grid, solver, guidance)
-        for _, state in stream({"main": pipe.network}, conds, run, x, keys):
+        for _, state in stream_plan({"main": pipe.network}, conds, run, x, keys):
             jax.block_until_ready(state.x)
         return np.asarray(jnp.clip(state.x, -1, 1))
 

@@ -42,7 +42,7 @@ def get_config(size: str = "released") -> CLIPTrainConfig:
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(
             learning_rate=4e-4 if paper else 5e-4,
-            decay="cosine",
+            lr_decay="cosine",
             warmup=2000,
             beta_2=0.98,
             epsilon=1e-6,

@@ -55,13 +55,13 @@ def get_config(size: str = "four-styles") -> TrainConfig:
     # Almost no decay: the second training has it.
     optimiser = OptimiserConfig(
         kind="muon", learning_rate=1.5e-3, warmup=100, beta_2=0.99, weight_decay=0.01,
-        decay="linear", decay_share=0.05, ema=0.999,
+        lr_decay="linear", lr_decay_share=0.05, ema=0.999,
     )  # fmt: skip
     config = TrainConfig(
         name="emoji64_eleven_styles",
         model=presets.emoji64(),
         # In so few steps, noise prediction does not learn the large shapes and colours.
-        prediction="v",
+        prediction_type="v",
         data=data,
         optimiser=optimiser,
         steps=200_000,
@@ -86,5 +86,5 @@ def get_config(size: str = "four-styles") -> TrainConfig:
         init_from="runs/emoji64_eleven_styles",
         data=replace(data, styles=STYLES),
         minutes=4.6,
-        optimiser=replace(optimiser, decay_share=0.9, ema=0.998),
+        optimiser=replace(optimiser, lr_decay_share=0.9, ema=0.998),
     )

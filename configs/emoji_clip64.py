@@ -61,7 +61,7 @@ def get_config(size: str = "guide") -> CLIPTrainConfig:
         ),
         optimiser=OptimiserConfig(
             learning_rate=1e-3,
-            decay="cosine",
+            lr_decay="cosine",
             warmup=200,
             beta_2=0.98,
             epsilon=1e-6,

@@ -27,7 +27,7 @@ export_() { # NAME
         >"$out/logs/export_$1.log" 2>&1 &&
         rm -rf "$out/weights/$1" && mv "$out/weights/$1.new" "$out/weights/$1" && note "exported $1"
 }
-low=(--optimiser.learning-rate 8e-4 --optimiser.decay-share 1)
+low=(--optimiser.learning-rate 8e-4 --optimiser.lr-decay-share 1)
 
 # The student decays by its steps: at 3,600 images/s alone, as many as its minutes hold.
 steps=$(awk "BEGIN { print int($student * 60 * 3600 / $batch / 20 + 1) * 20 }")

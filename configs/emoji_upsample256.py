@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
         name="emoji_upsample256",
         model=presets.emoji_upsample256(),
         train_image_size=128,
-        prediction="x",
+        prediction_type="x_0",
         # Flat art has edges between two colours: the absolute error picks one, the squared error
         # their mean.
         huber_width=0.05,
@@ -36,8 +36,8 @@ def get_config() -> TrainConfig:
             warmup=100,
             beta_2=0.99,
             weight_decay=0.01,
-            decay="linear",
-            decay_share=0.7,
+            lr_decay="linear",
+            lr_decay_share=0.7,
             ema=0.998,
         ),
         steps=200_000,

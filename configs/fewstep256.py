@@ -6,7 +6,7 @@ from the enlarged small image, noised to the middle of the process, so that two 
 remain.
 
 Sizes as upsample256. The teacher has the sizes, the noise schedule and the prediction of the
-recipe; for improved256 set --schedule cosine, --model.low-res-timestep and
+recipe; for improved256 set --noise-schedule cosine, --model.low-res-timestep and
 --low-res-timestep-share 0.5. For the rest see fewstep64.
 
 Result:   not trained here at these sizes.
@@ -31,11 +31,11 @@ def get_config(size: str = "released") -> TrainConfig:
     return TrainConfig(
         name="fewstep256-paper" if paper else "fewstep256",
         model=presets.upsample256_paper() if paper else presets.upsample256(),
-        schedule="linear",
+        noise_schedule="linear",
         objective="consistency",
         distillation=DistillationConfig(timestep_share=0.5),
         data=DataConfig(source="coco_captions", workers=8),
-        optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000, decay="cosine", ema=0.999),
+        optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000, lr_decay="cosine", ema=0.999),
         steps=50_000,
         batch_size=512,
         parallelism="fsdp" if paper else "pmap",

@@ -7,9 +7,9 @@ The network of upsample256, and
 - v-prediction (2202.00512) and min-SNR weighting (2303.09556);
 - post-hoc EMA (EDM2, 2312.02696): see improved64.
 
-To start from weights that were trained without these (openai/upsample), set `--prediction eps`: the
-layers of the noise level are initialised to zero effect. Batch, steps and the rest are as in
-upsample256.
+To start from weights that were trained without these (openai/upsample), set `--prediction-type
+eps`: the layers of the noise level are initialised to zero effect. Batch, steps and the rest are as
+in upsample256.
 
 Result:   not trained here at these sizes.
 Hardware: as upsample256, and two more copies of the weights: docs/guide/training.md.
@@ -33,8 +33,8 @@ def get_config(size: str = "released") -> TrainConfig:
     return TrainConfig(
         name="improved256-paper" if paper else "improved256",
         model=replace(model, low_res_timestep=True),
-        schedule="linear",
-        prediction="v",
+        noise_schedule="linear",
+        prediction_type="v",
         weighting="min-snr",
         low_res_timestep_share=0.5,
         data=DataConfig(source="coco_captions", workers=8),

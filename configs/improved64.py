@@ -8,8 +8,8 @@ The networks of text64 and cfg64, trained once instead of twice, from random wei
 - post-hoc EMA (EDM2, 2312.02696): two power-function EMAs of the weights. After training,
   `glide-jax weights ema` computes an EMA of any width between them; compare samples to choose one.
 
-To start from weights that predict noise (openai/base), set `--prediction eps` and a learning rate
-of 1e-4 or less. Batch, steps and the rest as in text64.
+To start from weights that predict noise (openai/base), set `--prediction-type eps` and a learning
+rate of 1e-4 or less. Batch, steps and the rest as in text64.
 
 Result:   not trained here at these sizes; the embedded model (configs/emoji64.py) needed
           v-prediction to learn large shapes in few steps.
@@ -32,7 +32,7 @@ def get_config(size: str = "released") -> TrainConfig:
     return TrainConfig(
         name="improved64-paper" if paper else "improved64",
         model=presets.base64_paper() if paper else presets.base64(),
-        prediction="v",
+        prediction_type="v",
         weighting="min-snr",
         caption_dropout=0.1,
         data=DataConfig(source="coco_captions", workers=8),

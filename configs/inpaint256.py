@@ -31,7 +31,7 @@ def get_config(size: str = "released") -> TrainConfig:
     return TrainConfig(
         name="inpaint256-paper" if paper else "inpaint256",
         model=replace(model, variant="superres_inpaint"),
-        schedule="linear",
+        noise_schedule="linear",
         init_from="runs/upsample256-paper" if paper else "openai/upsample",
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000),

@@ -37,7 +37,7 @@ def get_config(size: str = "released") -> TrainConfig:
     return TrainConfig(
         name="upsample256-paper" if paper else "upsample256",
         model=presets.upsample256_paper() if paper else presets.upsample256(),
-        schedule="linear",
+        noise_schedule="linear",
         data=DataConfig(source="coco_captions", workers=8),
         optimiser=OptimiserConfig(learning_rate=1e-4, warmup=1000),
         steps=1_600_000 if paper else 400_000,

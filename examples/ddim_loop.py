@@ -22,7 +22,7 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
     for t, now, then in zip(timesteps, alpha_bar[:-1], alpha_bar[1:], strict=True):
         alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
         output = evaluate(network, jnp.concatenate([x, x]), jnp.full(2, t), {"text": text})[..., :3]
-        both = output if network.prediction == "eps" else alpha * output + sigma * x
+        both = output if network.prediction_type == "eps" else alpha * output + sigma * x
         eps = both[1:] + scale * (both[:1] - both[1:])  # eps(null) + s (eps(c) - eps(null))
         x_0 = jnp.clip((x - sigma * eps) / alpha, -1, 1)
         eps = (x - alpha * x_0) / sigma
@@ -31,7 +31,7 @@ def ddim(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scal
 
 
 def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, scale: float):
-    """Return the same image, computed with `glide.make_plan` and `glide.sample`."""
+    """Return the same image, computed with `glide.make_plan` and `glide.run_plan`."""
     plan = glide.make_plan(
         pipe.schedule,
         glide.make_timesteps(pipe.schedule, steps, "uniform"),
@@ -39,7 +39,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
         [glide.classifier_free(scale), glide.clip_x0()],
     )
     conds = {n: {"text": pipe.encode_captions([p])} for n, p in (("caption", prompt), ("null", ""))}
-    return glide.sample({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x
+    return glide.run_plan({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x
 
 
 def main(prompt: str = "a red apple", weights: str = "emoji64", steps: int = 10, scale: float = 3):

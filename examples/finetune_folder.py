@@ -26,7 +26,7 @@ def finetune(
         init_from=weights,
         out=out,
         data=DataConfig(source=images),
-        optimiser=replace(base.optimiser, learning_rate=2e-4, warmup=20, decay="constant"),
+        optimiser=replace(base.optimiser, learning_rate=2e-4, warmup=20, lr_decay="constant"),
         steps=steps,
         minutes=0,  # no time limit
         batch_size=8,

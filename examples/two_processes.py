@@ -26,7 +26,15 @@ def train(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "glide_jax", "train", *arguments]
     peers = [
         subprocess.Popen(
-            [*command, "--coordinator", coordinator, "--processes", "2", "--process", str(index)]
+            [
+                *command,
+                "--coordinator",
+                coordinator,
+                "--num-processes",
+                "2",
+                "--process-id",
+                str(index),
+            ]
         )
         for index in range(2)
     ]

@@ -27,7 +27,7 @@ from glide_jax.diffusion.guidance import (
     known_pixels,
     rescale,
 )
-from glide_jax.diffusion.sampling import make_plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, run_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.errors import GlideError, UsageError
@@ -79,7 +79,7 @@ __all__ = [
     "repaint",
     "rescale",
     "restart",
-    "sample",
-    "stream",
+    "run_plan",
+    "stream_plan",
     "weights",
 ]

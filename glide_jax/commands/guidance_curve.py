@@ -134,7 +134,7 @@ class Curve:
     @cached_property
     def own_process(self) -> tuple[int, int]:
         """The index of this process, and the number of processes; see `own_process`."""
-        return own_process(self.sharding.process, self.sharding.processes)
+        return own_process(self.sharding.process_id, self.sharding.num_processes)
 
     def _prompts(self) -> list[str]:
         prompts = read_prompt_file(self.prompts_file, self.prompts_field)

@@ -27,7 +27,7 @@ NUMBERS = (
 NOTEBOOKS = ("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_TPU_1VM", "KAGGLE_KERNEL_RUN_TYPE")
 
 REMEDY = (
-    "name the peers with --coordinator HOST:PORT --processes N --process I, or say --coordinator "
+    "name the peers with --coordinator HOST:PORT --num-processes N --process-id I, or say --coordinator "
     "none for a process alone"
 )
 
@@ -39,16 +39,16 @@ class Cluster(NamedTuple):
         name: of the launcher or cluster.
         why: the variable that says so, with its value.
         coordinator: `host:port` of process 0; None if jax must ask the cluster.
-        processes: number of processes; None if jax must ask.
-        process: index of this process; None if jax must ask.
+        num_processes: number of processes; None if jax must ask.
+        process_id: index of this process; None if jax must ask.
         local: index of this process among those of its machine, and their number.
     """
 
     name: str
     why: str
     coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     local: tuple[int, int] = (0, 1)
 
 
@@ -84,7 +84,7 @@ def detect(
         cluster = Cluster("Kubernetes", f"JOB_COMPLETION_INDEX={index}")
     if cluster is None:
         _check_complete(environ)
-    return None if cluster is None or cluster.processes == 1 else cluster
+    return None if cluster is None or cluster.num_processes == 1 else cluster
 
 
 def note_if_alone(environ: Environ) -> str:

@@ -38,13 +38,13 @@ class Membership(NamedTuple):
     Attributes:
         coordinator: `host:port` of process 0; "auto" to ask the cluster; "none" for a process
             alone.
-        processes: number of processes; None to ask the cluster.
-        process: index of this process; None to ask the cluster.
+        num_processes: number of processes; None to ask the cluster.
+        process_id: index of this process; None to ask the cluster.
     """
 
     coordinator: str
-    processes: int | None = None
-    process: int | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) -> Links:
@@ -79,9 +79,9 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
     if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         ids = own_gpus(cluster.local, visible_gpus())
     links = _connect(cluster, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
-    if cluster.process == 0:
+    if cluster.process_id == 0:
         print(
-            f"{cluster.processes} processes found each other by {cluster.name} ({cluster.why}), "
+            f"{cluster.num_processes} processes found each other by {cluster.name} ({cluster.why}), "
             f"the first at {cluster.coordinator}"
         )
     return links
@@ -102,21 +102,21 @@ def own_process(process: int | None = None, processes: int | None = None) -> tup
     """
     if processes is not None or process is not None:
         if processes is None or process is None or not 0 <= process < processes:
-            raise UsageError("give --processes N and --process I, with I from 0 to N - 1")
+            raise UsageError("give --num-processes N and --process-id I, with I from 0 to N - 1")
         return process, processes
     cluster = detect(os.environ, metadata=tpu_metadata())
-    if cluster is None or cluster.process is None or cluster.processes is None:
+    if cluster is None or cluster.process_id is None or cluster.num_processes is None:
         return 0, 1
     ids = own_gpus(cluster.local, visible_gpus())
     if ids is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, ",".join(map(str, ids)))
-    return cluster.process, cluster.processes
+    return cluster.process_id, cluster.num_processes
 
 
 def _connect(cluster: Cluster, seconds: float, **options: Any) -> Links:
     """Wait for all processes, and start jax over them."""
-    coordinator, processes, process = cluster.coordinator, cluster.processes, cluster.process
+    coordinator, processes, process = cluster.coordinator, cluster.num_processes, cluster.process_id
     peers = {}
     try:
         if coordinator is not None and processes is not None and process is not None:

@@ -48,7 +48,7 @@ def ask(attribute: str) -> str | None:
             why = getattr(error, "reason", error)
     print(
         f"note: this TPU's metadata do not answer ({why}), so the process trains alone; on a slice "
-        "of several hosts use --coordinator HOST:PORT --processes N --process I",
+        "of several hosts use --coordinator HOST:PORT --num-processes N --process-id I",
         file=sys.stderr,
     )
     return None

@@ -143,7 +143,7 @@ def vlb_term(
 
 
 def loss_weight(
-    weighting: str, prediction: str, alpha: jax.Array, sigma: jax.Array, gamma: float
+    weighting: str, prediction_type: str, alpha: jax.Array, sigma: jax.Array, gamma: float
 ) -> jax.Array:
     """Return the weight of the squared error of a prediction at a noise level.
 
@@ -157,7 +157,7 @@ def loss_weight(
         return jnp.ones_like(alpha)
     snr = (alpha / sigma) ** 2
     of_x_0 = jnp.minimum(snr, gamma) if weighting == "min-snr" else snr + 1
-    return of_x_0 / {"eps": snr, "v": snr + 1, "x": 1.0}[prediction]
+    return of_x_0 / {"eps": snr, "v": snr + 1, "x_0": 1.0}[prediction_type]
 
 
 def pseudo_huber(error: jax.Array, width: float) -> jax.Array:
@@ -176,7 +176,7 @@ def hybrid_loss(
     eps: jax.Array,
     output: jax.Array,
     *,
-    prediction: str = "eps",
+    prediction_type: str = "eps",
     weighting: str = "none",
     gamma: float = MIN_SNR_GAMMA,
     huber_width: float = 0.0,
@@ -191,8 +191,8 @@ def hybrid_loss(
         t: `(B,)` integers.
         output: the network's output: `(B, H, W, 2C)`, prediction and variance output, or
             `(B, H, W, C)`, the prediction alone; L_vlb is zero then.
-        prediction: meaning of the prediction: "eps", "v" = `alpha eps - sigma x_0` (2202.00512),
-            or "x" = `x_0`.
+        prediction_type: meaning of the prediction: "eps", "v" = `alpha eps - sigma x_0`
+            (2202.00512), or "x_0".
         weighting: weighting of L_simple over noise levels: see `loss_weight`.
         gamma: the gamma of "min-snr".
         huber_width: width of the pseudo-Huber loss instead of the squared error; 0: none.
@@ -205,15 +205,15 @@ def hybrid_loss(
     channels = x_0.shape[-1]
     predicted, variance_output = output[..., :channels], output[..., channels:]
     alpha, sigma = at_timesteps(tables.alpha, t), at_timesteps(tables.sigma, t)
-    error = predicted - target_of(prediction, x_0, eps, alpha, sigma)
+    error = predicted - target_of(prediction_type, x_0, eps, alpha, sigma)
     mse = mean_flat(error**2)
     simple = mean_flat(pseudo_huber(error, huber_width)) if huber_width else mse
     if weighting != "none":
-        weight = loss_weight(weighting, prediction, alpha, sigma, gamma)
+        weight = loss_weight(weighting, prediction_type, alpha, sigma, gamma)
         simple = simple * weight[:, 0, 0, 0]
     if not variance_output.shape[-1]:
         return LossTerms(simple, mse, jnp.zeros_like(mse))
-    predicted_eps = to_eps(prediction, predicted, x_t, alpha, sigma)
+    predicted_eps = to_eps(prediction_type, predicted, x_t, alpha, sigma)
     if vlb_weight is None:
         vlb_weight = len(tables.alpha) / 1000
     vlb = vlb_weight * vlb_term(

@@ -1,7 +1,7 @@
 """The sampling loop: one step, one `lax.scan`, and two drivers over it.
 
-`make_plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `sample`
-runs it in one compiled call, `stream` a few rows at a time.
+`make_plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `run_plan`
+runs it in one compiled call, `stream_plan` a few rows at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -341,7 +341,7 @@ def _evaluate(network: Network, x: jax.Array, t: jax.Array, cond: Any) -> jax.Ar
     return network(x, t, cond)
 
 
-def sample(
+def run_plan(
     networks: Mapping[str, Network],
     conds: Mapping[str, Any],
     plan: Plan,
@@ -364,7 +364,7 @@ def sample(
     return run_rows(Flattened.of(networks), conds, plan, start_state(plan, x), noise)
 
 
-def stream(
+def stream_plan(
     networks: Mapping[str, Network],
     conds: Mapping[str, Any],
     plan: Plan,

@@ -87,28 +87,28 @@ class Schedule:
 
 
 # What a network may predict: the noise, v = alpha eps - sigma x_0, or the clean image x_0.
-PREDICTIONS = ("eps", "v", "x")
+PREDICTIONS = ("eps", "v", "x_0")
 
 
-def to_eps(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
+def to_eps(prediction_type: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     """Return eps from the prediction.
 
     `eps` itself, `alpha v + sigma x_t` (2202.00512), or `(x_t - alpha x_0) / sigma`.
     """
-    if prediction == "x":
+    if prediction_type == "x_0":
         return (x - alpha * output) / sigma
-    return output if prediction == "eps" else alpha * output + sigma * x
+    return output if prediction_type == "eps" else alpha * output + sigma * x
 
 
-def to_x_0(prediction: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
+def to_x_0(prediction_type: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:
     """Return x_0 from the prediction.
 
     `(x_t - sigma eps) / alpha`, `alpha x_t - sigma v` (2202.00512), or `x_0` itself. Through eps,
     the rounding errors of a prediction of v or x_0 would grow with sigma / alpha.
     """
-    if prediction == "x":
+    if prediction_type == "x_0":
         return output
-    return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
+    return (x - sigma * output) / alpha if prediction_type == "eps" else alpha * x - sigma * output
 
 
 def x_0_per_gradient(alpha: Any, sigma: Any) -> Any:
@@ -119,11 +119,11 @@ def x_0_per_gradient(alpha: Any, sigma: Any) -> Any:
     return sigma**2 / alpha
 
 
-def target_of(prediction: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
+def target_of(prediction_type: str, x_0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
     """Return what a network is to predict: `eps`, `alpha eps - sigma x_0` for v, or `x_0`."""
-    if prediction == "x":
+    if prediction_type == "x_0":
         return x_0
-    return eps if prediction == "eps" else alpha * eps - sigma * x_0
+    return eps if prediction_type == "eps" else alpha * eps - sigma * x_0
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ class EpsNetwork:
 
     model: GLIDE
     tables: LossTables
-    prediction: str
+    prediction_type: str
 
     def apply(self, variables: Any, *inputs: Any, method: Any = None, **options: Any) -> Any:
         """Do what `GLIDE.apply` does."""
@@ -47,7 +47,7 @@ class EpsNetwork:
         output = self.model.apply(variables, *inputs, **options)
         assert isinstance(output, jax.Array)
         alpha, sigma = at_timesteps(self.tables.alpha, t), at_timesteps(self.tables.sigma, t)
-        return to_eps(self.prediction, output[..., : x_t.shape[-1]], x_t, alpha, sigma)
+        return to_eps(self.prediction_type, output[..., : x_t.shape[-1]], x_t, alpha, sigma)
 
 
 def noise_loss(
@@ -76,7 +76,7 @@ def noise_loss(
     Raises:
         UsageError, GlideError: the split does not exist or cannot be read.
     """
-    schedule = make_schedule(model.schedule, model.diffusion_steps)
+    schedule = make_schedule(model.noise_schedule, model.diffusion_steps)
     tables = make_tables(schedule)
     module = GLIDE(model.config, trunk_dtype(dtype))
     size = min(batch_size, images)
@@ -84,7 +84,7 @@ def noise_loss(
     recipe = replace(
         config,
         model=model.config,
-        prediction="eps",
+        prediction_type="eps",
         weighting="none",
         low_res_timestep_share=share,
         caption_dropout=0.0,
@@ -94,7 +94,7 @@ def noise_loss(
         validation_split=split,
     )
     # `denoising_loss` names GLIDE as its model, and calls only `apply`.
-    predictor: Any = EpsNetwork(module, tables, model.prediction)
+    predictor: Any = EpsNetwork(module, tables, model.prediction_type)
     loss = partial(denoising_loss, model=predictor, tables=tables, config=recipe)
     measure = Validation(recipe, Objective(predictor, partial(init_params, module), loss))
     params = jax.tree.map(jnp.asarray, model.params)

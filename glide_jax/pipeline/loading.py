@@ -133,7 +133,12 @@ def _weighted(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, 
 
 def _kind(model: Model) -> tuple[Any, ...]:
     """Return what must be equal in two models for one to guide the other."""
-    return model.config.variant, model.config.image_size, model.schedule, model.diffusion_steps
+    return (
+        model.config.variant,
+        model.config.image_size,
+        model.noise_schedule,
+        model.diffusion_steps,
+    )
 
 
 def sample_grid(

@@ -171,14 +171,14 @@ class ShardOptions:
 
     Attributes:
         shard_size: Images per shard. An interruption loses at most one unfinished shard.
-        processes: Number of processes that share the shards. Not needed on TPU slices, under Slurm
-            or under Open MPI.
-        process: Index of this process, from 0.
+        num_processes: Number of processes that share the shards. Not needed on TPU slices, under
+            Slurm or under Open MPI.
+        process_id: Index of this process, from 0.
     """
 
     shard_size: int = 1000
-    processes: Annotated[int | None, NO_DEFAULT_SHOWN] = None
-    process: Annotated[int | None, NO_DEFAULT_SHOWN] = None
+    num_processes: Annotated[int | None, NO_DEFAULT_SHOWN] = None
+    process_id: Annotated[int | None, NO_DEFAULT_SHOWN] = None
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def check_options(options: Options) -> None:
         ),
         (
             not writes_shards and (sharding.processes is not None or sharding.process is not None),
-            "--processes and --process are for --shards",
+            "--num-processes and --process-id are for --shards",
         ),
         (
             not writes_shards and sharding.shard_size != ShardOptions.shard_size,

@@ -58,7 +58,7 @@ def check_plan(model: Model, settings: Settings, guidances: Sequence[Guidance] =
     Raises:
         UsageError: they do not.
     """
-    plan = settings.plan(make_schedule(model.schedule, model.diffusion_steps), guidances)
+    plan = settings.plan(make_schedule(model.noise_schedule, model.diffusion_steps), guidances)
     if plan.needs_learned_variance and model.config.out_channels == 3:
         raise UsageError(NO_VARIANCE)
 

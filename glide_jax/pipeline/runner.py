@@ -21,7 +21,7 @@ from glide_jax.diffusion.guidance import (
     branches_of,
     is_network,
 )
-from glide_jax.diffusion.sampling import Plan, State, stream
+from glide_jax.diffusion.sampling import Plan, State, stream_plan
 from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, chosen_batch_size, select_images
@@ -154,7 +154,7 @@ def run(
             # host queues the next row before it waits for the previous one, so that the device
             # never idles.
             pending: list[jax.Array] = []
-            for rows_done, state in stream(*arguments):
+            for rows_done, state in stream_plan(*arguments):
                 if pending:
                     jax.block_until_ready(pending.pop())
                     bar.update()

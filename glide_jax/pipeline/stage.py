@@ -80,7 +80,7 @@ class Stage:
     @cached_property
     def schedule(self) -> Schedule:
         """The noise schedule that the model was trained with."""
-        return make_schedule(self.model.schedule, self.model.diffusion_steps)
+        return make_schedule(self.model.noise_schedule, self.model.diffusion_steps)
 
     @cached_property
     def network(self) -> Network:
@@ -101,7 +101,7 @@ class Stage:
         params = placement.put_weights(params)
         params = params if is_sharded else placement.lay_out_kernels(params)
         denoiser = GLIDEFunction(module, placement.mesh.abstract_mesh, is_sharded)
-        return Network(denoiser, params, self.model.prediction)
+        return Network(denoiser, params, self.model.prediction_type)
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:

@@ -26,8 +26,8 @@ class Clock:
         """
         if config.minutes and jax.process_count() > 1:
             raise UsageError("a time limit is for one process: set --minutes 0 and --steps")
-        self._limit, self._share = 60 * config.minutes, config.optimiser.decay_share
-        self._decays = config.optimiser.decay == "linear"
+        self._limit, self._share = 60 * config.minutes, config.optimiser.lr_decay_share
+        self._decays = config.optimiser.lr_decay == "linear"
         self._before = float((loop_state or {}).get("seconds", 0.0))
         self._start: float | None = None
         self._running: Any = None

@@ -30,18 +30,19 @@ class StartOptions:
         dry_run: Train nothing. Print an estimate of the memory and the time of a training step on
             this hardware: a TPU slice such as v5e:4x4, or cpu for this machine.
         coordinator: How several processes find each other. HOST:PORT is the address of process 0,
-            and needs --processes and --process. auto: jax finds the other processes by itself.
+            and needs --num-processes and --process-id. auto: jax finds the other processes by
+            itself.
             none: this process trains alone. Default: as the cluster says (TPU slices, Slurm, Open
             MPI, Kubernetes), otherwise alone.
-        processes: Number of processes, at least 1, with --coordinator HOST:PORT.
-        process: Index of this process, from 0, with --coordinator HOST:PORT.
+        num_processes: Number of processes, at least 1, with --coordinator HOST:PORT.
+        process_id: Index of this process, from 0, with --coordinator HOST:PORT.
     """
 
     config: Annotated[str, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")] = ""
     dry_run: Annotated[str, tyro.conf.arg(metavar="HARDWARE", help_behavior_hint="")] = ""
     coordinator: Annotated[str, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = ""
-    processes: Annotated[str, tyro.conf.arg(metavar="N", help_behavior_hint="")] = ""
-    process: Annotated[str, tyro.conf.arg(metavar="I", help_behavior_hint="")] = ""
+    num_processes: Annotated[str, tyro.conf.arg(metavar="N", help_behavior_hint="")] = ""
+    process_id: Annotated[str, tyro.conf.arg(metavar="I", help_behavior_hint="")] = ""
 
 
 def parse_recipe(arguments: Sequence[str], description: str) -> tuple[RunConfig, str | None]:
@@ -165,7 +166,7 @@ def take_process_options(arguments: Sequence[str]) -> tuple[list[str], Membershi
     """
     arguments = list(arguments)
     coordinator = _take(arguments, "--coordinator")
-    numbers = [_take(arguments, option) for option in ("--processes", "--process")]
+    numbers = [_take(arguments, option) for option in ("--num-processes", "--process-id")]
     if coordinator is None and numbers == [None, None]:
         return arguments, None
     if coordinator in ("auto", "none") and numbers == [None, None]:
@@ -178,7 +179,7 @@ def take_process_options(arguments: Sequence[str]) -> tuple[list[str], Membershi
         count, index = 0, 0
     if not (host and port.isdigit() and 0 <= index < count):
         raise UsageError(
-            "processes find each other by --coordinator HOST:PORT --processes N --process I with "
+            "processes find each other by --coordinator HOST:PORT --num-processes N --process-id I with "
             "I from 0 to N - 1, or by --coordinator auto; --coordinator none is a process alone"
         )
     return arguments, Membership(coordinator, count, index)

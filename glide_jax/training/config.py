@@ -31,7 +31,7 @@ class RunConfig:
     Attributes:
         name: Name of the run; its folder is `runs/<name>` unless `out` is set.
         model: Architecture of the network.
-        schedule: Noise schedule: "cosine" or "linear".
+        noise_schedule: Noise schedule: "cosine" or "linear".
         diffusion_steps: Number of timesteps of the diffusion process; 1000 in the paper.
         data: Source of the images and captions.
         optimiser: The optimiser, its learning rate, and the EMA of the weights.
@@ -79,7 +79,7 @@ class RunConfig:
 
     name: str
     model: ModelConfig | CLIPConfig
-    schedule: str = "cosine"
+    noise_schedule: str = "cosine"
     diffusion_steps: int = 1000
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -150,9 +150,10 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: Architecture of the network.
-        prediction: What the network predicts: "eps", the noise (the released models); "v", a mix of
-            noise and clean image, which also trains the noisiest levels (2202.00512); or "x", the
-            clean image, for networks with large patches (2511.13720) and `model.residual`.
+        prediction_type: What the network predicts: "eps", the noise (the released models); "v", a
+            mix of noise and clean image, which also trains the noisiest levels (2202.00512); or
+            "x_0", the clean image, for networks with large patches (2511.13720) and
+            `model.residual`.
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
@@ -204,7 +205,7 @@ class TrainConfig(RunConfig):
     """
 
     model: ModelConfig
-    prediction: str = "eps"
+    prediction_type: str = "eps"
     weighting: str = "none"
     snr_gamma: float = 5.0
     huber_width: float = 0.0
@@ -235,7 +236,7 @@ class TrainConfig(RunConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
-            ("prediction", PREDICTIONS),
+            ("prediction_type", PREDICTIONS),
             ("weighting", WEIGHTINGS),
             ("timestep_distribution", TIMESTEP_DISTRIBUTIONS),
             ("objective", OBJECTIVES),
@@ -250,8 +251,10 @@ class TrainConfig(RunConfig):
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.huber_width < 0:
             raise UsageError("huber_width cannot be negative")
-        if self.model.residual and self.prediction != "x":
-            raise UsageError('model.residual predicts the clean image: prediction must be "x"')
+        if self.model.residual and self.prediction_type != "x_0":
+            raise UsageError(
+                'model.residual predicts the clean image: prediction_type must be "x_0"'
+            )
         check_objective(self)
         if self.lora.rank:
             self._check_lora()

@@ -113,7 +113,7 @@ def point_at(tables: LossTables, t: jax.Array, r: jax.Array) -> Point:
 
 def teacher_predictor(
     network: Callable[..., Any],
-    prediction: str,
+    prediction_type: str,
     tokens: jax.Array | np.ndarray,
     caption_mask: jax.Array | np.ndarray,
     conditioning: dict[str, jax.Array],
@@ -136,19 +136,22 @@ def teacher_predictor(
     guidances = [] if scale is None else [classifier_free(scale)]
     if clips_x0:
         guidances.append(clip_x0())
-    main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction)
+    main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction_type)
     predict = noise_predictor({CONDITIONAL.network: main}, conds, branches_of(guidances))
     return apply_guidances(predict, guidances)
 
 
 def student_denoiser(
-    network: Callable[..., Any], prediction: str, inputs: dict[str, Any], clips_x0: bool = False
+    network: Callable[..., Any],
+    prediction_type: str,
+    inputs: dict[str, Any],
+    clips_x0: bool = False,
 ) -> Denoise:
     """Return the student's clean image as a function of a noised image and its noise level."""
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
-        x_0 = to_x_0(prediction, output, x, point.alpha, point.sigma)
+        x_0 = to_x_0(prediction_type, output, x, point.alpha, point.sigma)
         return jnp.clip(x_0, -1, 1) if clips_x0 else x_0
 
     return denoise
@@ -251,7 +254,7 @@ def consistency_loss(
     else:
         predict = teacher_predictor(
             teacher,
-            config.prediction,
+            config.prediction_type,
             inputs.tokens,
             inputs.caption_mask,
             inputs.conditioning,
@@ -266,10 +269,10 @@ def consistency_loss(
         arguments = arguments | {"guidance_scale": scale}
     frozen_arguments = arguments | {"text": jax.lax.stop_gradient(text)}
     frozen_denoise = student_denoiser(
-        frozen_student, config.prediction, frozen_arguments, c.clip_x0
+        frozen_student, config.prediction_type, frozen_arguments, c.clip_x0
     )
     target = consistency_target(tables, frozen_denoise, x_t, x_r, t, r, end)
-    x_0 = student_denoiser(student, config.prediction, arguments | {"text": text})(x_t, point)
+    x_0 = student_denoiser(student, config.prediction_type, arguments | {"text": text})(x_t, point)
     return consistency_error(x_0, jax.lax.stop_gradient(target), point.sigma, c.huber_width)
 
 

@@ -96,9 +96,9 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     assert isinstance(config, TrainConfig)
     return {
         "model": asdict(config.model),
-        "schedule": config.schedule,
+        "noise_schedule": config.noise_schedule,
         "diffusion_steps": config.diffusion_steps,
-        "prediction": config.prediction,
+        "prediction_type": config.prediction_type,
         "defaults": run_defaults(config),
         "prompts": config.sample_prompts,
     }

@@ -86,7 +86,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
             raise UsageError("guidance is distilled from a teacher: set distillation.teacher")
         return {}
     model = open_model(name)
-    for what in ("schedule", "diffusion_steps", "prediction"):
+    for what in ("noise_schedule", "diffusion_steps", "prediction_type"):
         if (own := getattr(model, what)) != (wanted := getattr(config, what)):
             raise GlideError(f"{name} cannot be the teacher: its {what} is {own}, not {wanted}")
     flat = flatten(model.params)

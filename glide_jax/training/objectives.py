@@ -117,7 +117,7 @@ class Objective:
 def make_objective(config: RunConfig) -> Objective:
     """Return the objective that a recipe trains."""
     dtype = trunk_dtype(config.dtype)
-    tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
+    tables = make_tables(make_schedule(config.noise_schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
     distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
     if isinstance(config, CLIPTrainConfig):
@@ -247,7 +247,7 @@ def denoising_loss(
         inputs.t,
         inputs.eps,
         output,
-        prediction=config.prediction,
+        prediction_type=config.prediction_type,
         weighting=config.weighting,
         gamma=config.snr_gamma,
         huber_width=config.huber_width,

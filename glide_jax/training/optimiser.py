@@ -31,17 +31,17 @@ def learning_rate(
             the warm-up, and `Clock.factor` multiplies the updates.
     """
     # A cosine's warm-up ends before the run does.
-    warmup = config.warmup if config.decay != "cosine" else min(config.warmup, steps - 1)
+    warmup = config.warmup if config.lr_decay != "cosine" else min(config.warmup, steps - 1)
 
     def rise(step: Any) -> Any:
         return config.learning_rate * jnp.clip((step + 1) / max(warmup, 1), 0, 1)
 
-    if config.decay == "cosine":
+    if config.lr_decay == "cosine":
         fall = optax.cosine_decay_schedule(1.0, steps - warmup)
         return lambda step: rise(step) * fall(jnp.maximum(step - warmup, 0))
-    if config.decay == "constant" or follows_clock:
+    if config.lr_decay == "constant" or follows_clock:
         return rise
-    return lambda step: rise(step) * decay_factor(step / steps, config.decay_share)
+    return lambda step: rise(step) * decay_factor(step / steps, config.lr_decay_share)
 
 
 def updates_made(opt_state: optax.OptState) -> Any:

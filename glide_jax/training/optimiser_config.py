@@ -29,10 +29,10 @@ class OptimiserConfig:
             layers orthogonal and leaves the rest to AdamW.
         learning_rate: Peak learning rate, 0 or more; larger learns faster and less stably.
         muon_lr_ratio: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
-        decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the last
-            step; or "linear", constant and then falling to 0 over the last `decay_share` of the
-            run (warm-up-stable-decay, 2405.18392).
-        decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
+        lr_decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the
+            last step; or "linear", constant and then falling to 0 over the last `lr_decay_share` of
+            the run (warm-up-stable-decay, 2405.18392).
+        lr_decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
         warmup: Steps of linear warm-up of the learning rate; 0: none. More is more stable at a high
             rate.
         beta_1: Decay rate of Adam's first moment, at least 0 and below 1; larger averages over more
@@ -63,8 +63,8 @@ class OptimiserConfig:
     kind: str = "adamw"
     learning_rate: float = 1e-4
     muon_lr_ratio: float = 1.0
-    decay: str = "constant"
-    decay_share: float = 0.4
+    lr_decay: str = "constant"
+    lr_decay_share: float = 0.4
     warmup: int = 0
     beta_1: float = 0.9
     beta_2: float = 0.999
@@ -81,7 +81,7 @@ class OptimiserConfig:
         check_finite(vars(self))
         if self.learning_rate < 0:
             raise UsageError("learning_rate cannot be negative")
-        for name, known in (("kind", OPTIMISERS), ("decay", DECAYS)):
+        for name, known in (("kind", OPTIMISERS), ("lr_decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         for name in ("beta_1", "beta_2", "ema"):
@@ -94,8 +94,10 @@ class OptimiserConfig:
                 raise UsageError(f"{name} cannot be negative: {getattr(self, name)}")
         if not self.epsilon > 0:
             raise UsageError(f"epsilon must be above 0, not {self.epsilon}")
-        if not 0 < self.decay_share <= 1:
-            raise UsageError(f"decay_share is a share, 0 < share <= 1, not {self.decay_share}")
+        if not 0 < self.lr_decay_share <= 1:
+            raise UsageError(
+                f"lr_decay_share is a share, 0 < share <= 1, not {self.lr_decay_share}"
+            )
         if not self.muon_lr_ratio > 0:
             raise UsageError(f"muon_lr_ratio must be above 0, not {self.muon_lr_ratio}")
         if self.first_moment_dtype not in ("float32", "bfloat16"):

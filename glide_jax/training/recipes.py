@@ -110,8 +110,8 @@ def toy(config: RunConfig) -> RunConfig:
         optimiser=replace(
             config.optimiser,
             learning_rate=rate,
-            decay="constant",
-            decay_share=OptimiserConfig.decay_share,
+            lr_decay="constant",
+            lr_decay_share=OptimiserConfig.lr_decay_share,
             warmup=10,
             ema=0.95,
             ema_snapshot_every=15

@@ -68,9 +68,9 @@ def _rate_note(before: RunConfig, config: RunConfig, step: int, seconds: float) 
 def _rates(config: RunConfig, steps: np.ndarray, seconds: float) -> np.ndarray:
     schedule = learning_rate(config.optimiser, config.steps, bool(config.minutes))
     rates = np.broadcast_to(np.asarray(schedule(steps)), steps.shape)
-    if config.minutes and config.optimiser.decay == "linear":
+    if config.minutes and config.optimiser.lr_decay == "linear":
         done = seconds / (60 * config.minutes)
-        rates = rates * float(decay_factor(done, config.optimiser.decay_share))
+        rates = rates * float(decay_factor(done, config.optimiser.lr_decay_share))
     return rates
 
 
@@ -78,4 +78,4 @@ def _plan(config: RunConfig) -> str:
     o = config.optimiser
     over = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
     warmup = f", warm-up {o.warmup:,}" if o.warmup else ""
-    return f"{o.decay} {o.learning_rate:g} over {over}{warmup}"
+    return f"{o.lr_decay} {o.learning_rate:g} over {over}{warmup}"

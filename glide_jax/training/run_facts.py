@@ -34,7 +34,7 @@ def run_facts(run: Path, step: int) -> dict[str, str]:
         "began with": f"`{shown(config.starts_from)}`" if config.starts_from else "random weights",
         "objective": config.objective if isinstance(config, TrainConfig) else "contrastive",
         "optimiser": f"{optimiser.kind}, learning rate {optimiser.learning_rate:g}, "
-        f"{optimiser.decay}",
+        f"{optimiser.lr_decay}",
         "EMA": f"{optimiser.ema:g}",
         "dtype of the trunk": config.dtype,
         "seed": str(config.seed),

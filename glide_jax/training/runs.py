@@ -233,9 +233,9 @@ def model_of(config: TrainConfig, params: Any, name: str = "") -> Model:
         name=name or config.name,
         config=config.model,
         params=params,
-        schedule=config.schedule,
+        noise_schedule=config.noise_schedule,
         diffusion_steps=config.diffusion_steps,
-        prediction=config.prediction,
+        prediction_type=config.prediction_type,
         defaults=run_defaults(config),
         prompts=config.sample_prompts,
     )

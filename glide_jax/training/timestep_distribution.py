@@ -54,7 +54,7 @@ def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
     length = config.diffusion_steps
     if config.timestep_distribution != "log-normal":
         return TimestepDistribution(length)
-    half_log_snr = make_schedule(config.schedule, length).half_log_snr(np.arange(length))
+    half_log_snr = make_schedule(config.noise_schedule, length).half_log_snr(np.arange(length))
     return TimestepDistribution(
         length,
         half_log_snr.astype(np.float32),

@@ -29,9 +29,9 @@ class Rule(NamedTuple):
 RUN_RULES = (
     Rule(("optimiser.muon_lr_ratio",), "optimiser.kind muon", lambda c: c.optimiser.kind == "muon"),
     Rule(
-        ("optimiser.decay_share",),
-        "optimiser.decay linear",
-        lambda c: c.optimiser.decay == "linear",
+        ("optimiser.lr_decay_share",),
+        "optimiser.lr_decay linear",
+        lambda c: c.optimiser.lr_decay == "linear",
     ),
     Rule(
         ("optimiser.ema_snapshot_every",),
@@ -110,7 +110,8 @@ def check_no_unused_fields(config: RunConfig) -> None:
 def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:
     """Return a changed recipe, where fields that the change made useless have their defaults.
 
-    So `--optimiser.decay constant` is enough, whatever `decay_share` the recipe had for "linear".
+    So `--optimiser.lr-decay constant` is enough, whatever `lr_decay_share` the recipe had for
+    "linear".
 
     Args:
         config: the recipe with the options of the command line.

@@ -120,9 +120,9 @@ def _training(config: Mapping[str, Any], facts: Facts) -> dict[str, str]:
     entries = {"recipe": f"`{config['recipe']}`"} if config.get("recipe") else {}
     if "steps" in config:
         entries["steps"] = f"{config['steps']:,}"
-    if "prediction" in config:
-        entries["prediction"] = config["prediction"]
-        entries["noise schedule"] = f"{config['schedule']}, {config['diffusion_steps']} steps"
+    if "prediction_type" in config:
+        entries["prediction"] = config["prediction_type"]
+        entries["noise schedule"] = f"{config['noise_schedule']}, {config['diffusion_steps']} steps"
     return entries | dict(facts.training)
 
 

@@ -58,8 +58,8 @@ class Model:
             commit.
         config: its sizes.
         params: nested dictionaries of float32 arrays.
-        schedule, diffusion_steps: the noise schedule that it was trained with.
-        prediction: the meaning of its output, "eps", "v" or "x".
+        noise_schedule, diffusion_steps: the noise schedule that it was trained with.
+        prediction_type: the meaning of its output, "eps", "v" or "x_0".
         defaults: default sampling settings, by name.
         prompts: example captions.
     """
@@ -67,9 +67,9 @@ class Model:
     name: str
     config: ModelConfig
     params: dict[str, Any]
-    schedule: str = "cosine"
+    noise_schedule: str = "cosine"
     diffusion_steps: int = 1000
-    prediction: str = "eps"
+    prediction_type: str = "eps"
     defaults: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
 
@@ -159,7 +159,7 @@ def save_torch(model: Model, path: Path) -> None:
         GlideError: the original code has no such model, or the file cannot be written.
     """
     for wrong, what in (
-        (model.prediction != "eps", f"predicts {model.prediction}, not the noise"),
+        (model.prediction_type != "eps", f"predicts {model.prediction_type}, not the noise"),
         (model.config.low_res_timestep, "takes the noise level of the low-resolution image"),
         (model.config.patch > 1, "works on blocks of pixels"),
         (model.config.residual, "predicts a residual"),
@@ -179,9 +179,9 @@ def save_model(model: Model, folder: Path) -> None:
     description = {
         "format": FORMAT,
         "model": asdict(model.config),
-        "schedule": model.schedule,
+        "noise_schedule": model.noise_schedule,
         "diffusion_steps": model.diffusion_steps,
-        "prediction": model.prediction,
+        "prediction_type": model.prediction_type,
         "defaults": model.defaults,
         "prompts": model.prompts,
     }
@@ -196,8 +196,8 @@ def _load_exported(name: str, folder: Path) -> Model:
         )
     try:
         sizes = model_config(config["model"])
-        schedule, steps = config["schedule"], int(config["diffusion_steps"])
-        prediction = config["prediction"]
+        schedule, steps = config["noise_schedule"], int(config["diffusion_steps"])
+        prediction_type = config["prediction_type"]
         defaults, prompts = dict(config["defaults"]), tuple(config["prompts"])
     except (KeyError, TypeError, ValueError) as error:
         raise GlideError(f"{folder / 'config.json'} does not describe a model: {error}") from None
@@ -209,4 +209,4 @@ def _load_exported(name: str, folder: Path) -> Model:
             f"missing, unexpected or of the wrong shape ({', '.join(wrong[:3])})"
         )
     params = unflatten({k: np.asarray(v, np.float32) for k, v in flat.items()})
-    return Model(name, sizes, params, schedule, steps, prediction, defaults, prompts)
+    return Model(name, sizes, params, schedule, steps, prediction_type, defaults, prompts)

@@ -34,7 +34,7 @@ MODEL = "model.safetensors"
 _CRC = "glide_jax.crc32"
 _NO_CRC = "0" * 8 + " " + "0" * 8
 # Entries of `config.json` that have a checksum. The others, such as `defaults`, may be edited.
-_NETWORK = ("format", "model", "clip", "schedule", "diffusion_steps", "prediction")
+_NETWORK = ("format", "model", "clip", "noise_schedule", "diffusion_steps", "prediction_type")
 _HEADER_METADATA = "__metadata__"  # The format reserves this name.
 _MAX_HEADER = 100_000_000  # In bytes; the limit of the format.
 _DTYPES = {

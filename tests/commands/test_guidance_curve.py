@@ -105,7 +105,16 @@ def test_every_measure_is_that_of_the_images_of_its_scale(place, capsys, monkeyp
 
 def test_processes_share_the_images_and_the_last_one_scores(place, capsys):
     for process in ("0", "1"):
-        words = ("--out", "shared", "--scales", "3", "--processes", "2", "--process", process)
+        words = (
+            "--out",
+            "shared",
+            "--scales",
+            "3",
+            "--num-processes",
+            "2",
+            "--process-id",
+            process,
+        )
         read(["curve", *WORDS, *words]).run()
         last = capsys.readouterr().out.splitlines()[-1]
         unfinished = "shared/guidance_scale_3 is unfinished: this command scores when all shards"

@@ -170,7 +170,7 @@ def test_several_processes_are_found(environ, expected):
 def test_processes_of_a_job_agree_on_a_port():
     ranks = [detect(SLURM | {"SLURM_PROCID": str(i)}) for i in range(4)]
     assert len({rank and rank.coordinator for rank in ranks}) == 1
-    assert [rank and rank.process for rank in ranks] == [0, 1, 2, 3]
+    assert [rank and rank.process_id for rank in ranks] == [0, 1, 2, 3]
     ports = set()
     for step in range(20):
         found = detect(SLURM | {"SLURM_STEP_ID": str(step)})

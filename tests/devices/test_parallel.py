@@ -96,7 +96,7 @@ def pair(folder):
         "pair-hybrid:hybrid:10", "pair-stopped:fsdp:1000:stop",
     ]  # fmt: skip
     report, port = folder / "pair.json", free_port()
-    peers = ["--coordinator", f"localhost:{port}", "--processes", 2, "--process"]
+    peers = ["--coordinator", f"localhost:{port}", "--num-processes", 2, "--process-id"]
     processes = [
         start(folder / "images", folder / "runs", report, jobs, devices=2, peers=[*peers, i])
         for i in range(2)
@@ -327,7 +327,7 @@ def test_peers_are_taken_out_of_the_arguments():
         ["--steps", "3"],
         Membership("none"),
     )
-    mixed = ["--process=1", "--steps", "3", "--coordinator", "host:99", "--processes", "4"]
+    mixed = ["--process-id=1", "--steps", "3", "--coordinator", "host:99", "--num-processes", "4"]
     assert take_process_options(mixed) == (["--steps", "3"], Membership("host:99", 4, 1))
 
 
@@ -335,16 +335,18 @@ def test_peers_are_taken_out_of_the_arguments():
     "options",
     [
         "--coordinator host:99",
-        "--coordinator host --processes 2 --process 0",
-        "--coordinator host:99 --processes 2 --process 2",
-        "--coordinator host:99 --processes two --process 0",
-        "--coordinator auto --processes 2",
-        "--coordinator none --processes 2",
-        "--processes 2 --process 0",
+        "--coordinator host --num-processes 2 --process-id 0",
+        "--coordinator host:99 --num-processes 2 --process-id 2",
+        "--coordinator host:99 --num-processes two --process-id 0",
+        "--coordinator auto --num-processes 2",
+        "--coordinator none --num-processes 2",
+        "--num-processes 2 --process-id 0",
     ],
 )
 def test_incomplete_peers_are_refused(options):
-    with pytest.raises(UsageError, match="--coordinator HOST:PORT --processes N --process I"):
+    with pytest.raises(
+        UsageError, match="--coordinator HOST:PORT --num-processes N --process-id I"
+    ):
         take_process_options(options.split())
 
 

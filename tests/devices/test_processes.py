@@ -111,8 +111,8 @@ def test_peers_that_do_not_come_are_one_error(monkeypatch):
         join(seconds=0.2)
     assert str(error.value) == (
         "cannot join the other processes (process 1 of 2 did not come in 0.2 s; Slurm: "
-        "SLURM_STEP_NUM_TASKS=2): name the peers with --coordinator HOST:PORT --processes N "
-        "--process I, or say --coordinator none for a process alone"
+        "SLURM_STEP_NUM_TASKS=2): name the peers with --coordinator HOST:PORT --num-processes N "
+        "--process-id I, or say --coordinator none for a process alone"
     )
     join(Membership("none"))
 
@@ -135,7 +135,7 @@ def test_a_process_whose_peer_is_killed_ends_with_one_line(tmp_path):
     images, out = make_images(tmp_path / "images"), tmp_path / "run"
     command = ["train.py", "--config", RECIPE, "--data.source", images, "--steps", 1_000_000]
     command += ["--save-every", 5, "--sample-every", 0, "--data.workers", 1, "--out", out]
-    command += ["--coordinator", f"localhost:{free_port()}", "--processes", 2, "--process"]
+    command += ["--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id"]
     both = [start(*command, i) for i in range(2)]
     deadline = time.monotonic() + 300
     while not (out / "checkpoints" / "5").exists() and time.monotonic() < deadline:

@@ -18,7 +18,14 @@ from glide_jax.diffusion.guidance import (
     compose,
     guidance,
 )
-from glide_jax.diffusion.sampling import make_plan, noise_at, run_rows, sample, start_state, stream
+from glide_jax.diffusion.sampling import (
+    make_plan,
+    noise_at,
+    run_plan,
+    run_rows,
+    start_state,
+    stream_plan,
+)
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -63,8 +70,8 @@ def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_streaming_and_compiled_driver_agree(solver, at_a_time):
     run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x0()])
-    whole = sample(TOY, CONDS, run, X, keys())
-    done = list(stream(TOY, CONDS, run, X, keys(), rows=at_a_time))
+    whole = run_plan(TOY, CONDS, run, X, keys())
+    done = list(stream_plan(TOY, CONDS, run, X, keys(), rows=at_a_time))
     assert [n for n, _ in done] == ([1, 2, 3, 4, 5, 6] if at_a_time == 1 else [4, 6])
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(done[-1][1]), strict=True):
         assert_close(b, a, 2e-6)
@@ -76,20 +83,20 @@ def test_a_tape_of_noise_equals_the_noise_of_the_keys(solver):
     tape = np.stack([noise_at(keys(), i, SHAPE) for i in range(len(run))])
     assert len(np.unique(tape)) == tape.size == 6 * np.prod(SHAPE)
     assert abs(tape.mean()) < 0.3 and abs(tape.std() - 1) < 0.2
-    from_keys = sample(TOY, CONDS, run, X, keys())
-    assert_close(sample(TOY, CONDS, run, X, tape).x, from_keys.x, 1e-6)
+    from_keys = run_plan(TOY, CONDS, run, X, keys())
+    assert_close(run_plan(TOY, CONDS, run, X, tape).x, from_keys.x, 1e-6)
     stochastic = solver is not dpm_solver_2m
-    assert stochastic == bool((sample(TOY, CONDS, run, X, keys(1)).x != from_keys.x).any())
+    assert stochastic == bool((run_plan(TOY, CONDS, run, X, keys(1)).x != from_keys.x).any())
 
 
 @EACH_SOLVER
 def test_one_image_of_a_batch_can_be_generated_alone(solver):
     run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x0()])
-    batch = sample(TOY, CONDS, run, X, keys()).x
+    batch = run_plan(TOY, CONDS, run, X, keys()).x
     for i in range(4):
         one = slice(i, i + 1)
         conds = {name: cond[one] for name, cond in CONDS.items()}
-        alone = sample(TOY, conds, run, X[one], keys(some=one))
+        alone = run_plan(TOY, conds, run, X[one], keys(some=one))
         np.testing.assert_array_equal(alone.x[0], batch[i])
 
 
@@ -98,25 +105,25 @@ def test_one_image_of_a_batch_can_be_generated_alone(solver):
 
 @EACH_SOLVER
 def test_scale_one_changes_no_bit(solver):
-    plain = sample(TOY, CONDS, run_of(solver), X, keys()).x
-    guided = sample(TOY, CONDS, run_of(solver, [classifier_free(1.0)]), X, keys()).x
+    plain = run_plan(TOY, CONDS, run_of(solver), X, keys()).x
+    guided = run_plan(TOY, CONDS, run_of(solver, [classifier_free(1.0)]), X, keys()).x
     np.testing.assert_array_equal(plain, guided)
 
 
 def test_scale_zero_is_the_empty_caption():
     """A learned variance stays that of the caption, as in OpenAI's code."""
-    empty = sample(TOY, {"caption": CONDS["null"]}, run_of(guidances=[clip_x0()]), X, keys()).x
+    empty = run_plan(TOY, {"caption": CONDS["null"]}, run_of(guidances=[clip_x0()]), X, keys()).x
     run = run_of(guidances=[classifier_free(0.0), clip_x0()])
-    assert_close(sample(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
+    assert_close(run_plan(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
 
 
 def test_a_scale_for_each_image():
     scales = [0.0, 1.0, 2.5, 7.0]
     run = run_of(ddpm, [classifier_free(scales), clip_x0()])
-    together = sample(TOY, CONDS, run, X, keys()).x
+    together = run_plan(TOY, CONDS, run, X, keys()).x
     for i, scale in enumerate(scales):
         run = run_of(ddpm, [classifier_free(scale), clip_x0()])
-        assert_close(together[i], sample(TOY, CONDS, run, X, keys()).x[i], 1e-5)
+        assert_close(together[i], run_plan(TOY, CONDS, run, X, keys()).x[i], 1e-5)
 
 
 def test_a_network_that_predicts_v():
@@ -128,8 +135,8 @@ def test_a_network_that_predicts_v():
     run = rows(run_of(guidances=[classifier_free(3.0)]), slice(2, 3))
     eps = {name: jnp.sin(X + i) for i, name in enumerate(CONDS)}
     v = jax.tree.map(lambda e: (e - run.table.sigma[0] * X) / run.table.alpha[0], eps)
-    wanted = sample({"main": Network(echo, None)}, eps, run, X, keys())
-    found = sample({"main": Network(echo, None, "v")}, v, run, X, keys())
+    wanted = run_plan({"main": Network(echo, None)}, eps, run, X, keys())
+    found = run_plan({"main": Network(echo, None, "v")}, v, run, X, keys())
     assert_close(found.x, wanted.x, 1e-5)
     assert_close(found.x_0, wanted.x_0, 1e-5)
 
@@ -143,16 +150,16 @@ def test_clipping_changes_x_0_and_its_noise():
         return p._replace(x_0=p.eps)
 
     low, high = -0.25, np.float32([0.1, 0.2, 0.3, 0.4])
-    _, plain = next(stream(TOY, CONDS, run_of(), X, keys()))
+    _, plain = next(stream_plan(TOY, CONDS, run_of(), X, keys()))
     clipping = clip_x0(low, high)
     run = run_of(guidances=[clipping])
-    _, clipped = next(stream(TOY, CONDS, run, X, keys()))
+    _, clipped = next(stream_plan(TOY, CONDS, run, X, keys()))
     wanted = np.clip(plain.x_0, low, high[:, None, None, None])
     assert_close(clipped.x_0, wanted, 1e-7)
     row = run.table
     eps = (X - row.alpha[0] * wanted) / row.sigma[0]
     assert_close(clipped.x, row.next_alpha[0] * wanted + row.next_sigma[0] * eps, 1e-6)
-    _, seen = next(stream(TOY, CONDS, run_of(guidances=[clipping, eps_seen()]), X, keys()))
+    _, seen = next(stream_plan(TOY, CONDS, run_of(guidances=[clipping, eps_seen()]), X, keys()))
     assert_close(seen.x_0, eps, 1e-6)
 
 
@@ -169,7 +176,7 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
     networks = {"main": Network(counting, np.float32(0.9))}
     run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL)], steps=8)
     assert run.guidance_sets == ((), (0,))
-    jax.block_until_ready(sample(networks, CONDS, run, X, keys()))
+    jax.block_until_ready(run_plan(networks, CONDS, run, X, keys()))
     jax.effects_barrier()
     noise_level = np.exp(-SCHEDULE.half_log_snr(run.table.t))
     wanted = np.where((noise_level > INTERVAL[0]) & (noise_level <= INTERVAL[1]), 8, 4)
@@ -206,7 +213,9 @@ def counts(predict, x, point):
 
 def test_the_memory_of_guidance():
     run = run_of(guidances=[classifier_free(3.0).within(*INTERVAL), counts()], steps=12)
-    found = [state.memory["rows"].max().item() for _, state in stream(TOY, CONDS, run, X, keys())]
+    found = [
+        state.memory["rows"].max().item() for _, state in stream_plan(TOY, CONDS, run, X, keys())
+    ]
     wanted, since = [], 0
     for i, chosen in enumerate(run.table.guidance_set):
         since = 1 if i and chosen != run.table.guidance_set[i - 1] else since + 1
@@ -229,13 +238,13 @@ def test_guidance_adds_up_in_any_order():
         )
 
     plain = run_of(guidances=[clip_x0()])
-    wanted = sample({"main": Network(both, None)}, CONDS, plain, X, keys()).x
+    wanted = run_plan({"main": Network(both, None)}, CONDS, plain, X, keys()).x
     networks = TOY | {"weak": Network(toy, np.float32(0.5))}
     conds = CONDS | {"weak": CONDS["caption"]}
     guidances = [classifier_free(3.0), away_from_weak(0.5)]
     for order in (guidances, guidances[::-1]):
         run = run_of(guidances=[*order, clip_x0()])
-        assert_close(sample(networks, conds, run, X, keys()).x, wanted, 1e-5)
+        assert_close(run_plan(networks, conds, run, X, keys()).x, wanted, 1e-5)
 
 
 # --- what compiles
@@ -256,7 +265,7 @@ def test_numbers_and_tables_do_not_compile_again():
         guidances = [classifier_free(scale).within(*interval), clip_x0(high=clipped)]
         made = run_of(solver, guidances, steps=12, spacing=spacing)
         assert made.guidance_sets == ((0, 1), (1,))
-        sample(TOY, conds, made, X, keys(seed))
+        run_plan(TOY, conds, made, X, keys(seed))
         return run_rows._cache_size()
 
     first = run()
@@ -279,13 +288,13 @@ def test_numbers_and_tables_do_not_compile_again():
 
 
 def test_streaming_compiles_one_program_for_every_number_of_steps():
-    list(stream(TOY, CONDS, run_of(steps=3), X, keys()))
+    list(stream_plan(TOY, CONDS, run_of(steps=3), X, keys()))
     first = run_rows._cache_size()
     for steps in (1, 5, 9):
-        list(stream(TOY, CONDS, run_of(steps=steps), X, keys()))
+        list(stream_plan(TOY, CONDS, run_of(steps=steps), X, keys()))
     assert run_rows._cache_size() == first
     # Proves that the cache size counts programs.
-    list(stream(TOY, CONDS, run_of(steps=4), X, keys(), rows=2))
+    list(stream_plan(TOY, CONDS, run_of(steps=4), X, keys(), rows=2))
     assert run_rows._cache_size() == first + 1
 
 

@@ -22,7 +22,7 @@ from glide_jax.diffusion.guidance import (
     image_loss,
     rescale,
 )
-from glide_jax.diffusion.sampling import run_rows, sample, start_state, stream
+from glide_jax.diffusion.sampling import run_plan, run_rows, start_state, stream_plan
 from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
@@ -168,7 +168,7 @@ def test_no_number_and_no_prompt_compiles_again():
             image_loss(BOWL, CONDS["caption"], n["slope"]),
         ]
         made = run_of(guidances, solver, steps=8, spacing=spacing)
-        sample(NETWORKS, CONDS, made, X, keys(seed))
+        run_plan(NETWORKS, CONDS, made, X, keys(seed))
         return run_rows._cache_size()
 
     first = run()
@@ -265,15 +265,15 @@ def test_a_learned_variance_needs_a_network_that_predicts_one():
     )
     for solver in (ddpm, restart(ddpm, [(0.5, 1.2, 2)])):
         run = run_of([classifier_free(2.0)], solver)
-        for call in (sample, lambda *inputs: next(stream(*inputs))):
+        for call in (run_plan, lambda *inputs: next(stream_plan(*inputs))):
             with pytest.raises(UsageError, match=message):
                 call(networks, CONDS, run, X, keys())
     # It is seen before anything is compiled, and is traced once.
     assert traced == [X.shape]
-    small = sample(networks, CONDS, run_of([], SOLVERS["ddpm-small"]), X, keys()).x
+    small = run_plan(networks, CONDS, run_of([], SOLVERS["ddpm-small"]), X, keys()).x
     assert len(traced) == 2
     assert np.isfinite(small).all()
-    assert np.isfinite(sample(NETWORKS, CONDS, run_of([], ddpm), X, keys()).x).all()
+    assert np.isfinite(run_plan(NETWORKS, CONDS, run_of([], ddpm), X, keys()).x).all()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_samplers_that_cfg_plus_plus_cannot_use(solver):
 def test_samplers_that_cfg_plus_plus_can_use(solver):
     """A step that is repeated has still one evaluation each time."""
     run = run_of([cfg_plus_plus(0.6), clip_x0()], solver, steps=12)
-    assert np.isfinite(sample(NETWORKS, CONDS, run, X, keys()).x).all()
+    assert np.isfinite(run_plan(NETWORKS, CONDS, run, X, keys()).x).all()
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_samplers_that_cfg_plus_plus_can_use(solver):
 )
 def test_a_branch_that_cannot_be_evaluated(networks, conds, message):
     with pytest.raises(UsageError, match=message):
-        sample(networks, conds, run_of([autoguidance(2.0)]), X, keys())
+        run_plan(networks, conds, run_of([autoguidance(2.0)]), X, keys())
 
 
 def test_a_new_guidance_with_a_range():

@@ -21,7 +21,7 @@ from glide_jax.diffusion.guidance import (
     combine_prompts,
     image_loss,
 )
-from glide_jax.diffusion.sampling import make_plan, sample
+from glide_jax.diffusion.sampling import make_plan, run_plan
 from glide_jax.diffusion.solvers.first_order import ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
@@ -84,7 +84,7 @@ def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=d
     run = rows(make_plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
     tape = jnp.zeros((len(run), *x.shape))
-    return np.asarray(sample(networks, conds, run, x, tape).x).ravel()
+    return np.asarray(run_plan(networks, conds, run, x, tape).x).ravel()
 
 
 def gaussian(half_log_snr, mean, std):

@@ -25,7 +25,7 @@ from glide_jax.diffusion.guidance import (
     rescale,
 )
 from glide_jax.diffusion.guidance.gradients import limit_gradient
-from glide_jax.diffusion.sampling import sample, stream
+from glide_jax.diffusion.sampling import run_plan, stream_plan
 from glide_jax.diffusion.solvers.first_order import ddpm
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close, rows
@@ -175,7 +175,7 @@ def test_cfg_plus_plus_is_the_update_of_its_paper():
     scales = np.array([0.1, 0.6, 1.0])
     run = run_of([cfg_plus_plus(scales)])
     x, column = np.float64(X), scales[:, None, None, None]
-    for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
+    for i, (_, state) in enumerate(stream_plan(NETWORKS, CONDS, run, X, keys())):
         t, alpha, sigma, next_alpha, next_sigma = (c[i] for c in run.table[:5])
         cond, null = (
             toy(0.9, x, np.full(3, t), CONDS[name])[..., :1] for name in ("caption", "null")
@@ -304,13 +304,13 @@ def test_guidance_acts_within_its_interval_alone():
     run = run_of([every.within(0.3, np.inf)], ddpm, steps=8)
     guided = int((run.table.sigma / run.table.alpha > 0.3).sum())
     assert 0 < guided < 8 and (run.table.guidance_set[:guided] != run.table.guidance_set[-1]).all()
-    states = [state.x for _, state in stream(NETWORKS, CONDS, run, X, keys())]
+    states = [state.x for _, state in stream_plan(NETWORKS, CONDS, run, X, keys())]
     whole = run_of([every], ddpm, steps=8)
-    wanted = [state.x for _, state in stream(NETWORKS, CONDS, whole, X, keys())]
+    wanted = [state.x for _, state in stream_plan(NETWORKS, CONDS, whole, X, keys())]
     assert_close(states[guided - 1], wanted[guided - 1], 1e-4)
     assert np.abs(states[guided] - wanted[guided]).max() > 0.1
     rest = rows(run_of([], ddpm, steps=8), slice(guided, None))
-    assert_close(states[-1], sample(NETWORKS, CONDS, rest, states[guided - 1], keys()).x, 1e-5)
+    assert_close(states[-1], run_plan(NETWORKS, CONDS, rest, states[guided - 1], keys()).x, 1e-5)
 
 
 @each_guidance
@@ -352,7 +352,7 @@ def test_known_pixels_are_kept_whatever_came_before():
     image, known = np.float32(rng.uniform(-1, 1, SHAPE)), np.float32(rng.integers(0, 2, SHAPE))
     guidances = [classifier_free(9.0), dynamic_threshold(), rescale()]
     run = run_of([*guidances, known_pixels(image=image, known=known), clip_x0()])
-    found = np.asarray(sample(NETWORKS, CONDS, run, X, keys()).x)
+    found = np.asarray(run_plan(NETWORKS, CONDS, run, X, keys()).x)
     assert_close(found * known, image * known, 1e-6)
     assert np.abs((found - image) * (1 - known)).max() > 0.1
 
@@ -380,7 +380,7 @@ def test_momentum_is_reset_where_guidance_changes():
     run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
     table = run.table
     x, memory = X, np.zeros(SHAPE)
-    for i, (_, state) in enumerate(stream(NETWORKS, CONDS, run, X, keys())):
+    for i, (_, state) in enumerate(stream_plan(NETWORKS, CONDS, run, X, keys())):
         cond, null = (
             toy(0.9, x, jnp.full(3, table.t[i]), CONDS[name])[..., :1]
             for name in ("caption", "null")

@@ -165,7 +165,7 @@ def test_predicting_v_is_the_same_bound_and_a_loss_of_v():
     assert_close(to_eps("v", v, x_t, alpha, sigma), eps, 1e-6)
 
     off = np.concatenate([v + 0.1, output[..., 3:]], axis=-1)
-    terms = hybrid_loss(tables, x_0, x_t, t, eps, off, prediction="v")
+    terms = hybrid_loss(tables, x_0, x_t, t, eps, off, prediction_type="v")
     assert_close(terms.mse, np.full(len(t), 0.01), 1e-6)
     meant = np.concatenate([eps + 0.1 * alpha, output[..., 3:]], axis=-1)
     same = hybrid_loss(tables, x_0, x_t, t, eps, meant)

@@ -19,7 +19,7 @@ from glide_jax.diffusion.guidance import (
     clip_x0,
     known_pixels,
 )
-from glide_jax.diffusion.sampling import make_plan, stream
+from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.first_order import ddim, ddim_reverse
@@ -53,7 +53,7 @@ def run(name, schedule, steps, solver, guidance, x, noise=None, **images):
     tape = jnp.zeros((len(p), *x.shape)) if noise is None else jnp.asarray(noise)
     networks = {"main": golden.network(name)}
     found = []
-    for done, state in stream(networks, conditions(name, **images), p, x, tape):
+    for done, state in stream_plan(networks, conditions(name, **images), p, x, tape):
         if done == len(p) or p.table.step[done] != p.table.step[done - 1]:
             found.append(np.asarray(state.x))
     return np.stack(found), state
@@ -95,7 +95,7 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
     x = jnp.asarray(nhwc(reference["x_T"]))
     found = []
     tape = jnp.zeros((len(p), *x.shape))
-    for done, state in stream({"main": Network(eps, None)}, {"caption": ()}, p, x, tape):
+    for done, state in stream_plan({"main": Network(eps, None)}, {"caption": ()}, p, x, tape):
         if done == len(p) or p.table.step[done] != p.table.step[done - 1]:
             found.append(np.asarray(state.x))
     assert_close(np.stack(found), steps_nhwc(reference[f"{key}|x"]), 7e-4)

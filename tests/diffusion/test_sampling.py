@@ -9,7 +9,7 @@ import pytest
 
 from glide_jax.diffusion.guidance import Network, classifier_free, clip_x0, guidance
 from glide_jax.diffusion.losses import make_tables, q_sample
-from glide_jax.diffusion.sampling import make_plan, sample, stream
+from glide_jax.diffusion.sampling import make_plan, run_plan, stream_plan
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.table import step_betas
@@ -82,7 +82,7 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
         conds = {"caption": reference(process, "model_output")[one]}
-        found.append(sample(networks, conds, part, reference(process, "x")[one], tape))
+        found.append(run_plan(networks, conds, part, reference(process, "x")[one], tape))
     return [np.concatenate(column) for column in zip(*((s.x, s.x_0) for s in found), strict=True)]
 
 
@@ -179,24 +179,24 @@ def base_run(spec, solver, guidances):
 def test_ancestral_run_with_classifier_free_guidance():
     loops = load("loops")
     run = base_run("6", ddpm, [classifier_free(3.0), clip_x0()])
-    states = [state for _, state in stream(*run)]
+    states = [state for _, state in stream_plan(*run)]
     wanted = steps_nhwc(loops["base_p.steps"])
     assert_close(np.stack([state.x for state in states]), wanted, 1e-4)
     assert_close(states[-1].x_0, nhwc(loops["base_p.pred_xstart_last"]), 1e-4)
-    assert_close(sample(*run).x, nhwc(loops["base_p.final"]), 1e-4)
+    assert_close(run_plan(*run).x, nhwc(loops["base_p.final"]), 1e-4)
 
 
 @pytest.mark.parametrize(("eta", "tolerance"), [(0.0, 1e-4), (1.0, 2e-3)])
 def test_ddim_run_with_classifier_free_guidance(eta, tolerance):
     solver = partial(ddim, eta=eta, released=True)
     run = base_run("4", solver, [classifier_free(4.0), clip_x0()])
-    found = np.stack([state.x for _, state in stream(*run)])
+    found = np.stack([state.x for _, state in stream_plan(*run)])
     assert_close(found, steps_nhwc(load("loops")[f"base_ddim_eta{eta}.steps"]), tolerance)
 
 
 def test_ddim_run_without_clipping():
     run = base_run("4", partial(ddim, released=True), [classifier_free(1.5)])
-    found = np.stack([state.x for _, state in stream(*run)])
+    found = np.stack([state.x for _, state in stream_plan(*run)])
     assert_relative(found, steps_nhwc(load("loops")["base_ddim_noclip.steps"]), 5e-6)
 
 
@@ -207,6 +207,6 @@ def test_ddim_run_of_the_upsampler():
     run = make_plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)
-    states = stream({"main": network("superres")}, conds, run, x, tape)
+    states = stream_plan({"main": network("superres")}, conds, run, x, tape)
     found = np.stack([state.x for _, state in states])
     assert_close(found, steps_nhwc(loops["up_ddim.steps"]), 5e-4)

@@ -209,35 +209,35 @@ def test_refused_grids(steps, spacing, message):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_prediction_gives_back_the_noise(prediction):
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_perfect_prediction_gives_back_the_noise(prediction_type):
     rng = np.random.default_rng(0)
     x_0, eps = rng.normal(size=(2, 5))
     alpha, sigma = 0.8, 0.6
-    target = target_of(prediction, x_0, eps, alpha, sigma)
+    target = target_of(prediction_type, x_0, eps, alpha, sigma)
     np.testing.assert_allclose(
-        to_eps(prediction, target, alpha * x_0 + sigma * eps, alpha, sigma), eps
+        to_eps(prediction_type, target, alpha * x_0 + sigma * eps, alpha, sigma), eps
     )
     np.testing.assert_allclose(
-        to_x_0(prediction, target, alpha * x_0 + sigma * eps, alpha, sigma), x_0
+        to_x_0(prediction_type, target, alpha * x_0 + sigma * eps, alpha, sigma), x_0
     )
 
 
-@pytest.mark.parametrize(("prediction", "most"), [("v", 3e-7), ("x", 0.0)])
-def test_the_clean_image_of_noise_is_exact_without_a_way_through_eps(prediction, most):
+@pytest.mark.parametrize(("prediction_type", "most"), [("v", 3e-7), ("x_0", 0.0)])
+def test_the_clean_image_of_noise_is_exact_without_a_way_through_eps(prediction_type, most):
     """At sigma / alpha = 164, where a rounding error of eps is 164 times as large in x_0."""
     rng = np.random.default_rng(0)
     alpha = np.float32(1 / np.hypot(1, 164))
     sigma = np.float32(np.sqrt(1 - np.float64(alpha) ** 2))
     x_0, eps = rng.uniform(-1, 1, (2, 9999))
     x = np.float32(alpha * x_0 + sigma * eps)
-    output = np.float32(target_of(prediction, x_0, eps, np.float64(alpha), np.float64(sigma)))
-    found = to_x_0(prediction, output, x, alpha, sigma)
-    through = (x - sigma * to_eps(prediction, output, x, alpha, sigma)) / alpha
+    output = np.float32(target_of(prediction_type, x_0, eps, np.float64(alpha), np.float64(sigma)))
+    found = to_x_0(prediction_type, output, x, alpha, sigma)
+    through = (x - sigma * to_eps(prediction_type, output, x, alpha, sigma)) / alpha
     assert found.dtype == np.float32
     assert np.abs(found - np.float32(x_0)).max() <= most
     assert np.abs(through - x_0).max() > 4e-6
-    network = Network(lambda _, x, t, cond: output[None], {}, prediction)
+    network = Network(lambda _, x, t, cond: output[None], {}, prediction_type)
     point = Point(np.float32(1), alpha, sigma, alpha, sigma, {})
     predict = noise_predictor({"main": network}, {"caption": {}}, (CONDITIONAL,))
     np.testing.assert_array_equal(np.asarray(predict(x[None], point).x_0)[0], found)

@@ -13,7 +13,7 @@ import pytest
 from glide_jax.diffusion import sampling
 from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import Network, classifier_free
-from glide_jax.diffusion.sampling import make_plan, run_rows, stream
+from glide_jax.diffusion.sampling import make_plan, run_rows, stream_plan
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import unipc
@@ -78,7 +78,9 @@ def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
 
     # The table of the plan: there the solver is reset at both ends of the interval.
     wanted = interpret(run.table, denoise, X, noise, variance_fraction=fraction)
-    states = [state for _, state in stream(TOY, conds(), run, jnp.asarray(X), jnp.asarray(noise))]
+    states = [
+        state for _, state in stream_plan(TOY, conds(), run, jnp.asarray(X), jnp.asarray(noise))
+    ]
     for field in ("x", "y", "history"):
         found = np.stack([getattr(state, field) for state in states])
         np.testing.assert_allclose(found, getattr(wanted, field)[1:], rtol=1e-9, atol=1e-9)
@@ -103,7 +105,7 @@ def test_samplers_share_a_compiled_program():
         run = make_plan(
             SCHEDULE, make_timesteps(SCHEDULE, 8), EVERY[name], [classifier_free(SCALE)]
         )
-        return list(stream(TOY, conds(), run, x, keys))[-1][1].x
+        return list(stream_plan(TOY, conds(), run, x, keys))[-1][1].x
 
     generate("dpm++2m")
     compiled = run_rows._cache_size()

@@ -49,14 +49,14 @@ def config(tmp_path_factory):
     return replace(recipe(make_npz(tmp_path_factory.mktemp("pairs"))), model=SMALL)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_output_of_a_network_becomes_the_noise(prediction):
+@pytest.mark.parametrize("prediction_type", ["eps", "v"])
+def test_the_output_of_a_network_becomes_the_noise(prediction_type):
     rng = np.random.default_rng(0)
     x_0, eps, other = (jnp.float32(rng.normal(size=(5, 4, 4, 3))) for _ in range(3))
     t = jnp.array([0, 10, 500, 900, 999])
     x_t = q_sample(TABLES, x_0, t, eps)
     alpha, sigma = at_timesteps(TABLES.alpha, t), at_timesteps(TABLES.sigma, t)
-    exact = eps if prediction == "eps" else alpha * eps - sigma * x_0
+    exact = eps if prediction_type == "eps" else alpha * eps - sigma * x_0
 
     def apply(variables, *inputs, method=None, **options):
         assert variables == {"params": "weights"}
@@ -65,7 +65,7 @@ def test_the_output_of_a_network_becomes_the_noise(prediction):
         assert inputs[2] == "text" and options == {"dropout_keys": None}
         return jnp.concatenate([exact, other], axis=-1)
 
-    predictor = EpsNetwork(SimpleNamespace(apply=apply), TABLES, prediction)
+    predictor = EpsNetwork(SimpleNamespace(apply=apply), TABLES, prediction_type)
     for captions in (True, False):
         variables = {"params": {"model": "weights", "captions": captions}}
         seen = predictor.apply(variables, 0, np.array([True, False]), method="encode_text")
@@ -78,7 +78,7 @@ def test_a_network_whose_output_is_zero(config):
     """v = 0 means the noise `sigma x_t`: timesteps and noise alone determine the loss."""
     params = first_weights(init_params, GLIDE(SMALL))
     assert not params["unet"]["head"]["kernel"].any()
-    model = Model("zero", SMALL, params, prediction="v")
+    model = Model("zero", SMALL, params, prediction_type="v")
     found = noise_loss(model, config, "test_style", images=24, batch_size=12)
     assert found["captions"] == found["no captions"]
 

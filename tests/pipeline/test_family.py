@@ -50,7 +50,10 @@ def test_embedded_weights_are_what_their_recipe_trains(name):
     else:
         model = load_model(name)
         assert model.config == config.model
-        assert (model.prediction, model.schedule) == (config.prediction, config.schedule)
+        assert (model.prediction_type, model.noise_schedule) == (
+            config.prediction_type,
+            config.noise_schedule,
+        )
         params = model.params
         # Loading does not compare the shapes of embedded weights.
         assert not misfits(flatten(params), config.model)

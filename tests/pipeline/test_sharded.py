@@ -233,7 +233,7 @@ def test_an_unfinished_folder_is_not_scored(pipe, tmp_path):
 def test_the_index_of_a_process(monkeypatch):
     assert own_process(3, 4) == (3, 4)
     for wrong in ((None, 4), (1, None), (2, 2), (0, 0)):
-        with pytest.raises(UsageError, match="give --processes N and --process I"):
+        with pytest.raises(UsageError, match="give --num-processes N and --process-id I"):
             own_process(*wrong)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
@@ -249,7 +249,7 @@ def test_as_a_command(whole, weights, tmp_path):
              "--weights", weights, "--num", 2, "--seed", 3, "--batch-size", 2, "--steps", 2,
              "--shards", tmp_path / "out", "--shard-size", 5)  # fmt: skip
     for process in (0, 1):
-        result = run(*words, "--processes", 2, "--process", process)
+        result = run(*words, "--num-processes", 2, "--process-id", process)
         assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == (
         f"3 of 3 shards of 12 images are in {tmp_path / 'out'}"
@@ -265,7 +265,10 @@ def test_as_a_command(whole, weights, tmp_path):
         (("--shards", "o", "--out", "x"), "--shards names the folder: give no --out"),
         (("--shards", "o", "--mask", "m.png"), "--shards takes prompts: it has no --image"),
         (("--shard-size", "5"), "--shard-size is for --shards"),
-        (("--processes", "2", "--process", "0"), "--processes and --process are for --shards"),
+        (
+            ("--num-processes", "2", "--process-id", "0"),
+            "--num-processes and --process-id are for --shards",
+        ),
         (("--prompts-field", "a"), "--prompts-field is for --prompts-file"),
     ],
 )

@@ -21,7 +21,7 @@ from glide_jax.diffusion.guidance import (
     classifier_free,
 )
 from glide_jax.diffusion.guidance import noise_predictor as predictor
-from glide_jax.diffusion.sampling import sample
+from glide_jax.diffusion.sampling import run_plan
 from glide_jax.models.blocks import AttentionBlock
 from glide_jax.models.layers import GroupNorm
 from glide_jax.models.unet import GLIDE, init_params
@@ -180,7 +180,7 @@ def test_the_layout_is_white_outside_its_box_alone():
 
 def test_a_kaleidoscope_has_every_symmetry_of_the_square():
     fold = make("symmetry", function="kaleidoscope")
-    x = np.asarray(sample(NETWORKS, CONDS, run_of([classifier_free(3.0), fold]), X, keys()).x)
+    x = np.asarray(run_plan(NETWORKS, CONDS, run_of([classifier_free(3.0), fold]), X, keys()).x)
     for turned in (x[:, ::-1], x[:, :, ::-1], x.swapaxes(1, 2), np.rot90(x, axes=(1, 2))):
         assert_equal(turned, x)
     assert x.std() > 0.01
@@ -214,15 +214,15 @@ def test_an_anagram_upside_down_is_the_anagram_of_the_swapped_prompts():
 @pytest.mark.parametrize(("level", "prompt"), [(0.0, "first"), (1e6, "caption")])
 def test_a_prompt_schedule_of_one_part_is_that_prompt(level, prompt):
     run = run_of([make("prompt_schedule", "b", level, function="first")])
-    found = sample(NETWORKS, OTHERS, run, X, keys()).x
-    alone = sample(NETWORKS, OTHERS | {"caption": OTHERS[prompt]}, run_of(), X, keys()).x
+    found = run_plan(NETWORKS, OTHERS, run, X, keys()).x
+    alone = run_plan(NETWORKS, OTHERS | {"caption": OTHERS[prompt]}, run_of(), X, keys()).x
     assert_close(found, alone, 1e-6 * np.abs(alone).max())
 
 
 def test_every_pixel_has_a_colour_of_the_palette():
     colours = jnp.array([[[-0.8], [-0.1], [0.7]]])
     run = run_of([make("palette", colours)])
-    x = np.asarray(sample(NETWORKS, CONDS, run, X, keys()).x)
+    x = np.asarray(run_plan(NETWORKS, CONDS, run, X, keys()).x)
     assert set(np.unique(x.round(3)).tolist()) <= {
         np.float32(c).round(3) for c in (-0.8, -0.1, 0.7)
     }

@@ -25,7 +25,7 @@ def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool =
     part = rows(glide.make_plan(schedule, grid, solver, guidances), slice(row, row + 1))
     conds = {"caption": reference(process, "model_output")[one]}
     x, tape = reference(process, "x")[one], reference(process, "noise")[one][None]
-    return glide.sample({"main": glide.Network(echo, None)}, conds, part, x, tape)
+    return glide.run_plan({"main": glide.Network(echo, None)}, conds, part, x, tape)
 
 
 def known(process: str, i: int) -> list:

@@ -97,9 +97,9 @@ def make_weights(folder: Path, config: ModelConfig = TINY, seed: int = 0) -> Pat
     description = {
         "format": FORMAT,
         "model": {k: getattr(config, k) for k in config.__dataclass_fields__},
-        "schedule": "cosine",
+        "noise_schedule": "cosine",
         "diffusion_steps": 1000,
-        "prediction": "eps",
+        "prediction_type": "eps",
         "defaults": {"steps": 4},
         "prompts": ["red", "a blue one"],
     }

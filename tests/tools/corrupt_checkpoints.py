@@ -126,7 +126,7 @@ def load_folder(folder: Path) -> Any:
     """Return what weights in a folder compute: their arrays, sizes and schedule."""
     model = load_model(folder)
     plain = replace(model, name="", defaults={}, prompts=())
-    facts = (plain.config, plain.schedule, plain.diffusion_steps, plain.prediction)
+    facts = (plain.config, plain.noise_schedule, plain.diffusion_steps, plain.prediction_type)
     return flatten(model.params) | {"facts": np.frombuffer(repr(facts).encode(), np.uint8)}
 
 

@@ -8,7 +8,7 @@ the sentence for docs/results/faults.md.
 
     python -m tests.tools.kill_runs --out FOLDER --kills 100 --steps 2000 --workers 1
     python -m tests.tools.kill_runs --out FOLDER --kills 100 --steps 2000 --workers 1 \\
-        --parallelism fsdp --processes 2
+        --parallelism fsdp --num-processes 2
 """
 
 import json
@@ -124,8 +124,13 @@ class Run:
                 "--parallelism", layout.parallelism, "--data.workers", layout.workers,
             ]  # fmt: skip
             if layout.processes > 1:
-                command += ["--coordinator", f"localhost:{port}", "--processes", layout.processes]
-                command += ["--process", index]
+                command += [
+                    "--coordinator",
+                    f"localhost:{port}",
+                    "--num-processes",
+                    layout.processes,
+                ]
+                command += ["--process-id", index]
             with errors.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(

@@ -251,7 +251,7 @@ def outputs(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     guidance = [glide.classifier_free(3.0), glide.clip_x0()]
     _, conds, run, x, tape = test_sampling.base_run("6", glide.SOLVERS["ddpm"], guidance)
     networks = {"main": golden.network("base", dtype)}
-    state = glide.sample(networks, conds, run, jnp.asarray(x), jnp.asarray(tape))
+    state = glide.run_plan(networks, conds, run, jnp.asarray(x), jnp.asarray(tape))
     yield "`base`, 6 steps", np.asarray(state.x)
     pipe = glide.load("emoji64", upsampler="none", dtype=dtype)
     yield "`emoji64`", pipe("a red apple", num=4, progress=False).images / 127.5 - 1

@@ -165,7 +165,7 @@ class Without:
 def mean_loss(config: RunConfig, removed: str = "") -> Callable[[Any, Batch], jax.Array]:
     """Return the compiled loss `(params, batch) -> loss`, with all captions and fixed noise."""
     model: Any = Without(make_objective(config).model, removed)
-    tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
+    tables = make_tables(make_schedule(config.noise_schedule, config.diffusion_steps))
 
     def one(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         if isinstance(config, CLIPTrainConfig):
@@ -190,7 +190,7 @@ def loss_of(config: RunConfig, params: Any, removed: str = "") -> float:
 def ranked_first(weights: Path, config: RunConfig, t: int) -> float:
     """Return the share of images, noised to timestep t, that prefer their own caption."""
     clip, batch = load_clip(weights), all_images(config)
-    tables = make_tables(make_schedule(config.schedule, config.diffusion_steps))
+    tables = make_tables(make_schedule(config.noise_schedule, config.diffusion_steps))
     steps = np.full(len(batch.image), t)
     eps = jax.random.normal(jax.random.key(7), batch.image.shape)
     x_t = q_sample(tables, from_uint8(batch.image), steps, eps)
@@ -240,7 +240,7 @@ def try_recipe(name: str, out: Path, steps: int = 0) -> Result:
     began = processor_seconds()
     train(name, images, folder / "run", *more, steps=steps)
     command("-m", "glide_jax", "weights", "export", folder / "run", folder / "weights")
-    sample(name, out)
+    run_plan(name, out)
     seconds = processor_seconds() - began
 
     config, state = restore_run(folder / "run")
@@ -263,7 +263,7 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def sample(name: str, out: Path) -> None:
+def run_plan(name: str, out: Path) -> None:
     """Sample an image with the exported weights of a toy, and those of other toys it needs."""
     weights = out / name / "weights"
     base = weights

@@ -126,7 +126,7 @@ def test_fields_of_distillation_are_refused_in_denoising(field):
 def test_every_field_has_an_objective():
     """A new field of the loss is noticed here: sort it into those of one objective or of both."""
     loss = set(f.name for f in fields(TrainConfig)) - {f.name for f in fields(RunConfig)}
-    of_both = {"prediction", "objective", "distillation", "lora", "caption_dropout"}
+    of_both = {"prediction_type", "objective", "distillation", "lora", "caption_dropout"}
     of_both |= {"low_res_timestep_share", "mask_all_share", "train_image_size"}
     assert {name for name in loss - of_both if not name.startswith("sample_")} == set(DENOISING)
 
@@ -276,7 +276,7 @@ def test_teacher_and_student_of_an_upsampler_see_the_same_noised_small_image(mon
     config = TrainConfig(
         name="x",
         model=model,
-        prediction="x",
+        prediction_type="x_0",
         objective="consistency",
         low_res_timestep_share=0.3,
         batch_size=4,
@@ -310,8 +310,8 @@ def test_the_sampler_and_its_spacing_come_with_the_weights():
 
 def test_weights_that_cannot_be_the_teacher(teacher):
     for changes, message in (
-        ({"prediction": "v"}, "its prediction is eps, not v"),
-        ({"schedule": "linear"}, "its schedule is cosine, not linear"),
+        ({"prediction_type": "v"}, "its prediction_type is eps, not v"),
+        ({"noise_schedule": "linear"}, "its noise_schedule is cosine, not linear"),
         (
             {"model": replace(SMALL, model_channels=64, guidance_scale_input=True)},
             "parameters are miss",

@@ -29,24 +29,24 @@ ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in
                 ((1.0, TABLES.alpha), (0.0, TABLES.sigma)))  # fmt: skip
 
 
-def config_of(prediction="v", scale=1.0, **options):
+def config_of(prediction_type="v", scale=1.0, **options):
     options = {"clip_x0": False, "guidance_scales": (scale, scale), "teacher": "gaussian"} | options
     return TrainConfig(
         name="x",
         model=TINY,
-        prediction=prediction,
+        prediction_type=prediction_type,
         objective="consistency",
         distillation=DistillationConfig(**options),
     )
 
 
-def output(prediction, x_0, x, alpha, sigma):
+def output(prediction_type, x_0, x, alpha, sigma):
     """The network's output that stands for a clean image."""
     eps = (x - alpha * x_0) / sigma
-    return eps if prediction == "eps" else alpha * eps - sigma * x_0
+    return eps if prediction_type == "eps" else alpha * eps - sigma * x_0
 
 
-def as_network(x_0_at, prediction):
+def as_network(x_0_at, prediction_type):
     """Return a network of `(x, t, mean of its caption) -> x_0`; captions have one token."""
 
     def network(*inputs, method=None, **given):
@@ -55,7 +55,7 @@ def as_network(x_0_at, prediction):
             return jnp.where(mask[:, 0], MEAN, NULL_MEAN)[:, None, None, None]
         x, t = inputs
         alpha, sigma = (jnp.asarray(a)[t][:, None, None, None] for a in TABLES[:2])
-        return output(prediction, x_0_at(x, t, given["text"]), x, alpha, sigma)
+        return output(prediction_type, x_0_at(x, t, given["text"]), x, alpha, sigma)
 
     return network
 
@@ -108,8 +108,8 @@ def inputs_at(t, seed=0):
 
 
 def loss_of(student, config, teacher_steps, t=range(LENGTH), teacher=gaussian):
-    made = None if teacher is None else as_network(teacher, config.prediction)
-    student = as_network(student, config.prediction)
+    made = None if teacher is None else as_network(teacher, config.prediction_type)
+    student = as_network(student, config.prediction_type)
     return consistency_loss(
         student,
         student,
@@ -131,16 +131,16 @@ def linear(gain, offset):
 # --- exact on a Gaussian
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction_type", ["eps", "v"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize(("teacher_steps", "student_steps"), [(1, 1), (8, 1), (64, 1), (16, 4)])
 def test_the_loss_is_zero_at_the_map_of_the_teachers_steps(
-    prediction, scale, teacher_steps, student_steps
+    prediction_type, scale, teacher_steps, student_steps
 ):
     gain, offset = path_map(round(LENGTH / teacher_steps), scale, student_steps)
-    config = config_of(prediction, scale, student_steps=student_steps)
+    config = config_of(prediction_type, scale, student_steps=student_steps)
     right = loss_of(linear(gain, offset), config, teacher_steps)
-    assert np.sqrt(right.mse).max() < 2e-4 * (10 if prediction == "eps" else 1)
+    assert np.sqrt(right.mse).max() < 2e-4 * (10 if prediction_type == "eps" else 1)
     # Neither the teacher itself nor the map of another scale is consistent.
     wrong = loss_of(gaussian, config, teacher_steps)
     other = loss_of(

@@ -142,7 +142,9 @@ def test_a_run_stopped_between_calls_equals_an_uninterrupted_one(tmp_path, monke
 def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
-    config = replace(CONFIG, minutes=1, optimiser=OptimiserConfig(decay="linear", decay_share=0.5))
+    config = replace(
+        CONFIG, minutes=1, optimiser=OptimiserConfig(lr_decay="linear", lr_decay_share=0.5)
+    )
     clock = Clock(config)
     now[0] = 100.0  # compilation does not count
     assert clock.factor() == 1 and not clock.over

@@ -102,7 +102,7 @@ def test_weighting_v_gives_the_squared_error_of_v_whatever_is_predicted():
     guessed_eps = (x_t - alpha * guess) / sigma
     outputs = {"x": guess, "eps": guessed_eps, "v": alpha * guessed_eps - sigma * guess}
     losses = [
-        hybrid_loss(TABLES, x_0, x_t, t, eps, output, prediction=kind, weighting="v").loss
+        hybrid_loss(TABLES, x_0, x_t, t, eps, output, prediction_type=kind, weighting="v").loss
         for kind, output in outputs.items()
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)

@@ -22,7 +22,7 @@ from tests.support.parallel_layouts import CLIP
 
 
 def test_linear_decay_is_constant_and_then_falls_to_zero():
-    config = OptimiserConfig(learning_rate=2.0, warmup=10, decay="linear", decay_share=0.4)
+    config = OptimiserConfig(learning_rate=2.0, warmup=10, lr_decay="linear", lr_decay_share=0.4)
     rate = learning_rate(config, 100)
     assert [float(rate(step)) for step in (0, 4, 9, 60, 80, 100)] == pytest.approx(
         [0.2, 1, 2, 2, 1, 0]
@@ -34,7 +34,7 @@ def test_linear_decay_is_constant_and_then_falls_to_zero():
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 4, 50])
 def test_every_update_of_the_warm_up_has_a_rate(decay, warmup):
-    config = OptimiserConfig(learning_rate=2.0, warmup=warmup, decay=decay, decay_share=0.1)
+    config = OptimiserConfig(learning_rate=2.0, warmup=warmup, lr_decay=decay, lr_decay_share=0.1)
     rate = learning_rate(config, 40)
     found = np.array([float(rate(step)) for step in range(40)])
     assert (found > 0).all()
@@ -107,8 +107,8 @@ def test_muon_takes_no_first_and_last_layer_nor_embeddings():
 def test_unknown_names_are_refused():
     with pytest.raises(UsageError, match="kind is adamw or muon, not 'sgd'"):
         OptimiserConfig(kind="sgd")
-    with pytest.raises(UsageError, match="decay_share"):
-        OptimiserConfig(decay_share=0)
+    with pytest.raises(UsageError, match="lr_decay_share"):
+        OptimiserConfig(lr_decay_share=0)
 
 
 @pytest.mark.parametrize(

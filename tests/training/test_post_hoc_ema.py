@@ -163,7 +163,7 @@ def test_a_snapshot_loads_like_any_weights(finished):
     folder, params = finished
     model = load_model(folder / "ema" / "00000020_0.1")
     factor = track(jnp.arange(1.0, 21.0), 0.1)[-1]
-    assert model.config == TINY and model.prediction == "eps"
+    assert model.config == TINY and model.prediction_type == "eps"
     for path, array in flatten(model.params).items():
         np.testing.assert_allclose(array, factor * flatten(params)[path], rtol=1e-3, atol=1e-6)
 

@@ -107,8 +107,8 @@ def test_help_lists_the_options_that_are_no_fields(capsys, monkeypatch):
         "--config RECIPE",
         "--dry-run HARDWARE",
         "--coordinator ADDRESS",
-        "--processes N",
-        "--process I",
+        "--num-processes N",
+        "--process-id I",
     ):
         assert option in text
 
@@ -200,10 +200,10 @@ def test_recipes_differ_as_the_paper_says():
     assert load_recipe("clip64:paper").optimiser.weight_decay == 0.0125
     for name in ("text64", "cfg64", "upsample256", "inpaint64", "inpaint256", "finetune64"):
         config = load_recipe(name)
-        assert (config.prediction, config.weighting) == ("eps", "none")
+        assert (config.prediction_type, config.weighting) == ("eps", "none")
     for name in ("improved64", "improved256"):
         config = load_recipe(name)
-        assert (config.prediction, config.weighting) == ("v", "min-snr")
+        assert (config.prediction_type, config.weighting) == ("v", "min-snr")
         assert config.optimiser.ema_widths == (0.05, 0.10)
     assert load_recipe("finetune64").optimiser.freeze == ("text",)
     lora = load_recipe("lora64")
@@ -244,9 +244,9 @@ def test_a_toy_is_the_recipe_except_for_its_size(file):
     whole, small = load_recipe(file), load_recipe(f"{file}:toy")
     assert small == toy(whole) and small.name == f"{whole.name}-toy"
     assert not small.init_from
-    same = ["schedule", "parallelism", "diffusion_steps"]
+    same = ["noise_schedule", "parallelism", "diffusion_steps"]
     if not isinstance(whole, CLIPTrainConfig):
-        same += ["prediction", "weighting", "caption_dropout"]
+        same += ["prediction_type", "weighting", "caption_dropout"]
         same += ["low_res_timestep_share", "mask_all_share"]
         assert small.model.variant == whole.model.variant
         assert small.model.low_res_timestep == whole.model.low_res_timestep

@@ -38,7 +38,7 @@ def of(config, **values):
 
 def test_nothing_is_said_where_nothing_changed(config):
     for decay in ("constant", "cosine", "linear"):
-        same = of(config, decay=decay)
+        same = of(config, lr_decay=decay)
         assert changes(same, same, 40) == []
     # A constant rate goes on, however long.
     assert changes(config, replace(config, steps=200), 100) == []
@@ -61,14 +61,14 @@ def test_nothing_is_said_where_nothing_changed(config):
 def test_a_schedule_of_another_length_says_what_becomes_of_the_rate(
     decay, steps, done, note, config
 ):
-    before = of(config, decay=decay)
+    before = of(config, lr_decay=decay)
     assert changes(before, replace(before, steps=steps), done) == [note]
 
 
 def test_another_rate_and_another_time_limit_are_said(config):
     (note,) = changes(config, of(config, learning_rate=2e-3), 40)
     assert note.startswith("the learning rate of step 41 is 0.002, it was planned as 0.001 (")
-    timed = replace(of(config, decay="linear"), minutes=10.0)
+    timed = replace(of(config, lr_decay="linear"), minutes=10.0)
     (note,) = changes(timed, replace(timed, minutes=20.0), 40, seconds=540.0)
     assert note.startswith("the learning rate of step 41 is 0.001, it was planned as 0.00025 (")
     assert "over 20 minutes" in note and "over 10 minutes" in note

@@ -97,7 +97,7 @@ UNUSED = [
          f"optimiser.{name} is for {what}: choose that, or set it to {default}")
         for name, value, owner, what, default in (
             ("muon_lr_ratio", 2.0, {"kind": "muon"}, "optimiser.kind muon", "1.0"),
-            ("decay_share", 0.2, {"decay": "linear"}, "optimiser.decay linear", "0.4"),
+            ("lr_decay_share", 0.2, {"lr_decay": "linear"}, "optimiser.lr_decay linear", "0.4"),
             ("ema_snapshot_every", 9, {"ema_widths": (0.1,)}, "optimiser.ema_widths", "5000"),
         )
     ),
@@ -148,17 +148,19 @@ def test_every_size_of_every_recipe_passes(file):
 
 
 def test_a_field_of_a_recipe_that_an_option_makes_useless_is_left_out():
-    words = ["--config", "emoji64", "--optimiser.decay", "constant", "--model.variant", "base"]
+    words = ["--config", "emoji64", "--optimiser.lr-decay", "constant", "--model.variant", "base"]
     config, _ = parse_recipe(words, "")
     assert isinstance(config, TrainConfig)
-    assert (config.optimiser.decay_share, config.mask_all_share) == (0.4, 0.1)
+    assert (config.optimiser.lr_decay_share, config.mask_all_share) == (0.4, 0.1)
     config, _ = parse_recipe(["--config", "emoji_clip64", "--data.crop", "centre"], "")
     assert isinstance(config, CLIPTrainConfig) and config.data.min_crop == 0.8
     mixed = ["--data.mixture", "a:1", "b:2", "--data.on-device", "yes"]
     config, _ = parse_recipe(["--config", "cfg64", *mixed], "")
     assert (config.data.source, config.data.workers) == ("", 0)
-    with pytest.raises(UsageError, match="^optimiser.decay_share is for optimiser.decay linear"):
-        parse_recipe([*words, "--optimiser.decay-share", "0.3"], "")
+    with pytest.raises(
+        UsageError, match="^optimiser.lr_decay_share is for optimiser.lr_decay linear"
+    ):
+        parse_recipe([*words, "--optimiser.lr-decay-share", "0.3"], "")
 
 
 def test_the_command_line_refuses_them_with_one_line():

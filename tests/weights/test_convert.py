@@ -144,7 +144,7 @@ def test_from_a_file_to_a_folder_and_back(small, tmp_path, capsys):
     convert((paths[1], paths[2]))
     assert capsys.readouterr().out.endswith(f"MB: {paths[2]}\n")
     model, back = load_model(paths[1]), read_torch_file(paths[2])
-    assert model.defaults["temperature"] == 0.997 and model.schedule == "linear"
+    assert model.defaults["temperature"] == 0.997 and model.noise_schedule == "linear"
     for found in (back, to_released(model.params)):
         assert found.keys() == small.keys()
         for name, array in small.items():

@@ -17,9 +17,9 @@ def card(variant: str = "base", **options) -> str:
         "recipe": "tiny",
         "steps": 1000,
         "model": asdict(replace(TINY, variant=variant)),
-        "schedule": "cosine",
+        "noise_schedule": "cosine",
         "diffusion_steps": 1000,
-        "prediction": "eps",
+        "prediction_type": "eps",
         "defaults": {"steps": 4},
         "prompts": ["a cat's\n  hat"],
     }

@@ -56,7 +56,7 @@ def test_the_default_settings_are_those_of_openais_notebooks(
     write_torch_file(tmp_path / "a.pt", golden.state_dict(variant))
     model = load_torch(tmp_path / "a.pt", "a", golden.config(variant))
     assert released_defaults(PRESETS[preset]()) == model.defaults
-    assert model.schedule == schedule and model.diffusion_steps == 1000
+    assert model.noise_schedule == schedule and model.diffusion_steps == 1000
     settings = Settings().changed(**model.defaults)
     assert (settings.sampler, settings.guidance_scale) == (sampler, scale)
     assert (settings.temperature, settings.clip_guidance_scale) == (
@@ -138,7 +138,7 @@ def test_the_error_for_other_arrays_names_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"prediction": "v"}, "it predicts v"),
+        ({"prediction_type": "v"}, "it predicts v"),
         ({"low_res_timestep": True}, "takes the noise level"),
         ({"guidance_scale_input": True}, "takes the scale of guidance"),
     ],

@@ -21,11 +21,11 @@ def test_an_altered_number_is_refused(tmp_path):
     assert str(caught.value) == f"{path} {advice}"
 
 
-@pytest.mark.parametrize(("key", "refused"), [("schedule", True), ("defaults", False)])
+@pytest.mark.parametrize(("key", "refused"), [("noise_schedule", True), ("defaults", False)])
 def test_another_network_in_the_config_is_refused_and_other_settings_are_not(
     tmp_path, key, refused
 ):
-    config = {"schedule": "cosine", "defaults": {"steps": 3}}
+    config = {"noise_schedule": "cosine", "defaults": {"steps": 3}}
     save_weights(tmp_path, config, {"a": np.ones(3, np.float32)})
     (tmp_path / "config.json").write_text(json.dumps(config | {key: "linear"}))
     if not refused:

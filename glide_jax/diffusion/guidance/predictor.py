@@ -96,7 +96,9 @@ NULL = Branch("null", prompt="")
 WEAK = Branch("weak", network="weak")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["fn", "prediction_type"]
+)
 @dataclass(frozen=True, eq=False)
 class Network:
     """A network with its weights: an argument of the sampler, never closed over.
@@ -108,12 +110,12 @@ class Network:
             attribute `out_channels`, the number of channels of the output, it need not be traced to
             see whether the variance is learned.
         params: its weights.
-        prediction: meaning of the first C channels, "eps", "v" or "x".
+        prediction_type: meaning of the first C channels, "eps", "v" or "x_0".
     """
 
     fn: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
     params: Any
-    prediction: str = "eps"
+    prediction_type: str = "eps"
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         return self.fn(self.params, x, t, cond)
@@ -170,7 +172,7 @@ def noise_predictor(
             outputs |= {branch: output[:, i] for i, branch in enumerate(own_branches)}
         eps = {
             b.name: to_eps(
-                networks[b.network].prediction,
+                networks[b.network].prediction_type,
                 outputs[b.name][..., :channels],
                 x,
                 point.alpha,
@@ -185,7 +187,7 @@ def noise_predictor(
             (variance_output + 1) / 2 if variance_output.shape[-1] else jnp.zeros_like(x)
         )
         x_0 = to_x_0(
-            networks[CONDITIONAL.network].prediction,
+            networks[CONDITIONAL.network].prediction_type,
             outputs[CONDITIONAL.name][..., :channels],
             x,
             point.alpha,
