@@ -24,20 +24,8 @@ def train(arguments: list[str]) -> int:
     """
     coordinator = f"localhost:{free_port()}"
     command = [sys.executable, "-m", "glide_jax", "train", *arguments]
-    peers = [
-        subprocess.Popen(
-            [
-                *command,
-                "--coordinator",
-                coordinator,
-                "--num-processes",
-                "2",
-                "--process-id",
-                str(index),
-            ]
-        )
-        for index in range(2)
-    ]
+    command += ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
+    peers = [subprocess.Popen([*command, str(index)]) for index in range(2)]
     return max(peer.wait() for peer in peers)
 
 

@@ -27,8 +27,8 @@ NUMBERS = (
 NOTEBOOKS = ("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_TPU_1VM", "KAGGLE_KERNEL_RUN_TYPE")
 
 REMEDY = (
-    "name the peers with --coordinator HOST:PORT --num-processes N --process-id I, or say --coordinator "
-    "none for a process alone"
+    "name the peers with --coordinator HOST:PORT --num-processes N --process-id I, or say "
+    "--coordinator none for a process alone"
 )
 
 
