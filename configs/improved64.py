@@ -8,8 +8,8 @@ The networks of text64 and cfg64, trained once instead of twice, from random wei
 - post-hoc EMA (EDM2, 2312.02696): two power-function EMAs of the weights. After training,
   `glide-jax weights ema` computes an EMA of any width between them; compare samples to choose one.
 
-To start from weights that predict noise (openai/base), set `--prediction-type eps` and a learning
-rate of 1e-4 or less. Batch, steps and the rest as in text64.
+To start from weights that predict noise (openai/base), set `--prediction-type eps` and a
+learning rate of 1e-4 or less. Batch, steps and the rest as in text64.
 
 Result:   not trained here at these sizes; the embedded model (configs/emoji64.py) needed
           v-prediction to learn large shapes in few steps.

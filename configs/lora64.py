@@ -7,10 +7,10 @@ merged into the weights, and several can be, each with a weight.
 Sizes: "released", the 385M model; "paper", the 3.5B model, from your own run of cfg64:paper.
 The batch of 32 is computed in microbatches of 8, the activations checkpointed.
 
-Not in the paper of LoRA, which adapts language models: rank, alpha = rank (the first step is then
-that of fine-tuning, projected: glide_jax/training/lora_training.py), learning rate, steps and EMA
-rate. They are ours, for a few hundred to a few thousand images. 20% of the captions are replaced by
-the empty one, so that classifier-free guidance keeps working.
+Not in the paper of LoRA, which adapts language models: rank, alpha = rank (the first step is
+then that of fine-tuning, projected: glide_jax/training/lora_training.py), learning rate, steps and
+EMA rate. They are ours, for a few hundred to a few thousand images. 20% of the captions are
+replaced by the empty one, so that classifier-free guidance keeps working.
 
 Result:   not trained here: we had no access to the released weights.
 Hardware: one GPU; the state is a fifth of that of fine-tuning: docs/guide/fine-tuning.md.

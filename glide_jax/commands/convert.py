@@ -32,8 +32,8 @@ Paths = Annotated[
     tyro.conf.arg(
         metavar="FROM... TO...",
         help_behavior_hint="",
-        help="FROM: a .pt, .ckpt or .safetensors file under the released names (for a noised CLIP "
-        "both files; FILE:MODEL for one of several models in it), a name (openai/base, "
+        help="FROM: a .pt, .ckpt or .safetensors file with OpenAI's parameter names (for a noised "
+        "CLIP both files; FILE:MODEL for one of several models in a file), a name (openai/base, "
         "openai/clip, emoji64, hf://user/name), a folder of weights, or a run of train.py. "
         "TO: a name that ends in .pt (for a noised CLIP two, for image and text), or else a "
         "folder, which gets config.json and model.safetensors. Existing files are never replaced.",

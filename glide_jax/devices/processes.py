@@ -81,8 +81,8 @@ def join(membership: Membership | None = None, seconds: float = JOIN_SECONDS) ->
     links = _connect(cluster, seconds, cluster_detection_method="deactivate", local_device_ids=ids)
     if cluster.process_id == 0:
         print(
-            f"{cluster.num_processes} processes found each other by {cluster.name} ({cluster.why}), the "
-            f"first at {cluster.coordinator}"
+            f"{cluster.num_processes} processes found each other by {cluster.name} "
+            f"({cluster.why}), the first at {cluster.coordinator}"
         )
     return links
 

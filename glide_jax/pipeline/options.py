@@ -58,10 +58,10 @@ class SharedModelOptions(NetworkOptions):
         weak_model: Weights of a weaker model, for --autoguidance-scale: a smaller one, or one that
             was trained less. It must have the same variant, image size and noise schedule.
         devices: Number of devices that share each batch, or all. It changes an image by rounding
-            errors: 1 of 255 in float32, more in 16 bits.
+            errors: in float32 by at most 1 (of 0 to 255) per colour value, in 16 bits by more.
         batch_size: Images generated at a time, in total over all devices. More needs more memory.
-            It changes an image by rounding errors, as --devices. Default per device at 64x64: 16 on
-            a CPU, 64 on other devices; a quarter of that at 256x256.
+            It changes an image by rounding errors, as --devices does. Default per device at 64x64:
+            16 on a CPU, 64 on other devices; a quarter of that at 256x256.
     """
 
     upsampler: Annotated[str | None, COMPANION_DEFAULT] = None
@@ -105,8 +105,8 @@ class EditingOptions:
             or --variation.
         mask: The mask of --image, an image. White is regenerated. Black is kept, exactly if
             the input has the size of the output. A transparent layer is also accepted: its painted
-            part is regenerated. So is a copy of the image with a part erased: the erased part is
-            regenerated.
+            part is regenerated. A copy of the image with a part erased is accepted too: the erased
+            part is regenerated.
         invert_mask: Regenerate the part that the mask keeps, and keep the other part.
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this
             option such a mask is an error.

@@ -65,20 +65,22 @@ class Settings:
     None leaves a setting as the weights have it, and "none" turns it off if it can be None here.
 
     Attributes:
-        steps: number of noise levels N, up to the number of timesteps (more is slower and more
-            accurate), or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2". N
+        steps: number of noise levels N (more is slower and more accurate), up to the number of
+            timesteps; or a respacing string of OpenAI's code: "ddim50", "fast27", "10,10,3,2,2". N
             levels need N network evaluations; heun and dpm++2s need 2N - 1, plms N + 7 (if N is 5
             or more), and prk 4(N - 2). RePaint and Restart sampling add evaluations.
         sampler: name of the sampler. Deterministic: dpm++2m, dpm++3m, dpm++2s, unipc2, unipc3,
-            heun, deis, lms, ipndm, plms, prk, ddim. With noise at each step: ddpm (the paper's
-            ancestral sampling, learned variance), ddpm-small and ddpm-large (fixed variance),
-            dpm++2m-sde, sa (between t/T = 0.2 and 0.8). For few-step students: consistency.
+            heun, deis, lms, ipndm, plms, prk, ddim. Stochastic: ddpm (the paper's ancestral
+            sampling, learned variance), ddpm-small and ddpm-large (fixed variance), dpm++2m-sde,
+            and sa (adds noise only at the steps where t/T is from 0.2 to 0.8). For
+            few-step students: consistency.
         spacing: spacing of the noise levels: logsnr (even in log(alpha/sigma)), uniform (even in
             time, as in OpenAI's code), karras (EDM), trailing (even in time, the last step as long
             as the others), trailing-capped (as trailing, without the very noisiest
             timesteps: for few steps), or optimised (for the sampler and the number of steps).
-        eta: amount of noise added at each step by the samplers ddim, dpm++2m-sde and sa: from 0
-            (deterministic; the default of ddim) to 1 (the reverse SDE; that of the others).
+        eta: amount of noise that the samplers ddim, dpm++2m-sde and sa add: from 0 (none) to 1 (for
+            ddim that of ancestral sampling, for the others that of the reverse SDE). The default is
+            0 for ddim and 1 for dpm++2m-sde and sa. No other sampler takes it.
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
         restart: Restart sampling by three numbers, LOW HIGH REPEATS, for example 0.3 2 3. At the
             noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps from
@@ -91,7 +93,8 @@ class Settings:
             less at high scales.
         guidance_interval: two noise levels sigma/alpha, LOW HIGH, for example 0.3 5:
             classifier-free guidance, autoguidance and CFG rescale act only between them. Unless
-            set, they act at all levels. CLIP guidance, thresholding and clipping always do.
+            set, they act at all levels. CLIP guidance, thresholding and clipping always act at all
+            noise levels.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.
         negative_prompt: prompt to guide away from, instead of the empty one.

@@ -180,7 +180,8 @@ def take_process_options(arguments: Sequence[str]) -> tuple[list[str], Membershi
     if not (host and port.isdigit() and 0 <= index < count):
         raise UsageError(
             "processes find each other by --coordinator HOST:PORT --num-processes N --process-id I "
-            "with I from 0 to N - 1, or by --coordinator auto; --coordinator none is a process alone"
+            "with I from 0 to N - 1, or by --coordinator auto; "
+            "--coordinator none is a process alone"
         )
     return arguments, Membership(coordinator, count, index)
 

@@ -156,7 +156,7 @@ class TrainConfig(RunConfig):
             `model.residual`.
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
-        snr_gamma: Gamma of "min-snr", above 0; larger trains the least noisy levels more.
+        snr_gamma: Gamma of "min-snr", above 0; larger gives the least noisy levels more weight.
         huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
             prediction below W and linear above; smaller is closer to the absolute error; 0: squared
             error.
@@ -164,12 +164,12 @@ class TrainConfig(RunConfig):
             all timesteps are equally likely (the paper). "log-normal": log(alpha/sigma) is
             normal (EDM, 2206.00364). "loss-aware": timesteps with a larger loss are sampled more
             often and weighted less (2102.09672).
-        half_log_snr_mean: Mean of log(alpha/sigma) for log-normal timesteps; larger trains less
-            noisy levels.
+        half_log_snr_mean: Mean of log(alpha/sigma) for log-normal timesteps; with a larger mean,
+            training images have less noise.
         half_log_snr_std: Standard deviation of log(alpha/sigma) for log-normal timesteps, above 0;
-            larger is broader.
+            with a larger one, the noise levels vary more.
         uniform_timestep_share: With log-normal timesteps, share of the images whose timestep is
-            uniform, from 0 to 1; larger trains the extreme levels more.
+            uniform, from 0 to 1; with a larger share, more images have extreme noise levels.
         objective: What is trained: "denoising", a diffusion model (the paper), or "consistency", a
             student that samples in few steps, with the options `distillation` in place of those
             from `weighting` to `uniform_timestep_share`.
@@ -177,13 +177,13 @@ class TrainConfig(RunConfig):
         lora: LoRA fine-tuning: low-rank pairs are trained, and the weights of `init_from` are
             frozen.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
-            classifier-free guidance; larger trains the unconditional model more.
+            classifier-free guidance. A larger share teaches more generation without a caption.
         low_res_timestep_share: For upsamplers with `model.low_res_timestep`: the small image is
             noised at a random timestep (noise-conditioning augmentation: CDM, 2106.15282). This
             share of the timesteps is used, from the clean end: above 0 and up to 1, and 0 for all
             other models. Larger tolerates worse small images.
-        mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1;
-            larger trains generation from text alone more.
+        mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1.
+            A larger share teaches more generation from text alone.
         train_image_size: Side of the training images in pixels, if it is not `model.image_size`:
             the network is convolutional and can learn from crops or smaller images. 0: the size
             of the model.

@@ -18,22 +18,24 @@ class DistillationConfig:
             scale between them, and any such scale can be chosen for sampling. Otherwise the two
             must be equal.
         unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
-            range; larger trains the student more without guidance.
+            range. A larger share teaches more generation without guidance.
         teacher_steps: Number of teacher steps from noise to image. The first value is for the start
             of the training, the second for its end. In between the number doubles, at equal
             intervals. More is more accurate but takes longer to learn.
-        student_steps: Number of equal parts of the diffusion process (2403.06807). 1: the student
-            predicts the clean image from any noise level; sample with the sampler consistency. N:
-            from each part the student predicts only the cleanest level of this part, which is
-            easier to learn; sample with N steps of ddim and the spacing trailing-capped.
+        student_steps: Number N of equal parts that the diffusion process is cut into (2403.06807).
+            With 1, the student predicts the clean image from any noise level; sample with the
+            sampler consistency. With N above 1, it predicts the noised image at the cleanest level
+            of the part that the noise level is in, which is easier to learn; sample with N steps of
+            ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. For upsamplers: their `sample_strength`, if set.
         clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
-        huber_width: Constant of the pseudo-Huber loss, relative to the root mean square error of
-            an image in v; above 0. The loss is quadratic for errors well below it, and linear well
-            above. Larger is closer to the squared error, and learns faster. Long trainings without
-            a teacher use 0.00054 (2310.14189). For the objective "denoising" see `huber_width`.
+        huber_width: Constant c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is
+            the root mean square error of v of an image. The loss is quadratic for e well below c,
+            and linear well above. Larger is closer to the squared error, and learns faster. Long
+            trainings without a teacher use 0.00054 (2310.14189). The objective "denoising" has
+            another loss: see `huber_width`.
     """
 
     teacher: str = ""

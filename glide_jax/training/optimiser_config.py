@@ -52,10 +52,10 @@ class OptimiserConfig:
         ema: Decay rate of the EMA of the weights, at least 0 and below 1. Sampling uses the EMA.
             Larger averages over more steps. The rate starts lower, as `min(ema, (1 + step) / (10 +
             step))`: short runs thereby forget their first weights.
-        ema_widths: Relative widths of further EMAs, whose weights are a power function: for
-            example 0.05 0.10; each is between 0 and 0.28. Larger averages over more of the
-            training. From their snapshots, the command glide-jax weights ema makes the EMA of any
-            width (post-hoc EMA: EDM2, 2312.02696, sec. 3.1).
+        ema_widths: Relative widths of further EMAs with a power-function profile, for example 0.05
+            0.10; each is between 0 and 0.28. Larger averages over more of the training. From the
+            snapshots of these EMAs, the command glide-jax weights ema makes the EMA of any width:
+            post-hoc EMA (EDM2, 2312.02696, sec. 3.1).
         ema_snapshot_every: Steps between the snapshots of the EMAs of `ema_widths`, at least 1;
             larger needs less disk space, and makes the post-hoc EMA less exact.
     """

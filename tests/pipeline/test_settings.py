@@ -66,7 +66,7 @@ def test_what_is_known_of_each_sampler():
         table = Settings(steps=12, sampler=name).plan(SCHEDULE, ()).table
         assert table.mean_per_gradient.any() == traits.guides_mean != table.x_0_per_gradient.any()
     # The help text lists them by kind.
-    deterministic, rest = setting_texts()["sampler"].split("With noise at each step: ")
+    deterministic, rest = setting_texts()["sampler"].split("Stochastic: ")
     with_noise, few_step = rest.split("For few-step students: ")
     named = [set(re.findall(r"[a-z0-9+-]+", text)) for text in (deterministic, with_noise)]
     assert named[0] >= set(glide.SOLVERS) - noisy and not named[0] & noisy
