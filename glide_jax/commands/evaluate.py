@@ -193,8 +193,8 @@ class Sweep:
 
     Attributes:
         vary: What to vary, one or several of guidance-scale, clip-guidance-scale, steps, sampler,
-            spacing, guidance-interval. A sweep of guidance-scale has no CLIP guidance unless
-            --clip-guidance-scale is set. A sweep of clip-guidance-scale has guidance scale 1 and
+            spacing, guidance-interval. A sweep of guidance-scale has no CLIP guidance unless you
+            set --clip-guidance-scale. A sweep of clip-guidance-scale has guidance scale 1 and
             the sampler ddpm, unless you set others.
         values: Values of a single sweep, in place of its defaults: guidance-scale 1 1.5 2 3 4 6 8,
             clip-guidance-scale 0 1 2 4 8 16, steps 5 8 10 15 20 25 35 50, every sampler and

@@ -64,7 +64,7 @@ class Curve:
         scales: Scales of classifier-free guidance. Each gives one point of the curve.
         clip_guidance_scales: Scales of CLIP guidance by the CLIP of --clip-model. Each gives one
             point of the curve, without classifier-free guidance, and with the sampler ddpm unless
-            --sampler is set.
+            you set --sampler.
         size: Side to which the central square of real images is scaled. Default: the side of the
             generated images.
         nearest_k: The k of precision and recall.

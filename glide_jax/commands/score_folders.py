@@ -50,11 +50,10 @@ class Fid:
             otherwise it is the prompt that glide-jax sample stored in the image.
         clip_score_model: A CLIP that was trained on clean images, such as OpenAI's, for the CLIP
             score: a folder of transformers (huggingface.co/openai), or a state dict in a file.
-                Without it
-            the CLIP score is computed by --scorer.
+            Without it the CLIP score is computed by --scorer.
         scorer: A noised CLIP of glide-jax: a name, a folder of weights, or a run of train.py. It
-            computes the CLIP score unless --clip-score-model is set, and the embeddings of
-            --features scorer.
+            computes the embeddings of --features scorer, and without --clip-score-model also
+            the CLIP score.
         views: Views of each image whose embeddings the scorer averages: 10 crops, or 1, the image
             alone.
         nearest_k: The k of precision and recall, at least 1 and below the number of images. A

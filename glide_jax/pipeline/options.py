@@ -342,7 +342,7 @@ def check_options(options: Options) -> None:
             "--shards names the folder: give no --out",
         ),
         (
-            not writes_shards and (sharding.processes is not None or sharding.process is not None),
+            not writes_shards and (sharding.num_processes, sharding.process_id) != (None, None),
             "--num-processes and --process-id are for --shards",
         ),
         (

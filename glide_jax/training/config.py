@@ -151,9 +151,8 @@ class TrainConfig(RunConfig):
     Attributes:
         model: Architecture of the network.
         prediction_type: What the network predicts: "eps", the noise (the released models); "v", a
-            mix of noise and clean image, which also trains the noisiest levels (2202.00512); or
-            "x_0", the clean image, for networks with large patches (2511.13720) and
-            `model.residual`.
+            mix of noise and image, which also trains the noisiest levels (2202.00512); "x_0", the
+            clean image, for networks with large patches (2511.13720) and `model.residual`.
         weighting: Weighting of the loss over noise levels: "none", the squared error of the
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger gives the least noisy levels more weight.
@@ -252,9 +251,7 @@ class TrainConfig(RunConfig):
         if self.huber_width < 0:
             raise UsageError("huber_width cannot be negative")
         if self.model.residual and self.prediction_type != "x_0":
-            raise UsageError(
-                'model.residual predicts the clean image: prediction_type must be "x_0"'
-            )
+            raise UsageError('model.residual predicts x_0: prediction_type must be "x_0"')
         check_objective(self)
         if self.lora.rank:
             self._check_lora()

@@ -235,18 +235,10 @@ def test_impossible_sweeps_are_refused(names, chosen, settings, message):
 
 
 def test_the_command_line():
-    words = [
-        "--weights",
-        "mine",
-        "--vary",
-        "guidance-scale",
-        "clip-guidance-scale",
-        "--steps",
-        "10",
-    ]
+    words = ("--weights", "mine", "--vary", "guidance-scale", "clip-guidance-scale", "--steps", "9")
     found = read(["sweep", *words])
     assert isinstance(found, Sweep) and found.vary == ("guidance-scale", "clip-guidance-scale")
-    assert found.model.weights == "mine" and found.sampling.steps == 10
+    assert found.model.weights == "mine" and found.sampling.steps == 9
     assert read(["sweep", "--vary", "steps", "--values", "5", "fast27"]).values == ("5", "fast27")
     found = read(["ranking", "--data", "a.npz", "--guidance-scale", "2"])
     assert isinstance(found, Ranking) and found.dataset.data == "a.npz"

@@ -199,7 +199,7 @@ def test_the_help_names_every_sampler_and_spacing_and_the_defaults_of_the_weight
         shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
         named = [n for n in (*glide.SOLVERS, *SPACINGS) if re.search(rf"\W{re.escape(n)}\b", shown)]
         assert named == [*glide.SOLVERS, *SPACINGS]
-        for option, scale in zip(("guidance", "clip"), scales, strict=True):
+        for option, scale in zip(("guidance", "clip-guidance"), scales, strict=True):
             text = shown.split(f" --{option}-scale FLOAT ")[1]
             assert text.split("(default: ")[1].startswith(f"{scale})")
 

@@ -190,7 +190,7 @@ def test_every_recipe_of_the_paper_has_both_sizes():
 
 
 def test_recipes_differ_as_the_paper_says():
-    schedules = {name: load_recipe(name).schedule for name in (*FACTS, "clip64")}
+    schedules = {name: load_recipe(name).noise_schedule for name in (*FACTS, "clip64")}
     assert {schedules[f"{n}64"] for n in ("text", "cfg", "inpaint", "clip")} == {"cosine"}
     assert {schedules[f"{n}256"] for n in ("upsample", "inpaint")} == {"linear"}
     assert load_recipe("text64").caption_dropout == 0
