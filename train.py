@@ -126,12 +126,12 @@ def train(config: RunConfig) -> None:
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    with log.paused():
+                    with log.paused(), clock.paused():
                         log.held_out(
                             step, held_out(objective.full_params(state.ema, state.frozen_params))
                         )
                 if due(step, config.sample_every, config.steps):
-                    with log.paused():
+                    with log.paused(), clock.paused():
                         full_params = objective.full_params(state.ema, state.frozen_params)
                         log.samples(step, parallel.for_sampling(full_params))
             log.end(step, checkpoints.latest)
