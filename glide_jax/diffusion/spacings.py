@@ -51,9 +51,10 @@ def _strided(length: int, count: int) -> np.ndarray:
     for stride in range(1, length):
         if len(range(0, length, stride)) == count:
             return np.arange(0, length, stride)
+    # A plain number is an alternative only where there are so many timesteps.
+    instead = f"write {count}" if 1 <= count <= length else f"take between 1 and {length}"
     raise UsageError(
-        f"ddim{count} does not exist for {length} timesteps (no integer stride gives it): "
-        f"write {count}"
+        f"ddim{count} does not exist for {length} timesteps (no integer stride gives it): {instead}"
     )
 
 

@@ -242,7 +242,8 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     ("make", "message"),
     [
         (lambda: table_of(partial(ddpm, variance="smal"), [5.0]), "did you mean 'small'"),
-        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "at least three levels, not 2"),
+        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "^plms needs at least three levels, not 2"),
+        (lambda: table_of(SOLVERS["prk"], [5.0, 1.0]), "^prk needs at least three levels, not 2"),
         (
             lambda: table_of(partial(unipc, order=4), [5.0, 1.0]),
             "uses 1 to 3 predictions .* 4 and 5",

@@ -23,7 +23,7 @@ from glide_jax.diffusion.schedule import x_0_per_gradient
 DATA_STD = 0.5
 
 
-@guidance()
+@guidance(limit=(0, float("inf")))
 def classifier_guidance(
     predict: Predict,
     x: jax.Array,
@@ -44,8 +44,8 @@ def classifier_guidance(
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
         cond: its conditioning (y); arrays with the batch as first axis.
         scale: s; larger follows the classifier more closely.
-        limit: largest change of x_0, in standard deviations: see `limit_gradient`. For samplers
-            whose rows move x_0; None: no limit.
+        limit: largest change of x_0, in standard deviations, at least 0: see `limit_gradient`. For
+            samplers whose rows move x_0; None: no limit.
     """
     p = predict(x, point)
     slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
@@ -65,7 +65,7 @@ def limit_gradient(gradient: jax.Array, point: Point, limit: Number) -> jax.Arra
 
     Args:
         gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.
-        limit: above 0.
+        limit: at least 0.
     """
     posterior_std = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
