@@ -101,8 +101,8 @@ def make_plan(
         guidances: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
-        UsageError: the grid is empty, is not `(N,)`, leaves the diffusion process, or does not fall; the guidances
-            contradict each other, or do not suit the solver.
+        UsageError: the grid is empty, is not `(N,)`, leaves the diffusion process, or does not
+            fall; the guidances contradict each other, or do not suit the solver.
     """
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 1:
