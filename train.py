@@ -140,7 +140,9 @@ def train(config: RunConfig) -> None:
 
 
 def check_recipe(config: RunConfig) -> None:
-    """Check a recipe before training. Reading one does not check it: old runs stay readable.
+    """Check a recipe before training.
+
+    Reading a recipe does not check it, so that runs of older versions can still be read.
 
     Raises:
         UsageError: a field has no effect, or the weights could not be sampled as it says.

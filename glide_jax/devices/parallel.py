@@ -88,7 +88,10 @@ class Parallel(Protocol):
         ...
 
     def one_copy(self, state: Any) -> Any:
-        """Return the values of `for_checkpoint` where they lie, maybe in other shapes."""
+        """Return the arrays of `for_checkpoint` on the devices, not copied.
+
+        They may have one more axis, of length 1, in front.
+        """
         ...
 
     def for_checkpoint(self, state: Any) -> Any:

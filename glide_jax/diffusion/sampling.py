@@ -92,9 +92,9 @@ def make_plan(
 ) -> Plan:
     """Build the `Plan` of a run, on the host.
 
-    Where the set of acting guidances changes from one step to the next, the solver's history and
-    the memory of guidance are reset. Without the reset a multistep solver would drop to first order
-    there.
+    At each step where other guidances act than at the step before, the solver's history and the
+    memory of guidance are reset. Otherwise the history would hold predictions of both sets of
+    guidances, and a multistep solver would drop to first order there.
 
     Args:
         grid: `(N,)` timesteps, strictly falling.

@@ -19,14 +19,14 @@ class ModelConfig:
     """The sizes and switches of a network, which determine the shapes of its weights.
 
     Attributes:
-        variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints), or
-            an upsampler that inpaints, "superres_inpaint".
+        variant: "base"; "superres", an upsampler; "inpaint", a base model that inpaints; or
+            "superres_inpaint", an upsampler that inpaints.
         image_size: Side of the images that it generates, in pixels.
         model_channels: Channels of the first resolution; a multiple of 32.
         channel_mult: Channels of each resolution as multiples of `model_channels`.
         num_res_blocks: Residual blocks per resolution.
         attention_ds: Downsampling factors at which there is attention.
-        num_head_channels: Channels per attention head; -1: `num_heads` heads everywhere.
+        num_head_channels: Channels per attention head; -1: `num_heads` sets the number of heads.
         num_heads: Attention heads if `num_head_channels` is -1.
         num_heads_upsample: Attention heads of the decoder if `num_head_channels` is -1; -1: the
             same number.
