@@ -14,11 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glide_jax.devices.fsdp import FSDP
-from glide_jax.devices.mesh import AXIS, device_mesh, hybrid_mesh
+from glide_jax.devices.mesh import AXIS, Step, device_mesh, hybrid_mesh
 from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import UsageError
-
-Step = Callable[..., tuple[Any, Any]]
 
 
 class Parallel(Protocol):

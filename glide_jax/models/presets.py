@@ -19,8 +19,8 @@ class ModelConfig:
     """The sizes and switches of a network, which determine the shapes of its weights.
 
     Attributes:
-        variant: "base"; "superres", an upsampler; "inpaint", a base model that inpaints; or
-            "superres_inpaint", an upsampler that inpaints.
+        variant: "base"; "superres", an upsampler; "inpaint", a base model that inpaints;
+            or "superres_inpaint", an upsampler that inpaints.
         image_size: Side of the images that it generates, in pixels.
         model_channels: Channels of the first resolution; a multiple of 32.
         channel_mult: Channels of each resolution as multiples of `model_channels`.

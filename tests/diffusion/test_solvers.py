@@ -235,6 +235,12 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     assert all(np.isfinite(column).all() for column in rounded)
 
 
+def test_the_variance_fraction_has_no_effect_on_a_single_ancestral_step():
+    table = table_of(ddpm, [995.0])
+    np.testing.assert_array_equal(table.log_beta, table.log_beta_tilde)
+    assert not table.s_learned.any()
+
+
 # --- refusals
 
 
