@@ -32,8 +32,7 @@ PROMPTS = (
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
 # Of ten captions one is empty, one is the style alone, two are the concept alone, six have both.
-# Captions of one part alone are needed: with them, `all_of([concept, style], [w, w])` can compose
-# pairs that were not in the training data.
+# Only with captions of one part can `all_of([concept, style], [w, w])` compose untrained pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTION_TEMPLATES = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 
