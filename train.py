@@ -126,12 +126,12 @@ def train(config: RunConfig) -> None:
                 if stop:
                     break
                 if held_out and due(step, config.validate_every, config.steps):
-                    with log.paused():
+                    with log.paused(), clock.paused():
                         log.held_out(
                             step, held_out(objective.full_params(state.ema, state.frozen_params))
                         )
                 if due(step, config.sample_every, config.steps):
-                    with log.paused():
+                    with log.paused(), clock.paused():
                         full_params = objective.full_params(state.ema, state.frozen_params)
                         log.samples(step, parallel.for_sampling(full_params))
             log.end(step, checkpoints.latest)
@@ -140,7 +140,9 @@ def train(config: RunConfig) -> None:
 
 
 def check_recipe(config: RunConfig) -> None:
-    """Check a recipe before training. Reading one does not check it: old runs stay readable.
+    """Check a recipe before training.
+
+    Reading a recipe does not check it, so that runs of older versions can still be read.
 
     Raises:
         UsageError: a field has no effect, or the weights could not be sampled as it says.

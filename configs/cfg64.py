@@ -1,8 +1,8 @@
 """cfg64: the 64x64 model for classifier-free guidance  (GLIDE, 2112.10741, sec. 4.2).
 
-The paper's second stage: text64 with 20% of the captions replaced by the empty one, for
-classifier-free guidance. Start from a base model (`--init-from runs/text64`, the paper's way, or
-`openai/base`), or from random weights, with the steps of text64.
+The paper's second stage: text64 is trained further, with 20% of the captions replaced by the empty
+one, for classifier-free guidance. Start from a base model: `--init-from runs/text64`, as in the
+paper, or `--init-from openai/base`. To start from random weights, set --steps to those of text64.
 
 Sizes: "released", 385M: 500K steps, which B.1 states "for classifier-free guidance and inpainting"
 together; "paper", 3.5B, whose steps are not stated (here the same). Batch and schedule are as in

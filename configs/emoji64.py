@@ -11,9 +11,9 @@ Result:   the embedded weights: 64x64 emoji, and masked regions filled: docs/res
 Data:     4,909 images of emoji64 (docs/guide/data.md says how to make it), 2,579 in four styles;
           401 pairs of concept and style are held out, 234 of them in the four styles.
 Hardware: one GPU, 15 GB of its memory.
-Time:     2.2 and 4.6 minutes on one H200 (the upsampler trained on it too during 1.5 of these
-          minutes); alone it does 7,900 images/s. `configs/emoji_minutes.sh` runs both, with the
-          upsampler.
+Time:     2.2 and 4.6 minutes on one H200. During 1.5 of these minutes the upsampler was trained on
+          the same GPU. Without it, the training does 7,900 images/s. `configs/emoji_minutes.sh`
+          runs both trainings and that of the upsampler.
 Command:  glide-jax train --config emoji64:eleven-styles --data.source emoji64.npz
           glide-jax train --config emoji64 --data.source emoji64.npz
 """
@@ -31,8 +31,9 @@ PROMPTS = (
     "a red apple", "a penguin, Twitter flat style", "a rocket",
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
-# Of ten captions one is empty, one has the style alone, two the concept alone, six have both. The
-# captions with a part only let `combine_prompts([concept, style], [w, w])` compose unseen pairs.
+# Of ten captions one is empty, one is the style alone, two are the concept alone, six have both.
+# Only with captions of one part can `combine_prompts([concept, style], [w, w])` compose untrained
+# pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTION_TEMPLATES = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 

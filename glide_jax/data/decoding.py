@@ -143,7 +143,11 @@ def size_of(encoded: Encoded) -> tuple[int, int]:
 
 
 def size_of_file(path: str) -> tuple[int, int]:
-    """Return the same of a file, of which only the beginning is read."""
+    """Return width and height of an image in a file, of which only the beginning is read.
+
+    Raises:
+        BrokenRecord: the file is no image, or cannot be read.
+    """
     try:
         return storage.read_with(path, lambda file: _open(file).size)
     except GlideError as error:

@@ -88,7 +88,10 @@ NO_FAULTS = Faults()
 
 
 def group_by_reason(faults: Iterable[Fault]) -> str:
-    """Return `a.png, b.png, c.png and 7 more (no caption: 10), notes.md (suffix .md: 1)`."""
+    """Return one line with the first names of each reason, and how many there are.
+
+    For example `a.png, b.png, c.png and 7 more (no caption: 10), notes.md (suffix .md: 1)`.
+    """
     groups: dict[str, list[str]] = {}
     for fault in faults:
         groups.setdefault(fault.reason, []).append(fault.name)

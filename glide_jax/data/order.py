@@ -69,9 +69,9 @@ def _permutation(count: int, seed: int, number: int) -> np.ndarray:
 
 
 def shuffled_groups(position: int, groups: bytes, seed: int) -> int:
-    """Return the same as `shuffled`, with the records of a group next to each other.
+    """Return the index of the record at a position, where the records of a group are neighbours.
 
-    `groups` comes from `groups_of`.
+    Like `shuffled`, with `groups` from `groups_of`.
     """
     number, i = divmod(position, len(groups) // 4)
     return int(_group_permutation(groups, seed, number)[i])

@@ -8,10 +8,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from glide_jax.devices.mesh import device_mesh, pin_batch, replicated, rows, state_sharding
+from glide_jax.devices.mesh import (
+    Step,
+    device_mesh,
+    pin_batch,
+    replicated,
+    rows,
+    state_sharding,
+)
 from glide_jax.devices.runtime import fast_compile_options
-
-Step = Callable[..., tuple[Any, Any]]
 
 
 class FSDP:

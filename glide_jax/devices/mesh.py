@@ -16,6 +16,8 @@ from glide_jax.errors import UsageError
 AXIS = "batch"
 # The axis of the copies of a state under hybrid sharding.
 COPIES = "copies"
+# A training step `(state, batch, control) -> (state, metrics)`, or several, compiled or not.
+Step = Callable[..., tuple[Any, Any]]
 # Below this number of values an array is not worth a gather before each use.
 MIN_SHARDED = 2**14
 

@@ -14,11 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glide_jax.devices.fsdp import FSDP
-from glide_jax.devices.mesh import AXIS, device_mesh, hybrid_mesh
+from glide_jax.devices.mesh import AXIS, Step, device_mesh, hybrid_mesh
 from glide_jax.devices.runtime import fast_compile_options
 from glide_jax.errors import UsageError
-
-Step = Callable[..., tuple[Any, Any]]
 
 
 class Parallel(Protocol):
@@ -88,7 +86,10 @@ class Parallel(Protocol):
         ...
 
     def one_copy(self, state: Any) -> Any:
-        """Return the values of `for_checkpoint` where they lie, maybe in other shapes."""
+        """Return the arrays of `for_checkpoint` on the devices, not copied.
+
+        They may have one more axis, of length 1, in front.
+        """
         ...
 
     def for_checkpoint(self, state: Any) -> Any:

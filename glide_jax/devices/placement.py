@@ -12,18 +12,18 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from glide_jax.devices.mesh import device_mesh, replicated, rows
-from glide_jax.devices.runtime import find_devices
+from glide_jax.devices.runtime import preferred_devices
 from glide_jax.errors import UsageError
 
 
 def chosen_devices(count: int | str) -> list[jax.Device]:
-    """Return so many of this process's devices, or all of them for "all".
+    """Return so many of this process's devices, or all of them for "all"; the default one first.
 
     Raises:
         UsageError: there are fewer devices.
         GlideError: jax finds none.
     """
-    available = find_devices()
+    available = preferred_devices()
     if count == "all":
         return available
     if not (str(count).isdecimal() and 1 <= int(count) <= len(available)):

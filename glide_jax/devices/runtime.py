@@ -64,6 +64,24 @@ def find_devices(*, dry_run: bool = False) -> list[jax.Device]:
         ) from None
 
 
+def preferred_devices() -> list[jax.Device]:
+    """Return the devices of this process on which images are generated, the default device first.
+
+    The setting `jax_default_device`, a device or the name of a platform, chooses that device; the
+    others are of the same platform. Without it they are all devices, in the order of jax.
+
+    Raises:
+        GlideError: jax finds none.
+    """
+    devices, default = find_devices(), jax.config.values["jax_default_device"]
+    if default is None:
+        return devices
+    if isinstance(default, str):
+        return jax.local_devices(backend=default)
+    peers = jax.local_devices(backend=default.platform)
+    return [default, *(device for device in peers if device != default)]
+
+
 def has_tpu() -> bool:
     """Whether this machine has a TPU, or its environment names one."""
     named = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "TPU_NAME")
@@ -160,7 +178,7 @@ def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dty
     float16 on older GPUs, float32 on other CPUs.
 
     Args:
-        device: by default the first one of this process.
+        device: by default the first of `preferred_devices`.
 
     Raises:
         UsageError: an unknown name.
@@ -174,7 +192,7 @@ def trunk_dtype(name: str = "auto", device: jax.Device | None = None) -> jnp.dty
         return DTYPES[name]
     if name != "auto":
         raise UsageError(f"unknown dtype {name!r}: choose auto, {', '.join(DTYPES)}")
-    target = find_devices()[0] if device is None else device
+    target = preferred_devices()[0] if device is None else device
     if target.platform == "tpu":
         return jnp.bfloat16
     if target.platform in ("gpu", "cuda", "rocm"):

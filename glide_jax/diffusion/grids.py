@@ -45,6 +45,12 @@ def make_timesteps(
     Raises:
         UsageError: no steps, an unknown spacing, or more steps than the process has timesteps.
     """
+    names = (*SPACINGS, OPTIMISED)
+    if spacing not in names:
+        raise UsageError(
+            f"unknown spacing {spacing!r}{did_you_mean(spacing, names)}: "
+            f"choose one of {', '.join(names)}"
+        )
     if isinstance(steps, str):
         steps = steps.strip()
         if not steps:
@@ -58,12 +64,6 @@ def make_timesteps(
     steps = int(steps)
     if steps < 1:
         raise UsageError(f"sampling needs at least one step, not {steps}")
-    names = (*SPACINGS, OPTIMISED)
-    if spacing not in names:
-        raise UsageError(
-            f"unknown spacing {spacing!r}{did_you_mean(spacing, names)}: "
-            f"choose one of {', '.join(names)}"
-        )
     if steps > len(schedule):
         length = len(schedule)
         raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")

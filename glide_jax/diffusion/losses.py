@@ -114,10 +114,10 @@ def vlb_term(
     eps: jax.Array,
     variance_output: jax.Array,
 ) -> jax.Array:
-    """Return the variational bound: `L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`.
+    """Return a term of the bound: `L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))`.
 
-    The bound is in bits per dimension. At t = 0 it is the negative log-likelihood of x_0  (Improved
-    DDPM, 2102.09672, eqs. 4-7).
+    The variational bound is the sum of its terms over t. A term is in bits per dimension. At t = 0
+    it is the negative log-likelihood of x_0  (Improved DDPM, 2102.09672, eqs. 4-7).
 
     Args:
         x_0, x_t, eps: `(B, H, W, C)`; `eps` is the predicted noise.

@@ -105,7 +105,7 @@ def _learned_std(row: Table, x_0_variance: float) -> float:
 def image_error(
     schedule: Schedule, grid: np.ndarray, solver: Solver, spectrum: Spectrum | None = None
 ) -> float:
-    """Return the 2-Wasserstein distance of generated from true images, root mean square per pixel.
+    """Return the 2-Wasserstein distance between generated and true images, per pixel (RMS).
 
     Args:
         spectrum: spectrum of the true images; None: `default_spectrum(schedule)`.
@@ -116,9 +116,9 @@ def image_error(
     return float(np.sqrt(spectrum.share @ error**2))
 
 
-# Penalties on uneven steps, beside errors in 1/1000. Two optimisations run in turn, one for each.
-# The first penalty leads past poor minima. The second decides where the error is flat: with 15
-# steps or more, nearly everywhere.
+# Weights of the penalty on uneven steps; errors are multiplied by 1000. The grid is optimised with
+# the first weight, then from there with the second. The first avoids poor local minima. The second
+# chooses among grids of nearly the same error: with 15 steps or more, most grids are.
 SMOOTHNESS = (0.3, 0.03)
 
 

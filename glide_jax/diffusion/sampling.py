@@ -23,6 +23,7 @@ from glide_jax.diffusion.guidance.predictor import (
     is_network,
     noise_predictor,
 )
+from glide_jax.diffusion.noise import check_noise, is_keys, noise_at
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import HISTORY, Solver, Table, levels
 from glide_jax.errors import UsageError
@@ -91,20 +92,22 @@ def make_plan(
 ) -> Plan:
     """Build the `Plan` of a run, on the host.
 
-    Where the set of acting guidances changes from one step to the next, the solver's history and
-    the memory of guidance are reset. Without the reset a multistep solver would drop to first order
-    there.
+    At each step where other guidances act than at the step before, the solver's history and the
+    memory of guidance are reset. Otherwise the history would hold predictions of both sets of
+    guidances, and a multistep solver would drop to first order there.
 
     Args:
         grid: `(N,)` timesteps, strictly falling.
         guidances: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
-        UsageError: the grid is empty, leaves the diffusion process, or does not fall; the guidances
-            contradict each other, or do not suit the solver.
+        UsageError: the grid is empty, is not `(N,)`, leaves the diffusion process, or does not
+            fall; the guidances contradict each other, or do not suit the solver.
     """
     grid = np.asarray(grid, np.float64)
-    if grid.ndim != 1 or not len(grid):
+    if grid.ndim != 1:
+        raise UsageError(f"a grid of timesteps is a list of numbers, not of shape {grid.shape}")
+    if not len(grid):
         raise UsageError("sampling needs at least one timestep")
     if not (grid.min() >= 0 and grid.max() <= len(schedule) - 1):
         raise UsageError(f"timesteps must be between 0 and {len(schedule) - 1}")
@@ -186,19 +189,6 @@ def _start(x: jax.Array, names: tuple[str, ...]) -> State:
     memory = {name: jnp.zeros_like(x) for name in names}
     # The last x is a stand-in of the right shape: the first row replaces it by its x_0.
     return State(x, jnp.zeros_like(x), jnp.zeros((HISTORY, *x.shape), x.dtype), memory, x)
-
-
-def noise_at(noise: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sample the noise `(B, H, W, C)` of row `index` from one key per image.
-
-    An image's noise does not depend on the rest of its batch.
-    """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape[1:]))(noise)
-
-
-def is_keys(noise: jax.Array) -> bool:
-    """Whether noise is one key per image, rather than the noise of every row."""
-    return jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -358,9 +348,10 @@ def run_plan(
         The last state; its `x` is the image, nominally in [-1, 1].
 
     Raises:
-        UsageError: see `check_variance`.
+        UsageError: see `check_variance` and `check_noise`.
     """
     check_variance(networks, conds, plan, x)
+    check_noise(noise, len(plan), np.shape(x))
     return run_rows(Flattened.of(networks), conds, plan, start_state(plan, x), noise)
 
 
@@ -377,15 +368,19 @@ def stream_plan(
     With one row per call, one compiled program serves every number of steps.
 
     Args:
-        rows: rows per call.
+        x, noise: see `sample`.
+        rows: rows per call, at least 1.
 
     Yields:
         The number of rows done, and the state after them.
 
     Raises:
-        UsageError: see `check_variance`.
+        UsageError: `rows` is below 1; or see `check_variance` and `check_noise`.
     """
+    if rows < 1:
+        raise UsageError(f"stream runs at least one row per call, not {rows}")
     check_variance(networks, conds, plan, x)
+    check_noise(noise, len(plan), np.shape(x))
     state, flattened = start_state(plan, x), Flattened.of(networks)
     for first in range(0, len(plan), rows):
         span = slice(first, first + rows)

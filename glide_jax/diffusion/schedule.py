@@ -132,9 +132,10 @@ class Posterior:
 
     Attributes:
         log_beta: `log beta`, the upper end of a learned variance.
-        beta_tilde: the variance; zero at the first step.
-        log_beta_tilde: `log beta_tilde`, the lower end of a learned variance. The first entry
-            repeats the second, as in Improved DDPM; with a single step it is `log_beta`.
+        beta_tilde: the variance; zero at the cleanest step.
+        log_beta_tilde: `log beta_tilde`, the lower end of a learned variance. The entry of the
+            cleanest step is that of the next one, as in Improved DDPM; with a single step it is
+            `log_beta`.
         mean_weight_x_0, mean_weight_x_t: the mean is `mean_weight_x_0 x_0 + mean_weight_x_t x_t`.
     """
 

@@ -51,9 +51,10 @@ def _strided(length: int, count: int) -> np.ndarray:
     for stride in range(1, length):
         if len(range(0, length, stride)) == count:
             return np.arange(0, length, stride)
+    # A plain number is an alternative only where there are so many timesteps.
+    instead = f"write {count}" if 1 <= count <= length else f"take between 1 and {length}"
     raise UsageError(
-        f"ddim{count} does not exist for {length} timesteps (no integer stride gives it): "
-        f"write {count}"
+        f"ddim{count} does not exist for {length} timesteps (no integer stride gives it): {instead}"
     )
 
 
@@ -129,8 +130,8 @@ def noisiest_timestep(schedule: Schedule) -> float:
 def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
     """`T k / N - 1` for k = N ... 1, where `T - 1` is `noisiest_timestep`.
 
-    Like `trailing` without the timesteps of the cosine schedule in which nothing is left of the
-    image: for few steps. With more than T steps, they are even from T - 1 to 0.
+    For few steps. Like `trailing`, but without the noisiest timesteps of the cosine schedule, where
+    nothing is left of the image. With more than T steps, they are evenly spaced from T - 1 to 0.
     """
     length = noisiest_timestep(schedule) + 1
     if steps > length:  # the cleanest levels would be below 0

@@ -36,7 +36,12 @@ class EpsNetwork:
     prediction_type: str
 
     def apply(self, variables: Any, *inputs: Any, method: Any = None, **options: Any) -> Any:
-        """Do what `GLIDE.apply` does."""
+        """Return the predicted noise; with a `method`, what that method of `GLIDE` returns.
+
+        It is called like `GLIDE.apply`. A prediction of v or x_0 is converted to noise, and the
+        variance output is dropped. The `method` encodes captions, as empty ones if `captions` is
+        False.
+        """
         params = variables["params"]
         variables = {"params": params["model"]}
         if method is not None:

@@ -1,1 +1,1 @@
-"""The networks: from a noised image and its conditioning to noise and variance."""
+"""The networks: from a noised image and its conditioning to a prediction and a variance."""

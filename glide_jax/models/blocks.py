@@ -62,8 +62,8 @@ def drop(x: jax.Array, keys: jax.Array, rate: float, place: str) -> jax.Array:
 class AttentionBlock(nn.Module):
     """Self-attention over pixels, whose keys and values begin with those of the text  (GLIDE, 2.1).
 
-    One softmax runs over text and pixels together. There is no mask: padded positions of the text
-    have a learned embedding of their own.
+    One softmax runs over text and pixels together. There is no mask: with `xf_padding`, padded
+    positions of the text have a learned embedding of their own.
 
     Attributes:
         projects: whether the block projects the text to keys and values; otherwise `text` is

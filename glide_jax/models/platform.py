@@ -15,7 +15,7 @@ compile_for = jax.make_user_context(None)
 def fused_attention_platform() -> str:
     """Return "cuda" or "tpu" if programs are traced for a device with fused attention, else "".
 
-    Of GPUs these are NVIDIA's from compute capability 8.0 on.
+    Among GPUs, only NVIDIA's of compute capability 8.0 and above count.
     """
     if compile_for.value is not None:
         return compile_for.value if compile_for.value in ("cuda", "tpu") else ""

@@ -19,14 +19,14 @@ class ModelConfig:
     """The sizes and switches of a network, which determine the shapes of its weights.
 
     Attributes:
-        variant: "base", "superres" (an upsampler), "inpaint" (a base model that inpaints), or
-            an upsampler that inpaints, "superres_inpaint".
+        variant: "base"; "superres", an upsampler; "inpaint", a base model that inpaints;
+            or "superres_inpaint", an upsampler that inpaints.
         image_size: Side of the images that it generates, in pixels.
         model_channels: Channels of the first resolution; a multiple of 32.
         channel_mult: Channels of each resolution as multiples of `model_channels`.
         num_res_blocks: Residual blocks per resolution.
         attention_ds: Downsampling factors at which there is attention.
-        num_head_channels: Channels per attention head; -1: `num_heads` heads everywhere.
+        num_head_channels: Channels per attention head; -1: `num_heads` sets the number of heads.
         num_heads: Attention heads if `num_head_channels` is -1.
         num_heads_upsample: Attention heads of the decoder if `num_head_channels` is -1; -1: the
             same number.
@@ -87,21 +87,43 @@ class ModelConfig:
             raise ValueError(f"model_channels must be a multiple of 32, not {self.model_channels}")
         if math.isfinite(self.dropout) and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        head_width = self.num_head_channels
-        for resolution, mult in enumerate(self.channel_mult):
-            # There is attention in the middle, too.
-            attends = 2**resolution in self.attention_ds or resolution == len(self.channel_mult) - 1
-            if attends and head_width > 0 and self.model_channels * mult % head_width:
-                raise ValueError(
-                    f"num_head_channels {head_width} does not divide the "
-                    f"{self.model_channels * mult} channels at an attention block"
-                )
+        if self.out_channels not in (3, 6):
+            raise ValueError(
+                f"out_channels must be 6, with learned variance, or 3, not {self.out_channels}"
+            )
+        self._check_heads()
         if self.low_res_timestep and not self.upsamples:
             raise ValueError("low_res_timestep is for upsamplers")
         if self.residual and not self.upsamples:
             raise ValueError("residual is for upsamplers")
         if self.patch < 1 or self.image_size % self.patch:
             raise ValueError(f"patch divides the image size {self.image_size}, not {self.patch}")
+        if self.image_size < 1 or self.image_size % self.size_multiple:
+            raise ValueError(
+                f"image_size must be a multiple of {self.size_multiple}, not {self.image_size}"
+            )
+
+    def _check_heads(self) -> None:
+        encoder_heads, decoder_heads = self.num_heads, self.num_heads_upsample
+        if decoder_heads == -1:
+            decoder_heads = encoder_heads
+        for resolution, mult in enumerate(self.channel_mult):
+            channels = self.model_channels * mult
+            attends = 2**resolution in self.attention_ds
+            # There is attention in the middle, too, with the heads of the encoder.
+            is_last = resolution == len(self.channel_mult) - 1
+            divisors = {}
+            if self.num_head_channels > 0:
+                divisors["num_head_channels"] = self.num_head_channels, attends or is_last
+            else:
+                divisors["num_heads"] = encoder_heads, attends or is_last
+                divisors["num_heads_upsample"] = decoder_heads, attends
+            for name, (divisor, acts) in divisors.items():
+                if acts and (divisor < 1 or channels % divisor):
+                    raise ValueError(
+                        f"{name} {divisor} does not divide the {channels} channels at an "
+                        "attention block"
+                    )
 
     @property
     def embed_width(self) -> int:

@@ -28,8 +28,8 @@ SCALE_POSITION = 250.0
 class UNet(nn.Module):
     """The network from a noised image to its prediction  (ADM, 2105.05233, sec. 3; GLIDE, sec. 3).
 
-    Blocks have the numbers of OpenAI's weights: `down_0` is the stem, `down_i` and `up_i` are
-    entry i of the encoder and of the decoder.
+    Blocks are numbered as in OpenAI's weights: `down_0` is the first convolution, `down_i` block i
+    of the encoder, `up_i` block i of the decoder.
     """
 
     config: ModelConfig
@@ -225,7 +225,7 @@ class GLIDE(nn.Module):
         guidance_scale: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the noise prediction and the variance output for noised images.
+        """Return the prediction (eps, v or x_0) and the variance output for noised images.
 
         Args:
             x: `(B, H, W, 3)` float32, the noised images `x_t`.
@@ -243,8 +243,8 @@ class GLIDE(nn.Module):
                 None: no dropout, as in sampling.
 
         Returns:
-            `(B, H, W, out_channels)` float32: the noise, then, with learned variance, the variance
-            output, nominally in [-1, 1].
+            `(B, H, W, out_channels)` float32: the prediction, then, with learned variance, the
+            variance output, nominally in [-1, 1].
 
         Raises:
             ValueError: an input is missing, or this variant does not take it.

@@ -194,7 +194,7 @@ class SamplerArguments(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The inputs of one batch."""
+    """The inputs of one batch of images, from which the arguments of the sampler are made."""
 
     stage: Stage
     prompts: Sequence[Prompt]

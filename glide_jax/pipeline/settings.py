@@ -204,7 +204,10 @@ class Settings:
         return grid[-max(1, round(self.strength * len(grid))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
-        """Return the settings with RePaint by default, unless `repaint` or `restart` is set."""
+        """Return the settings, with the default RePaint if neither `repaint` nor `restart` is set.
+
+        A run of a single step has nothing to repeat, and stays as it is.
+        """
         jump = min(DEFAULT_REPAINT[0], len(self.timesteps(schedule)) - 1)
         if not jump or self.repaint or self.restart:
             return self

@@ -1,7 +1,7 @@
 """Thousands of images into tar shards: interrupted and continued, by one process or by many."""
 
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from glide_jax.devices.runtime import trunk_dtype
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.folders import check_writable, expand_home
 from glide_jax.pipeline.batching import chosen_batch_size
+from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, read_prompts
@@ -95,6 +96,17 @@ def sample_shards(
         names = ("guidance_scale", "guidance")
         return {name: getattr(chosen, name) for name in names if settings.get(name) is not None}
 
+    def images_of(indices: range) -> Images:
+        return pipe(
+            [_unpadded(parsed[i]) for i in indices],
+            seed=seed,
+            first_index=[first_index + i for i in indices],
+            batch_size=batch_size,
+            upsampler=upsampler,
+            progress=False,
+            **settings | per_image(indices),
+        )
+
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]
     devices = Placement(pipe.devices).mesh.size
     size = chosen_batch_size(batch_size, pipe.model.config.image_size, devices)
@@ -105,25 +117,10 @@ def sample_shards(
             for number in todo:
                 path, span = shard_path(folder, number), span_of(number)
                 bar.set_description(path.name)
-                with claimed(path) as file:
-                    if file is None:  # another process has it
-                        busy += not path.exists()
-                        bar.total -= len(span)
-                        continue
-                    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                        for start in range(span.start, span.stop, size):
-                            indices = range(start, min(start + size, span.stop))
-                            images = pipe(
-                                [_unpadded(parsed[i]) for i in indices],
-                                seed=seed,
-                                first_index=[first_index + i for i in indices],
-                                batch_size=batch_size,
-                                upsampler=upsampler,
-                                progress=False,
-                                **settings | per_image(indices),
-                            )
-                            add_images(tar, images)
-                            bar.update(len(indices))
+                batches = [span[i : i + size] for i in range(0, len(span), size)]
+                if not _write_shard(path, batches, images_of, bar.update):
+                    busy += not path.exists()
+                    bar.total -= len(span)
     except OSError as error:
         why = error.strerror or error
         raise GlideError(
@@ -132,6 +129,29 @@ def sample_shards(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {done_line()}, and the same command continues") from None
     return done_line() + (f"; other processes write {busy:,} of the missing ones" if busy else "")
+
+
+def _write_shard(
+    path: Path,
+    batches: Sequence[range],
+    images_of: Callable[[range], Images],
+    advance: Callable[[int], Any],
+) -> bool:
+    """Write a shard batch by batch; return False if it is there or another process writes it.
+
+    Args:
+        batches: the indices of its images.
+        images_of: generates the images of a batch.
+        advance: is told how many images were added.
+    """
+    with claimed(path) as file:
+        if file is None:
+            return False
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for indices in batches:
+                add_images(tar, images_of(indices))
+                advance(len(indices))
+    return True
 
 
 def _unpadded(prompt: Prompt) -> Prompt:

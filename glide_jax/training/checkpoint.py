@@ -299,12 +299,12 @@ class Checkpoints:
         fingerprint: str,
         sums: dict[str, int] | None = None,
     ) -> None:
-        """Write the state after `step` updates, unless it is there already.
+        """Write the state after `step` steps, unless it is there already.
 
         Args:
             step: number of steps done.
             state: the training state.
-            loop_state: the state of the data iterator and of the clock after as many steps.
+            loop_state: the state of the data iterator and of the clock after these steps.
             fingerprint: of the data.
             sums: the checksums of the state, of its arrays on the devices; None: of `state`.
 

@@ -1,7 +1,8 @@
 """The time limit of a run: the decay follows the clock, and the run ends in time."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from glide_jax.training.optimiser import decay_factor
 class Clock:
     """The training time of a run with `minutes`, kept in its checkpoints.
 
-    Time counts from the end of the first call on, so that compilation does not.
+    Time counts from the end of the first call on, so that compilation does not, and not while the
+    clock is paused.
     """
 
     def __init__(self, config: RunConfig, loop_state: Mapping[str, Any] | None = None):
@@ -66,6 +68,18 @@ class Clock:
             self._start = time.monotonic()
         jax.block_until_ready(self._running)
         self._running = metrics
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time does not count: sampling and validation, with their compilation."""
+        # The step started last does count, and may still be running on the device.
+        jax.block_until_ready(self._running)
+        was_started = self._start is not None
+        self._before, self._start = self.seconds, None
+        try:
+            yield
+        finally:
+            self._start = time.monotonic() if was_started else None
 
     def get_state(self) -> dict[str, float]:
         """Return what a checkpoint keeps."""

@@ -36,9 +36,9 @@ class RunConfig:
         data: Source of the images and captions.
         optimiser: The optimiser, its learning rate, and the EMA of the weights.
         steps: Total number of training steps, at least 1. Each updates the parameters once.
-        minutes: Stop after this many minutes of training, not counting compilation; 0: no limit.
-            Only for a single process. With a limit, the learning-rate decay "linear" follows the
-            time instead of the steps.
+        minutes: Stop after this many minutes of training, not counting compilation, samples and
+            validation; 0: no limit. Only for a single process. With a limit, the learning-rate
+            decay "linear" follows the time instead of the steps.
         batch_size: Images per step, in total over all devices of all processes; larger gives less
             noisy gradients, and needs more memory.
         accumulate: Gradient accumulation: number of microbatches per step, processed one after the

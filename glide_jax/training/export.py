@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.folders import expand_home
+from glide_jax.training.checksums import name_of
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.runs import is_average, is_run, network_params, restore_run, run_defaults
 from glide_jax.training.state import TrainState
@@ -34,7 +35,7 @@ def seen_tokens(config: RunConfig, state: TrainState) -> np.ndarray | None:
     """
     seen = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
-        if jax.tree_util.keystr(path, simple=True, separator="/").endswith(f"nu/{TABLE}"):
+        if name_of(path).endswith(f"nu/{TABLE}"):
             seen = np.atleast_1d(np.asarray(leaf).any(axis=1))
     if not config.starts_from:
         return seen

@@ -210,7 +210,7 @@ class Logger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count as training time: sampling and validation."""
+        """A context whose time does not lower the logged throughput: sampling and validation."""
         # The steps so far do count, and may still be running on the device.
         jax.block_until_ready(self._last)
         begun = time.monotonic()

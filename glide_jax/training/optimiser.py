@@ -9,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from glide_jax.models.layers import LORA_PAIR
+from glide_jax.training.checksums import name_of
 from glide_jax.training.freezing import frozen_labels
 from glide_jax.training.optimiser_config import OptimiserConfig
 
@@ -47,7 +48,7 @@ def learning_rate(
 def updates_made(opt_state: optax.OptState) -> Any:
     """Return the number of updates that an optimiser of `make_optimiser` has made, int32."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
-    return next(leaf for path, leaf in leaves if _path(path).endswith("count"))
+    return next(leaf for path, leaf in leaves if name_of(path).endswith("count"))
 
 
 def decay_factor(done: Any, share: float) -> Any:
@@ -101,17 +102,13 @@ def _muon(config: OptimiserConfig, rate: optax.Schedule) -> optax.GradientTransf
     )
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def kernels(params: Any) -> Any:
     """Return whether each parameter is the kernel of a layer, or of its low-rank pair.
 
     Weight decay acts on these; that of a pair pulls the kernel towards its base.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _path(path).endswith(("kernel", *LORA_PAIR)), params
+        lambda path, _: name_of(path).endswith(("kernel", *LORA_PAIR)), params
     )
 
 
@@ -122,7 +119,7 @@ def matrices(params: Any) -> Any:
     """
 
     def axes(path: tuple[Any, ...], x: Any) -> MuonDimensionNumbers | None:
-        name = _path(path)
+        name = name_of(path)
         if not name.endswith("kernel") or name.startswith(_ENDS) or x.ndim < 2:
             return None
         return MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))

@@ -104,10 +104,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Update parameters, optimiser and EMAs once.
 
-    The update is left out if the loss or gradient is not finite, or the loss is `spike_factor`
-    times its running mean: only the step is counted, and metric `bad` is 1. An overflow of scaled
-    float16 gradients is not bad: the update is left out, and the next step's scale is half as
-    large.
+    The update is left out if the loss or gradient is not finite, or the loss is more than
+    `spike_factor` times its running mean: only the step is counted, and metric `bad` is 1. An
+    overflow of scaled float16 gradients is not bad: the update is left out, and the next step's
+    scale is half as large.
 
     Args:
         state: the state before the step.

@@ -168,7 +168,7 @@ def _bar() -> Any:
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # pyright: ignore[reportUntypedBaseClass]
-        """A bar of the Hub's."""
+        """A progress bar of the Hub that appears after a second and vanishes at the end."""
 
         def __init__(self, *arguments: Any, **options: Any):
             super().__init__(*arguments, **options | {"delay": 1, "leave": False})

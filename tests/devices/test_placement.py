@@ -1,13 +1,17 @@
 """Where arrays lie on the devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from glide_jax.devices import placement
+from glide_jax.devices import placement, runtime
 from glide_jax.devices.placement import OHWI, Placement
+from glide_jax.devices.runtime import trunk_dtype
+from tests.support.commands import run
 
 
 @pytest.fixture
@@ -40,3 +44,37 @@ def test_the_order_in_memory_of_kernels_in_16_bits(monkeypatch, params):
 
     wanted = convolve(x, before["a"]["kernel"])
     np.testing.assert_array_equal(convolve(x, after["a"]["kernel"]), wanted)
+
+
+DEFAULTS = """
+import jax, numpy as np
+from glide_jax.devices.placement import Placement, chosen_devices
+
+first, second = jax.devices()
+jax.config.update("jax_default_device", second)
+one = Placement(1)
+arrays = one.replicate(np.ones(2)), one.split(np.ones(2)), one.put_weights(np.ones(2))
+assert {d for array in arrays for d in array.devices()} == set(one.mesh.devices.flat) == {second}
+assert one.put_weights(arrays[0]) is arrays[0]
+assert chosen_devices("all") == [second, first]
+assert one.replicate(np.ones(2)).devices() == {second}
+assert Placement("all").split(np.ones(2)).devices() == {first, second}
+jax.config.update("jax_default_device", "cpu")
+assert chosen_devices(1) == [first]
+"""
+
+
+def test_arrays_and_mesh_follow_the_default_device():
+    result = run("-c", DEFAULTS, devices=2)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_dtype_and_the_platform_follow_the_default_device(monkeypatch):
+    monkeypatch.delenv("GLIDE_JAX_DTYPE")
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    cpus = jax.local_devices()
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: cpus if backend else [gpu])
+    monkeypatch.setattr(runtime, "cpu_features", set)
+    assert trunk_dtype() == jnp.bfloat16
+    with jax.default_device(cpus[0]):
+        assert trunk_dtype() == jnp.float32 and Placement().platform == "cpu"

@@ -125,6 +125,19 @@ def test_white_space_around_a_respacing_string_changes_nothing():
         (float("inf"), "steps is a whole number, not inf"),
         ("-5", "sampling needs at least one step, not -5"),
         ("1001", "cannot take 1001 of 1000 steps: take at most 1000"),
+        *(
+            (
+                f"ddim{count}",
+                f"ddim{count} does not exist for 1000 timesteps (no integer stride gives it): "
+                f"{instead}",
+            )
+            for count, instead in [
+                (0, "take between 1 and 1000"),
+                (-3, "take between 1 and 1000"),
+                (1001, "take between 1 and 1000"),
+                (999, "write 999"),
+            ]
+        ),
     ],
 )
 def test_refused_writings_of_steps(steps, message):
@@ -149,6 +162,8 @@ def test_refused_numbers_of_steps(spacing, steps, message):
 def test_an_unknown_spacing_names_the_nearest(name, nearest):
     with pytest.raises(UsageError, match=f"unknown spacing {name!r}, did you mean {nearest!r}"):
         make_timesteps(SCHEDULE, 10, name)
+    with pytest.raises(UsageError, match=f"unknown spacing {name!r}, did you mean {nearest!r}"):
+        make_timesteps(SCHEDULE, "fast27", name)
 
 
 # --- exact statistics of images

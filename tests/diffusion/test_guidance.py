@@ -77,6 +77,31 @@ def test_streaming_and_compiled_driver_agree(solver, at_a_time):
         assert_close(b, a, 2e-6)
 
 
+@pytest.mark.parametrize(
+    "noise",
+    [
+        jax.random.split(jax.random.PRNGKey(0), 4),
+        jax.random.key(0),
+        keys(some=slice(3)),
+        np.zeros((5, *SHAPE), np.float32),
+        np.zeros(SHAPE, np.float32),
+    ],
+    ids=["old-style keys", "one key", "a key too few", "a row too few", "one row"],
+)
+def test_noise_of_a_wrong_shape_is_refused(noise):
+    run, message = run_of(ddpm), r"noise is \(6, 4, 2, 3, 1\).* or 4 keys .*\(not PRNGKey\)"
+    for call in (run_plan, lambda *inputs: next(stream_plan(*inputs))):
+        with pytest.raises(UsageError, match=message) as caught:
+            call(TOY, CONDS, run, X, noise)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("at_a_time", [0, -1])
+def test_a_call_runs_at_least_one_row(at_a_time):
+    with pytest.raises(UsageError, match=f"at least one row per call, not {at_a_time}"):
+        list(stream_plan(TOY, CONDS, run_of(), X, keys(), rows=at_a_time))
+
+
 @EACH_SOLVER
 def test_a_tape_of_noise_equals_the_noise_of_the_keys(solver):
     run = run_of(solver)
@@ -317,7 +342,7 @@ def test_one_run_has_one_negative_prompt(other):
     ("grid", "message"),
     [
         ([], "at least one"),
-        ([[5.0, 4.0]], "at least one"),
+        ([[5.0, 4.0]], r"a list of numbers, not of shape \(1, 2\)"),
         ([1000, 5], "between 0 and 999"),
         ([10, -1], "between 0 and 999"),
         ([10, 10, 5], "fall strictly"),

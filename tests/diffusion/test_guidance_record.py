@@ -1,18 +1,25 @@
 """Guidance as a value: its constructor, its parameters, and a negative prompt."""
 
 import inspect
+from functools import partial
 
+import jax
 import pytest
 
 from glide_jax.diffusion.guidance import (
     NULL,
     Branch,
+    Network,
     apg,
     autoguidance,
+    cfg_plus_plus,
     classifier_free,
+    classifier_guidance,
     clip_x0,
     compose,
+    dynamic_threshold,
     guidance,
+    rescale,
 )
 from glide_jax.errors import UsageError
 
@@ -32,6 +39,10 @@ def weighted(predict, x, point, *, amount, weight=1.0, offset=0.0):
 def unchanged(predict, x, point):
     """A guidance without parameters."""
     return predict(x, point)
+
+
+SUM = Network(lambda params, x, t, cond: x.sum(axis=(1, 2, 3)), None)
+limited = partial(classifier_guidance, SUM, None, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +79,26 @@ def test_editors_see_the_parameters():
         (lambda: weighted(weight=1.0), "weighted needs a value for amount"),
         (lambda: unchanged(1.0), "too many values: unchanged takes no parameters"),
         (lambda: unchanged(rows=1), "unchanged takes no parameters, not rows"),
+        (lambda: cfg_plus_plus(5.0), "cfg_plus_plus needs 0 <= scale <= 1, not 5.0"),
+        (lambda: cfg_plus_plus([0.5, -0.1]), "cfg_plus_plus needs 0 <= scale <= 1, not"),
+        (lambda: clip_x0(1.0, -1.0), "clip_x0 needs low <= high, not 1.0"),
+        (lambda: clip_x0(high="b"), "high of clip_x0 is a number, or one per image, not 'b'"),
+        (lambda: limited(-1.0), "classifier_guidance needs 0 <= limit <= inf, not -1.0"),
+        (lambda: rescale(None), "amount of rescale is a number, or one per image, not None"),
+        (lambda: dynamic_threshold("a"), "quantile of dynamic_threshold is a number"),
     ],
 )
 def test_parameters_that_a_guidance_refuses(make, message):
     with pytest.raises(UsageError, match=message) as caught:
         make()
     assert str(caught.value).isprintable()
+
+
+def test_parameters_within_their_ranges_pass_and_so_do_traced_ones():
+    assert limited(None).args["limit"] is None and limited([0.0, 0.2]).args["limit"] == [0.0, 0.2]
+    assert clip_x0([-1.0, 0.0], [1.0, 0.0]).args["low"] == [-1.0, 0.0]
+    made = jax.jit(lambda number: (cfg_plus_plus(number), clip_x0(-number), limited(number)))(0.5)
+    assert [guided.name for guided in made] == ["cfg_plus_plus", "clip_x0", "classifier_guidance"]
 
 
 # --- a negative prompt

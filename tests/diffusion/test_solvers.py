@@ -237,6 +237,12 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     assert all(np.isfinite(column).all() for column in rounded)
 
 
+def test_the_variance_fraction_has_no_effect_on_a_single_ancestral_step():
+    table = table_of(ddpm, [995.0])
+    np.testing.assert_array_equal(table.log_beta, table.log_beta_tilde)
+    assert not table.s_learned.any()
+
+
 # --- refusals
 
 
@@ -244,7 +250,8 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     ("make", "message"),
     [
         (lambda: table_of(partial(ddpm, variance="smal"), [5.0]), "did you mean 'small'"),
-        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "at least three levels, not 2"),
+        (lambda: table_of(SOLVERS["plms"], [5.0, 1.0]), "^plms needs at least three levels, not 2"),
+        (lambda: table_of(SOLVERS["prk"], [5.0, 1.0]), "^prk needs at least three levels, not 2"),
         (
             lambda: table_of(partial(unipc, order=4), [5.0, 1.0]),
             "uses 1 to 3 predictions .* 4 and 5",

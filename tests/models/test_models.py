@@ -252,6 +252,20 @@ def test_sizes_that_do_not_fit():
         ModelConfig(dropout=1)
     with pytest.raises(ValueError, match="num_head_channels 128 does not divide the 192 channels"):
         ModelConfig(model_channels=64, num_head_channels=128, channel_mult=(1, 2, 3))
+    small = ModelConfig(model_channels=64, channel_mult=(1, 2), num_head_channels=-1, num_heads=4)
+    for fields, message in [
+        ({"out_channels": 4}, "out_channels must be 6, with learned variance, or 3, not 4"),
+        ({"image_size": 65}, "image_size must be a multiple of 2, not 65"),
+        ({"image_size": 0}, "image_size must be a multiple of 2, not 0"),
+        ({"image_size": -2}, "image_size must be a multiple of 2, not -2"),
+        ({"num_heads": 7}, "num_heads 7 does not divide the 128 channels"),
+        ({"num_heads": 0}, "num_heads 0 does not divide the 128 channels"),
+        ({"num_heads_upsample": 3}, "num_heads_upsample 3 does not divide the 128 channels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replace(small, **fields)
+    # Without attention in the decoder its number of heads has no effect.
+    assert replace(small, num_heads_upsample=3, attention_ds=()).num_heads_upsample == 3
     with pytest.raises(
         ValueError, match="unknown field 'chanel_mult', did you mean 'channel_mult'"
     ):

@@ -158,6 +158,30 @@ def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
     assert Clock(replace(config, minutes=0)).factor() is None
 
 
+def test_the_clock_does_not_count_a_pause_but_the_step_that_still_runs(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
+
+    class Running:
+        """Metrics of a step that takes five more seconds."""
+
+        def block_until_ready(self):
+            now[0] += 5
+
+    clock = Clock(replace(CONFIG, minutes=1))
+    with clock.paused():
+        now[0] += 100
+    assert clock.seconds == 0
+    clock.started(np.zeros(1))
+    now[0] += 10
+    clock.started(Running())
+    with clock.paused():
+        now[0] += 100
+        assert clock.seconds == 15
+    now[0] += 2
+    assert clock.get_state() == {"seconds": 17} and not clock.over
+
+
 @pytest.mark.parametrize("on_device", ["yes", "no"])
 def test_the_teacher_steps_of_distillation_follow_the_clock(on_device):
     config = replace(

@@ -207,23 +207,37 @@ def test_a_batch_that_does_not_divide_is_refused(images, tmp_path):
     assert "7 does not divide over 2 devices" in one_line(result, 2)
 
 
-def test_a_time_limit_that_passes_while_samples_are_made_leaves_a_checkpoint(
+def test_a_time_limit_counts_steps_but_neither_samples_nor_validation(
     images, tmp_path, monkeypatch, capsys
 ):
-    now = [0.0]
+    now, log_steps = [0.0], script.Logger.steps
+
+    def slow_steps(*arguments):
+        now[0] += 10
+        log_steps(*arguments)
 
     def slow_samples(*_, **__):
         now[0] += 100
         return Image.new("RGB", (16, 16))
 
+    class SlowValidation:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, *_):
+            now[0] += 1000
+            return {}
+
     monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(script.Logger, "steps", slow_steps)
     monkeypatch.setattr(script, "sample_grid", slow_samples)
+    monkeypatch.setattr(script, "Validation", SlowValidation)
     out = tmp_path / "run"
     config = replace(
         load_recipe(RECIPE), data=DataConfig(source=str(images)), out=str(out), steps=50,
-        sample_every=2, minutes=1.0,
+        sample_every=2, validate_every=3, minutes=1.0,
     )  # fmt: skip
     script.train(config)
     # The step that runs when the limit has passed is the last one, and is kept.
-    assert "3 of 50 steps done" in capsys.readouterr().out
-    assert int(restore_run(out)[1].step) == 3
+    assert "6 of 50 steps done" in capsys.readouterr().out
+    assert int(restore_run(out)[1].step) == 6

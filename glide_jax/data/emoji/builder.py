@@ -96,7 +96,7 @@ class Emoji64(tfds.core.GeneratorBasedBuilder):
 
 
 class Emoji256(Emoji64):
-    """The same records at 256x256."""
+    """Captioned 256x256 emoji, icons and clip art: the records of `Emoji64` in a larger size."""
 
     VERSION = tfds.core.Version("1.0.0")
     SIZE = 256

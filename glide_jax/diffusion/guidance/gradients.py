@@ -3,11 +3,11 @@
 The functions here compute a gradient g, already times its scale. The loop over the sampler's table
 (`run_rows` in `sampling.py`) adds it in one of two ways:
 
-    mean + Sigma g                  ancestral samplers  (ADM, 2105.05233, algorithm 1)
-    x_0 + x_0_per_gradient(...) g         all other samplers  (ADM, algorithm 2)
+    mean + Sigma g              ancestral samplers  (ADM, 2105.05233, algorithm 1)
+    x_0 + (sigma^2 / alpha) g   all other samplers  (ADM, algorithm 2)
 
-The table's columns `mean_per_gradient` (1 or 0) and `x_0_per_gradient` (0 or sigma^2 / alpha)
-choose between them.
+The table's columns choose between them: `mean_per_gradient` is 1 or 0, `x_0_per_gradient` is 0 or
+`sigma^2 / alpha`.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from glide_jax.diffusion.schedule import x_0_per_gradient
 DATA_STD = 0.5
 
 
-@guidance()
+@guidance(limit=(0, float("inf")))
 def classifier_guidance(
     predict: Predict,
     x: jax.Array,
@@ -36,16 +36,16 @@ def classifier_guidance(
 ) -> Prediction:
     """Classifier guidance and CLIP guidance: `gradient + s grad log p(y | x_t)`  (ADM, 2105.05233).
 
-    ADM's algorithms 1 and 2, for any noised classifier, and for the noised CLIP
-    (`glide_jax.load_clip`), where `log p = k f(x_t, t) . g(c)`, k the CLIP's logit scale
+    `log_prob` is any classifier of noised images (ADM, algorithms 1 and 2), or the noised CLIP of
+    `glide_jax.load_clip`. For the CLIP, `log p = k f(x_t, t) . g(c)`, where k is its logit scale
     (GLIDE, sec. 2.4).
 
     Args:
         log_prob: a network with output `(B,)`: the log-probability up to a constant.
         cond: its conditioning (y); arrays with the batch as first axis.
         scale: s; larger follows the classifier more closely.
-        limit: largest change of x_0, in standard deviations: see `limit_gradient`. For samplers
-            whose rows move x_0; None: no limit.
+        limit: largest change of x_0, in standard deviations, at least 0: see `limit_gradient`. It
+            is meant for samplers that add the gradient to x_0; None: no limit.
     """
     p = predict(x, point)
     slope = jax.grad(lambda x: _total(log_prob, x, point, cond))(x)
@@ -65,7 +65,7 @@ def limit_gradient(gradient: jax.Array, point: Point, limit: Number) -> jax.Arra
 
     Args:
         gradient: `(B, H, W, C)`; each image has its own factor, of at most 1.
-        limit: above 0.
+        limit: at least 0.
     """
     posterior_std = 1 / jnp.sqrt(1 / DATA_STD**2 + (point.alpha / point.sigma) ** 2)
     rms = jnp.sqrt((gradient**2).mean(axis=(1, 2, 3), keepdims=True))
@@ -111,5 +111,9 @@ def _image_loss(
 
 
 def _total(network: Network, x: jax.Array, point: Point, cond: Any) -> jax.Array:
-    """The sum over the batch; its gradient is each image's own."""
+    """Return the sum of the outputs over the batch.
+
+    An output depends on its own image alone, so the gradient of the sum holds the gradient of each
+    image's output.
+    """
     return network(x, jnp.full(len(x), point.t), cond).sum()

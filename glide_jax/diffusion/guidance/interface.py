@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce, update_wrapper
 from typing import Any
@@ -123,7 +123,7 @@ def guidance(
     *needs: Branch,
     remembers: tuple[str, ...] = (),
     looks_ahead: bool = False,
-    **ranges: tuple[float, float],
+    **ranges: tuple[float, float | str],
 ) -> Callable[[Callable[..., Prediction]], Callable[..., Guidance]]:
     """Turn `fn(predict, x, point, *, parameters)` into a constructor `fn(parameters) -> Guidance`.
 
@@ -131,7 +131,8 @@ def guidance(
 
     Args:
         needs, remembers, looks_ahead: see `Guidance`.
-        ranges: `(low, high)` that a parameter must lie in, by its name.
+        ranges: `(low, high)` that a parameter must lie in, both included, by its name; `high` may
+            be the name of another parameter. A parameter whose default is None may be None.
     """
 
     def decorate(fn: Callable[..., Prediction]) -> Callable[..., Guidance]:
@@ -167,12 +168,8 @@ def guidance(
                 {f"{name} of {made.name}": value for name, value in made.args.items()},
                 unbounded=[f"{name} of {made.name}" for name in endless],
             )
-            for parameter, (low, high) in ranges.items():
-                value = np.asarray(made.args[parameter])
-                if not ((low <= value) & (value <= high)).all():
-                    raise UsageError(
-                        f"{made.name} needs {low} <= {parameter} <= {high}, not {value}"
-                    )
+            optional = [p.name for p in parameters if p.default is None]
+            _check_ranges(made, ranges, optional)
             return made
 
         update_wrapper(construct, fn)
@@ -182,6 +179,38 @@ def guidance(
         return construct
 
     return decorate
+
+
+def _check_ranges(
+    made: Guidance, ranges: Mapping[str, tuple[float, float | str]], optional: Sequence[str]
+) -> None:
+    """Check parameters against their ranges; those that are traced have no values yet and pass."""
+    for parameter, (low, high) in ranges.items():
+        value = made.args[parameter]
+        if value is None and parameter in optional:
+            continue
+        try:
+            numbers = _numbers(made, parameter)
+            bound = _numbers(made, high) if isinstance(high, str) else high
+        except jax.errors.TracerArrayConversionError:
+            continue
+        if not ((low <= numbers) & (numbers <= bound)).all():
+            least = "" if low == -float("inf") else f"{low} <= "
+            raise UsageError(f"{made.name} needs {least}{parameter} <= {high}, not {value}")
+
+
+def _numbers(made: Guidance, parameter: str) -> np.ndarray:
+    """Return a parameter as an array; text and None, which numpy would compare, are refused."""
+    value = made.args[parameter]
+    try:
+        numbers = np.asarray(value)
+        if numbers.dtype.kind in "OSU":
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{parameter} of {made.name} is a number, or one per image, not {value!r}"
+        ) from None
+    return numbers
 
 
 def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:

@@ -85,7 +85,7 @@ def _combine_prompts(
     return p.with_eps(p.eps + change, x, point)
 
 
-@guidance(NULL, looks_ahead=True)
+@guidance(NULL, looks_ahead=True, scale=(0, 1))
 def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number) -> Prediction:
     """CFG++: `eps(null) + w (eps(c) - eps(null))`, `w = s / (1 - e^-h)`  (2406.08070).
 

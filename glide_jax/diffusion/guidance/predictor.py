@@ -122,7 +122,10 @@ class Network:
 
 
 def is_network(node: Any) -> bool:
-    """Whether a node of a tree is a network: a leaf, whose weights have no axis of images."""
+    """Whether a node of a tree is a network.
+
+    Where arrays are split or converted, a network is a leaf: its weights have no axis of images.
+    """
     return isinstance(node, Network)
 
 

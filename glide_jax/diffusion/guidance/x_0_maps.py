@@ -44,7 +44,7 @@ def dynamic_threshold(
     return p.with_x_0(jnp.clip(p.x_0, -bound, bound) / bound, x, point)
 
 
-@guidance()
+@guidance(low=(-float("inf"), "high"))
 def clip_x0(
     predict: Predict, x: jax.Array, point: Point, *, low: Number = -1.0, high: Number = 1.0
 ) -> Prediction:

@@ -147,8 +147,8 @@ def jump_back(segment: Table, after: Table) -> Table:
     if last["s_learned"]:
         ends = ("log_beta", "log_beta_tilde")
         changed |= {name: np.log(shrink**2 * np.exp(last[name]) + fresh_variance) for name in ends}
-        # The gradient is still scaled by the variance without the fresh noise: exactly so halfway
-        # between the two ends.
+        # `run_rows` scales the gradient by the variance, which now includes the fresh noise. This
+        # factor removes the fresh noise again: exactly where the variance fraction is 1/2.
         changed["mean_per_gradient"] *= np.exp(sum(last[name] - changed[name] for name in ends) / 2)
     else:
         changed["s"] = np.hypot(shrink * last["s"], np.sqrt(fresh_variance))

@@ -193,7 +193,8 @@ def plms(
         UsageError: fewer than three levels.
     """
     if len(grid) < 3:
-        raise UsageError(f"plms needs at least three levels, not {len(grid)}")
+        name = "prk" if runge_kutta else "plms"
+        raise UsageError(f"{name} needs at least three levels, not {len(grid)}")
     alpha_bar = schedule.alpha_bar_at(grid)
 
     def between(i: int, j: int) -> NoiseLevel:
