@@ -2,7 +2,7 @@
 
 Writes the figure `samplers.png` and its data `samplers.json`. Left: the exact error of every
 sampler on Gaussian images with the spectrum of natural images
-(`glide_jax.diffusion.optimised_grids`). Right: the embedded model with classifier-free guidance
+(`glide_jax.diffusion.optimised_timesteps`). Right: the embedded model with classifier-free guidance
 alone, its distance from the result of 1000 steps of dpm++2m with the same starting noise. The right
 panel has deterministic samplers only: with added noise the result is another image.
 """
@@ -22,13 +22,13 @@ import tyro
 
 import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import classifier_free, clip_x0
-from glide_jax.diffusion.optimised_grids import image_error
+from glide_jax.diffusion.optimised_timesteps import image_error
 from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers import SOLVERS, traits_of
 from glide_jax.diffusion.solvers.table import Solver
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import UsageError, one_line_errors
 from glide_jax.pipeline.pipeline import Pipeline
 
@@ -87,9 +87,9 @@ def choices() -> dict[str, tuple[Solver, str]]:
     return found | {f"{name}, {spacing}": (SOLVERS[name], spacing) for name, spacing in SPACED}
 
 
-def evaluations_of(schedule: Schedule, grid: np.ndarray, solver: Solver) -> int:
-    """Return the number of network evaluations of a solver on a grid."""
-    return len(solver(schedule, grid, np.zeros(len(grid), bool)).t)
+def evaluations_of(schedule: Schedule, timesteps: np.ndarray, solver: Solver) -> int:
+    """Return the number of network evaluations of a solver at some timesteps."""
+    return len(solver(schedule, timesteps, np.zeros(len(timesteps), bool)).t)
 
 
 def levels_for(schedule: Schedule, solver: Solver, evaluations: int) -> int | None:
@@ -117,13 +117,15 @@ def curves(
         for count in evaluations:
             levels = levels_for(schedule, solver, count)
             if levels is not None:
-                grid = make_timesteps(schedule, levels, spacing, solver=solver)
-                found[name][evaluations_of(schedule, grid, solver)] = distance(grid, solver)
+                timesteps = make_timesteps(schedule, levels, spacing, solver=solver)
+                found[name][evaluations_of(schedule, timesteps, solver)] = distance(
+                    timesteps, solver
+                )
     return found
 
 
 def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solver], np.ndarray]:
-    """Return a function `(grid, solver) -> (B, H, W, 3)` without CLIP guidance.
+    """Return a function `(timesteps, solver) -> (B, H, W, 3)` without CLIP guidance.
 
     Prompts and starting noise are the same in each call.
     """
@@ -139,8 +141,8 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
     }
     guidance = [classifier_free(options.scale), clip_x0()]
 
-    def generate(grid: np.ndarray, solver: Solver) -> np.ndarray:
-        run = make_plan(pipe.schedule, grid, solver, guidance)
+    def generate(timesteps: np.ndarray, solver: Solver) -> np.ndarray:
+        run = make_plan(pipe.schedule, timesteps, solver, guidance)
         for _, state in stream_plan({"main": pipe.network}, conds, run, x, keys):
             jax.block_until_ready(state.x)
         return np.asarray(jnp.clip(state.x, -1, 1))
@@ -157,8 +159,8 @@ def measure(options: Options) -> dict[str, Any]:
     generate = make_sampler(pipe, options)
     reference = generate(make_timesteps(pipe.schedule, options.reference), SOLVERS["dpm++2m"])
 
-    def distance(grid: np.ndarray, solver: Solver) -> float:
-        return float(np.sqrt(((generate(grid, solver) - reference) ** 2).mean()))
+    def distance(timesteps: np.ndarray, solver: Solver) -> float:
+        return float(np.sqrt(((generate(timesteps, solver) - reference) ** 2).mean()))
 
     deterministic = tuple(name for name in choices() if not traits_of(name.split(",")[0]).is_noisy)
     model = curves(pipe.schedule, deterministic, options.model_evaluations, distance)

@@ -6,7 +6,6 @@ pipe("a red apple", num=4).save("samples")
 """
 
 from glide_jax import weights
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Guidance,
@@ -30,6 +29,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import make_plan, run_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import CLIP_PRESETS, PRESETS, CLIPConfig, ModelConfig
 from glide_jax.models.unet import GLIDE

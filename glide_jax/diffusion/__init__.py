@@ -1,1 +1,1 @@
-"""Diffusion: noise schedules, grids, samplers, guidance, the sampling loop and training losses."""
+"""Diffusion: noise schedules, samplers, guidance, the sampling loop and training losses."""

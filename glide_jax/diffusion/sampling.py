@@ -1,7 +1,7 @@
 """The sampling loop: one step, one `lax.scan`, and two drivers over it.
 
-`make_plan` turns a schedule, a grid, a solver and guidances into a `Plan` on the host; `run_plan`
-runs it in one compiled call, `stream_plan` a few rows at a time.
+`make_plan` turns a schedule, timesteps, a solver and guidances into a `Plan` on the host;
+`run_plan` runs it in one compiled call, `stream_plan` a few rows at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,7 +88,7 @@ class State(NamedTuple):
 
 
 def make_plan(
-    schedule: Schedule, grid: np.ndarray, solver: Solver, guidances: Sequence[Guidance] = ()
+    schedule: Schedule, timesteps: np.ndarray, solver: Solver, guidances: Sequence[Guidance] = ()
 ) -> Plan:
     """Build the `Plan` of a run, on the host.
 
@@ -97,34 +97,34 @@ def make_plan(
     guidances, and a multistep solver would drop to first order there.
 
     Args:
-        grid: `(N,)` timesteps, strictly falling.
+        timesteps: `(N,)`, those that the sampler visits, strictly falling.
         guidances: applied left to right; see `glide_jax.diffusion.guidance` for the order.
 
     Raises:
-        UsageError: the grid is empty, is not `(N,)`, leaves the diffusion process, or does not
-            fall; the guidances contradict each other, or do not suit the solver.
+        UsageError: there are no timesteps, or they are not `(N,)`, leave the diffusion process or
+            do not fall; the guidances contradict each other, or do not suit the solver.
     """
-    grid = np.asarray(grid, np.float64)
-    if grid.ndim != 1:
-        raise UsageError(f"a grid of timesteps is a list of numbers, not of shape {grid.shape}")
-    if not len(grid):
+    timesteps = np.asarray(timesteps, np.float64)
+    if timesteps.ndim != 1:
+        raise UsageError(f"timesteps are a list of numbers, not of shape {timesteps.shape}")
+    if not len(timesteps):
         raise UsageError("sampling needs at least one timestep")
-    if not (grid.min() >= 0 and grid.max() <= len(schedule) - 1):
+    if not (timesteps.min() >= 0 and timesteps.max() <= len(schedule) - 1):
         raise UsageError(f"timesteps must be between 0 and {len(schedule) - 1}")
-    if (np.diff(grid) >= 0).any():
+    if (np.diff(timesteps) >= 0).any():
         raise UsageError("timesteps must fall strictly: two of them are equal or rise")
 
     guidances = [member for g in guidances for member in g.members()]
     # Called for its error (one name, two prompts): below, the prompts are removed.
     branches_of(guidances)
-    alpha, sigma, _ = levels(schedule, grid)
+    alpha, sigma, _ = levels(schedule, timesteps)
     acting = [
         tuple(i for i, g in enumerate(guidances) if g.acts_at(noise_level))
         for noise_level in sigma[:-1] / alpha[:-1]
     ]
-    breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(grid))])
+    breaks = np.array([i > 0 and acting[i] != acting[i - 1] for i in range(len(timesteps))])
 
-    table = solver(schedule, grid, breaks)
+    table = solver(schedule, timesteps, breaks)
     # Only the sets of steps that have rows: plms and prk leave out levels. They are sorted, so that
     # the compiled program does not depend on their order in time.
     guidance_sets = tuple(sorted({acting[step] for step in table.step}))

@@ -1,8 +1,8 @@
-"""Spacings of noise levels: functions from a number of steps to a grid of timesteps.
+"""Spacings of noise levels: functions from a number of steps to timesteps.
 
-A grid is `(N,)` float64 timesteps of the diffusion process the model was trained on, strictly
-falling. Solvers end it at the clean image (`alpha = 1`, `sigma = 0`), except plms and prk, which
-end at its last level, and ddim_reverse, which ends in noise.
+Timesteps are `(N,)` float64, positions in the diffusion process that the model was trained on,
+strictly falling. After the last one, solvers end at the clean image (`alpha = 1`, `sigma = 0`).
+Exceptions: plms and prk end at the last timestep, and ddim_reverse ends in noise.
 """
 
 import numpy as np
@@ -63,7 +63,7 @@ def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:
         raise UsageError(
             f"steps {spec!r} asks for {count} of {len(section)} timesteps: take between 1 and all"
         )
-    # A running sum and round-half-to-even, since the released grids are made of exactly these.
+    # A running sum and round-half-to-even, since the released timesteps are made of exactly these.
     stride = 1 if count == 1 else (len(section) - 1) / (count - 1)
     position, kept = 0.0, []
     for _ in range(count):
@@ -73,7 +73,7 @@ def _spread(section: np.ndarray, count: int, spec: str) -> np.ndarray:
 
 
 def respaced(schedule: Schedule, spec: str) -> np.ndarray:
-    """Return the grid of a respacing string: see `respaced_timesteps`."""
+    """Return the timesteps of a respacing string: see `respaced_timesteps`."""
     return respaced_timesteps(len(schedule), spec)[::-1].astype(np.float64)
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     apg,
@@ -33,6 +32,7 @@ from glide_jax.diffusion.solvers import (
     solver_of,
     traits_of,
 )
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import UsageError, check_finite, did_you_mean
 from glide_jax.pipeline.prompts import Prompt, clean
 from glide_jax.pipeline.setting_types import checked_values, json_value

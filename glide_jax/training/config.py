@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.diffusion.grids import OPTIMISED, SPACINGS
 from glide_jax.diffusion.losses import WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTIONS
 from glide_jax.diffusion.solvers import SOLVERS
+from glide_jax.diffusion.timesteps import OPTIMISED, SPACINGS
 from glide_jax.errors import GlideError, UsageError, check_finite, did_you_mean
 from glide_jax.folders import expand_home, write_atomically
 from glide_jax.models.presets import CLIPConfig, ModelConfig

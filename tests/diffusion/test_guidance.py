@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Branch,
     Network,
@@ -29,6 +28,7 @@ from glide_jax.diffusion.sampling import (
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import UsageError
 from tests.support.golden import assert_close, rows
 
@@ -339,7 +339,7 @@ def test_one_run_has_one_negative_prompt(other):
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
+    ("timesteps", "message"),
     [
         ([], "at least one"),
         ([[5.0, 4.0]], r"a list of numbers, not of shape \(1, 2\)"),
@@ -350,9 +350,9 @@ def test_one_run_has_one_negative_prompt(other):
         ([10, np.nan], "between 0 and 999"),
     ],
 )
-def test_grids_that_cannot_be_sampled(grid, message):
+def test_grids_that_cannot_be_sampled(timesteps, message):
     with pytest.raises(UsageError, match=message):
-        make_plan(SCHEDULE, grid, ddim)
+        make_plan(SCHEDULE, timesteps, ddim)
 
 
 @pytest.mark.parametrize("interval", [(3.0, 1.0), (2.0, 2.0), (-1.0, 2.0), (np.nan, 1.0)])

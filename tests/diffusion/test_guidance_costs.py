@@ -280,7 +280,7 @@ def test_a_learned_variance_needs_a_network_that_predicts_one():
     ("name", "firsts", "lasts"), [("plms", 1, 1), ("prk", 1, 1), ("heun", 0, 0), ("dpm++2m", 0, 0)]
 )
 def test_what_acts_only_at_levels_without_a_row_is_not_compiled(name, firsts, lasts):
-    """Samplers of PNDM leave out the first and the last level of the grid."""
+    """Samplers of PNDM leave out the first and the last level of the timesteps."""
     levels = run_of([], ddim, steps=8).table
     noise_level = levels.sigma / levels.alpha
     early, late = np.mean(noise_level[:2]), np.mean(noise_level[-2:])

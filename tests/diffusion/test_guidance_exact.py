@@ -80,8 +80,8 @@ CLASSIFIER = Network(log_class, HALF_LOG_SNR)
 
 def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
     """Take `x (B,)` from one half log-SNR to another, along the flow of the guided prediction."""
-    grid = log_snr_grid(low, high, steps)
-    run = rows(make_plan(SCHEDULE, grid, solver, guidances), slice(0, -1))
+    timesteps = log_snr_grid(low, high, steps)
+    run = rows(make_plan(SCHEDULE, timesteps, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
     tape = jnp.zeros((len(run), *x.shape))
     return np.asarray(run_plan(networks, conds, run, x, tape).x).ravel()

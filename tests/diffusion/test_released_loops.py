@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Network,
     classifier_free,
@@ -23,6 +22,7 @@ from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.first_order import ddim, ddim_reverse
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.models.clip import NoisedCLIP
 from glide_jax.pipeline.clip_guide import Similarity
 from tests.models.test_clip import config as clip_config

@@ -72,13 +72,15 @@ def reference(process: str, name: str) -> np.ndarray:
 
 def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
     """Take one step of each image of the reference, each by its own row: `(x, x_0)`."""
-    schedule, grid = grid_of(process)
+    schedule, timesteps = grid_of(process)
     found = []
     for i, t in enumerate(reference(process, "t")):
         one = slice(i, i + 1)
         pushes = [pushed(gradient=reference(process, "grad")[one])] if push else []
-        row = len(grid) - 1 - t
-        part = rows(make_plan(schedule, grid, solver, [*guidances, *pushes]), slice(row, row + 1))
+        row = len(timesteps) - 1 - t
+        part = rows(
+            make_plan(schedule, timesteps, solver, [*guidances, *pushes]), slice(row, row + 1)
+        )
         tape = noise * reference(process, "noise")[one][None]
         networks = {"main": Network(fn, None)}
         conds = {"caption": reference(process, "model_output")[one]}
@@ -88,8 +90,8 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
 
 @each_process
 def test_q_sample(process):
-    schedule, grid = grid_of(process)
-    tables = make_tables(Schedule(step_betas(schedule, grid)))
+    schedule, timesteps = grid_of(process)
+    tables = make_tables(Schedule(step_betas(schedule, timesteps)))
     t = reference(process, "t")
     x_0, noise = reference(process, "x0"), reference(process, "noise0")
     assert_close(q_sample(tables, x_0, t, noise), reference(process, "q_sample"), 1e-6)

@@ -1,9 +1,8 @@
-"""Noise schedules and grids against the original tables, in float64."""
+"""Noise schedules and timesteps against the original tables, in float64."""
 
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import CONDITIONAL, Network, Point, noise_predictor
 from glide_jax.diffusion.schedule import (
     PREDICTIONS,
@@ -16,6 +15,7 @@ from glide_jax.diffusion.schedule import (
 )
 from glide_jax.diffusion.solvers.table import levels, one_row_per_step, step_betas
 from glide_jax.diffusion.spacings import respaced, respaced_timesteps
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import UsageError
 from tests.support.golden import SCHEDULES, load
 
@@ -54,11 +54,11 @@ def test_the_cosine_schedule_is_that_of_improved_ddpm():
 @each_schedule
 def test_respaced_process(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
-    grid = respaced(schedule, string(spacing))
-    np.testing.assert_array_equal(grid[::-1], wanted["timestep_map"])
+    timesteps = respaced(schedule, string(spacing))
+    np.testing.assert_array_equal(timesteps[::-1], wanted["timestep_map"])
     # The original multiplies the betas of the respaced process again, and rounds again.
-    same(schedule.alpha_bar_at(grid[::-1]), wanted["alphas_cumprod"], atol=1e-17)
-    betas = step_betas(schedule, grid)
+    same(schedule.alpha_bar_at(timesteps[::-1]), wanted["alphas_cumprod"], atol=1e-17)
+    betas = step_betas(schedule, timesteps)
     same(betas, wanted["betas"])
     same(posterior(betas).log_beta_tilde, wanted["posterior_log_variance_clipped"])
 
@@ -67,8 +67,8 @@ def test_respaced_process(name, spacing):
 @each_schedule
 def test_the_levels_that_solvers_read(name, spacing):
     wanted, schedule = tables(name, 1000, spacing), make_schedule(SCHEDULES[name])
-    grid = respaced(schedule, string(spacing))
-    alpha, sigma, half_log_snr = (column[-2::-1] for column in levels(schedule, grid))
+    timesteps = respaced(schedule, string(spacing))
+    alpha, sigma, half_log_snr = (column[-2::-1] for column in levels(schedule, timesteps))
     same(alpha, wanted["sqrt_alphas_cumprod"])
     same(sigma, wanted["sqrt_one_minus_alphas_cumprod"])
     same(2 * np.log(sigma), wanted["log_one_minus_alphas_cumprod"], atol=1e-15)
@@ -77,14 +77,14 @@ def test_the_levels_that_solvers_read(name, spacing):
     np.testing.assert_allclose(
         np.exp(-half_log_snr), wanted["sqrt_recipm1_alphas_cumprod"], rtol=1e-10
     )
-    q = posterior(step_betas(schedule, grid))
+    q = posterior(step_betas(schedule, timesteps))
     same(q.log_beta, np.log(wanted["betas"]))
     same(q.beta_tilde, wanted["posterior_variance"])
     same(q.mean_weight_x_0, wanted["posterior_mean_coef1"])
     same(q.mean_weight_x_t, wanted["posterior_mean_coef2"])
 
-    table = one_row_per_step(schedule, grid)
-    same(table.t[::-1], grid[::-1])
+    table = one_row_per_step(schedule, timesteps)
+    same(table.t[::-1], timesteps[::-1])
     same(table.log_beta_tilde[::-1], wanted["posterior_log_variance_clipped"])
     if spacing != "none":
         same(table.next_alpha[::-1] ** 2, wanted["alphas_cumprod_prev"])
@@ -94,9 +94,9 @@ def test_the_levels_that_solvers_read(name, spacing):
 
 def test_released_levels_are_rounded_to_float32():
     schedule = make_schedule("cosine")
-    grid = respaced(schedule, "27")
-    alpha, sigma, _ = levels(schedule, grid, released=True)
-    rounded = np.float32(schedule.alpha_bar_at(grid)).astype(np.float64)
+    timesteps = respaced(schedule, "27")
+    alpha, sigma, _ = levels(schedule, timesteps, released=True)
+    rounded = np.float32(schedule.alpha_bar_at(timesteps)).astype(np.float64)
     np.testing.assert_array_equal(alpha, np.sqrt(np.append(rounded, 1)))
     np.testing.assert_array_equal(sigma, np.sqrt(1 - np.append(rounded, 1)))
 
@@ -139,7 +139,7 @@ def test_log_snr_and_its_inverse(name):
     same(schedule.alpha_bar_at(np.arange(1000)), schedule.alpha_bar)
 
 
-# --- grids
+# --- timesteps
 
 
 @pytest.mark.parametrize("key", [k for k in load("tables") if k.startswith("space|")])
@@ -156,10 +156,10 @@ def test_halves_are_rounded_to_even_steps():
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
 def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
-    grid = make_timesteps(make_schedule(SCHEDULES[name]), steps, spacing)
-    assert grid.shape == (steps,) and grid.dtype == np.float64
-    assert (np.diff(grid) < 0).all()
-    assert grid.max() <= 999 and grid.min() >= 0
+    timesteps = make_timesteps(make_schedule(SCHEDULES[name]), steps, spacing)
+    assert timesteps.shape == (steps,) and timesteps.dtype == np.float64
+    assert (np.diff(timesteps) < 0).all()
+    assert timesteps.max() <= 999 and timesteps.min() >= 0
 
 
 @each_schedule

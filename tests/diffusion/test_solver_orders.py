@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.solvers.multistep import (
     exponential_integrator,
@@ -14,6 +13,7 @@ from glide_jax.diffusion.solvers.multistep import (
     sde_dpm_solver_2m,
 )
 from glide_jax.diffusion.solvers.table import HISTORY, Table
+from glide_jax.diffusion.timesteps import make_timesteps
 from tests.support.oracles import (
     SCHEDULE,
     alpha_sigma,
@@ -116,9 +116,9 @@ def test_order_of_convergence(name, expected, levels, known, coarse):
 def test_the_published_third_order_formula_is_of_second_order():
     """Half of the second difference (the code of 2211.01095) costs an order."""
 
-    def published(schedule, grid, breaks):
-        table = SOLVERS["dpm++3m"](schedule, grid, breaks)
-        line = exponential_integrator(schedule, grid, breaks, predictor=2)
+    def published(schedule, timesteps, breaks):
+        table = SOLVERS["dpm++3m"](schedule, timesteps, breaks)
+        line = exponential_integrator(schedule, timesteps, breaks, predictor=2)
         # The parabola adds nothing but the second difference to the line.
         half = line.E[:, :3] + (table.E[:, :3] - line.E[:, :3]) / 2
         return table._replace(E=np.pad(half, ((0, 0), (0, 1))))
@@ -162,7 +162,7 @@ def exact_data(p, x, start, end):
 
 
 def after_one_step(solver, denoise, entry, x, at):
-    """Return x after step `at` of an uneven grid and y of the next row, from an exact history."""
+    """Return x after step `at` of uneven timesteps and y of the next row, from an exact history."""
     table = table_of(solver, SCHEDULE.t_at_half_log_snr(UNEVEN))
     history = np.zeros((HISTORY, 1))
     for back in range(HISTORY):
@@ -299,8 +299,8 @@ def interval_error(solver, reset):
 
     def error(steps):
         switches = np.array([steps * 2 // 8, steps * 6 // 8])
-        grid = SCHEDULE.t_at_half_log_snr(np.linspace(low, high, steps + 1))
-        table = without_last_step(table_of(solver, grid, switches if reset else ()))
+        timesteps = SCHEDULE.t_at_half_log_snr(np.linspace(low, high, steps + 1))
+        table = without_last_step(table_of(solver, timesteps, switches if reset else ()))
 
         def denoise(x, row):
             # Guidance belongs to the step, that is to both of its evaluations.

@@ -5,10 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
 from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import sa_solver, sde_dpm_solver_2m
+from glide_jax.diffusion.timesteps import make_timesteps
 from tests.support.oracles import (
     SCHEDULE,
     alpha_sigma,
@@ -92,9 +92,9 @@ def test_ancestral_sampling_of_a_gaussian_is_exact_in_any_number_of_steps(
 
 def test_a_fixed_variance_scales_the_score_too():
     """The network's variance output has no effect."""
-    grid = make_timesteps(SCHEDULE, 6)
+    timesteps = make_timesteps(SCHEDULE, 6)
     learned, small, large = (
-        table_of(SOLVERS[name], grid) for name in ("ddpm", "ddpm-small", "ddpm-large")
+        table_of(SOLVERS[name], timesteps) for name in ("ddpm", "ddpm-small", "ddpm-large")
     )
     for table, wanted in ((small, learned.log_beta_tilde), (large, learned.log_beta)):
         np.testing.assert_array_equal(table.log_beta, wanted)
@@ -137,9 +137,9 @@ def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
 
 @pytest.mark.parametrize("name", ["dpm++2m-sde", "sa"])
 def test_without_noise_they_solve_the_flow(name):
-    grid = make_timesteps(SCHEDULE, 9)
-    table = table_of(partial(SOLVERS[name], eta=0.0), grid)
-    other = table_of(SOLVERS["dpm++2m"], grid)
+    timesteps = make_timesteps(SCHEDULE, 9)
+    table = table_of(partial(SOLVERS[name], eta=0.0), timesteps)
+    other = table_of(SOLVERS["dpm++2m"], timesteps)
     assert not table.s.any()
     if name == "dpm++2m-sde":
         for found, wanted in zip(table, other, strict=True):
@@ -148,8 +148,8 @@ def test_without_noise_they_solve_the_flow(name):
 
 def test_sa_solver_adds_noise_in_the_middle_of_the_process():
     """Where 200 <= t <= 800; a larger eta adds more."""
-    grid = np.array([900.0, 801, 800, 500, 200, 199, 20])
-    table, half = (table_of(partial(sa_solver, eta=eta), grid) for eta in (1.0, 0.5))
+    timesteps = np.array([900.0, 801, 800, 500, 200, 199, 20])
+    table, half = (table_of(partial(sa_solver, eta=eta), timesteps) for eta in (1.0, 0.5))
     np.testing.assert_array_equal(table.s > 0, [False, False, True, True, True, False, False])
     assert (half.s[2:5] < table.s[2:5]).all() and (half.s[2:5] > 0).all()
 
@@ -166,11 +166,11 @@ def test_repaint_takes_each_jump_so_many_times():
 
 def test_restart_uses_the_nearest_levels_of_the_grid():
     """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
-    grid = SCHEDULE.t_at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
+    timesteps = SCHEDULE.t_at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
     intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]
-    table = table_of(restart(SOLVERS["ddim"], intervals), grid)
+    table = table_of(restart(SOLVERS["ddim"], intervals), timesteps)
     assert table.step.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5]
-    table = table_of(restart(SOLVERS["heun"], intervals[:1]), grid)
+    table = table_of(restart(SOLVERS["heun"], intervals[:1]), timesteps)
     assert table.step.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5]
     assert np.flatnonzero(table.keep == 0).tolist() == [8]
 
@@ -188,11 +188,11 @@ def test_jumps_end_at_the_right_noise_level(wrap, name):
 
 def test_a_jump_resets_the_history():
     """The rows after a jump are those of a solver that starts there."""
-    grid = make_timesteps(SCHEDULE, 8)
-    table = table_of(restart(SOLVERS["unipc3"], [INTERVAL]), grid)
+    timesteps = make_timesteps(SCHEDULE, 8)
+    table = table_of(restart(SOLVERS["unipc3"], [INTERVAL]), timesteps)
     jump = int(np.flatnonzero(np.diff(table.step) < 0)[-1]) + 1
     top = table.step[jump]
-    alone = SOLVERS["unipc3"](SCHEDULE, grid[top:], np.zeros(8 - top, bool))
+    alone = SOLVERS["unipc3"](SCHEDULE, timesteps[top:], np.zeros(8 - top, bool))
     for name in ("t", "B", "Px", "Py", "Qx", "Qy", "E", "S"):
         np.testing.assert_allclose(
             getattr(table, name)[jump:], getattr(alone, name), rtol=1e-12, atol=1e-13
@@ -200,12 +200,12 @@ def test_a_jump_resets_the_history():
 
 
 def test_breaks_stay_when_their_step_is_repeated():
-    grid = make_timesteps(SCHEDULE, 8)
+    timesteps = make_timesteps(SCHEDULE, 8)
     again = repaint(SOLVERS["dpm++2m"], jump=4, resamplings=2)
-    first_order = table_of(again, grid, breaks=[5])
+    first_order = table_of(again, timesteps, breaks=[5])
     second = first_order.E[:, 1] != 0
     assert not second[first_order.step == 5].any() and second[first_order.step == 6].all()
-    assert table_of(again, grid).E[first_order.step == 5, 1].all()
+    assert table_of(again, timesteps).E[first_order.step == 5, 1].all()
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_a_learned_variance_and_the_noise_of_a_jump_add_up(std, steps, rtol):
 
 def test_a_jump_scales_the_score_by_the_learned_variance():
     """It is scaled like the mean; the fresh noise has no effect."""
-    grid = make_timesteps(SCHEDULE, 9)
-    plain = table_of(SOLVERS["ddpm"], grid)
-    table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), grid)
+    timesteps = make_timesteps(SCHEDULE, 9)
+    plain = table_of(SOLVERS["ddpm"], timesteps)
+    table = table_of(repaint(SOLVERS["ddpm"], jump=1, resamplings=2), timesteps)
     for i in np.flatnonzero(np.diff(table.step) == 0):
         row, other = table.rows(i), plain.rows(table.step[i])
         moved = row.mean_per_gradient * np.exp((row.log_beta + row.log_beta_tilde) / 2)

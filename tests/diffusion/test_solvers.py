@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from glide_jax.diffusion import sampling
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import Network, classifier_free
 from glide_jax.diffusion.sampling import make_plan, run_rows, stream_plan
 from glide_jax.diffusion.solvers import SOLVERS, repaint, restart
@@ -19,6 +18,7 @@ from glide_jax.diffusion.solvers.first_order import ddim, ddpm
 from glide_jax.diffusion.solvers.multistep import unipc
 from glide_jax.diffusion.solvers.table import HISTORY, Table
 from glide_jax.diffusion.spacings import respaced
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import UsageError
 from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 
@@ -62,10 +62,10 @@ def double(monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_compiled_sampler_runs_the_recursion_of_the_table(name, double):
     """With guidance in an interval (of whole steps), a learned variance, and noise."""
-    grid = make_timesteps(SCHEDULE, 8)
-    run = make_plan(SCHEDULE, grid, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
+    timesteps = make_timesteps(SCHEDULE, 8)
+    run = make_plan(SCHEDULE, timesteps, EVERY[name], [classifier_free(SCALE).within(*INTERVAL)])
     noise = np.random.default_rng(0).normal(size=(len(run), *X.shape))
-    level = np.exp(-SCHEDULE.half_log_snr(grid))
+    level = np.exp(-SCHEDULE.half_log_snr(timesteps))
 
     def denoise(x, row):
         eps = {name: output(np, x, row.t, push)[0] for name, push in PUSH.items()}
@@ -227,13 +227,13 @@ def test_3m_is_the_parabola_through_three_predictions():
 @pytest.mark.parametrize("spacing", ["1", "6", "8", "27", "100", "ddim50"])
 def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     """(2010.02502, sec. 4.1); rounding makes no NaN, as it does in the original code."""
-    grid = respaced(SCHEDULE, spacing)
-    one = table_of(partial(ddim, eta=1.0), grid)
-    other = table_of(SOLVERS["ddpm-small"], grid)
+    timesteps = respaced(SCHEDULE, spacing)
+    one = table_of(partial(ddim, eta=1.0), timesteps)
+    other = table_of(SOLVERS["ddpm-small"], timesteps)
     for name in ("Qx", "E", "s"):
         found, wanted = getattr(one, name), getattr(other, name)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
-    rounded = table_of(partial(ddim, eta=1.0, released=True), grid)
+    rounded = table_of(partial(ddim, eta=1.0, released=True), timesteps)
     assert all(np.isfinite(column).all() for column in rounded)
 
 

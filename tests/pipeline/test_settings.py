@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import glide_jax as glide
-from glide_jax.diffusion.grids import SPACINGS
 from glide_jax.diffusion.guidance import branches_of
 from glide_jax.diffusion.solvers import traits_of
+from glide_jax.diffusion.timesteps import SPACINGS
 from glide_jax.pipeline.options import SamplingOptions, read_options
 from glide_jax.pipeline.prompts import read_prompts
 from glide_jax.pipeline.settings import (

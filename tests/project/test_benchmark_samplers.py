@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.samplers import Options, choices, curves, levels_for, measure, write_figure
-from glide_jax.diffusion.optimised_grids import image_error
+from glide_jax.diffusion.optimised_timesteps import image_error
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.errors import UsageError
@@ -27,7 +27,7 @@ def test_curves_have_the_actual_number_of_evaluations():
         SCHEDULE,
         ("dpm++2m", "heun", "plms", "dpm++2m, optimised"),
         (3, 8),
-        lambda grid, solver: image_error(SCHEDULE, grid, solver),
+        lambda timesteps, solver: image_error(SCHEDULE, timesteps, solver),
     )
     assert {name: list(points) for name, points in found.items()} == {
         "dpm++2m": [3, 8],

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.guidance import (
     Guidance,
     Network,
@@ -31,6 +30,7 @@ from glide_jax.diffusion.guidance import (
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers.first_order import ddim
+from glide_jax.diffusion.timesteps import make_timesteps
 
 SCHEDULE = make_schedule("cosine")
 SHAPE = (3, 4, 4, 1)

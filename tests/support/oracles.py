@@ -67,14 +67,16 @@ def interpret(
     return Trace(*map(np.stack, zip(*trace, strict=True)))
 
 
-def table_of(solver: Solver, grid: ArrayLike, breaks: Sequence[int] | np.ndarray = ()) -> Table:
+def table_of(
+    solver: Solver, timesteps: ArrayLike, breaks: Sequence[int] | np.ndarray = ()
+) -> Table:
     """Return the solver's table on the cosine schedule, its history reset at the steps `breaks`."""
-    grid = np.asarray(grid)
-    return solver(SCHEDULE, grid, np.isin(np.arange(len(grid)), breaks))
+    timesteps = np.asarray(timesteps)
+    return solver(SCHEDULE, timesteps, np.isin(np.arange(len(timesteps)), breaks))
 
 
 def without_last_step(table: Table) -> Table:
-    """Remove the step from the last level of the grid to the clean image: it is of first order."""
+    """Remove the step from the last level to the clean image: it is of first order."""
     return table.rows(table.step < table.step[-1])
 
 

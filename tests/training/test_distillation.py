@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from glide_jax.devices.parallel import make_parallel
-from glide_jax.diffusion.grids import make_timesteps
 from glide_jax.diffusion.losses import make_tables
 from glide_jax.diffusion.schedule import make_schedule
+from glide_jax.diffusion.timesteps import make_timesteps
 from glide_jax.errors import GlideError, UsageError
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training import distillation, objectives

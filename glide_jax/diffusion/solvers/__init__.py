@@ -1,8 +1,8 @@
 """Samplers by name: `SOLVERS` maps a sampler's name to its solver.
 
-A solver is a function `(schedule, grid, breaks) -> Table` that writes a sampler's coefficients in
-float64 on the host, one row per network evaluation; `glide_jax.diffusion.solvers.table` has the
-recursion that runs them. One file per family: `ancestral`, `multistep`, `runge_kutta`; `jumps`
+A solver is a function `(schedule, timesteps, breaks) -> Table` that writes a sampler's coefficients
+in float64 on the host, one row per network evaluation; `glide_jax.diffusion.solvers.table` has the
+recursion that runs them. One file per family: `first_order`, `multistep`, `runge_kutta`; `jumps`
 wraps any of them. `traits_of` says what is known of a sampler.
 """
 

@@ -19,7 +19,7 @@ VARIANCES = ("learned", "small", "large")
 
 
 def ddpm(
-    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, variance: str = "learned"
+    schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray, *, variance: str = "learned"
 ) -> Table:
     """DDPM, ancestral sampling: `x' ~ N(mean(x_0, x), variance)`  (2006.11239, algorithm 2).
 
@@ -37,9 +37,9 @@ def ddpm(
             f"unknown variance {variance!r}{did_you_mean(variance, VARIANCES)}: "
             f"choose one of {', '.join(VARIANCES)}"
         )
-    table = one_row_per_step(schedule, grid)
-    q = posterior(step_betas(schedule, grid))
-    noisy = (np.arange(len(grid)) < len(grid) - 1).astype(float)
+    table = one_row_per_step(schedule, timesteps)
+    q = posterior(step_betas(schedule, timesteps))
+    noisy = (np.arange(len(timesteps)) < len(timesteps) - 1).astype(float)
     if variance != "learned":
         # Equal ends of the learned range: a gradient is scaled by the fixed variance too.
         fixed = table.log_beta_tilde if variance == "small" else table.log_beta
@@ -48,14 +48,14 @@ def ddpm(
         E=on_history(q.mean_weight_x_0[::-1]),
         Qx=q.mean_weight_x_t[::-1],
         s_learned=noisy * (variance == "learned"),
-        x_0_per_gradient=np.zeros(len(grid)),
-        mean_per_gradient=np.ones(len(grid)),
+        x_0_per_gradient=np.zeros(len(timesteps)),
+        mean_per_gradient=np.ones(len(timesteps)),
     )
 
 
 def ddim(
     schedule: Schedule,
-    grid: np.ndarray,
+    timesteps: np.ndarray,
     breaks: np.ndarray,
     *,
     eta: float = 0.0,
@@ -67,8 +67,8 @@ def ddim(
         eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.
         released: round alpha-bar to float32, as OpenAI's code does: for comparing with it.
     """
-    table = one_row_per_step(schedule, grid)
-    alpha, sigma, _ = levels(schedule, grid, released)
+    table = one_row_per_step(schedule, timesteps)
+    alpha, sigma, _ = levels(schedule, timesteps, released)
     ratio = np.minimum(alpha[:-1] ** 2 / alpha[1:] ** 2, 1.0)
     s = eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - ratio)
     # At eta = 1 rounding can take the radicand below zero, where the original code makes NaNs.
@@ -77,22 +77,22 @@ def ddim(
     return table._replace(Qx=towards, E=on_history(alpha[1:] - towards * table.alpha), s=s)
 
 
-def consistency(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def consistency(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """Multistep consistency sampling: `x' = alpha' x_0 + sigma' z`  (2303.01469, algorithm 1).
 
     For few-step students, whose x_0 is a sample rather than a mean. Each step noises it again with
     fresh noise; the last one returns it.
     """
-    table = one_row_per_step(schedule, grid)
+    table = one_row_per_step(schedule, timesteps)
     return table._replace(E=on_history(table.next_alpha), s=table.next_sigma)
 
 
-def ddim_reverse(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def ddim_reverse(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """DDIM inversion: from an image to the noise that generates it  (DDIM, sec. 4.3; GLIDE, A.2).
 
-    Visits the grid from its cleanest level, and ends in pure noise.
+    Visits the timesteps from the cleanest level, and ends in pure noise.
     """
-    forward = one_row_per_step(schedule, grid)
+    forward = one_row_per_step(schedule, timesteps)
     flipped = forward.rows(slice(None, None, -1))
     next_alpha = np.append(flipped.alpha[1:], 0.0)
     next_sigma = np.append(flipped.sigma[1:], 1.0)

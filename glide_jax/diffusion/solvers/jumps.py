@@ -15,13 +15,13 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
 
     Args:
         intervals: `(low, high, repeats)`, low and high as noise levels sigma / alpha. Each is moved
-            to the nearest level of the grid. When x reaches low, fresh noise brings it back to
+            to the nearest of the timesteps. When x reaches low, fresh noise brings it back to
             high, and the steps from high to low are run again. `repeats` is the number of these
             repetitions.
 
     Raises:
         UsageError: not `0 < low < high`, or `repeats` is below 1. The solver raises it too, where
-            the grid has no step between low and high.
+            the timesteps have no step between low and high.
     """
     for low, high, repeats in intervals:
         if not (0 < low < high and repeats >= 1):
@@ -30,8 +30,8 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
                 f"not {(low, high, repeats)}"
             )
 
-    def restarted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-        half_log_snrs = levels(schedule, grid).half_log_snr[:-1]
+    def restarted(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
+        half_log_snrs = levels(schedule, timesteps).half_log_snr[:-1]
 
         def nearest_step(noise_level: float) -> int:
             return int(np.abs(half_log_snrs + np.log(noise_level)).argmin())
@@ -44,7 +44,9 @@ def restart(solver: Solver, intervals: Sequence[tuple[float, float, int]]) -> So
                     f"restart from {low} to {high}: no step lies between them, take more steps"
                 )
             jumps += [(bottom, top)] * repeats
-        return add_jumps(solver, schedule, grid, breaks, sorted(jumps, key=lambda jump: jump[0]))
+        return add_jumps(
+            solver, schedule, timesteps, breaks, sorted(jumps, key=lambda jump: jump[0])
+        )
 
     return restarted
 
@@ -60,21 +62,23 @@ def repaint(solver: Solver, jump: int = 10, resamplings: int = 10) -> Solver:
         resamplings: how often each block is run in all; 1 repeats none.
 
     Raises:
-        UsageError: `jump` or `resamplings` is below 1. The solver raises it too, where the grid has
-            no more than `jump` levels.
+        UsageError: `jump` or `resamplings` is below 1. The solver raises it too, where the
+            timesteps have no more than `jump` levels.
     """
     if jump < 1 or resamplings < 1:
         raise UsageError(
             f"repaint needs a jump and resamplings of at least 1, not {jump} and {resamplings}"
         )
 
-    def repainted(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
-        if len(grid) <= jump:
-            raise UsageError(f"repaint jumps back {jump} steps: take more steps than {len(grid)}")
+    def repainted(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
+        if len(timesteps) <= jump:
+            raise UsageError(
+                f"repaint jumps back {jump} steps: take more steps than {len(timesteps)}"
+            )
         # Jumps are counted back from the cleanest level, so that the last block is repeated too.
-        bottoms = range(jump + (len(grid) - 1) % jump, len(grid), jump)
+        bottoms = range(jump + (len(timesteps) - 1) % jump, len(timesteps), jump)
         jumps = [(bottom, bottom - jump) for bottom in bottoms for _ in range(resamplings - 1)]
-        return add_jumps(solver, schedule, grid, breaks, jumps)
+        return add_jumps(solver, schedule, timesteps, breaks, jumps)
 
     return repainted
 
@@ -82,7 +86,7 @@ def repaint(solver: Solver, jump: int = 10, resamplings: int = 10) -> Solver:
 def add_jumps(
     solver: Solver,
     schedule: Schedule,
-    grid: np.ndarray,
+    timesteps: np.ndarray,
     breaks: np.ndarray,
     jumps: Sequence[tuple[int, int]],
 ) -> Table:
@@ -96,12 +100,14 @@ def add_jumps(
         UsageError: the sampler has no row between two levels of a jump.
     """
     starts = [0, *(top for _, top in jumps)]
-    ends = [*(bottom for bottom, _ in jumps), len(grid)]
+    ends = [*(bottom for bottom, _ in jumps), len(timesteps)]
     tables: dict[int, Table] = {}
     segments = []
     for start, end in zip(starts, ends, strict=True):
         if start not in tables:
-            tables[start] = solver(schedule, grid, breaks | (np.arange(len(grid)) == start))
+            tables[start] = solver(
+                schedule, timesteps, breaks | (np.arange(len(timesteps)) == start)
+            )
         table = tables[start]
         segment = table.rows((start <= table.step) & (table.step < end))
         if not len(segment.t):

@@ -72,7 +72,7 @@ def history_weights(
 
 def exponential_integrator(
     schedule: Schedule,
-    grid: np.ndarray,
+    timesteps: np.ndarray,
     breaks: np.ndarray,
     *,
     predictor: int,
@@ -106,12 +106,12 @@ def exponential_integrator(
             f"a predictor uses 1 to {max_order} predictions and a corrector at most {HISTORY}, "
             f"not {predictor} and {corrector}"
         )
-    table = one_row_per_step(schedule, grid)
-    alpha, sigma, half_log_snr = levels(schedule, grid)
+    table = one_row_per_step(schedule, timesteps)
+    alpha, sigma, half_log_snr = levels(schedule, timesteps)
     # The last step, to the clean image, is the prediction itself.
     next_alpha, ratio = alpha[1:-1, None], sigma[1:-1] / sigma[:-2]
     h = np.diff(half_log_snr[:-1])
-    tau = np.broadcast_to(tau, len(grid))[:-1]
+    tau = np.broadcast_to(tau, len(timesteps))[:-1]
     fall = (1 + tau**2) * h
     weights = fall[:, None] * WEIGHTS * np.exp(-fall[:, None] * NODES)
     lengths, first = history_lengths(breaks), np.arange(len(h))
@@ -121,7 +121,7 @@ def exponential_integrator(
         points = half_log_snr[1:-1, None] - h[:, None] * places
         return next_alpha * history_weights(half_log_snr, newest, counts, points, weights)
 
-    E, B = np.zeros((2, len(grid), HISTORY))
+    E, B = np.zeros((2, len(timesteps), HISTORY))
     E[-1, 0] = 1.0
     E[:-1] = predicted = weigh(first, np.minimum(predictor, lengths[:-1] + 1))
     decay = np.append(ratio * np.exp(-(tau**2) * h), 0.0)
@@ -135,12 +135,12 @@ def exponential_integrator(
     previous_weights = np.pad(predicted, ((0, 0), (1, 0)))[:, :HISTORY]
     correction = weigh(first + 1, corrector_counts) - previous_weights
     B[1:] = np.where(corrector_counts[:, None] > 0, correction, 0.0)
-    return table._replace(Px=np.ones(len(grid)), B=B, Qy=decay, E=E, s=s)
+    return table._replace(Px=np.ones(len(timesteps)), B=B, Qy=decay, E=E, s=s)
 
 
 def noise_multistep(
     schedule: Schedule,
-    grid: np.ndarray,
+    timesteps: np.ndarray,
     breaks: np.ndarray,
     *,
     order: int,
@@ -160,10 +160,10 @@ def noise_multistep(
     """
     if not 1 <= order <= HISTORY:
         raise UsageError(f"a sampler uses 1 to {HISTORY} noise predictions, not {order}")
-    table = predicting_noise(one_row_per_step(schedule, grid))
+    table = predicting_noise(one_row_per_step(schedule, timesteps))
     rho = np.append(table.sigma / table.alpha, 0.0)
     change = np.diff(rho)[:, None]
-    steps = np.arange(len(grid))
+    steps = np.arange(len(timesteps))
     points = rho[:-1, None] + change * NODES
     positions, points = {
         "rho": (rho, points),
@@ -176,16 +176,16 @@ def noise_multistep(
     return table._replace(Qx=table.next_alpha / table.alpha, E=table.next_alpha[:, None] * weights)
 
 
-def dpm_solver_2m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def dpm_solver_2m(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """DPM-Solver++(2M): second-order multistep on x_0  (2211.01095, algorithm 2).
 
     `x = (sigma'/sigma) x + alpha' (1 - e^-h) D`, `D = x_0 + (x_0 - x_0_previous) / 2r`.
     """
-    return exponential_integrator(schedule, grid, breaks, predictor=2, midpoint=True)
+    return exponential_integrator(schedule, timesteps, breaks, predictor=2, midpoint=True)
 
 
 def sde_dpm_solver_2m(
-    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, eta: float = 1.0
+    schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray, *, eta: float = 1.0
 ) -> Table:
     """SDE-DPM-Solver++(2M): the stochastic form of `dpm_solver_2m`  (2211.01095).
 
@@ -193,19 +193,21 @@ def sde_dpm_solver_2m(
         eta: amount of noise, the tau of `exponential_integrator`: 1 is the reverse SDE, 0 is
             `dpm_solver_2m`.
     """
-    return exponential_integrator(schedule, grid, breaks, predictor=2, midpoint=True, tau=eta)
+    return exponential_integrator(schedule, timesteps, breaks, predictor=2, midpoint=True, tau=eta)
 
 
-def dpm_solver_3m(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def dpm_solver_3m(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """DPM-Solver++(3M): third-order multistep on x_0  (2211.01095).
 
     The published formula lacks a factor 2 in the term of second differences and is of second order
     only. Here the parabola is integrated exactly.
     """
-    return exponential_integrator(schedule, grid, breaks, predictor=3, midpoint=True)
+    return exponential_integrator(schedule, timesteps, breaks, predictor=3, midpoint=True)
 
 
-def unipc(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, order: int = 2) -> Table:
+def unipc(
+    schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray, *, order: int = 2
+) -> Table:
     """UniPC-p with `B(h) = e^h - 1` (bh2), of order p + 1  (2302.04867, sec. 3).
 
     Its equations are those of interpolation: p predictions take the step, p + 1 correct it.
@@ -214,13 +216,13 @@ def unipc(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, order: in
         order: p, 2 or 3.
     """
     return exponential_integrator(
-        schedule, grid, breaks, predictor=order, corrector=order + 1, midpoint=True
+        schedule, timesteps, breaks, predictor=order, corrector=order + 1, midpoint=True
     )
 
 
 def sa_solver(
     schedule: Schedule,
-    grid: np.ndarray,
+    timesteps: np.ndarray,
     breaks: np.ndarray,
     *,
     eta: float = 1.0,
@@ -235,8 +237,8 @@ def sa_solver(
         predictor, corrector: number of predictions that each uses. The authors recommend 3 and 4,
             or 2 and 2 with strong guidance.
     """
-    time = np.asarray(grid) / len(schedule)
+    time = np.asarray(timesteps) / len(schedule)
     tau = eta * ((time >= 0.2) & (time <= 0.8))
     return exponential_integrator(
-        schedule, grid, breaks, predictor=predictor, corrector=corrector, tau=tau
+        schedule, timesteps, breaks, predictor=predictor, corrector=corrector, tau=tau
     )

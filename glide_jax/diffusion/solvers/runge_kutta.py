@@ -17,7 +17,7 @@ from glide_jax.errors import UsageError
 
 
 def two_rows_per_step(
-    schedule: Schedule, grid: np.ndarray, second: tuple[np.ndarray, np.ndarray, np.ndarray]
+    schedule: Schedule, timesteps: np.ndarray, second: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> tuple[Table, np.ndarray]:
     """Return a table with two rows per step (one for the last), and which rows are second ones.
 
@@ -26,9 +26,9 @@ def two_rows_per_step(
     Args:
         second: `t`, `alpha`, `sigma` of each step's second evaluation, each `(N - 1,)`.
     """
-    row = np.arange(2 * len(grid) - 1)
+    row = np.arange(2 * len(timesteps) - 1)
     is_second = row % 2 == 1
-    table = one_row_per_step(schedule, grid).rows(row // 2)
+    table = one_row_per_step(schedule, timesteps).rows(row // 2)
     for name, values in zip(("t", "alpha", "sigma"), second, strict=True):
         column = getattr(table, name).copy()
         column[is_second] = values
@@ -40,14 +40,16 @@ def two_rows_per_step(
     return table, is_second
 
 
-def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def heun(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """Heun's method: `x'/alpha' = x/alpha + (rho' - rho) (eps + eps')/2`, `rho = sigma/alpha`.
 
     `eps'` is the prediction at the end of a first-order step  (EDM, 2206.00364, algorithm 1).
     N steps take 2 N - 1 evaluations.
     """
-    alpha, sigma, _ = levels(schedule, grid)
-    table, is_second = two_rows_per_step(schedule, grid, (grid[1:], alpha[1:-1], sigma[1:-1]))
+    alpha, sigma, _ = levels(schedule, timesteps)
+    table, is_second = two_rows_per_step(
+        schedule, timesteps, (timesteps[1:], alpha[1:-1], sigma[1:-1])
+    )
     a, next_a = alpha[table.step], table.next_alpha
     slope = table.next_sigma - next_a * sigma[table.step] / a
     return predicting_noise(table)._replace(
@@ -57,16 +59,18 @@ def heun(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
     )
 
 
-def dpm_solver_2s(schedule: Schedule, grid: np.ndarray, breaks: np.ndarray) -> Table:
+def dpm_solver_2s(schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray) -> Table:
     """DPM-Solver++(2S): `x' = (sigma'/sigma) x + alpha' (1 - e^-h) x_0(middle)`  (2211.01095).
 
     A first-order step leads to the middle of the step in log(alpha/sigma), where the second
     evaluation is (algorithm 1 with r = 1/2). N steps take 2 N - 1 evaluations.
     """
-    alpha, sigma, half_log_snr = levels(schedule, grid)
+    alpha, sigma, half_log_snr = levels(schedule, timesteps)
     middle = (half_log_snr[1:-1] + half_log_snr[:-2]) / 2
     a, s = 1 / np.sqrt(1 + np.exp(-2 * middle)), 1 / np.sqrt(1 + np.exp(2 * middle))
-    table, is_second = two_rows_per_step(schedule, grid, (schedule.t_at_half_log_snr(middle), a, s))
+    table, is_second = two_rows_per_step(
+        schedule, timesteps, (schedule.t_at_half_log_snr(middle), a, s)
+    )
     # The level that each row leads to: the middle, then the end.
     target_alpha, target_sigma = table.next_alpha.copy(), table.next_sigma.copy()
     target_alpha[:-1:2], target_sigma[:-1:2] = a, s
@@ -177,14 +181,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plms(
-    schedule: Schedule, grid: np.ndarray, breaks: np.ndarray, *, runge_kutta: bool = False
+    schedule: Schedule, timesteps: np.ndarray, breaks: np.ndarray, *, runge_kutta: bool = False
 ) -> Table:
     """Pseudo linear multistep on the noise, warmed up by Runge-Kutta  (PNDM, 2202.09778).
 
     As in the forks of OpenAI's code: levels between two steps interpolate alpha-bar, the first
-    level of the grid is left out, and so is the step from the last level to the clean image. So N
-    levels make N - 2 steps, and the image keeps the noise of the cleanest level. The first three
-    steps take four evaluations each.
+    level of the timesteps is left out, and so is the step from the last level to the clean image.
+    So N levels make N - 2 steps, and the image keeps the noise of the cleanest level. The first
+    three steps take four evaluations each.
 
     Args:
         runge_kutta: every step by Runge-Kutta (PRK), with four evaluations each.
@@ -192,17 +196,21 @@ def plms(
     Raises:
         UsageError: fewer than three levels.
     """
-    if len(grid) < 3:
+    if len(timesteps) < 3:
         name = "prk" if runge_kutta else "plms"
-        raise UsageError(f"{name} needs at least three levels, not {len(grid)}")
-    alpha_bar = schedule.alpha_bar_at(grid)
+        raise UsageError(f"{name} needs at least three levels, not {len(timesteps)}")
+    alpha_bar = schedule.alpha_bar_at(timesteps)
 
     def between(i: int, j: int) -> NoiseLevel:
         alpha_bar_between = (alpha_bar[i] + alpha_bar[j]) / 2
-        return (grid[i] + grid[j]) / 2, np.sqrt(alpha_bar_between), np.sqrt(1 - alpha_bar_between)
+        return (
+            (timesteps[i] + timesteps[j]) / 2,
+            np.sqrt(alpha_bar_between),
+            np.sqrt(1 - alpha_bar_between),
+        )
 
     rows, history_length = [], 0
-    for i in range(1, len(grid) - 1):
+    for i in range(1, len(timesteps) - 1):
         history_length = 0 if breaks[i] else history_length
         start, middle, end = between(i, i), between(i, i + 1), between(i + 1, i + 1)
         if history_length >= 3 and not runge_kutta:

@@ -76,14 +76,14 @@ class Table(NamedTuple, Generic[Column]):
         return Table(*(column[index] for column in self))
 
 
-# A sampler is the name, a solver the function that writes its table: `(schedule, grid, breaks) ->
-# Table`, where breaks `(N,)` bool marks steps where the history is reset. Solvers whose steps read
-# no prediction of an earlier step ignore it.
+# A sampler is the name, a solver the function that writes its table: `(schedule, timesteps, breaks)
+# -> Table`, where breaks `(N,)` bool marks steps where the history is reset. Solvers whose steps
+# read no prediction of an earlier step ignore it.
 Solver = Callable[[Schedule, np.ndarray, np.ndarray], Table[np.ndarray]]
 
 
 class Levels(NamedTuple):
-    """Noise levels of a grid of N timesteps: `(N + 1,)` float64, the last one clean.
+    """Noise levels of N timesteps: `(N + 1,)` float64, the last one clean.
 
     Attributes:
         alpha, sigma: `x_t = alpha x_0 + sigma eps`.
@@ -95,9 +95,9 @@ class Levels(NamedTuple):
     half_log_snr: np.ndarray
 
 
-def levels(schedule: Schedule, grid: np.ndarray, released: bool = False) -> Levels:
-    """Return the levels of a grid; `released` rounds alpha-bar to float32, like OpenAI's code."""
-    alpha_bar = np.append(schedule.alpha_bar_at(grid), 1.0)
+def levels(schedule: Schedule, timesteps: np.ndarray, released: bool = False) -> Levels:
+    """Return the noise levels; `released` rounds alpha-bar to float32, like OpenAI's code."""
+    alpha_bar = np.append(schedule.alpha_bar_at(timesteps), 1.0)
     if released:
         alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
     with np.errstate(divide="ignore"):
@@ -111,9 +111,9 @@ def history_lengths(breaks: np.ndarray) -> np.ndarray:
     return steps - np.maximum.accumulate(np.where(breaks, steps, 0))
 
 
-def step_betas(schedule: Schedule, grid: np.ndarray) -> np.ndarray:
-    """Return the betas of the process that visits a grid, cleanest first  (2102.09672, eq. 19)."""
-    alpha_bar = schedule.alpha_bar_at(grid[::-1])
+def step_betas(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
+    """Return the betas of a process with these timesteps, cleanest first  (2102.09672, eq. 19)."""
+    alpha_bar = schedule.alpha_bar_at(timesteps[::-1])
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
@@ -124,16 +124,16 @@ def on_history(first: np.ndarray, *older: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=-1)
 
 
-def one_row_per_step(schedule: Schedule, grid: np.ndarray) -> Table[np.ndarray]:
+def one_row_per_step(schedule: Schedule, timesteps: np.ndarray) -> Table[np.ndarray]:
     """Return a table that shifts a history of x_0; the caller fills in the update of x."""
-    n = len(grid)
-    alpha, sigma, _ = levels(schedule, grid)
+    n = len(timesteps)
+    alpha, sigma, _ = levels(schedule, timesteps)
     zero, one = np.zeros(n), np.ones(n)
     shift = np.eye(HISTORY, HISTORY + 1)
     rows = np.arange(n)
-    q = posterior(step_betas(schedule, grid))
+    q = posterior(step_betas(schedule, timesteps))
     return Table(
-        t=np.asarray(grid, np.float64),
+        t=np.asarray(timesteps, np.float64),
         alpha=alpha[:-1],
         sigma=sigma[:-1],
         next_alpha=alpha[1:],

@@ -1,4 +1,4 @@
-"""Spacings, and the grids optimised on exact statistics of images."""
+"""Spacings, and the timesteps optimised on exact statistics of images."""
 
 import subprocess
 import sys
@@ -7,21 +7,21 @@ from functools import partial
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.grids import SPACINGS, make_timesteps
-from glide_jax.diffusion.optimised_grids import (
+from glide_jax.diffusion.optimised_timesteps import (
     SHIPPED_STEPS,
     Spectrum,
     _optimised,
     image_error,
+    load_optimised_timesteps,
     natural_spectrum,
-    optimise_grid,
-    optimised_grid,
+    optimise_timesteps,
     standard_deviations,
 )
 from glide_jax.diffusion.schedule import Schedule, make_schedule
 from glide_jax.diffusion.solvers import SOLVERS, restart
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m, sa_solver
 from glide_jax.diffusion.spacings import end_half_log_snrs, respaced, trailing
+from glide_jax.diffusion.timesteps import SPACINGS, make_timesteps
 from glide_jax.errors import UsageError
 from tests.support.commands import environment
 from tests.support.oracles import SCHEDULE, denoise_gaussian, mean_and_variance, table_of
@@ -38,10 +38,10 @@ def test_every_spacing_falls_strictly_within_the_process(name, spacing):
     # Grids that are not shipped take a while to optimise.
     numbers = (1, *SHIPPED_STEPS) if spacing == "optimised" else (1, 2, 3, 8, 27, 250, 999, 1000)
     for steps in numbers:
-        grid = make_timesteps(make_schedule(name), steps, spacing)
-        assert grid.shape == (steps,) and grid.dtype == np.float64
-        assert (np.diff(grid) < 0).all()
-        assert grid.max() <= 999 and grid.min() >= 0
+        timesteps = make_timesteps(make_schedule(name), steps, spacing)
+        assert timesteps.shape == (steps,) and timesteps.dtype == np.float64
+        assert (np.diff(timesteps) < 0).all()
+        assert timesteps.max() <= 999 and timesteps.min() >= 0
 
 
 @each_schedule
@@ -50,14 +50,14 @@ def test_short_processes_are_spaced_too(name, length):
     schedule = make_schedule(name, length)
     for spacing in SPACINGS:
         for steps in range(1, length + 1):
-            grid = make_timesteps(schedule, steps, spacing)
-            assert len(grid) == steps and (np.diff(grid) < 0).all()
-            assert grid.min() >= 0 and grid.max() <= length - 1
+            timesteps = make_timesteps(schedule, steps, spacing)
+            assert len(timesteps) == steps and (np.diff(timesteps) < 0).all()
+            assert timesteps.min() >= 0 and timesteps.max() <= length - 1
 
 
 @each_schedule
-def test_rho_grid(name):
-    """`(sigma / alpha)^(1/7)` in even steps, between the ends of the log-SNR grid (EDM, eq. 5)."""
+def test_spacing_karras(name):
+    """`(sigma / alpha)^(1/7)` in even steps, from end to end of spacing logsnr (EDM, eq. 5)."""
     schedule = make_schedule(name)
     half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12, "karras"))
     roots = np.exp(-half_log_snr / 7)
@@ -87,9 +87,9 @@ def test_a_single_step_starts_in_noise(name, spacing):
 def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
     schedule = make_schedule(name)
     for steps in (1, 2, 4, 8):
-        grid = make_timesteps(schedule, steps, "trailing-capped")
-        np.testing.assert_allclose(np.diff(np.append(grid, -1)), -(grid[0] + 1) / steps)
-        assert schedule.half_log_snr(grid[0]) == pytest.approx(end_half_log_snrs(schedule)[0])
+        timesteps = make_timesteps(schedule, steps, "trailing-capped")
+        np.testing.assert_allclose(np.diff(np.append(timesteps, -1)), -(timesteps[0] + 1) / steps)
+        assert schedule.half_log_snr(timesteps[0]) == pytest.approx(end_half_log_snrs(schedule)[0])
     # The linear schedule is usable to its last timestep.
     if name == "linear":
         np.testing.assert_array_equal(
@@ -99,9 +99,9 @@ def test_few_steps_are_even_in_time_from_the_noisiest_usable_level(name):
 
 def test_more_capped_steps_than_usable_timesteps_are_even():
     schedule = make_schedule("linear", 5)
-    grid = make_timesteps(schedule, 5, "trailing-capped")
+    timesteps = make_timesteps(schedule, 5, "trailing-capped")
     noisiest = schedule.t_at_half_log_snr(end_half_log_snrs(schedule)[0])
-    np.testing.assert_allclose(grid, noisiest * np.array([1, 0.75, 0.5, 0.25, 0]))
+    np.testing.assert_allclose(timesteps, noisiest * np.array([1, 0.75, 0.5, 0.25, 0]))
 
 
 @pytest.mark.parametrize("steps", [" 25", "25 ", "\t25\n", "+25", 25.0, np.int64(25)])
@@ -197,9 +197,9 @@ def test_natural_images_have_a_standard_deviation_of_one_half():
 )  # fmt: skip
 def test_errors_on_natural_images(steps, spacing, errors):
     """In 1/1000; the values are from a separate implementation with other formulas."""
-    grid = make_timesteps(SCHEDULE, steps, spacing)
+    timesteps = make_timesteps(SCHEDULE, steps, spacing)
     for name, wanted in errors.items():
-        found = 1000 * image_error(SCHEDULE, grid, SOLVERS[name])
+        found = 1000 * image_error(SCHEDULE, timesteps, SOLVERS[name])
         assert found == pytest.approx(wanted, rel=0.03), name
 
 
@@ -217,16 +217,16 @@ def test_standard_deviations_equal_those_of_the_oracle(name):
 def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
     """On one Gaussian the learned variance is exact: only the starting level adds an error."""
     one = Spectrum(np.array([0.25]), np.array([1.0]))
-    grid = make_timesteps(SCHEDULE, 10)
+    timesteps = make_timesteps(SCHEDULE, 10)
     errors = {
-        name: image_error(SCHEDULE, grid, SOLVERS[name], one)
+        name: image_error(SCHEDULE, timesteps, SOLVERS[name], one)
         for name in ("ddpm", "ddpm-small", "ddpm-large")
     }
     # The last step returns the prediction, without noise.
     assert errors["ddpm"] < 1e-4 < min(errors["ddpm-small"], errors["ddpm-large"])
 
 
-# --- optimised grids
+# --- optimised timesteps
 
 
 @each_schedule
@@ -246,12 +246,12 @@ def test_shipped_grids_have_small_errors(name, steps):
 @pytest.mark.parametrize(("name", "steps"), [("cosine", 5), ("linear", 6)])
 def test_the_optimiser_reproduces_the_shipped_grids(name, steps):
     schedule = make_schedule(name)
-    made, shipped = optimise_grid(schedule, steps), optimised_grid(schedule, steps)
+    made, shipped = optimise_timesteps(schedule, steps), load_optimised_timesteps(schedule, steps)
     # The minimum is flat: with other rounding (jax 0.11) the optimiser ends elsewhere in it.
     np.testing.assert_allclose(
         schedule.half_log_snr(made), schedule.half_log_snr(shipped), atol=0.3
     )
-    errors = [image_error(schedule, grid, dpm_solver_2m) for grid in (made, shipped)]
+    errors = [image_error(schedule, timesteps, dpm_solver_2m) for timesteps in (made, shipped)]
     assert errors[0] < 1.1 * errors[1]
 
 
@@ -261,10 +261,10 @@ def test_other_solvers_and_schedules_are_optimised_on_the_fly():
         (SCHEDULE, partial(sa_solver, eta=0.5)),
         (make_schedule("cosine", 200), SOLVERS["dpm++2m"]),
     ):
-        grid = make_timesteps(schedule, 6, "optimised", solver=solver)
-        assert (np.diff(grid) < 0).all() and grid.max() <= len(schedule) - 1
+        timesteps = make_timesteps(schedule, 6, "optimised", solver=solver)
+        assert (np.diff(timesteps) < 0).all() and timesteps.max() <= len(schedule) - 1
         even = image_error(schedule, make_timesteps(schedule, 6), solver)
-        assert image_error(schedule, grid, solver) < even / 2
+        assert image_error(schedule, timesteps, solver) < even / 2
 
 
 def test_a_grid_is_optimised_once():
@@ -283,7 +283,7 @@ def test_many_steps_are_not_optimised():
 
 def test_scipy_is_not_imported_for_a_shipped_grid():
     code = (
-        "import sys, glide_jax as g; from glide_jax.diffusion.grids import make_timesteps\n"
+        "import sys, glide_jax as g; from glide_jax.diffusion.timesteps import make_timesteps\n"
         "make_timesteps(g.make_schedule('cosine'), 10, 'optimised')\n"
         "assert 'scipy.optimize' not in sys.modules"
     )
@@ -301,9 +301,9 @@ def test_short_linear_schedules_are_capped(steps):
     """With 20 steps the last beta would be 1, with fewer even more."""
     schedule = make_schedule("linear", steps)
     assert schedule.betas.max() <= 0.999 and schedule.alpha_bar.min() > 0
-    grid = make_timesteps(schedule, steps)
+    timesteps = make_timesteps(schedule, steps)
     for name in ("dpm++2m", "ddpm", "ipndm"):
-        table = SOLVERS[name](schedule, grid, np.zeros(steps, bool))
+        table = SOLVERS[name](schedule, timesteps, np.zeros(steps, bool))
         assert all(np.isfinite(column).all() for column in table)
 
 

@@ -4,9 +4,9 @@ The error is measured on Gaussian images with the power spectrum of natural imag
 best denoiser is known and linear, one spatial frequency at a time. A run of any solver is then a
 linear map of its noise, and the distribution of its results is computed exactly, without sampling.
 
-This command rewrites the shipped grids, `glide_jax/assets/grids.json`:
+This command rewrites the shipped timesteps, `glide_jax/assets/optimised_timesteps.json`:
 
-    python -m glide_jax.diffusion.optimised_grids
+    python -m glide_jax.diffusion.optimised_timesteps
 """
 
 import json
@@ -24,7 +24,7 @@ from glide_jax.errors import UsageError
 
 # With more steps an optimisation takes minutes, and gains nothing over the spacing logsnr.
 MAX_STEPS = 50
-SHIPPED = Path(__file__).parents[1] / "assets" / "grids.json"
+SHIPPED = Path(__file__).parents[1] / "assets" / "optimised_timesteps.json"
 SHIPPED_STEPS = (5, 6, 8, 10, 12, 15, 20, 25)
 
 
@@ -103,7 +103,7 @@ def _learned_std(row: Table, x_0_variance: float) -> float:
 
 
 def image_error(
-    schedule: Schedule, grid: np.ndarray, solver: Solver, spectrum: Spectrum | None = None
+    schedule: Schedule, timesteps: np.ndarray, solver: Solver, spectrum: Spectrum | None = None
 ) -> float:
     """Return the 2-Wasserstein distance between generated and true images, per pixel (RMS).
 
@@ -111,19 +111,22 @@ def image_error(
         spectrum: spectrum of the true images; None: `default_spectrum(schedule)`.
     """
     spectrum = default_spectrum(schedule) if spectrum is None else spectrum
-    table = solver(schedule, grid, np.zeros(len(grid), bool))
+    table = solver(schedule, timesteps, np.zeros(len(timesteps), bool))
     error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
     return float(np.sqrt(spectrum.share @ error**2))
 
 
-# Weights of the penalty on uneven steps; errors are multiplied by 1000. The grid is optimised with
-# the first weight, then from there with the second. The first avoids poor local minima. The second
-# chooses among grids of nearly the same error: with 15 steps or more, most grids are.
+# Weights of the penalty on uneven steps; errors are multiplied by 1000. The timesteps are optimised
+# with the first weight, then from there with the second. The first avoids poor local minima. The
+# second chooses among timesteps of nearly the same error: with 15 steps or more, most timesteps
+# are.
 SMOOTHNESS = (0.3, 0.03)
 
 
-def optimise_grid(schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m) -> np.ndarray:
-    """Return the grid `(steps,)` of least `image_error`; it starts where spacing logsnr does.
+def optimise_timesteps(
+    schedule: Schedule, steps: int, solver: Solver = dpm_solver_2m
+) -> np.ndarray:
+    """Return the timesteps `(steps,)` of least `image_error`; it starts where spacing logsnr does.
 
     Raises:
         UsageError: there is no step, or there are more than 50 or than the schedule's timesteps.
@@ -157,8 +160,8 @@ def _optimised(betas: bytes, steps: int, solver: Solver, options: tuple) -> np.n
         return low + (high - low) * np.append(0.0, np.cumsum(widths[:-1]) / widths.sum())
 
     def residuals(logits: np.ndarray, smoothness: float) -> np.ndarray:
-        grid = schedule.t_at_half_log_snr(half_log_snrs_of(logits))
-        table = full_solver(schedule, grid, np.zeros(steps, bool))
+        timesteps = schedule.t_at_half_log_snr(half_log_snrs_of(logits))
+        table = full_solver(schedule, timesteps, np.zeros(steps, bool))
         error = standard_deviations(table, spectrum) - np.sqrt(spectrum.variance)
         uneven = smoothness * np.diff(logits[:-1], 2)
         return np.append(1000 * np.sqrt(spectrum.share) * error, uneven)
@@ -175,32 +178,34 @@ def _shipped() -> dict[str, dict[str, list[float]]]:
     return json.loads(SHIPPED.read_text(encoding="utf-8"))
 
 
-def optimised_grid(schedule: Schedule, steps: int, solver: Solver | None = None) -> np.ndarray:
-    """Return `optimise_grid` for a solver, from the shipped grids where they have it.
+def load_optimised_timesteps(
+    schedule: Schedule, steps: int, solver: Solver | None = None
+) -> np.ndarray:
+    """Return `optimise_timesteps` for a solver, from the shipped timesteps where they have it.
 
     Args:
-        solver: None: dpm++2m, which the shipped grids are for.
+        solver: None: dpm++2m, which the shipped timesteps are for.
 
     Raises:
-        UsageError: see `optimise_grid`.
+        UsageError: see `optimise_timesteps`.
     """
     solver = dpm_solver_2m if solver is None else solver
     if _key(solver) == (dpm_solver_2m, ()) and steps in SHIPPED_STEPS:
-        for name, grids in _shipped().items():
+        for name, timesteps in _shipped().items():
             if np.array_equal(schedule.betas, make_schedule(name).betas):
-                return schedule.t_at_half_log_snr(grids[str(steps)])
-    return optimise_grid(schedule, steps, solver)
+                return schedule.t_at_half_log_snr(timesteps[str(steps)])
+    return optimise_timesteps(schedule, steps, solver)
 
 
 def main() -> None:
-    """Write the shipped grids: log(alpha/sigma) of their levels."""
-    shipped = {}
+    """Write the shipped timesteps: log(alpha/sigma) of their levels."""
+    shipped: dict[str, dict[str, list[float]]] = {}
     for name in ("cosine", "linear"):
         schedule = make_schedule(name)
-        grids = {n: schedule.half_log_snr(optimise_grid(schedule, n)) for n in SHIPPED_STEPS}
-        shipped[name] = {
-            str(n): [round(half_log_snr, 4) for half_log_snr in grid] for n, grid in grids.items()
-        }
+        shipped[name] = {}
+        for n in SHIPPED_STEPS:
+            half_log_snrs = schedule.half_log_snr(optimise_timesteps(schedule, n))
+            shipped[name][str(n)] = [round(value, 4) for value in half_log_snrs]
     SHIPPED.write_text(json.dumps(shipped) + "\n", encoding="utf-8")
 
 

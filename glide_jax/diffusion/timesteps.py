@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from glide_jax.diffusion.optimised_grids import optimised_grid
+from glide_jax.diffusion.optimised_timesteps import load_optimised_timesteps
 from glide_jax.diffusion.schedule import Schedule
 from glide_jax.diffusion.solvers.table import Solver
 from glide_jax.diffusion.spacings import (
@@ -25,13 +25,13 @@ SPACINGS: dict[str, Callable[[Schedule, int], np.ndarray]] = {
     "trailing": trailing,
     "trailing-capped": trailing_capped,
 }
-"""Spacings by name, `(schedule, steps) -> grid`; "optimised" depends on the solver too."""
+"""Spacings by name, `(schedule, steps) -> timesteps`; "optimised" depends on the solver too."""
 
 
 def make_timesteps(
     schedule: Schedule, steps: int | str, spacing: str = "logsnr", *, solver: Solver | None = None
 ) -> np.ndarray:
-    """Return the grid: `(N,)` timesteps of the noise levels to visit, noisiest first.
+    """Return the `(N,)` timesteps that a sampler visits, noisiest first.
 
     Args:
         steps: a number of noise levels, or a respacing string of OpenAI's code: "ddim50", "fast27",
@@ -68,5 +68,5 @@ def make_timesteps(
         length = len(schedule)
         raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")
     if spacing == OPTIMISED:
-        return optimised_grid(schedule, steps, solver)
+        return load_optimised_timesteps(schedule, steps, solver)
     return SPACINGS[spacing](schedule, steps)
