@@ -9,7 +9,7 @@ import numpy as np
 from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.conditioning import read_conditioning, read_input_images
+from glide_jax.pipeline.run_inputs import read_run_inputs, read_input_images
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
@@ -162,7 +162,7 @@ class Pipeline(Stage):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
         upsampler_pipeline = chosen_upsampler(self.upsampler, upsampler)
         config = self.model.config
-        conditioning, input_images = read_conditioning(
+        run_inputs, input_images = read_run_inputs(
             self.model,
             call_settings,
             len(parsed),
@@ -197,7 +197,7 @@ class Pipeline(Stage):
             parsed,
             seed,
             indices,
-            conditioning,
+            run_inputs,
             call_settings,
             clip=self.clip,
             weak_stage=self.weak_stage,
@@ -208,7 +208,7 @@ class Pipeline(Stage):
             pixels[index] = to_uint8(state.x if is_last else state.x_0)
             images = replace(
                 images,
-                images=conditioning.restore_known(pixels.copy()),
+                images=run_inputs.restore_known(pixels.copy()),
                 settings=images.settings | {"evaluations": evaluations},
             )
             yield images

@@ -26,7 +26,7 @@ from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, chosen_batch_size, select_images
 from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
-from glide_jax.pipeline.conditioning import Conditioning
+from glide_jax.pipeline.run_inputs import RunInputs
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
@@ -111,7 +111,7 @@ def run(
     prompts: Sequence[Prompt],
     seed: int,
     indices: np.ndarray,
-    conditioning: Conditioning,
+    run_inputs: RunInputs,
     settings: Settings,
     *,
     clip: CLIP | None = None,
@@ -142,7 +142,7 @@ def run(
                 stage,
                 [prompts[i] for i in index],
                 image_keys(seed, indices[index], upsampler=stage.model.config.upsamples),
-                conditioning.select(index),
+                run_inputs.select(index),
                 settings_of(settings, index, count),
                 clip=clip,
                 weak_stage=weak_stage,
@@ -199,7 +199,7 @@ class _Batch(NamedTuple):
     stage: Stage
     prompts: Sequence[Prompt]
     keys: ImageKeys
-    conditioning: Conditioning
+    run_inputs: RunInputs
     settings: Settings
     clip: CLIP | None
     weak_stage: Stage | None
@@ -214,13 +214,13 @@ class _Batch(NamedTuple):
         guidances = self.guidances(settings, reverse)
         plan = self.settings.plan(stage.schedule, guidances, ddim_reverse if reverse else None)
         if reverse:
-            assert self.conditioning.image is not None
-            x = from_uint8(self.conditioning.image)
+            assert self.run_inputs.image is not None
+            x = from_uint8(self.run_inputs.image)
         else:
             initial_noise = start_noise(self.keys.start, config.image_size)
-            x = self.conditioning.initial_x(plan, self.settings, initial_noise)
+            x = self.run_inputs.initial_x(plan, self.settings, initial_noise)
 
-        networks, conds, inputs = {}, {}, self.conditioning.inputs(config)
+        networks, conds, inputs = {}, {}, self.run_inputs.inputs(config)
         stages = {CONDITIONAL.network: stage, WEAK.network: self.weak_stage}
         for name, network_stage in stages.items():
             branches = [b for b in branches_of(guidances) if b.network == name]
@@ -248,7 +248,7 @@ class _Batch(NamedTuple):
             raise UsageError(
                 "autoguidance_scale needs a weak model: load one as weak_model (--weak-model)"
             )
-        guidances = settings.guidances(self.prompts, *self.conditioning.known_pixel_guidance())
+        guidances = settings.guidances(self.prompts, *self.run_inputs.known_pixel_guidance())
         model = self.stage.model
         return *guidances, *clip_guidance(self.clip, model, self.prompts, settings, reverse)
 

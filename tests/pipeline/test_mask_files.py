@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import glide_jax as glide
-from glide_jax.pipeline.conditioning import read_input_images
+from glide_jax.pipeline.run_inputs import read_input_images
 from glide_jax.pipeline.image_files import open_images
 from glide_jax.pipeline.mask_files import open_masks
 
