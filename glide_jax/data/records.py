@@ -126,7 +126,7 @@ def digest(items: Iterable[str | bytes]) -> str:
     return sha.hexdigest()[:12]
 
 
-def decode(data: bytes, errors: str = "strict") -> str:
+def decode_text(data: bytes, errors: str = "strict") -> str:
     """Return bytes as text: UTF-8, or the Unicode encoding that a byte-order mark names.
 
     Raises:
@@ -151,7 +151,7 @@ def text(value: Any, name: str) -> str:
     """
     try:
         if isinstance(value, bytes):
-            return decode(value).strip()
+            return decode_text(value).strip()
         if isinstance(value, str):
             value.encode("utf-8")
             return value.removeprefix("\ufeff").strip()

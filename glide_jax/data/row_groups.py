@@ -31,7 +31,7 @@ def is_table_name(name: str) -> bool:
     return name.lower().endswith((".parquet", ".arrow"))
 
 
-def import_pyarrow(path: str) -> None:
+def check_pyarrow(path: str) -> None:
     """Raise `UsageError` if pyarrow, which reads a file, is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
@@ -148,7 +148,7 @@ def text_rows(path: str) -> Iterator[dict[str, Any]]:
     Raises:
         GlideError: the file cannot be read.
     """
-    import_pyarrow(path)
+    check_pyarrow(path)
     file: _File = _reading(path, lambda: _opened(path))
     columns = [field.name for field in file.schema if "binary" not in str(field.type)]
     for number in range(len(file.rows)):
@@ -216,7 +216,7 @@ def open_row_groups(paths: Sequence[str]) -> tuple[RowGroups, list[Any]]:
         UsageError: pyarrow is not installed.
         GlideError: a file is missing or broken.
     """
-    import_pyarrow(paths[0])
+    check_pyarrow(paths[0])
 
     def look(path: str) -> tuple[list[int], list[int], Any]:
         file: _File = _reading(path, lambda: _opened(path))

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from glide_jax.data import storage
-from glide_jax.data.records import CAPTION_FIELDS, decode, fields_of
+from glide_jax.data.records import CAPTION_FIELDS, decode_text, fields_of
 from glide_jax.data.row_groups import is_table_name, text_rows
 from glide_jax.data.sidecars import is_image
 from glide_jax.errors import UsageError
@@ -56,7 +56,7 @@ def rows_of(path: str, fields: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
         )
     try:
         # A byte that is not UTF-8 spoils its own line only: it is found when the text is checked.
-        content = decode(storage.read(path), "surrogateescape")
+        content = decode_text(storage.read(path), "surrogateescape")
     except UnicodeError as error:
         raise UsageError(f"cannot read the text of {path}: {error}") from None
     if suffix in (".csv", ".tsv", ".txt"):

@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from glide_jax.devices.mesh import (
     Step,
+    batch_sharding,
     device_mesh,
     pin_batch,
-    replicated,
-    rows,
+    replicated_sharding,
     state_sharding,
 )
 from glide_jax.devices.runtime import fast_compile_options
@@ -35,14 +35,17 @@ class FSDP:
 
     def compile_steps(self, steps: Step, data: Any) -> Step:
         program = fsdp_step(steps, self._mesh, batch_axis=1)
+        whole = replicated_sharding(self._mesh)
         held = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, replicated(self._mesh), lambda i: x[i]),
+            lambda x: jax.make_array_from_callback(
+                x.shape, replicated_sharding(self._mesh), lambda i: x[i]
+            ),
             data,
         )
         return lambda state, items, control: program(state, items, control, held)
 
     def put_items(self, items: Any) -> Any:
-        where = rows(self._mesh, 1)
+        where = batch_sharding(self._mesh, 1)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), items)
 
     def initialise(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -55,15 +58,15 @@ class FSDP:
         return shard(state, self._mesh)
 
     def put_batch(self, batch: Any) -> Any:
-        where = rows(self._mesh)
+        where = batch_sharding(self._mesh)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
 
     def compile_measure(self, measure: Callable[..., Any]) -> Callable[..., Any]:
         def pinned(params: Any, batch: Any, key: Any) -> Any:
-            batch = jax.lax.with_sharding_constraint(batch, rows(self._mesh))
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(self._mesh))
             with pin_batch(self._mesh.abstract_mesh):
                 metrics = measure(params, batch, key, axis=None)
-            return jax.lax.with_sharding_constraint(metrics, replicated(self._mesh))
+            return jax.lax.with_sharding_constraint(metrics, replicated_sharding(self._mesh))
 
         program = jax.jit(pinned)
         return lambda params, batch, key: self.gather(program(params, self.put_batch(batch), key))
@@ -110,10 +113,10 @@ def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
     """
 
     def sharded(state: Any, batch: Any, key: Any, *shared: Any) -> tuple[Any, Any]:
-        batch = jax.lax.with_sharding_constraint(batch, rows(mesh, batch_axis))
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, batch_axis))
         with pin_batch(mesh.abstract_mesh):
             state, metrics = step(state, batch, key, *shared, axis=None)
-        metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
+        metrics = jax.lax.with_sharding_constraint(metrics, replicated_sharding(mesh))
         layout = state_sharding(state, mesh)
         return jax.lax.with_sharding_constraint(state, layout), metrics
 

@@ -67,12 +67,12 @@ def hybrid_mesh(devices: list[jax.Device], per_copy: int = 0) -> Mesh:
     return Mesh(grid, (COPIES, AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
-def rows(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, axis: int = 0) -> NamedSharding:
     """Return the sharding of arrays whose given axis is the batch: over all devices of a mesh."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -98,7 +98,7 @@ def pin_batch(mesh: AbstractMesh) -> Iterator[None]:
 
     Otherwise XLA leaves some parameters sharded and gathers the whole batch instead.
     """
-    batch = rows(mesh)
+    batch = batch_sharding(mesh)
 
     # The first axis of every activation is the batch.
     def stays(x: Any) -> Any:

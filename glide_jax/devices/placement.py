@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
-from glide_jax.devices.mesh import device_mesh, replicated, rows
+from glide_jax.devices.mesh import batch_sharding, device_mesh, replicated_sharding
 from glide_jax.devices.runtime import preferred_devices
 from glide_jax.errors import UsageError
 
@@ -67,7 +67,7 @@ class Placement:
         """Put whole arrays on each device."""
         if self.mesh.size == 1:
             return jax.device_put(tree)
-        return jax.device_put(tree, replicated(self.mesh))
+        return jax.device_put(tree, replicated_sharding(self.mesh))
 
     def put_weights(self, tree: Any) -> Any:
         """Put weights on each device; those that lie on these devices already stay as they are."""
@@ -115,6 +115,6 @@ class Placement:
         def put(leaf: Any) -> Any:
             if unsplit(leaf) or np.ndim(leaf) == 0:
                 return self.replicate(leaf)
-            return jax.device_put(leaf, rows(self.mesh) if self.mesh.size > 1 else None)
+            return jax.device_put(leaf, batch_sharding(self.mesh) if self.mesh.size > 1 else None)
 
         return jax.tree.map(put, tree, is_leaf=unsplit)

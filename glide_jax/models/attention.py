@@ -27,12 +27,12 @@ def fused_kernel(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> st
     lengths, head_width = (query.shape[1], key.shape[1]), query.shape[-1]
     platform = fused_attention_platform()
     if platform == "tpu":
-        return "pallas" if tpu_attention.suits(query, key) else ""
+        return "pallas" if tpu_attention.is_supported(query, key) else ""
     # cuDNN needs a head width that is a multiple of 8. The lengths of the UNet are multiples of 8
     # too. Other lengths use the plain form.
-    suits = head_width <= CUDNN_MAX_HEAD_WIDTH and min(lengths) >= CUDNN_MIN_LENGTH
-    suits = suits and all(n % 8 == 0 for n in (*lengths, head_width))
-    return "cudnn" if suits and platform == "cuda" else ""
+    is_supported = head_width <= CUDNN_MAX_HEAD_WIDTH and min(lengths) >= CUDNN_MIN_LENGTH
+    is_supported = is_supported and all(n % 8 == 0 for n in (*lengths, head_width))
+    return "cudnn" if is_supported and platform == "cuda" else ""
 
 
 def attend(

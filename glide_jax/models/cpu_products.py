@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     matrix: jax.Array
 
 
-def suits(x: jax.Array) -> bool:
+def is_supported(x: jax.Array) -> bool:
     """Whether a layer with this input `(..., C)` uses the products of this file."""
     # Blocks of a batch that is split over devices would be gathered.
     whole = split_axes() == ()

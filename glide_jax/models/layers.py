@@ -73,7 +73,7 @@ def stored_pair(layer: nn.Module, dtype: Any) -> list[jax.Array]:
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return `x kernel` of `x (..., C)` and `kernel (C, F)` in their dtype; sums are float32."""
-    return cpu_products.matmul(x, kernel) if cpu_products.suits(x) else x @ kernel
+    return cpu_products.matmul(x, kernel) if cpu_products.is_supported(x) else x @ kernel
 
 
 class Dense(_UsesStoredParams, nn.Dense):
@@ -221,7 +221,7 @@ class Conv3x3(_UsesStoredParams, nn.Module):
         if isinstance(kernel, cpu_products.Kernel):
             return cpu_products.convolve(x, kernel) + bias
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        if self.stride == 1 and cpu_products.suits(x):
+        if self.stride == 1 and cpu_products.is_supported(x):
             return cpu_products.arrange_and_convolve(x, kernel) + bias
         strides, padding = (self.stride,) * 2, ((1, 1),) * 2
         axes = ("NHWC", "HWIO", "NHWC")

@@ -19,7 +19,7 @@ QUERIES = 256
 KEYS = 4096
 
 
-def suits(query: jax.Array, key: jax.Array) -> bool:
+def is_supported(query: jax.Array, key: jax.Array) -> bool:
     """Return whether the kernel takes these `(B, T, heads, d)` and `(B, S, heads, d)`."""
     (_, length, heads, head_width), keys = query.shape, key.shape[1]
     axes = split_axes()

@@ -9,13 +9,13 @@ import numpy as np
 from glide_jax.devices.runtime import in_32_bits
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
-from glide_jax.pipeline.run_inputs import read_run_inputs, read_input_images
 from glide_jax.pipeline.editing import invert_images, slerp, unguided
 from glide_jax.pipeline.image_files import Fit, ImageLike
 from glide_jax.pipeline.images import Images, to_uint8
 from glide_jax.pipeline.mask_files import MaskLike
 from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
+from glide_jax.pipeline.run_inputs import read_input_images, read_run_inputs
 from glide_jax.pipeline.runner import image_keys, run, start_noise
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
 from glide_jax.pipeline.stage import Stage

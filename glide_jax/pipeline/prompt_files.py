@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glide_jax.data import storage
-from glide_jax.data.records import CAPTION_FIELDS, captions_of, decode, fields_of, lookup
+from glide_jax.data.records import CAPTION_FIELDS, captions_of, decode_text, fields_of, lookup
 from glide_jax.data.storage import BrokenRecord
 from glide_jax.data.tables import Row, rows_of
 from glide_jax.errors import UsageError
@@ -94,7 +94,7 @@ def _encoding(data: bytes) -> str:
 def _plain_texts(path: str) -> list[str] | None:
     """Return the prompts of a JSON list of texts, or of lines that are texts; else None."""
     try:
-        content = decode(storage.read(path))
+        content = decode_text(storage.read(path))
     except UnicodeError:
         return None
     try:

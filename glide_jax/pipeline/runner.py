@@ -26,8 +26,8 @@ from glide_jax.diffusion.solvers import ddim_reverse
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, chosen_batch_size, select_images
 from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
-from glide_jax.pipeline.run_inputs import RunInputs
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
+from glide_jax.pipeline.run_inputs import RunInputs
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
 

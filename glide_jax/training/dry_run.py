@@ -27,10 +27,10 @@ from glide_jax.devices.hardware import Slice, parse_slice
 from glide_jax.devices.mesh import (
     AXIS,
     COPIES,
+    batch_sharding,
     device_mesh,
     hybrid_mesh,
-    replicated,
-    rows,
+    replicated_sharding,
     state_sharding,
 )
 from glide_jax.devices.runtime import trunk_dtype
@@ -222,13 +222,13 @@ def parallel_step(
         )
         program, where = (
             jax.jit(mapped, donate_argnums=0),
-            jax.tree.map(lambda _: replicated(mesh), state),
+            jax.tree.map(lambda _: replicated_sharding(mesh), state),
         )
     state = jax.tree.map(_placed, state, where)
     batch = jax.tree.map(
-        partial(_placed, where=rows(mesh)), abstract_batch(config, config.batch_size)
+        partial(_placed, where=batch_sharding(mesh)), abstract_batch(config, config.batch_size)
     )
-    return program, (state, batch, _placed(key, replicated(mesh)))
+    return program, (state, batch, _placed(key, replicated_sharding(mesh)))
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

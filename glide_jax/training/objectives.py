@@ -37,7 +37,7 @@ from glide_jax.training.timestep_distribution import (
 Params = Any
 Metrics = dict[str, jax.Array]
 # Key under which the loss returns its `TimestepLosses`; the step removes them from the metrics.
-TIMESTEP_LOSSES = "records"
+TIMESTEP_LOSSES = "timestep_losses"
 
 
 class Batch(NamedTuple):

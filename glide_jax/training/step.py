@@ -150,16 +150,16 @@ def train_step(
 
         # Gradients of frozen parameters would be zeros that all devices sum.
         grads, metrics = jax.grad(scaled_loss, has_aux=True)(drop_frozen(params, config.freeze))
-        records: Any = metrics.pop(TIMESTEP_LOSSES, None)
-        return (grads, metrics), records
+        timestep_losses: Any = metrics.pop(TIMESTEP_LOSSES, None)
+        return (grads, metrics), timestep_losses
 
     both_params = (state.params, state.frozen_params)
-    (grads, metrics), records = _accumulate(gradient, both_params, batch, accumulate)
+    (grads, metrics), timestep_losses = _accumulate(gradient, both_params, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     history = None
-    if state.loss_history is not None and records is not None:
-        history = add_losses(state.loss_history, records, axis)
+    if state.loss_history is not None and timestep_losses is not None:
+        history = add_losses(state.loss_history, timestep_losses, axis)
     return apply_gradient(
         state,
         grads,

@@ -94,12 +94,12 @@ def test_layers_use_them_in_bfloat16_on_a_cpu_for_enough_channels(monkeypatch):
 
 
 def test_a_batch_that_xla_splits_keeps_the_plain_form(monkeypatch):
-    assert cpu_products.suits(random(0, 1, 32))
+    assert cpu_products.is_supported(random(0, 1, 32))
     mesh = jax.sharding.AbstractMesh((2,), ("devices",), axis_types=(AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
-        assert split_axes() == ("devices",) and not cpu_products.suits(random(0, 1, 32))
+        assert split_axes() == ("devices",) and not cpu_products.is_supported(random(0, 1, 32))
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert split_axes() is None and not cpu_products.suits(random(0, 1, 32))
+    assert split_axes() is None and not cpu_products.is_supported(random(0, 1, 32))
 
 
 def test_arranged_kernels_give_the_same_outputs():

@@ -308,6 +308,9 @@ def test_a_recipe_chooses_them():
     batch = make_batch()
     plain, _ = LOSS({"w": jnp.ones(3)}, batch, KEY)
     uniform, metrics = LOSS({"w": jnp.ones(3)}, batch, KEY, loss_history=empty_history(STEPS))
-    assert "records" in metrics and "records" not in LOSS({"w": jnp.ones(3)}, batch, KEY)[1]
+    assert (
+        "timestep_losses" in metrics
+        and "timestep_losses" not in LOSS({"w": jnp.ones(3)}, batch, KEY)[1]
+    )
     assert plain != uniform  # other random bits
     assert loss_aware.MEMORY == 10
