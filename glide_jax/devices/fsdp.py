@@ -37,9 +37,7 @@ class FSDP:
         program = fsdp_step(steps, self._mesh, batch_axis=1)
         whole = replicated_sharding(self._mesh)
         held = jax.tree.map(
-            lambda x: jax.make_array_from_callback(
-                x.shape, replicated_sharding(self._mesh), lambda i: x[i]
-            ),
+            lambda x: jax.make_array_from_callback(x.shape, whole, lambda i: x[i]),
             data,
         )
         return lambda state, items, control: program(state, items, control, held)
