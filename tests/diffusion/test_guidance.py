@@ -350,7 +350,7 @@ def test_one_run_has_one_negative_prompt(other):
         ([10, np.nan], "between 0 and 999"),
     ],
 )
-def test_grids_that_cannot_be_sampled(timesteps, message):
+def test_timesteps_that_cannot_be_sampled(timesteps, message):
     with pytest.raises(UsageError, match=message):
         make_plan(SCHEDULE, timesteps, ddim)
 

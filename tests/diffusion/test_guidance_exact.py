@@ -25,7 +25,7 @@ from glide_jax.diffusion.sampling import make_plan, run_plan
 from glide_jax.diffusion.solvers.first_order import ddpm
 from glide_jax.diffusion.solvers.multistep import dpm_solver_2m
 from tests.support.golden import assert_close, rows
-from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_grid
+from tests.support.oracles import MEANS, SCHEDULE, STDS, WEIGHTS, gaussian_flow, log_snr_timesteps
 
 HALF_LOG_SNR = SCHEDULE.half_log_snr(np.arange(len(SCHEDULE)))
 # Even quantiles of the standard normal distribution; their mean is zero.
@@ -80,7 +80,7 @@ CLASSIFIER = Network(log_class, HALF_LOG_SNR)
 
 def solve(networks, x, guidances, conds, low=-4.0, high=5.0, steps=200, solver=dpm_solver_2m):
     """Take `x (B,)` from one half log-SNR to another, along the flow of the guided prediction."""
-    timesteps = log_snr_grid(low, high, steps)
+    timesteps = log_snr_timesteps(low, high, steps)
     run = rows(make_plan(SCHEDULE, timesteps, solver, guidances), slice(0, -1))
     x = jnp.asarray(x)[:, None, None, None]
     tape = jnp.zeros((len(run), *x.shape))

@@ -155,7 +155,7 @@ def test_halves_are_rounded_to_even_steps():
 @each_schedule
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 27, 250, 999, 1000])
-def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
+def test_timesteps_fall_strictly_and_stay_in_the_process(name, spacing, steps):
     timesteps = make_timesteps(make_schedule(SCHEDULES[name]), steps, spacing)
     assert timesteps.shape == (steps,) and timesteps.dtype == np.float64
     assert (np.diff(timesteps) < 0).all()
@@ -163,7 +163,7 @@ def test_grids_fall_strictly_and_stay_in_the_process(name, spacing, steps):
 
 
 @each_schedule
-def test_log_snr_grid(name):
+def test_spacing_logsnr(name):
     """Even steps in log-SNR; float32 sets the noisiest level (cosine has -5.77 at t = 997)."""
     schedule = make_schedule(SCHEDULES[name])
     half_log_snr = schedule.half_log_snr(make_timesteps(schedule, 12))
@@ -203,7 +203,7 @@ def test_a_number_in_a_string_is_a_number():
         ("ddim400", "logsnr", "ddim400 does not exist for 1000 timesteps"),
     ],
 )
-def test_refused_grids(steps, spacing, message):
+def test_refused_timesteps(steps, spacing, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_timesteps(make_schedule("cosine"), steps, spacing)
     assert str(caught.value).isprintable()

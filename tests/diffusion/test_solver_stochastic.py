@@ -16,7 +16,7 @@ from tests.support.oracles import (
     denoise_gaussian,
     interpret,
     levels_after,
-    log_snr_grid,
+    log_snr_timesteps,
     mean_and_variance,
     order,
     table_of,
@@ -85,7 +85,7 @@ def test_ancestral_sampling_of_a_gaussian_is_exact_in_any_number_of_steps(
     variance, mean, std, steps
 ):
     """With the best variance: "small" for a point, "large" for a unit Gaussian (DDPM, sec. 3.2)."""
-    table = table_of(partial(ddpm, variance=variance), log_snr_grid(-4.0, 1.5, steps))
+    table = table_of(partial(ddpm, variance=variance), log_snr_timesteps(-4.0, 1.5, steps))
     table = without_last_step(table)
     assert_gaussian_at_each_row(table, mean, std, variance_fraction=best_fraction(std))
 
@@ -125,7 +125,7 @@ def test_weak_order_of_stochastic_solvers(solver, expected, coarse):
     (a, s), (b, t) = alpha_sigma(low), alpha_sigma(high)
 
     def error(steps):
-        table = without_last_step(table_of(solver, log_snr_grid(low, high, steps)))
+        table = without_last_step(table_of(solver, log_snr_timesteps(low, high, steps)))
         assert table.s.all()
         start = a**2 * std**2 + s**2
         means, variances = mean_and_variance(table, denoise_gaussian(mean, std), a * mean, start)

@@ -231,7 +231,7 @@ def test_the_best_learned_variance_beats_both_ends_for_one_frequency():
 
 @each_schedule
 @pytest.mark.parametrize("steps", SHIPPED_STEPS)
-def test_shipped_grids_have_small_errors(name, steps):
+def test_shipped_timesteps_have_small_errors(name, steps):
     """With 8 steps or more, less than a tenth of a level of an 8-bit image, 1/255."""
     schedule = make_schedule(name)
     error = image_error(schedule, make_timesteps(schedule, steps, "optimised"), dpm_solver_2m)
@@ -244,7 +244,7 @@ def test_shipped_grids_have_small_errors(name, steps):
 
 
 @pytest.mark.parametrize(("name", "steps"), [("cosine", 5), ("linear", 6)])
-def test_the_optimiser_reproduces_the_shipped_grids(name, steps):
+def test_the_optimiser_reproduces_the_shipped_timesteps(name, steps):
     schedule = make_schedule(name)
     made, shipped = optimise_timesteps(schedule, steps), load_optimised_timesteps(schedule, steps)
     # The minimum is flat: with other rounding (jax 0.11) the optimiser ends elsewhere in it.

@@ -80,7 +80,7 @@ def without_last_step(table: Table) -> Table:
     return table.rows(table.step < table.step[-1])
 
 
-def log_snr_grid(low: float, high: float, steps: int) -> np.ndarray:
+def log_snr_timesteps(low: float, high: float, steps: int) -> np.ndarray:
     """Return the `steps + 1` levels of `steps` even steps in log-SNR."""
     return SCHEDULE.t_at_half_log_snr(np.linspace(low, high, steps + 1))
 
