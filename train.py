@@ -40,7 +40,7 @@ from glide_jax.training.command_line import parse_recipe, take_process_options
 from glide_jax.training.config import RunConfig, TrainConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import compile_steps, open_batches, steps_of_next_call
-from glide_jax.training.initial import frozen_base, load_or_init_state
+from glide_jax.training.initial import first_state, frozen_base
 from glide_jax.training.locking import lock_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
@@ -83,7 +83,7 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            start_step, state, loop_state = 0, load_or_init_state(config, objective, parallel), {}
+            start_step, state, loop_state = 0, first_state(config, objective, parallel), {}
         else:
             saved_shapes = saved_part(abstract_state(config, objective), objective)
             restore_target = parallel.restore_target(saved_shapes)

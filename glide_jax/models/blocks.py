@@ -66,13 +66,13 @@ class AttentionBlock(nn.Module):
     positions of the text have a learned embedding of their own.
 
     Attributes:
-        projects: whether the block projects the text to keys and values; otherwise `text` is
+        projects_text: whether the block projects the text to keys and values; otherwise `text` is
             `(B, L, 2 C)`, projected already.
     """
 
     heads: int
     dtype: jnp.dtype
-    projects: bool = True
+    projects_text: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, text: jax.Array | None) -> jax.Array:
@@ -81,7 +81,7 @@ class AttentionBlock(nn.Module):
         h = GroupNorm(name="norm")(x).reshape(x.shape[0], -1, channels)
         query, key, value = Projections(channels, self.heads, 3, self.dtype, name="qkv")(h)
         if text is not None:
-            if self.projects:
+            if self.projects_text:
                 packed = Projections(channels, self.heads, 2, self.dtype, name="text_kv")
                 text_key, text_value = packed(text)
             else:
@@ -100,7 +100,7 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: whether the embedding scales and shifts the second norm, as in all of
             OpenAI's models; otherwise it is added before that norm.
         resample: `upsample` or `downsample`, applied to both paths, or None.
-        projects: whether the block projects the embedding; otherwise `emb` is `(B, features)`,
+        projects_emb: whether the block projects the embedding; otherwise `emb` is `(B, features)`,
             with `use_scale_shift_norm` `(B, 2 features)`, projected already.
     """
 
@@ -109,7 +109,7 @@ class ResBlock(nn.Module):
     dtype: jnp.dtype
     use_scale_shift_norm: bool = True
     resample: Callable[[jax.Array], jax.Array] | None = None
-    projects: bool = True
+    projects_emb: bool = True
 
     @nn.compact
     def __call__(
@@ -124,7 +124,7 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = conv3x3(self.features, self.dtype, "conv_1")(h)
 
-        if self.projects:
+        if self.projects_emb:
             width = self.features * (2 if self.use_scale_shift_norm else 1)
             emb = dense(width, jnp.float32, "emb")(nn.silu(emb))
         norm = GroupNorm(swish=1.0, name="norm_2")

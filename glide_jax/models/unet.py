@@ -106,7 +106,7 @@ class UNet(nn.Module):
                 self.dtype,
                 use_scale_shift_norm=c.use_scale_shift_norm,
                 resample=resample,
-                projects=time_outputs is None,
+                projects_emb=time_outputs is None,
                 name=name,
             )(h, emb if time_outputs is None else time_outputs.take(width), dropout_keys)
 
@@ -114,7 +114,9 @@ class UNet(nn.Module):
             if c.num_head_channels > 0:
                 heads = h.shape[-1] // c.num_head_channels
             keys_values = sequence if text_outputs is None else text_outputs.take(2 * h.shape[-1])
-            block = attention_block(heads, self.dtype, projects=text_outputs is None, name=name)
+            block = attention_block(
+                heads, self.dtype, projects_text=text_outputs is None, name=name
+            )
             return block(h, keys_values)
 
         # Encoder: the decoder concatenates the output of every entry.

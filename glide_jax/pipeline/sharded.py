@@ -91,7 +91,7 @@ def sample_shards(
     def span_of(number: int) -> range:
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
-    def per_image(indices: range) -> dict[str, Any]:
+    def values_of(indices: range) -> dict[str, Any]:
         chosen = settings_of(whole, np.array(indices), len(parsed))
         names = ("guidance_scale", "guidance")
         return {name: getattr(chosen, name) for name in names if settings.get(name) is not None}
@@ -104,7 +104,7 @@ def sample_shards(
             batch_size=batch_size,
             upsampler=upsampler,
             progress=False,
-            **settings | per_image(indices),
+            **settings | values_of(indices),
         )
 
     todo = [k for k in range(process[0], count, process[1]) if not shard_path(folder, k).exists()]

@@ -15,7 +15,7 @@ from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.objectives import Objective
 from glide_jax.training.runs import base_of, check_base, open_clip, open_model, write_base
-from glide_jax.training.state import TrainState, new_state
+from glide_jax.training.state import TrainState, state_of_recipe
 from glide_jax.weights.released import differences
 from glide_jax.weights.store import flatten, unflatten
 
@@ -25,7 +25,7 @@ STEM = "unet/down_0/kernel"
 ADDED = tuple(f"unet/{name}_{i}/" for name in ("level", "guidance") for i in (1, 2))
 
 
-def load_or_init_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
+def first_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
     """Return the state before the first step, on all devices: random, or from given weights.
 
     Raises:
@@ -36,15 +36,17 @@ def load_or_init_state(config: RunConfig, objective: Objective, parallel: Parall
     if objective.lora_scale:
         base = frozen_base(config, objective, begins=True)
         return parallel.initialise(
-            lambda key, base: new_state(config, objective, objective.init(key), base), key, base
+            lambda key, base: state_of_recipe(config, objective, objective.init(key), base),
+            key,
+            base,
         )
     teacher = teacher_params(config, objective)
     if not config.starts_from:
         return parallel.initialise(
-            lambda key: new_state(config, objective, objective.init(key)), key
+            lambda key: state_of_recipe(config, objective, objective.init(key)), key
         )
     params = params_from(config, objective, key)
-    return parallel.initialise(partial(new_state, config, objective), params, teacher)
+    return parallel.initialise(partial(state_of_recipe, config, objective), params, teacher)
 
 
 def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -> dict[str, Any]:

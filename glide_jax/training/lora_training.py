@@ -32,19 +32,19 @@ from glide_jax.weights.store import flatten, unflatten
 
 
 def init_pairs(
-    key: jax.Array, *, base: Callable[[jax.Array], Any], config: LoRAConfig
+    key: jax.Array, *, init_base_params: Callable[[jax.Array], Any], config: LoRAConfig
 ) -> dict[str, Any]:
     """Return the first pairs: `A` semi-orthogonal, `B` zero, float32.
 
     Args:
         key: of the run; each layer's is folded in by its path.
-        base: `key -> params` of the network, for its shapes.
+        init_base_params: `key -> params` of the network, for its shapes.
         config: rank and layers.
 
     Raises:
         UsageError: the network has no such layers.
     """
-    shapes = jax.eval_shape(base, key)
+    shapes = jax.eval_shape(init_base_params, key)
     flat, pairs = flatten(shapes), {}
     for layer in adapted_layers(shapes, config.layers):
         inputs, outputs = flat[layer + KERNEL].shape

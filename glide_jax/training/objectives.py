@@ -141,7 +141,7 @@ def make_objective(config: RunConfig) -> Objective:
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
         loss = partial(lora_loss, loss, scale)
         init_frozen_params = partial(init_base, init, dtype)
-        init = partial(init_pairs, base=init, config=config.lora)
+        init = partial(init_pairs, init_base_params=init, config=config.lora)
     return Objective(model, init, loss, distils, init_frozen_params, scale)
 
 

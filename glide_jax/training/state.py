@@ -87,7 +87,7 @@ def init_state(
     )
 
 
-def new_state(
+def state_of_recipe(
     config: RunConfig, objective: Objective, params: Params, frozen_params: Params | None = None
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
@@ -127,7 +127,7 @@ def saved_part(state: TrainState, objective: Objective) -> TrainState:
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:
     """Return the shapes and dtypes of a recipe's state, without memory."""
     return jax.eval_shape(
-        lambda key: new_state(
+        lambda key: state_of_recipe(
             config, objective, objective.init(key), objective.init_frozen_params(key)
         ),
         jax.random.key(0),

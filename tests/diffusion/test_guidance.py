@@ -304,7 +304,7 @@ def test_numbers_and_tables_do_not_compile_again():
         {"interval": (0.0, 1.0)},
         {"spacing": "uniform"},
         {"solver": partial(ddim, eta=0.3)},
-        {"solver": partial(ddim, released=True)},
+        {"solver": partial(ddim, float32_alpha_bar=True)},
         {"solver": dpm_solver_2m},
         {"solver": ddpm},
         {"solver": partial(ddpm, variance="large")},

@@ -148,7 +148,7 @@ def test_clip_guidance_moves_the_mean_by_the_learned_variance():
 
 
 def test_clip_guidance_of_the_deterministic_sampler():
-    solver = partial(ddim, released=True)
+    solver = partial(ddim, float32_alpha_bar=True)
     found, _ = run("base", "cosine", 4, solver, [clip_x0(), clip_guidance(3.0)], start()[0])
     # x_0 is not clipped again after the gradient: the noisiest step grows huge, as in the original.
     assert_relative(found, steps_nhwc(load("loops")["clipguided_ddim.steps"]), 2e-4)

@@ -136,7 +136,7 @@ def test_learned_variance(process):
 @each_process
 def test_ddim_step(process, kind, eta):
     guidances = [clip_x0()] if kind == "clip" else []
-    x, _ = step_each(process, partial(ddim, eta=eta, released=True), guidances)
+    x, _ = step_each(process, partial(ddim, eta=eta, float32_alpha_bar=True), guidances)
     assert_relative(x, reference(process, f"ddim_{kind}_eta{eta}"), ETAS[eta], floor=1)
 
 
@@ -151,7 +151,7 @@ def test_a_score_moves_the_mean_of_ancestral_sampling(process):
 @each_process
 def test_a_score_moves_the_prediction_of_ddim(process):
     """It adds sigma^2 / alpha times the gradient, beyond the range of images (4.7e4 at t = 999)."""
-    x, _ = step_each(process, partial(ddim, released=True), [clip_x0()], push=True)
+    x, _ = step_each(process, partial(ddim, float32_alpha_bar=True), [clip_x0()], push=True)
     assert_relative(x, reference(process, "ddim_cond"), 1e-5, floor=1)
 
 
@@ -190,14 +190,14 @@ def test_ancestral_run_with_classifier_free_guidance():
 
 @pytest.mark.parametrize(("eta", "tolerance"), [(0.0, 1e-4), (1.0, 2e-3)])
 def test_ddim_run_with_classifier_free_guidance(eta, tolerance):
-    solver = partial(ddim, eta=eta, released=True)
+    solver = partial(ddim, eta=eta, float32_alpha_bar=True)
     run = base_run("4", solver, [classifier_free(4.0), clip_x0()])
     found = np.stack([state.x for _, state in stream_plan(*run)])
     assert_close(found, steps_nhwc(load("loops")[f"base_ddim_eta{eta}.steps"]), tolerance)
 
 
 def test_ddim_run_without_clipping():
-    run = base_run("4", partial(ddim, released=True), [classifier_free(1.5)])
+    run = base_run("4", partial(ddim, float32_alpha_bar=True), [classifier_free(1.5)])
     found = np.stack([state.x for _, state in stream_plan(*run)])
     assert_relative(found, steps_nhwc(load("loops")["base_ddim_noclip.steps"]), 5e-6)
 
@@ -206,7 +206,9 @@ def test_ddim_run_of_the_upsampler():
     loops, schedule = load("loops"), make_schedule("linear")
     text = encode("superres", loops["tokens"][:2], loops["mask"][:2])
     conds = {"caption": (text, {"low_res": nhwc(loops["up.low_res"])})}
-    run = make_plan(schedule, respaced(schedule, "4"), partial(ddim, released=True), [clip_x0()])
+    run = make_plan(
+        schedule, respaced(schedule, "4"), partial(ddim, float32_alpha_bar=True), [clip_x0()]
+    )
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)
     states = stream_plan({"main": network("superres")}, conds, run, x, tape)

@@ -95,7 +95,7 @@ def test_the_levels_that_solvers_read(name, spacing):
 def test_released_levels_are_rounded_to_float32():
     schedule = make_schedule("cosine")
     timesteps = respaced(schedule, "27")
-    alpha, sigma, _ = levels(schedule, timesteps, released=True)
+    alpha, sigma, _ = levels(schedule, timesteps, float32_alpha_bar=True)
     rounded = np.float32(schedule.alpha_bar_at(timesteps)).astype(np.float64)
     np.testing.assert_array_equal(alpha, np.sqrt(np.append(rounded, 1)))
     np.testing.assert_array_equal(sigma, np.sqrt(1 - np.append(rounded, 1)))

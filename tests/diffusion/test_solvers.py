@@ -25,7 +25,7 @@ from tests.support.oracles import SCHEDULE, alpha_sigma, interpret, table_of
 EVERY = SOLVERS | {
     "restart": restart(SOLVERS["unipc3"], [(0.05, 20.0, 2)]),
     "repaint": repaint(SOLVERS["ddpm"], jump=3, resamplings=2),
-    "released": partial(ddim, eta=1.0, released=True),
+    "released": partial(ddim, eta=1.0, float32_alpha_bar=True),
 }
 
 # --- the compiled sampler
@@ -233,7 +233,7 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance(spacing):
     for name in ("Qx", "E", "s"):
         found, wanted = getattr(one, name), getattr(other, name)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
-    rounded = table_of(partial(ddim, eta=1.0, released=True), timesteps)
+    rounded = table_of(partial(ddim, eta=1.0, float32_alpha_bar=True), timesteps)
     assert all(np.isfinite(column).all() for column in rounded)
 
 

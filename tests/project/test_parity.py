@@ -45,7 +45,7 @@ def test_an_ancestral_step_keeps_known_pixels(process):
 @pytest.mark.parametrize(("eta", "tolerance"), [(0.0, 1e-5), (0.5, 1e-5), (1.0, 1e-3)])
 @each_process
 def test_a_step_of_ddim_keeps_known_pixels(process, eta, tolerance):
-    solver = partial(ddim, eta=eta, released=True)
+    solver = partial(ddim, eta=eta, float32_alpha_bar=True)
     x = np.concatenate([step(process, i, solver, known(process, i)).x for i in range(6)])
     assert_relative(x, reference(process, f"ddim_inp_eta{eta}"), tolerance, floor=1)
 

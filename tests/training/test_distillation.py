@@ -26,7 +26,7 @@ from glide_jax.training.distillation import (
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.initial import load_or_init_state, teacher_params
+from glide_jax.training.initial import first_state, teacher_params
 from glide_jax.training.objective_fields import DENOISING
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.quartiles import named_metrics
@@ -183,7 +183,7 @@ def teacher(tmp_path_factory):
 def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     config = student_config(teacher, accumulate=2, parallelism=kind)
     objective, parallel = make_objective(config), make_parallel(kind, 2)
-    state = load_or_init_state(config, objective, parallel)
+    state = first_state(config, objective, parallel)
     first = jax.device_get(parallel.for_checkpoint(state))
     wanted = flatten(load_model(teacher).params)
     step = make_step(config, objective)

@@ -22,7 +22,7 @@ from glide_jax.training.feeding import (
     steps_of_next_call,
     steps_per_call,
 )
-from glide_jax.training.initial import load_or_init_state
+from glide_jax.training.initial import first_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import restore_run
@@ -56,7 +56,7 @@ def trained(config: TrainConfig, steps: int) -> tuple[Any, np.ndarray]:
     parallel = make_parallel(config.parallelism, config.batch_size)
     batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
     run = compile_steps(config, make_step(config, objective), batches, parallel)
-    state, losses, step = load_or_init_state(config, objective, parallel), [], 0
+    state, losses, step = first_state(config, objective, parallel), [], 0
     while step < steps:
         step += steps_of_next_call(batches, step)
         state, metrics = run(state, next(batches), Control(jax.random.key(1)))
@@ -196,7 +196,7 @@ def test_the_teacher_steps_of_distillation_follow_the_clock(on_device):
     parallel = make_parallel("pmap", config.batch_size)
     batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
     run = compile_steps(config, make_step(config, objective), batches, parallel)
-    state, found = load_or_init_state(config, objective, parallel), []
+    state, found = first_state(config, objective, parallel), []
     for done in (0.0, 0.3, 0.9):  # two, four and sixteen steps: a quarter of the time each
         control = Control(jax.random.key(1), np.float32(1), np.float32(done))
         state, metrics = run(state, next(batches), control)

@@ -16,7 +16,7 @@ from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import load_run, open_lora, restore_run
-from glide_jax.training.state import new_state
+from glide_jax.training.state import state_of_recipe
 from glide_jax.training.step import train_step
 from glide_jax.weights import from_released, read_torch_file
 from glide_jax.weights.lora import KERNEL, adapted_layers, checksum, merge, save_lora, to_pairs
@@ -61,7 +61,7 @@ def first_update(config, params, pairs=None):
     import optax
 
     objective, descent = make_objective(config), optax.sgd(RATE)
-    state = new_state(config, objective, params if pairs is None else pairs, {})
+    state = state_of_recipe(config, objective, params if pairs is None else pairs, {})
     state = replace(
         state, opt_state=descent.init(state.params), frozen_params={} if pairs is None else params
     )

@@ -28,7 +28,7 @@ from glide_jax.training.loss_aware import (
 )
 from glide_jax.training.objectives import Batch, denoising_loss, make_objective, sample_noise
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.state import init_state, new_state
+from glide_jax.training.state import init_state, state_of_recipe
 from glide_jax.training.step import Control, scan_steps, train_step
 from glide_jax.training.timestep_distribution import TimestepDistribution
 from tests.support.commands import TINY, run
@@ -300,7 +300,9 @@ def test_other_levels_have_no_history_and_the_checkpoints_of_before(tmp_path):
 
 
 def test_a_recipe_chooses_them():
-    abstract = jax.eval_shape(lambda: new_state(CONFIG, make_objective(CONFIG), {"w": jnp.ones(3)}))
+    abstract = jax.eval_shape(
+        lambda: state_of_recipe(CONFIG, make_objective(CONFIG), {"w": jnp.ones(3)})
+    )
     assert abstract.loss_history.losses.shape == (STEPS, 10)
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(abstract)]
     assert sum("loss_history" in name for name in names) == 2

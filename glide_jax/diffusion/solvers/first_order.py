@@ -59,16 +59,16 @@ def ddim(
     breaks: np.ndarray,
     *,
     eta: float = 0.0,
-    released: bool = False,
+    float32_alpha_bar: bool = False,
 ) -> Table:
     """DDIM: `x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`  (2010.02502, eq. 12).
 
     Args:
         eta: 0 is deterministic; 1 adds the noise of ancestral sampling with beta_tilde.
-        released: round alpha-bar to float32, as OpenAI's code does: for comparing with it.
+        float32_alpha_bar: round alpha-bar to float32, as OpenAI's code does: for comparing with it.
     """
     table = one_row_per_step(schedule, timesteps)
-    alpha, sigma, _ = levels(schedule, timesteps, released)
+    alpha, sigma, _ = levels(schedule, timesteps, float32_alpha_bar)
     ratio = np.minimum(alpha[:-1] ** 2 / alpha[1:] ** 2, 1.0)
     s = eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - ratio)
     # At eta = 1 rounding can take the radicand below zero, where the original code makes NaNs.

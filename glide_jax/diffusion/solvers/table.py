@@ -95,10 +95,10 @@ class Levels(NamedTuple):
     half_log_snr: np.ndarray
 
 
-def levels(schedule: Schedule, timesteps: np.ndarray, released: bool = False) -> Levels:
-    """Return the noise levels; `released` rounds alpha-bar to float32, like OpenAI's code."""
+def levels(schedule: Schedule, timesteps: np.ndarray, float32_alpha_bar: bool = False) -> Levels:
+    """Return the noise levels; `float32_alpha_bar` rounds alpha-bar as OpenAI's code does."""
     alpha_bar = np.append(schedule.alpha_bar_at(timesteps), 1.0)
-    if released:
+    if float32_alpha_bar:
         alpha_bar = alpha_bar.astype(np.float32).astype(np.float64)
     with np.errstate(divide="ignore"):
         half_log_snr = 0.5 * (np.log(alpha_bar) - np.log(1 - alpha_bar))
