@@ -74,7 +74,7 @@ def train(config: RunConfig) -> None:
     )
     train_steps = compile_steps(config, make_step(config, objective), batches, parallel)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    held_out = Validation(config, objective, source, parallel) if config.validate_every else None
+    validation = Validation(config, objective, source, parallel) if config.validate_every else None
 
     # -- resume, or start ---------------------------------------------------------------------
     with (
@@ -125,10 +125,10 @@ def train(config: RunConfig) -> None:
                 save_ema_snapshots(config, step, map(parallel.gather, state.power_emas))
                 if stop:
                     break
-                if held_out and due(step, config.validate_every, config.steps):
+                if validation and due(step, config.validate_every, config.steps):
                     with log.paused(), clock.paused():
                         log.held_out(
-                            step, held_out(objective.full_params(state.ema, state.frozen_params))
+                            step, validation(objective.full_params(state.ema, state.frozen_params))
                         )
                 if due(step, config.sample_every, config.steps):
                     with log.paused(), clock.paused():

@@ -28,8 +28,8 @@ def milliseconds(arrays: int) -> float:
     """Return the time of a row."""
     networks = {"main": Network(network, {str(i): jnp.float32(0.1) for i in range(arrays)})}
     guidance = [classifier_free(scale=3.0), clip_x0()]
-    grid = np.linspace(990, 0, ROWS)
-    run = make_plan(make_schedule("cosine", 1000), grid, SOLVERS["dpm++2m"], guidance)
+    timesteps = np.linspace(990, 0, ROWS)
+    run = make_plan(make_schedule("cosine", 1000), timesteps, SOLVERS["dpm++2m"], guidance)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     keys = jax.random.split(jax.random.key(1), 1)
     times = []

@@ -1,4 +1,4 @@
-"""Grids with the least discretisation error for a solver and a number of steps.
+"""Timesteps with the least discretisation error for a solver and a number of steps.
 
 The error is measured on Gaussian images with the power spectrum of natural images, 1/f^2. Their
 best denoiser is known and linear, one spatial frequency at a time. A run of any solver is then a

@@ -1,4 +1,4 @@
-"""The sampling loop: one step, one `lax.scan`, and two drivers over it.
+"""The sampling loop: one row, one `lax.scan`, and two drivers over it.
 
 `make_plan` turns a schedule, timesteps, a solver and guidances into a `Plan` on the host;
 `run_plan` runs it in one compiled call, `stream_plan` a few rows at a time.
@@ -246,7 +246,7 @@ def run_rows(
         for guidances in acting_guidances
     ]
 
-    def step(state: State, inputs: tuple[Table[jax.Array], jax.Array | None]) -> tuple[State, None]:
+    def run_row(state: State, inputs: tuple[Table[jax.Array], jax.Array | None]) -> tuple[State, None]:
         row, z = inputs
         x, y, history, memory, _ = state
         memory = jax.tree.map(lambda m: m * row.keep, memory)
@@ -283,7 +283,7 @@ def run_rows(
         return State(x, y, history, memory, x_0), None
 
     row_noise = None if is_keys(noise) else noise
-    return lax.scan(step, state, (plan.table, row_noise))[0]
+    return lax.scan(run_row, state, (plan.table, row_noise))[0]
 
 
 def solver_view(predict: Predict) -> Callable[[jax.Array, Point], tuple[Any, ...]]:
@@ -368,7 +368,7 @@ def stream_plan(
     With one row per call, one compiled program serves every number of steps.
 
     Args:
-        x, noise: see `sample`.
+        x, noise: see `run_plan`.
         rows: rows per call, at least 1.
 
     Yields:
@@ -378,7 +378,7 @@ def stream_plan(
         UsageError: `rows` is below 1; or see `check_variance` and `check_noise`.
     """
     if rows < 1:
-        raise UsageError(f"stream runs at least one row per call, not {rows}")
+        raise UsageError(f"stream_plan runs at least one row per call, not {rows}")
     check_variance(networks, conds, plan, x)
     check_noise(noise, len(plan), np.shape(x))
     state, flattened = start_state(plan, x), Flattened.of(networks)

@@ -281,7 +281,7 @@ class NoisedCLIP(nn.Module):
 
         Args:
             x: `(B, S, S, 3)` float32.
-            t: `(B,)`, rounded to the nearest row of the table: a solver's grid may have fractional
+            t: `(B,)`, rounded to the nearest row of the table: a sampler may visit fractional
                 timesteps.
             text: `(B, embed_width)` from `encode_text`.
 

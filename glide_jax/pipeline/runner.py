@@ -184,7 +184,7 @@ def settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
 
 
 class SamplerArguments(NamedTuple):
-    """The arguments of `glide_jax.diffusion.sampling.stream`, in its order; see there."""
+    """The arguments of `glide_jax.diffusion.sampling.stream_plan`, in its order; see there."""
 
     networks: dict[str, Network]
     conds: dict[str, Any]

@@ -196,12 +196,12 @@ class Settings:
         Raises:
             UsageError: see `make_timesteps`; or the strength is out of its range.
         """
-        grid = make_timesteps(schedule, self.steps, self.spacing, solver=self.solver())
+        timesteps = make_timesteps(schedule, self.steps, self.spacing, solver=self.solver())
         if self.strength is None:
-            return grid
+            return timesteps
         if not 0 < self.strength <= 1:
             raise UsageError(f"strength must be above 0 and at most 1, not {self.strength}")
-        return grid[-max(1, round(self.strength * len(grid))) :]
+        return timesteps[-max(1, round(self.strength * len(timesteps))) :]
 
     def with_repaint(self, schedule: Schedule) -> "Settings":
         """Return the settings, with the default RePaint if neither `repaint` nor `restart` is set.

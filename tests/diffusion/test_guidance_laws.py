@@ -260,7 +260,7 @@ def test_rescaling_by_zero_and_thresholds_without_outliers_change_nothing():
 
 
 @pytest.mark.parametrize("scale", [3.3, np.array([0.0, 1.1, 7.7])], ids=["one", "each"])
-def test_all_of_one_prompt_is_classifier_free(scale):
+def test_combine_prompts_of_one_prompt_is_classifier_free(scale):
     wanted = predicted(classifier_free(np.float32(scale))).eps
     for prompts, weights in (([None], [scale]), ([None, ""], [scale, 5.0])):
         found = predicted(combine_prompts(prompts, weights)).eps

@@ -59,7 +59,7 @@ def echo_t(params, x, t, cond):
 
 
 @cache
-def grid_of(process: str) -> tuple[Schedule, np.ndarray]:
+def timesteps_of(process: str) -> tuple[Schedule, np.ndarray]:
     name, spec = process.split("|")
     schedule = make_schedule(SCHEDULES[name])
     return schedule, respaced(schedule, "" if spec == "none" else spec)
@@ -72,7 +72,7 @@ def reference(process: str, name: str) -> np.ndarray:
 
 def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
     """Take one step of each image of the reference, each by its own row: `(x, x_0)`."""
-    schedule, timesteps = grid_of(process)
+    schedule, timesteps = timesteps_of(process)
     found = []
     for i, t in enumerate(reference(process, "t")):
         one = slice(i, i + 1)
@@ -90,7 +90,7 @@ def step_each(process, solver, guidances=(), *, fn=echo, noise=1.0, push=False):
 
 @each_process
 def test_q_sample(process):
-    schedule, timesteps = grid_of(process)
+    schedule, timesteps = timesteps_of(process)
     tables = make_tables(Schedule(step_betas(schedule, timesteps)))
     t = reference(process, "t")
     x_0, noise = reference(process, "x0"), reference(process, "noise0")
@@ -99,7 +99,7 @@ def test_q_sample(process):
 
 @each_process
 def test_posterior(process):
-    q, t = posterior(step_betas(*grid_of(process))), reference(process, "t")
+    q, t = posterior(step_betas(*timesteps_of(process))), reference(process, "t")
     x_0, x = reference(process, "x0"), reference(process, "x")
     weights = q.mean_weight_x_0, q.mean_weight_x_t
     weight_x_0, weight_x_t = (c[t][:, None, None, None] for c in weights)

@@ -164,7 +164,7 @@ def test_repaint_takes_each_jump_so_many_times():
     assert np.flatnonzero(table.keep == 0).tolist() == [3, 5, 9, 11]
 
 
-def test_restart_uses_the_nearest_levels_of_the_grid():
+def test_restart_uses_the_nearest_timesteps():
     """In sigma / alpha; intervals come in any order, and all rows of a step are repeated."""
     timesteps = SCHEDULE.t_at_half_log_snr([-4.0, -2.0, -1.0, 0.0, 1.0, 3.0])
     intervals = [(np.exp(-1.1), np.exp(0.2), 1), (np.exp(1.1), np.exp(2.2), 2)]

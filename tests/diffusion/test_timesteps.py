@@ -35,7 +35,7 @@ each_spacing = pytest.mark.parametrize("spacing", [*SPACINGS, "optimised"])
 @each_schedule
 @each_spacing
 def test_every_spacing_falls_strictly_within_the_process(name, spacing):
-    # Grids that are not shipped take a while to optimise.
+    # Timesteps that are not shipped take a while to optimise.
     numbers = (1, *SHIPPED_STEPS) if spacing == "optimised" else (1, 2, 3, 8, 27, 250, 999, 1000)
     for steps in numbers:
         timesteps = make_timesteps(make_schedule(name), steps, spacing)
@@ -67,7 +67,7 @@ def test_spacing_karras(name):
     )
 
 
-def test_trailing_grid():
+def test_spacing_trailing():
     """Starts at the last timestep (2305.08891); rounding never makes two levels equal."""
     np.testing.assert_array_equal(trailing(SCHEDULE, 5), [999, 799, 599, 399, 199])
     np.testing.assert_array_equal(trailing(SCHEDULE, 3), [999, 666, 332])
@@ -267,7 +267,7 @@ def test_other_solvers_and_schedules_are_optimised_on_the_fly():
         assert image_error(schedule, timesteps, solver) < even / 2
 
 
-def test_a_grid_is_optimised_once():
+def test_timesteps_are_optimised_once():
     """Also where its solver is a new object, as settings make one."""
     first = make_timesteps(SCHEDULE, 4, "optimised", solver=partial(sa_solver, eta=0.25))
     before = _optimised.cache_info().misses
@@ -281,7 +281,7 @@ def test_many_steps_are_not_optimised():
         make_timesteps(SCHEDULE, 51, "optimised")
 
 
-def test_scipy_is_not_imported_for_a_shipped_grid():
+def test_scipy_is_not_imported_for_shipped_timesteps():
     code = (
         "import sys, glide_jax as g; from glide_jax.diffusion.timesteps import make_timesteps\n"
         "make_timesteps(g.make_schedule('cosine'), 10, 'optimised')\n"

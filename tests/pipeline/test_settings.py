@@ -1,4 +1,4 @@
-"""Settings: samplers, grids and guidance by name, metadata, and what is refused."""
+"""Settings: samplers, timesteps and guidance by name, metadata, and what is refused."""
 
 import inspect
 import json
@@ -37,7 +37,7 @@ def prompts_of(settings, prompts=PLAIN):
     return {b.name: b.prompt for b in branches_of(settings.guidances(prompts))}
 
 
-# --- samplers and grids
+# --- samplers and timesteps
 
 
 @pytest.mark.parametrize("sampler", glide.SOLVERS)
@@ -74,7 +74,7 @@ def test_what_is_known_of_each_sampler():
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform", "karras", "trailing", "optimised"])
-def test_strength_keeps_the_last_levels_of_any_grid(spacing):
+def test_strength_keeps_the_last_levels_of_any_spacing(spacing):
     settings = Settings(steps=10, spacing=spacing)
     whole = settings.timesteps(SCHEDULE)
     for strength, left in ((1.0, 10), (0.5, 5), (0.26, 3), (0.01, 1)):

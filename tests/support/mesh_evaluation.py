@@ -63,7 +63,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
 
 def sampled(config: TrainConfig, host: Any, spread: Any) -> dict[str, Any]:
     """Return grids of samples of weights on the host and on all devices, and where arrays lay."""
-    devices, stream = set(), runner.stream
+    devices, stream = set(), runner.stream_plan
 
     def seen(*arguments: Any, **options: Any) -> Any:
         for done, state in stream(*arguments, **options):
@@ -71,10 +71,10 @@ def sampled(config: TrainConfig, host: Any, spread: Any) -> dict[str, Any]:
             yield done, state
 
     model = model_of(config, spread)
-    runner.stream = seen
+    runner.stream_plan = seen
     grid = sample_grid(model, PROMPTS, dtype=config.dtype)
     facts: dict[str, Any] = {"grid": np.asarray(grid).tolist(), "devices": sorted(devices)}
-    runner.stream = stream
+    runner.stream_plan = stream
     pipe = Pipeline(model, "bfloat16", "all")
     settings = Settings().changed(**model.defaults)
     one = Pipeline(model_of(config, host), config.dtype, settings=settings)

@@ -7,7 +7,7 @@ List them in this order:
 
 1. linear guidance, by differences of branches (`linear.py`): `autoguidance`, and one of
    `classifier_free`, `combine_prompts`, `cfg_plus_plus` and `apg`; they add up, in any order;
-2. maps of `x_0` (`image.py`), each on the result of the one before: `rescale`,
+2. maps of `x_0` (`x_0_maps.py`), each on the result of the one before: `rescale`,
    `dynamic_threshold`, `known_pixels`, `clip_x0`;
 3. gradients (`gradients.py`): `classifier_guidance` reads `x_t`; `image_loss` reads the `x_0` that
    results from the guidances listed before it. The sampler adds their gradient after clipping.

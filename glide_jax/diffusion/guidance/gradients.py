@@ -87,7 +87,7 @@ def image_loss(
         through_network: differentiate through the network, at the cost and with the memory of a
             backward pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.
     """
-    args = {"loss": loss, "caption": cond, "scale": scale}
+    args = {"loss": loss, "cond": cond, "scale": scale}
     return Guidance(_image_loss_through if through_network else _image_loss, args)
 
 
