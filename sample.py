@@ -71,7 +71,7 @@ def generate(options: Options, process: tuple[int, int] = (0, 1)) -> None:
         "first_index": options.first_index,
         "batch_size": model.batch_size,
         "upsampler": {name: value for name, value in upsampler.items() if value is not None},
-        "preview": (lambda images: images.preview(options.out)) if options.preview else None,
+        "preview": (lambda images: images.save_preview(options.out)) if options.preview else None,
         **options.sampling.given_settings(),
     }
     if options.shards is not None:

@@ -40,7 +40,7 @@ from glide_jax.training.command_line import parse_recipe, take_process_options
 from glide_jax.training.config import RunConfig, TrainConfig, check_same_model, write_config
 from glide_jax.training.dry_run import dry_run
 from glide_jax.training.feeding import compile_steps, open_batches, steps_of_next_call
-from glide_jax.training.initial import first_state, frozen_base
+from glide_jax.training.initial import frozen_base, initial_state
 from glide_jax.training.locking import lock_run
 from glide_jax.training.logger import Logger
 from glide_jax.training.objectives import make_objective, make_tokenizer
@@ -83,7 +83,7 @@ def train(config: RunConfig) -> None:
         Stopping() as stopping,
     ):
         if checkpoints.latest is None:
-            start_step, state, loop_state = 0, first_state(config, objective, parallel), {}
+            start_step, state, loop_state = 0, initial_state(config, objective, parallel), {}
         else:
             saved_shapes = saved_part(abstract_state(config, objective), objective)
             restore_target = parallel.restore_target(saved_shapes)
@@ -91,7 +91,7 @@ def train(config: RunConfig) -> None:
             print_changes(config, start_step, loop_state.get("seconds", 0.0))
             state = fit_loss_scale(state, objective)
             if base := frozen_base(config, objective):
-                state = replace(state, frozen_params=base)
+                state = replace(state, reference_params=base)
             state = parallel.put_state(state)
             batches.set_state(loop_state)
         clock = Clock(config, loop_state)
@@ -104,7 +104,7 @@ def train(config: RunConfig) -> None:
             # The clock is read once a pass: where it stops the run, a checkpoint is saved.
             while step < config.steps and not stop:
                 count = steps_of_next_call(batches, step)
-                lr_factor, item = clock.factor(), next(batches)
+                lr_factor, item = clock.lr_factor(), next(batches)
                 control = Control(key, lr_factor, clock.time_share)
                 state, metrics = train_steps(state, item, control)
                 clock.started(metrics)
@@ -128,11 +128,12 @@ def train(config: RunConfig) -> None:
                 if validation and due(step, config.validate_every, config.steps):
                     with log.paused(), clock.paused():
                         log.held_out(
-                            step, validation(objective.full_params(state.ema, state.frozen_params))
+                            step,
+                            validation(objective.full_params(state.ema, state.reference_params)),
                         )
                 if due(step, config.sample_every, config.steps):
                     with log.paused(), clock.paused():
-                        full_params = objective.full_params(state.ema, state.frozen_params)
+                        full_params = objective.full_params(state.ema, state.reference_params)
                         log.samples(step, parallel.for_sampling(full_params))
             log.end(step, checkpoints.latest)
     if jax.process_index() == 0:

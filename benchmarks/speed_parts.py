@@ -22,7 +22,7 @@ from glide_jax.training.config import RunConfig
 from glide_jax.training.flops import count_flops, flops_per_image
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.state import state_of_recipe
+from glide_jax.training.state import recipe_state
 from glide_jax.training.step import make_step
 from glide_jax.weights import abstract_params
 from glide_jax.weights.registry import Model
@@ -170,7 +170,7 @@ def training_step(model: str, dtype: str, batch: int, size: str) -> tuple[RunCon
     network = config_of(model, size)
     config = replace(config, model=network, batch_size=batch, dtype=dtype, accumulate=1)
     objective = make_objective(config)
-    state = state_of_recipe(config, objective, jax.device_put(random_params(network)))
+    state = recipe_state(config, objective, jax.device_put(random_params(network)))
     rng, side = np.random.default_rng(0), network.image_size
     rows = Batch(
         image=jnp.asarray(rng.integers(0, 256, (batch, side, side, 3)), jnp.uint8),

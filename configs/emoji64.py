@@ -56,7 +56,7 @@ def get_config(size: str = "four-styles") -> TrainConfig:
     # Almost no decay: the second training has it.
     optimiser = OptimiserConfig(
         kind="muon", learning_rate=1.5e-3, warmup=100, beta_2=0.99, weight_decay=0.01,
-        lr_decay="linear", lr_decay_share=0.05, ema=0.999,
+        lr_decay="wsd", lr_decay_share=0.05, ema=0.999,
     )  # fmt: skip
     config = TrainConfig(
         name="emoji64_eleven_styles",

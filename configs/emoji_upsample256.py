@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
             warmup=100,
             beta_2=0.99,
             weight_decay=0.01,
-            lr_decay="linear",
+            lr_decay="wsd",
             lr_decay_share=0.7,
             ema=0.998,
         ),

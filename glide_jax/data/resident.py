@@ -171,13 +171,13 @@ def _resident_pixels(image: Encoded | np.ndarray, prepare: Prepare) -> np.ndarra
 def fits(source: Source, config: DataConfig, size: int) -> bool:
     """Whether the data are put on the device under `on_device="auto"`.
 
-    They are if they are in memory already, and take at most a quarter of an accelerator.
+    They are if they are in memory already, and take at most a quarter of the accelerator's memory.
     """
     if jax.default_backend() == "cpu" or config.crop == "random" or not len(source):
         return False
     images = getattr(source.records, "images", None)
     if not isinstance(images, np.ndarray):
-        return False  # made or read when they are asked for
+        return False  # the images are not in memory yet
     stats = jax.local_devices()[0].memory_stats() or {}
     room = stats.get("bytes_limit", 8e9) / 4
     return max(images.nbytes, 3 * len(source) * size**2) < room

@@ -105,15 +105,15 @@ def fsdp_step(step: Step, mesh: Mesh, batch_axis: int = 0) -> Step:
     """Return the jitted step of `fsdp`: XLA gathers each parameter where it is used.
 
     Args:
-        step: `(state, rows, key, *shared, axis)`.
+        step: `(state, batch, control, *shared, axis)`; the dry run passes a key as control.
         mesh: all devices.
-        batch_axis: axis of the arrays in `rows` that is the batch.
+        batch_axis: axis of the arrays in `batch` that is the batch.
     """
 
-    def sharded(state: Any, batch: Any, key: Any, *shared: Any) -> tuple[Any, Any]:
+    def sharded(state: Any, batch: Any, control: Any, *shared: Any) -> tuple[Any, Any]:
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, batch_axis))
         with pin_batch(mesh.abstract_mesh):
-            state, metrics = step(state, batch, key, *shared, axis=None)
+            state, metrics = step(state, batch, control, *shared, axis=None)
         metrics = jax.lax.with_sharding_constraint(metrics, replicated_sharding(mesh))
         layout = state_sharding(state, mesh)
         return jax.lax.with_sharding_constraint(state, layout), metrics

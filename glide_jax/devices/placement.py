@@ -17,7 +17,7 @@ from glide_jax.errors import UsageError
 
 
 def chosen_devices(count: int | str) -> list[jax.Device]:
-    """Return so many of this process's devices, or all of them for "all"; the default one first.
+    """Return the first `count` devices of this process, or all for "all"; the default one first.
 
     Raises:
         UsageError: there are fewer devices.

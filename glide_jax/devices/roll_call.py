@@ -1,4 +1,4 @@
-"""Waits until all processes are there; jax itself would abort if one were missing."""
+"""A roll call: wait until all processes are there, where jax itself would abort."""
 
 import errno
 import re

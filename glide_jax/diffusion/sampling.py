@@ -16,7 +16,7 @@ from jax import lax
 
 from glide_jax.diffusion.guidance.interface import Guidance, apply_guidances, branches_of
 from glide_jax.diffusion.guidance.predictor import (
-    CONDITIONAL,
+    CAPTION,
     Network,
     Point,
     Predict,
@@ -246,7 +246,9 @@ def run_rows(
         for guidances in acting_guidances
     ]
 
-    def run_row(state: State, inputs: tuple[Table[jax.Array], jax.Array | None]) -> tuple[State, None]:
+    def run_row(
+        state: State, inputs: tuple[Table[jax.Array], jax.Array | None]
+    ) -> tuple[State, None]:
         row, z = inputs
         x, y, history, memory, _ = state
         memory = jax.tree.map(lambda m: m * row.keep, memory)
@@ -312,15 +314,15 @@ def check_variance(
     Raises:
         UsageError: it does not.
     """
-    name, traced = CONDITIONAL.network, not isinstance(plan.table.s_learned, np.ndarray)
+    name, traced = CAPTION.network, not isinstance(plan.table.s_learned, np.ndarray)
     # A caller's own compiled function hides the table; `noise_predictor` names what is missing.
-    if traced or name not in networks or CONDITIONAL.name not in conds:
+    if traced or name not in networks or CAPTION.name not in conds:
         return
     if plan.needs_learned_variance:
         channels = getattr(networks[name].fn, "out_channels", None)
         if channels is None:
             t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-            output = _evaluate.eval_shape(networks[name], x, t, conds[CONDITIONAL.name])
+            output = _evaluate.eval_shape(networks[name], x, t, conds[CAPTION.name])
             channels = output.shape[-1]
         if channels == x.shape[-1]:
             raise UsageError(NO_VARIANCE)

@@ -87,7 +87,7 @@ class Schedule:
 
 
 # What a network may predict: the noise, v = alpha eps - sigma x_0, or the clean image x_0.
-PREDICTIONS = ("eps", "v", "x_0")
+PREDICTION_TYPES = ("eps", "v", "x_0")
 
 
 def to_eps(prediction_type: str, output: Any, x: Any, alpha: Any, sigma: Any) -> Any:

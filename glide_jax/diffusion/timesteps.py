@@ -37,9 +37,9 @@ def make_timesteps(
         steps: a number of noise levels, or a respacing string of OpenAI's code: "ddim50", "fast27",
             "10,10,3,2,2". A string that holds one number is that number of levels.
         spacing: spacing of the levels: "logsnr" (even in log(alpha / sigma)), "uniform" (even in
-            time, as in OpenAI's code), "karras" (EDM), "trailing" (even in time, from the noisiest
-            timestep), "trailing-capped" (as trailing, without the noisiest timesteps: for few
-            steps), or "optimised" (for the solver). A respacing string ignores it.
+            time, as in OpenAI's code), "karras" (EDM), "trailing" (even in time, the last step as
+            long as the others), "trailing-capped" (as trailing, without the noisiest timesteps: for
+            few steps), or "optimised" (for the solver). A respacing string ignores it.
         solver: the solver to optimise for; None: dpm++2m.
 
     Raises:

@@ -19,8 +19,8 @@ def batches(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     """Return the indices of `count` images, in batches of a few fixed sizes, largest first.
 
     Batch lengths per device are `size` and the powers of 4 below it, so that few programs are
-    compiled. Each batch takes the longest length of which the remaining images fill more than three
-    quarters; the rest of it repeats the last image.
+    compiled. Each batch has the longest length that the remaining images fill to more than three
+    quarters. Free places repeat the last image.
 
     Args:
         size: the most images at a time, rounded up to a multiple of the devices.

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 from glide_jax.errors import UsageError
 from glide_jax.pipeline.clip_guide import CLIP
 from glide_jax.pipeline.prompts import Prompt
-from glide_jax.pipeline.run_inputs import RunInputs
 from glide_jax.pipeline.runner import run
+from glide_jax.pipeline.sampling_inputs import SamplingInputs
 from glide_jax.pipeline.settings import Settings, SettingsArguments
 from glide_jax.pipeline.stage import Stage
 
@@ -69,7 +69,7 @@ def invert_images(
         prompts,
         0,
         np.arange(len(images)),
-        RunInputs(image=images),
+        SamplingInputs(image=images),
         settings,
         clip=clip,
         weak_stage=weak_stage,

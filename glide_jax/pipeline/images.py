@@ -148,7 +148,7 @@ class Images:
             ) from None
         return files
 
-    def preview(self, folder: str | Path) -> Path:
+    def save_preview(self, folder: str | Path) -> Path:
         """Write the grid as `preview.png`; it replaces an older one.
 
         Raises:

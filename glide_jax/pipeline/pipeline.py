@@ -15,8 +15,8 @@ from glide_jax.pipeline.images import Images, to_uint8
 from glide_jax.pipeline.mask_files import MaskLike
 from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, interpolated, read_prompts
-from glide_jax.pipeline.run_inputs import read_input_images, read_run_inputs
 from glide_jax.pipeline.runner import image_keys, run, start_noise
+from glide_jax.pipeline.sampling_inputs import read_input_images, read_sampling_inputs
 from glide_jax.pipeline.settings import Settings, SettingsArguments, describe, lists_settings
 from glide_jax.pipeline.stage import Stage
 
@@ -162,7 +162,7 @@ class Pipeline(Stage):
             raise UsageError(f"first_index has {len(indices)} values for {len(parsed)} images")
         upsampler_pipeline = chosen_upsampler(self.upsampler, upsampler)
         config = self.model.config
-        run_inputs, input_images = read_run_inputs(
+        sampling_inputs, input_images = read_sampling_inputs(
             self.model,
             call_settings,
             len(parsed),
@@ -197,7 +197,7 @@ class Pipeline(Stage):
             parsed,
             seed,
             indices,
-            run_inputs,
+            sampling_inputs,
             call_settings,
             clip=self.clip,
             weak_stage=self.weak_stage,
@@ -208,7 +208,7 @@ class Pipeline(Stage):
             pixels[index] = to_uint8(state.x if is_last else state.x_0)
             images = replace(
                 images,
-                images=run_inputs.restore_known(pixels.copy()),
+                images=sampling_inputs.restore_known(pixels.copy()),
                 settings=images.settings | {"evaluations": evaluations},
             )
             yield images

@@ -1,4 +1,4 @@
-"""Runs the sampler for one stage, one batch of images after another."""
+"""Sampling of one stage, one batch of images after another."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import tqdm
 from glide_jax.data.decoding import from_uint8
 from glide_jax.devices.placement import Placement
 from glide_jax.diffusion.guidance import (
-    CONDITIONAL,
+    CAPTION,
     WEAK,
     Branch,
     Guidance,
@@ -27,7 +27,7 @@ from glide_jax.errors import UsageError
 from glide_jax.pipeline.batching import batches, chosen_batch_size, select_images
 from glide_jax.pipeline.clip_guide import CLIP, clip_guidance
 from glide_jax.pipeline.prompts import Part, Prompt, clean, encode_parts
-from glide_jax.pipeline.run_inputs import RunInputs
+from glide_jax.pipeline.sampling_inputs import SamplingInputs
 from glide_jax.pipeline.settings import Settings
 from glide_jax.pipeline.stage import Stage
 
@@ -111,7 +111,7 @@ def run(
     prompts: Sequence[Prompt],
     seed: int,
     indices: np.ndarray,
-    run_inputs: RunInputs,
+    sampling_inputs: SamplingInputs,
     settings: Settings,
     *,
     clip: CLIP | None = None,
@@ -142,8 +142,8 @@ def run(
                 stage,
                 [prompts[i] for i in index],
                 image_keys(seed, indices[index], upsampler=stage.model.config.upsamples),
-                run_inputs.select(index),
-                settings_of(settings, index, count),
+                sampling_inputs.select(index),
+                select_settings(settings, index, count),
                 clip=clip,
                 weak_stage=weak_stage,
             )
@@ -165,7 +165,7 @@ def run(
             bar.update()
 
 
-def settings_of(settings: Settings, index: np.ndarray, count: int) -> Settings:
+def select_settings(settings: Settings, index: np.ndarray, count: int) -> Settings:
     """Return the settings of some of `count` images: a value per image is selected.
 
     Raises:
@@ -199,7 +199,7 @@ class _Batch(NamedTuple):
     stage: Stage
     prompts: Sequence[Prompt]
     keys: ImageKeys
-    run_inputs: RunInputs
+    sampling_inputs: SamplingInputs
     settings: Settings
     clip: CLIP | None
     weak_stage: Stage | None
@@ -214,20 +214,20 @@ class _Batch(NamedTuple):
         guidances = self.guidances(settings, reverse)
         plan = self.settings.plan(stage.schedule, guidances, ddim_reverse if reverse else None)
         if reverse:
-            assert self.run_inputs.image is not None
-            x = from_uint8(self.run_inputs.image)
+            assert self.sampling_inputs.image is not None
+            x = from_uint8(self.sampling_inputs.image)
         else:
             initial_noise = start_noise(self.keys.start, config.image_size)
-            x = self.run_inputs.initial_x(plan, self.settings, initial_noise)
+            x = self.sampling_inputs.initial_x(plan, self.settings, initial_noise)
 
-        networks, conds, inputs = {}, {}, self.run_inputs.inputs(config)
-        stages = {CONDITIONAL.network: stage, WEAK.network: self.weak_stage}
+        networks, conds, inputs = {}, {}, self.sampling_inputs.inputs(config)
+        stages = {CAPTION.network: stage, WEAK.network: self.weak_stage}
         for name, network_stage in stages.items():
             branches = [b for b in branches_of(guidances) if b.network == name]
             if network_stage is None or not branches:
                 continue
             networks[name] = network_stage.network
-            parts = [part for branch in branches for part in captions_of(branch, self.prompts)]
+            parts = [part for branch in branches for part in branch_captions(branch, self.prompts)]
             features = encode_parts(network_stage.encode_captions, parts)
             for i, branch in enumerate(branches):
                 rows = slice(i * len(self.prompts), (i + 1) * len(self.prompts))
@@ -248,12 +248,12 @@ class _Batch(NamedTuple):
             raise UsageError(
                 "autoguidance_scale needs a weak model: load one as weak_model (--weak-model)"
             )
-        guidances = settings.guidances(self.prompts, *self.run_inputs.known_pixel_guidance())
+        guidances = settings.guidances(self.prompts, *self.sampling_inputs.known_pixel_guidance())
         model = self.stage.model
         return *guidances, *clip_guidance(self.clip, model, self.prompts, settings, reverse)
 
 
-def captions_of(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
+def branch_captions(branch: Branch, prompts: Sequence[Prompt]) -> Sequence[Part]:
     """Return the caption of a branch for each image.
 
     Raises:

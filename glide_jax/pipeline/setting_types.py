@@ -37,9 +37,9 @@ def checked_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Turn arrays without axes into numbers, and the items of what should be a tuple too.
+    """Turn an array without axes into a number; for a tuple setting, do so for each item.
 
-    A tuple may also be given as an array; sequences of any length stay as they are.
+    A tuple may also be given as an array. Sequences of any length stay as they are.
     """
     if isinstance(value, (list, tuple)) and tuple in _origins(hint):
         return type(value)(_plain(item, float) for item in value)

@@ -16,11 +16,11 @@ from glide_jax.diffusion.guidance import (
     autoguidance,
     cfg_plus_plus,
     classifier_free,
-    clip_x0,
+    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
-    rescale,
+    guidance_rescale,
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import Schedule
@@ -232,12 +232,12 @@ class Settings:
             return (*self.guidance, *maps)
         linear = self._linear(prompts)
         if self.guidance_rescale:
-            linear.append(rescale(self.guidance_rescale))
+            linear.append(guidance_rescale(self.guidance_rescale))
         if self.guidance_interval is not None:
             linear = [compose(*linear).within(*self.guidance_interval)]
         if self.dynamic_threshold is not None:
             return (*linear, dynamic_threshold(self.dynamic_threshold), *maps)
-        return (*linear, *maps, clip_x0())
+        return (*linear, *maps, clip_x_0())
 
     def scale_can_be_input(self, prompts: Sequence[Prompt]) -> bool:
         """Whether guidance is classifier-free and its scale alone can be an input of a network.

@@ -18,7 +18,7 @@ from glide_jax.pipeline.images import Images
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.plan_checks import chosen_upsampler
 from glide_jax.pipeline.prompts import Prompt, read_prompts
-from glide_jax.pipeline.runner import check_32_bits, settings_of
+from glide_jax.pipeline.runner import check_32_bits, select_settings
 from glide_jax.pipeline.settings import describe
 from glide_jax.pipeline.shard_files import add_images, check_same_run, claimed, shard_path
 from glide_jax.training.checksums import checksums
@@ -64,7 +64,7 @@ def sample_shards(
         raise UsageError(f"a shard has at least 1 image, not {shard_size}")
     parsed = read_prompts(prompts, num)
     whole = pipe.settings.changed(**settings)
-    settings_of(whole, np.arange(0), len(parsed))  # for its errors
+    select_settings(whole, np.arange(0), len(parsed))  # for its errors
     check_32_bits("seed", seed)
     for index in (first_index, first_index + len(parsed) - 1):
         check_32_bits("first_index", index)
@@ -92,7 +92,7 @@ def sample_shards(
         return range(number * shard_size, min((number + 1) * shard_size, len(parsed)))
 
     def values_of(indices: range) -> dict[str, Any]:
-        chosen = settings_of(whole, np.array(indices), len(parsed))
+        chosen = select_settings(whole, np.array(indices), len(parsed))
         names = ("guidance_scale", "guidance")
         return {name: getattr(chosen, name) for name in names if settings.get(name) is not None}
 

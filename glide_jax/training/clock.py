@@ -16,8 +16,8 @@ from glide_jax.training.optimiser import decay_factor
 class Clock:
     """The training time of a run with `minutes`, kept in its checkpoints.
 
-    Time counts from the end of the first call on, so that compilation does not, and not while the
-    clock is paused.
+    Time counts from the end of the first call on, so compilation is not counted. Pauses are not
+    counted either.
     """
 
     def __init__(self, config: RunConfig, loop_state: Mapping[str, Any] | None = None):
@@ -29,7 +29,7 @@ class Clock:
         if config.minutes and jax.process_count() > 1:
             raise UsageError("a time limit is for one process: set --minutes 0 and --steps")
         self._limit, self._share = 60 * config.minutes, config.optimiser.lr_decay_share
-        self._decays = config.optimiser.lr_decay == "linear"
+        self._decays = config.optimiser.lr_decay == "wsd"
         self._before = float((loop_state or {}).get("seconds", 0.0))
         self._start: float | None = None
         self._running: Any = None
@@ -49,7 +49,7 @@ class Clock:
         """The share of the time that is used up; None without a limit."""
         return np.asarray(self.seconds / self._limit, np.float32) if self._limit else None
 
-    def factor(self) -> np.ndarray | None:
+    def lr_factor(self) -> np.ndarray | None:
         """Return the factor of the learning rate; None without a limit."""
         if not self._limit:
             return None

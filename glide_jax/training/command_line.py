@@ -31,9 +31,8 @@ class StartOptions:
             this hardware: a TPU slice such as v5e:4x4, or cpu for this machine.
         coordinator: How several processes find each other. HOST:PORT is the address of process 0,
             and needs --num-processes and --process-id. auto: jax finds the other processes by
-            itself.
-            none: this process trains alone. Default: as the cluster says (TPU slices, Slurm, Open
-            MPI, Kubernetes), otherwise alone.
+            itself. none: this process trains alone. Default: as the cluster says (TPU slices,
+            Slurm, Open MPI, Kubernetes), otherwise alone.
         num_processes: Number of processes, at least 1, with --coordinator HOST:PORT.
         process_id: Index of this process, from 0, with --coordinator HOST:PORT.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from glide_jax.data.data_config import DataConfig
 from glide_jax.diffusion.losses import WEIGHTINGS
-from glide_jax.diffusion.schedule import PREDICTIONS
+from glide_jax.diffusion.schedule import PREDICTION_TYPES
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.timesteps import OPTIMISED, SPACINGS
 from glide_jax.errors import GlideError, UsageError, check_finite, did_you_mean
@@ -38,7 +38,7 @@ class RunConfig:
         steps: Total number of training steps, at least 1. Each updates the parameters once.
         minutes: Stop after this many minutes of training, not counting compilation, samples and
             validation; 0: no limit. Only for a single process. With a limit, the learning-rate
-            decay "linear" follows the time instead of the steps.
+            decay "wsd" follows the time instead of the steps.
         batch_size: Images per step, in total over all devices of all processes; larger gives less
             noisy gradients, and needs more memory.
         accumulate: Gradient accumulation: number of microbatches per step, processed one after the
@@ -235,7 +235,7 @@ class TrainConfig(RunConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name, known in (
-            ("prediction_type", PREDICTIONS),
+            ("prediction_type", PREDICTION_TYPES),
             ("weighting", WEIGHTINGS),
             ("timestep_distribution", TIMESTEP_DISTRIBUTIONS),
             ("objective", OBJECTIVES),

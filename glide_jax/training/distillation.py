@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.diffusion.guidance import (
-    CONDITIONAL,
+    CAPTION,
     NULL,
     Network,
     Point,
@@ -24,7 +24,7 @@ from glide_jax.diffusion.guidance import (
     apply_guidances,
     branches_of,
     classifier_free,
-    clip_x0,
+    clip_x_0,
     noise_predictor,
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
@@ -118,7 +118,7 @@ def teacher_predictor(
     caption_mask: jax.Array | np.ndarray,
     conditioning: dict[str, jax.Array],
     scale: jax.Array | None,
-    clips_x0: bool,
+    clips_x_0: bool,
 ) -> Predict:
     """Return the teacher's prediction, with classifier-free guidance in one batched pass.
 
@@ -126,7 +126,7 @@ def teacher_predictor(
         network: the teacher as a function of its inputs.
         scale: `(B,)` guidance scales; None: no guidance, and no second branch.
     """
-    caption_masks = {CONDITIONAL.name: caption_mask}
+    caption_masks = {CAPTION.name: caption_mask}
     if scale is not None:
         caption_masks[NULL.name] = caption_mask & False
     conds = {
@@ -134,10 +134,10 @@ def teacher_predictor(
         for name, branch_mask in caption_masks.items()
     }
     guidances = [] if scale is None else [classifier_free(scale)]
-    if clips_x0:
-        guidances.append(clip_x0())
+    if clips_x_0:
+        guidances.append(clip_x_0())
     main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction_type)
-    predict = noise_predictor({CONDITIONAL.network: main}, conds, branches_of(guidances))
+    predict = noise_predictor({CAPTION.network: main}, conds, branches_of(guidances))
     return apply_guidances(predict, guidances)
 
 
@@ -145,14 +145,14 @@ def student_denoiser(
     network: Callable[..., Any],
     prediction_type: str,
     inputs: dict[str, Any],
-    clips_x0: bool = False,
+    clips_x_0: bool = False,
 ) -> Denoise:
     """Return the student's clean image as a function of a noised image and its noise level."""
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
         x_0 = to_x_0(prediction_type, output, x, point.alpha, point.sigma)
-        return jnp.clip(x_0, -1, 1) if clips_x0 else x_0
+        return jnp.clip(x_0, -1, 1) if clips_x_0 else x_0
 
     return denoise
 
@@ -259,7 +259,7 @@ def consistency_loss(
             inputs.caption_mask,
             inputs.conditioning,
             None if c.guidance_scales == (1, 1) else scale,
-            c.clip_x0,
+            c.clip_x_0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
@@ -269,7 +269,7 @@ def consistency_loss(
         arguments = arguments | {"guidance_scale": scale}
     frozen_arguments = arguments | {"text": jax.lax.stop_gradient(text)}
     frozen_denoise = student_denoiser(
-        frozen_student, config.prediction_type, frozen_arguments, c.clip_x0
+        frozen_student, config.prediction_type, frozen_arguments, c.clip_x_0
     )
     target = consistency_target(tables, frozen_denoise, x_t, x_r, t, r, end)
     x_0 = student_denoiser(student, config.prediction_type, arguments | {"text": text})(x_t, point)

@@ -29,13 +29,12 @@ class DistillationConfig:
             ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. For upsamplers: their `sample_strength`, if set.
-        clip_x0: Whether estimates of the clean image, of teacher and student, are clipped
+        clip_x_0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
-        huber_width: Constant c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is
-            the root mean square error of v of an image. The loss is quadratic for e well below c,
-            and linear well above. Larger is closer to the squared error, and learns faster. Long
-            trainings without a teacher use 0.00054 (2310.14189). The objective "denoising" has
-            another loss: see `huber_width`.
+        huber_width: Width c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is the
+            root mean square error of v of an image. The loss is quadratic for e well below c, and
+            linear well above. Larger is closer to the squared error, and learns faster. Long
+            trainings without a teacher use 0.00054 (2310.14189).
     """
 
     teacher: str = ""
@@ -44,7 +43,7 @@ class DistillationConfig:
     teacher_steps: tuple[int, int] = (8, 64)
     student_steps: int = 1
     timestep_share: float = 1.0
-    clip_x0: bool = True
+    clip_x_0: bool = True
     huber_width: float = 0.1
 
     def __post_init__(self):

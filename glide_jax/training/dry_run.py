@@ -147,7 +147,7 @@ def measure(config: RunConfig, chips: Slice | None) -> Needs:
         model_flops = config.batch_size * flops_per_image(config)
     state = arguments[0]
     # With LoRA the network is the base and its pairs.
-    params = (state.params, state.frozen_params if trains_lora(config) else {})
+    params = (state.params, state.reference_params if trains_lora(config) else {})
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     trained = drop_frozen(state.params, config.optimiser.freeze)

@@ -56,10 +56,11 @@ def open_batches(
 
 
 def steps_of_next_call(batches: Batches | ResidentBatches, step: int) -> int:
-    """Let the next call, after `step` steps, end at a multiple of the steps per call.
+    """Set the steps of the next call so that it ends at a multiple of the steps per call.
 
-    So calls end where a checkpoint or a sample is due. Only the first call of a run that was
-    stopped between two such steps is shorter, which compiles a second program.
+    So calls end where a checkpoint or a sample is due. `step` is the number of steps done. Only the
+    first call of a run that was stopped between two such steps is shorter, which compiles a second
+    program.
 
     Returns:
         The number of steps of the next call.

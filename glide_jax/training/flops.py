@@ -28,13 +28,13 @@ def flops_per_image(config: RunConfig) -> float:
     objective = make_objective(config)
     key = jax.random.key(0)
     params, batch = jax.eval_shape(objective.init, key), abstract_batch(config, IMAGES)
-    frozen_params = jax.eval_shape(objective.init_frozen_params, key)
+    reference_params = jax.eval_shape(objective.init_reference_params, key)
 
-    def loss(params: Any, batch: Any, key: jax.Array, frozen_params: Any) -> Any:
-        return objective.loss(params, batch, key, **objective.loss_inputs(frozen_params, 0))
+    def loss(params: Any, batch: Any, key: jax.Array, reference_params: Any) -> Any:
+        return objective.loss(params, batch, key, **objective.loss_inputs(reference_params, 0))
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
-    return count_flops(gradient, params, batch, key, frozen_params) / IMAGES
+    return count_flops(gradient, params, batch, key, reference_params) / IMAGES
 
 
 def count_flops(function: Any, *arguments: Any) -> float:

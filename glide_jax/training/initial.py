@@ -15,7 +15,7 @@ from glide_jax.models.presets import VARIANTS, ModelConfig
 from glide_jax.training.config import CLIPTrainConfig, RunConfig, TrainConfig
 from glide_jax.training.objectives import Objective
 from glide_jax.training.runs import base_of, check_base, open_clip, open_model, write_base
-from glide_jax.training.state import TrainState, state_of_recipe
+from glide_jax.training.state import TrainState, recipe_state
 from glide_jax.weights.released import differences
 from glide_jax.weights.store import flatten, unflatten
 
@@ -25,7 +25,7 @@ STEM = "unet/down_0/kernel"
 ADDED = tuple(f"unet/{name}_{i}/" for name in ("level", "guidance") for i in (1, 2))
 
 
-def first_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
+def initial_state(config: RunConfig, objective: Objective, parallel: Parallel) -> TrainState:
     """Return the state before the first step, on all devices: random, or from given weights.
 
     Raises:
@@ -36,17 +36,17 @@ def first_state(config: RunConfig, objective: Objective, parallel: Parallel) -> 
     if objective.lora_scale:
         base = frozen_base(config, objective, begins=True)
         return parallel.initialise(
-            lambda key, base: state_of_recipe(config, objective, objective.init(key), base),
+            lambda key, base: recipe_state(config, objective, objective.init(key), base),
             key,
             base,
         )
     teacher = teacher_params(config, objective)
     if not config.starts_from:
         return parallel.initialise(
-            lambda key: state_of_recipe(config, objective, objective.init(key)), key
+            lambda key: recipe_state(config, objective, objective.init(key)), key
         )
     params = params_from(config, objective, key)
-    return parallel.initialise(partial(state_of_recipe, config, objective), params, teacher)
+    return parallel.initialise(partial(recipe_state, config, objective), params, teacher)
 
 
 def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def frozen_base(config: RunConfig, objective: Objective, begins: bool = False) -
     Args:
         config: the recipe.
         objective: its loss.
-        begins: whether the run has no checkpoint yet: its folder then gets the base's checksum,
-            otherwise that is compared.
+        begins: whether the run has no checkpoint yet. If so, the checksum of the base is written;
+            otherwise it is compared with the written one.
 
     Raises:
         UsageError: there are no such weights.
@@ -92,7 +92,7 @@ def teacher_params(config: RunConfig, objective: Objective) -> dict[str, Any]:
         if (own := getattr(model, what)) != (wanted := getattr(config, what)):
             raise GlideError(f"{name} cannot be the teacher: its {what} is {own}, not {wanted}")
     flat = flatten(model.params)
-    wanted = jax.eval_shape(objective.init_frozen_params, jax.random.key(0))
+    wanted = jax.eval_shape(objective.init_reference_params, jax.random.key(0))
     if wrong := differences(flat, wanted):
         raise GlideError(f"{name} cannot be the teacher: {_mismatch(wrong)}")
     return unflatten({path: np.asarray(array, np.float32) for path, array in flat.items()})

@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
         caption_mask: `(B, L)` bool, True where a token belongs to the caption; some captions are
             emptied.
         conditioning: the other inputs of the network, by name.
-        key: `(B,)` keys for everything else.
+        key: `(B,)` keys of the guidance scale and of dropout.
     """
 
     x_0: jax.Array

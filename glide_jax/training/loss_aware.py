@@ -60,7 +60,7 @@ def probabilities(history: LossHistory) -> jax.Array:
 def sample_timestep(key: jax.Array, probability: jax.Array) -> jax.Array:
     """Return one timestep, int32, by the inverse of the distribution function."""
     ends = jnp.cumsum((probability * UNITS).astype(jnp.uint32))
-    # The last end is left out: rounding leaves it beside UNITS.
+    # The last end is left out: by rounding it is not exactly UNITS.
     point = jax.random.bits(key, dtype=jnp.uint32) >> 1
     return jnp.searchsorted(ends[:-1], point, side="right").astype(jnp.int32)
 

@@ -87,7 +87,7 @@ class Objective:
             which the batch is split, if any; every loss takes both. With loss-aware timesteps it
             takes the `loss_history` of the state, and its metrics have the `TIMESTEP_LOSSES`.
         distils: whether the loss also takes `teacher_params` (frozen), `step` and `time_share`.
-        init_frozen_params: `key -> params`: random parameters of the teacher, or of the base of
+        init_reference_params: `key -> params`: random parameters of the teacher, or of the base of
             LoRA in its dtypes. Without a teacher or a base they are {}.
         lora_scale: factor of the low-rank pairs, if these are trained; the loss then also takes
             `base`, the frozen parameters. 0: the network's own parameters are trained.
@@ -97,20 +97,20 @@ class Objective:
     init: Callable[[jax.Array], Params]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     distils: bool = False
-    init_frozen_params: Callable[[jax.Array], Params] = lambda key: {}
+    init_reference_params: Callable[[jax.Array], Params] = lambda key: {}
     lora_scale: float = 0.0
 
-    def full_params(self, params: Params, frozen_params: Params) -> Params:
+    def full_params(self, params: Params, reference_params: Params) -> Params:
         """Return the parameters of the network: the trained ones, with LoRA beside their base."""
-        return add_pairs(params, frozen_params, self.lora_scale) if self.lora_scale else params
+        return add_pairs(params, reference_params, self.lora_scale) if self.lora_scale else params
 
     def loss_inputs(
-        self, frozen_params: Params, step: jax.Array | int, time_share: Any = None
+        self, reference_params: Params, step: jax.Array | int, time_share: Any = None
     ) -> dict[str, Any]:
         """Return the loss's extra arguments: those of a distillation, or the base of LoRA."""
         if self.lora_scale:
-            return {"base": frozen_params}
-        inputs = {"teacher_params": frozen_params, "step": step, "time_share": time_share}
+            return {"base": reference_params}
+        inputs = {"teacher_params": reference_params, "step": step, "time_share": time_share}
         return inputs if self.distils else {}
 
 
@@ -119,7 +119,7 @@ def make_objective(config: RunConfig) -> Objective:
     dtype = trunk_dtype(config.dtype)
     tables = make_tables(make_schedule(config.noise_schedule, config.diffusion_steps))
     model: GLIDE | NoisedCLIP
-    distils, init_frozen_params, scale = False, Objective.init_frozen_params, 0.0
+    distils, init_reference_params, scale = False, Objective.init_reference_params, 0.0
     if isinstance(config, CLIPTrainConfig):
         model = NoisedCLIP(config.model, dtype, config.remat)
         limit = max(round(config.timestep_share * config.diffusion_steps), 1)
@@ -130,7 +130,7 @@ def make_objective(config: RunConfig) -> Objective:
         model = GLIDE(config.model, dtype, config.remat)
         distils = config.objective == "consistency"
         if distils and config.distillation.teacher:
-            init_frozen_params = partial(unet.init_params, teacher_model(model))
+            init_reference_params = partial(unet.init_params, teacher_model(model))
         loss = partial(distillation_loss, model=model, tables=tables, config=config)
         if not distils:
             distribution = make_timestep_distribution(config)
@@ -140,9 +140,9 @@ def make_objective(config: RunConfig) -> Objective:
         loss = partial(_frozen_loss, loss, config.optimiser.freeze)
     if isinstance(config, TrainConfig) and (scale := config.lora.scale):
         loss = partial(lora_loss, loss, scale)
-        init_frozen_params = partial(init_base, init, dtype)
+        init_reference_params = partial(init_base, init, dtype)
         init = partial(init_pairs, init_base_params=init, config=config.lora)
-    return Objective(model, init, loss, distils, init_frozen_params, scale)
+    return Objective(model, init, loss, distils, init_reference_params, scale)
 
 
 def _frozen_loss(

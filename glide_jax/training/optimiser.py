@@ -22,14 +22,14 @@ def learning_rate(
 ) -> optax.Schedule:
     """Return the learning rate as a function of the updates made.
 
-    It warms up, and is then constant or falls to 0. The first of W updates of the warm-up has the
-    W-th part of the peak, the last one the peak.
+    It warms up, and is then constant or falls to 0. In a warm-up of W updates,
+    update i (from 1) has the rate i / W times the peak.
 
     Args:
         config: the settings.
         steps: number of steps of the whole run.
         follows_clock: whether the decay follows the clock: the schedule here is then constant after
-            the warm-up, and `Clock.factor` multiplies the updates.
+            the warm-up, and `Clock.lr_factor` multiplies the updates.
     """
     # A cosine's warm-up ends before the run does.
     warmup = config.warmup if config.lr_decay != "cosine" else min(config.warmup, steps - 1)

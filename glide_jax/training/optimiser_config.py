@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from glide_jax.errors import UsageError, check_finite
 
 OPTIMISERS = ("adamw", "muon")
-DECAYS = ("constant", "cosine", "linear")
+LR_DECAYS = ("constant", "cosine", "wsd")
 # Just below 1/sqrt(12) = 0.2887, the width of the plain mean of all steps.
 MAX_WIDTH = 0.28
 
@@ -32,7 +32,7 @@ class OptimiserConfig:
         lr_decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the
             last step; or "linear", constant and then falling to 0 over the last `lr_decay_share` of
             the run (warm-up-stable-decay, 2405.18392).
-        lr_decay_share: Share of the run, above 0 and up to 1, over which "linear" falls.
+        lr_decay_share: Share of the run, above 0 and up to 1, over which "wsd" falls.
         warmup: Steps of linear warm-up of the learning rate; 0: none. More is more stable at a high
             rate.
         beta_1: Decay rate of Adam's first moment, at least 0 and below 1; larger averages over more
@@ -81,7 +81,7 @@ class OptimiserConfig:
         check_finite(vars(self))
         if self.learning_rate < 0:
             raise UsageError("learning_rate cannot be negative")
-        for name, known in (("kind", OPTIMISERS), ("lr_decay", DECAYS)):
+        for name, known in (("kind", OPTIMISERS), ("lr_decay", LR_DECAYS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         for name in ("beta_1", "beta_2", "ema"):

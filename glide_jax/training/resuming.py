@@ -68,7 +68,7 @@ def _rate_note(before: RunConfig, config: RunConfig, step: int, seconds: float) 
 def _rates(config: RunConfig, steps: np.ndarray, seconds: float) -> np.ndarray:
     schedule = learning_rate(config.optimiser, config.steps, bool(config.minutes))
     rates = np.broadcast_to(np.asarray(schedule(steps)), steps.shape)
-    if config.minutes and config.optimiser.lr_decay == "linear":
+    if config.minutes and config.optimiser.lr_decay == "wsd":
         done = seconds / (60 * config.minutes)
         rates = rates * float(decay_factor(done, config.optimiser.lr_decay_share))
     return rates

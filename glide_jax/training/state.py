@@ -25,7 +25,7 @@ from glide_jax.training.optimiser_config import OptimiserConfig
         "opt_state",
         "loss_mean",
         "log2_loss_scale",
-        "frozen_params",
+        "reference_params",
         "loss_history",
     ],
     meta_fields=[],
@@ -34,7 +34,7 @@ from glide_jax.training.optimiser_config import OptimiserConfig
 class TrainState:
     """Parameters, EMAs and optimiser state.
 
-    All is float32, except counters, bfloat16 moments, and a base of LoRA in `frozen_params`.
+    All is float32, except counters, bfloat16 moments, and a base of LoRA in `reference_params`.
 
     Attributes:
         step: int32 scalar, the number of steps done.
@@ -44,8 +44,8 @@ class TrainState:
         opt_state: state of the optimiser.
         loss_mean: running mean of the loss.
         log2_loss_scale: log2 of the factor of a float16 loss; 0 for other dtypes.
-        frozen_params: parameters that the loss takes too: of the teacher that is distilled, or of
-            the base of LoRA, in the dtype of the trunk; {} for other objectives.
+        reference_params: parameters that the loss takes too: of the teacher that is distilled, or
+            of the base of LoRA, in the dtype of the trunk; {} for other objectives.
         loss_history: the last losses at each timestep, for loss-aware timesteps; None for others.
     """
 
@@ -56,7 +56,7 @@ class TrainState:
     opt_state: optax.OptState
     loss_mean: jax.Array
     log2_loss_scale: jax.Array
-    frozen_params: Params = field(default_factory=dict)
+    reference_params: Params = field(default_factory=dict)
     loss_history: LossHistory | None = None
 
 
@@ -64,13 +64,13 @@ class TrainState:
 INITIAL_LOG2_LOSS_SCALE = 20.0
 
 
-def init_state(
+def new_state(
     params: Params,
     optimiser: optax.GradientTransformation,
     config: OptimiserConfig,
     *,
     float16: bool = False,
-    frozen_params: Params | None = None,
+    reference_params: Params | None = None,
     loss_history: LossHistory | None = None,
 ) -> TrainState:
     """Return the state before the first step; every EMA starts as a copy of `params`."""
@@ -82,23 +82,23 @@ def init_state(
         opt_state=optimiser.init(params),
         loss_mean=jnp.zeros(()),
         log2_loss_scale=jnp.float32(INITIAL_LOG2_LOSS_SCALE if float16 else 0.0),
-        frozen_params=frozen_params or {},
+        reference_params=reference_params or {},
         loss_history=loss_history,
     )
 
 
-def state_of_recipe(
-    config: RunConfig, objective: Objective, params: Params, frozen_params: Params | None = None
+def recipe_state(
+    config: RunConfig, objective: Objective, params: Params, reference_params: Params | None = None
 ) -> TrainState:
     """Return the state of a recipe before the first step."""
     optimiser = make_optimiser(config.optimiser, config.steps, bool(config.minutes))
     aware = isinstance(config, TrainConfig) and config.timestep_distribution == "loss-aware"
-    return init_state(
+    return new_state(
         params,
         optimiser,
         config.optimiser,
         float16=_uses_float16(objective),
-        frozen_params=frozen_params,
+        reference_params=reference_params,
         loss_history=empty_history(config.diffusion_steps) if aware else None,
     )
 
@@ -121,14 +121,14 @@ def fit_loss_scale(state: TrainState, objective: Objective) -> TrainState:
 
 def saved_part(state: TrainState, objective: Objective) -> TrainState:
     """Return what a checkpoint holds of a state: all but the base of LoRA, which never changes."""
-    return replace(state, frozen_params={}) if objective.lora_scale else state
+    return replace(state, reference_params={}) if objective.lora_scale else state
 
 
 def abstract_state(config: RunConfig, objective: Objective) -> TrainState:
     """Return the shapes and dtypes of a recipe's state, without memory."""
     return jax.eval_shape(
-        lambda key: state_of_recipe(
-            config, objective, objective.init(key), objective.init_frozen_params(key)
+        lambda key: recipe_state(
+            config, objective, objective.init(key), objective.init_reference_params(key)
         ),
         jax.random.key(0),
     )

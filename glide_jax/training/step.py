@@ -40,7 +40,7 @@ def make_step(config: RunConfig, objective: Objective) -> Callable[..., tuple[Tr
 
 
 class Control(NamedTuple):
-    """What the host tells a program of several steps: arguments of `train_step`, in its order.
+    """What the host tells a call of one or several steps: arguments of `train_step`, in its order.
 
     Attributes:
         key: key of the run.
@@ -136,8 +136,8 @@ def train_step(
     def gradient(
         both_params: tuple[Params, Params], rows: Batch
     ) -> tuple[tuple[Params, Metrics], TimestepLosses | None]:
-        params, frozen_params = both_params
-        extra_inputs = loss_inputs(frozen_params, state.step, time_share)
+        params, reference_params = both_params
+        extra_inputs = loss_inputs(reference_params, state.step, time_share)
         if state.loss_history is not None:
             extra_inputs["loss_history"] = state.loss_history
 
@@ -153,7 +153,7 @@ def train_step(
         timestep_losses: Any = metrics.pop(TIMESTEP_LOSSES, None)
         return (grads, metrics), timestep_losses
 
-    both_params = (state.params, state.frozen_params)
+    both_params = (state.params, state.reference_params)
     (grads, metrics), timestep_losses = _accumulate(gradient, both_params, batch, accumulate)
     if axis is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
@@ -274,7 +274,7 @@ def _update(
         loss_mean=loss + memory * (state.loss_mean - loss),
         log2_loss_scale=state.log2_loss_scale
         + LOG2_LOSS_SCALE_GROWTH * (state.log2_loss_scale > 0),
-        frozen_params=state.frozen_params,
+        reference_params=state.reference_params,
         loss_history=state.loss_history,
     )
 

@@ -21,7 +21,7 @@ class TimestepDistribution:
             None: uniform timesteps.
         mean, std: of the normal distribution.
         uniform_share: share of timesteps that are sampled uniformly.
-        probability: `(T,)` of each timestep; None: as above.
+        probability: `(T,)` of each timestep; if given, the other fields have no effect.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""Refuses fields of a recipe that are set but have no effect, given the other fields."""
+"""Checks that refuse fields of a recipe that have no effect, given the other fields."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,8 +30,8 @@ RUN_RULES = (
     Rule(("optimiser.muon_lr_ratio",), "optimiser.kind muon", lambda c: c.optimiser.kind == "muon"),
     Rule(
         ("optimiser.lr_decay_share",),
-        "optimiser.lr_decay linear",
-        lambda c: c.optimiser.lr_decay == "linear",
+        "optimiser.lr_decay wsd",
+        lambda c: c.optimiser.lr_decay == "wsd",
     ),
     Rule(
         ("optimiser.ema_snapshot_every",),
@@ -111,7 +111,7 @@ def without_leftovers(config: RunConfig, recipe: RunConfig) -> RunConfig:
     """Return a changed recipe, where fields that the change made useless have their defaults.
 
     So `--optimiser.lr-decay constant` is enough, whatever `lr_decay_share` the recipe had for
-    "linear".
+    "wsd".
 
     Args:
         config: the recipe with the options of the command line.

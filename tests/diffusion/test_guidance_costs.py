@@ -14,13 +14,13 @@ from glide_jax.diffusion.guidance import (
     cfg_plus_plus,
     classifier_free,
     classifier_guidance,
-    clip_x0,
+    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
     guidance,
+    guidance_rescale,
     image_loss,
-    rescale,
 )
 from glide_jax.diffusion.sampling import run_plan, run_rows, start_state, stream_plan
 from glide_jax.diffusion.solvers import SOLVERS, ddim_reverse, restart
@@ -68,7 +68,7 @@ def evaluations(guidances, solver=ddim):
 FREE = classifier_free(3.0)
 COSTS = {
     "no guidance": ([], [("main", 1)]),
-    "maps of x_0": ([rescale(), dynamic_threshold(), clip_x0()], [("main", 1)]),
+    "maps of x_0": ([guidance_rescale(), dynamic_threshold(), clip_x_0()], [("main", 1)]),
     "classifier_free": ([FREE], [("main", 2)]),
     "negative": ([FREE.with_negative_prompt("ugly")], [("main", 2)]),
     "combine_prompts one prompt": ([combine_prompts([None], [3.0])], [("main", 2)]),
@@ -120,7 +120,7 @@ def dense(params, x, t, cond):
         ([], [1]),
         ([FREE], [2]),
         ([FREE.within(*INTERVAL)], [1, 2]),
-        ([FREE.within(*INTERVAL), clip_x0()], [1, 2]),
+        ([FREE.within(*INTERVAL), clip_x_0()], [1, 2]),
         ([made("combine_prompts").within(*INTERVAL)], [1, 4]),
     ],
     ids=["none", "everywhere", "interval", "interval and clip", "prompts"],
@@ -161,9 +161,9 @@ def test_no_number_and_no_prompt_compiles_again():
         guidances = [
             autoguidance(n["scale"]),
             *(g.with_negative_prompt(words[1]) for g in linear),
-            rescale(n["amount"]),
+            guidance_rescale(n["amount"]),
             dynamic_threshold(n["quantile"]),
-            clip_x0(high=n["high"]),
+            clip_x_0(high=n["high"]),
             classifier_guidance(BOWL, CONDS["caption"], n["slope"]),
             image_loss(BOWL, CONDS["caption"], n["slope"]),
         ]
@@ -208,11 +208,13 @@ def test_networks_of_guidance_keep_their_weights():
         (lambda: dynamic_threshold(99.5), "needs 0 <= quantile <= 1, not 99.5"),
         (lambda: dynamic_threshold(quantile=[0.5, 1.5]), "needs 0 <= quantile <= 1"),
         (lambda: dynamic_threshold(quantile=[0.5, np.nan]), "quantile .* must be finite"),
-        (lambda: rescale(amount=-0.1), "rescale needs 0 <= amount <= 1"),
+        (lambda: guidance_rescale(amount=-0.1), "guidance_rescale needs 0 <= amount <= 1"),
         (lambda: apg(3.0, radius=-1.0), "apg needs 0 <= radius"),
         (lambda: apg(3.0, momentum=2.0), "apg needs -1 <= momentum <= 1"),
         (lambda: apg(), "apg needs a value for scale"),
         (lambda: combine_prompts(["a", "b"], [1.0]), "2 prompts but 1 weights"),
+        (lambda: combine_prompts([None], [np.nan]), "weights of combine_prompts .* must be finite"),
+        (lambda: image_loss(None, 0.0, np.nan), "scale of image_loss must be finite"),
         (
             lambda: compose(FREE.with_negative_prompt("a"), FREE.with_negative_prompt("b")),
             "two different branches are both called 'null'",
@@ -312,7 +314,7 @@ def test_samplers_that_cfg_plus_plus_cannot_use(solver):
 )
 def test_samplers_that_cfg_plus_plus_can_use(solver):
     """A step that is repeated has still one evaluation each time."""
-    run = run_of([cfg_plus_plus(0.6), clip_x0()], solver, steps=12)
+    run = run_of([cfg_plus_plus(0.6), clip_x_0()], solver, steps=12)
     assert np.isfinite(run_plan(NETWORKS, CONDS, run, X, keys()).x).all()
 
 

@@ -16,13 +16,13 @@ from glide_jax.diffusion.guidance import (
     cfg_plus_plus,
     classifier_free,
     classifier_guidance,
-    clip_x0,
+    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
+    guidance_rescale,
     image_loss,
     known_pixels,
-    rescale,
 )
 from glide_jax.diffusion.guidance.gradients import limit_gradient
 from glide_jax.diffusion.sampling import run_plan, stream_plan
@@ -156,8 +156,8 @@ def test_rescaling():
     guided, cond = predicted(free).x_0, x_0_of(eps_of("caption"))
     std = partial(np.std, axis=(1, 2, 3), keepdims=True)
     wanted = 0.7 * guided * std(cond) / std(guided) + 0.3 * guided
-    assert_close(predicted(free, rescale()).x_0, wanted, 1e-5)
-    assert_close(std(predicted(free, rescale(1.0)).x_0), std(cond), 1e-5)
+    assert_close(predicted(free, guidance_rescale()).x_0, wanted, 1e-5)
+    assert_close(std(predicted(free, guidance_rescale(1.0)).x_0), std(cond), 1e-5)
 
 
 def test_dynamic_thresholding():
@@ -219,7 +219,7 @@ def test_a_loss_on_the_clean_image(through):
 
 def test_no_gradient_where_the_clean_image_is_clipped():
     loss = image_loss(BOWL, GOAL, 1.0)
-    low = clip_x0(-0.5, 0.5)
+    low = clip_x_0(-0.5, 0.5)
     pixelwise = {"main": Network(lambda params, x, t, cond: jnp.tanh(x), None)}
     clipped = np.abs(predicted(networks=pixelwise).x_0) > 0.5
     found = predicted(low, loss, networks=pixelwise).guidance_gradient
@@ -236,7 +236,7 @@ NEUTRAL = {
     "combine_prompts": {"own": 1, "a": 0, "b": 0},
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
-    "clip_x0": {"low": -1e9, "high": 1e9},
+    "clip_x_0": {"low": -1e9, "high": 1e9},
     "classifier_guidance": {"scale": 0},
     "image_loss": {"scale": 0},
     "image_loss beside": {"scale": 0},
@@ -254,8 +254,8 @@ def test_the_neutral_number_changes_nothing(name):
 
 def test_rescaling_by_zero_and_thresholds_without_outliers_change_nothing():
     free = classifier_free(3.0)
-    np.testing.assert_array_equal(predicted(free, rescale(0)).x_0, predicted(free).x_0)
-    once = [free, clip_x0()]
+    np.testing.assert_array_equal(predicted(free, guidance_rescale(0)).x_0, predicted(free).x_0)
+    once = [free, clip_x_0()]
     np.testing.assert_array_equal(predicted(*once, dynamic_threshold()).x_0, predicted(*once).x_0)
 
 
@@ -338,7 +338,7 @@ def only(name, i):
 
 
 def test_the_order_is_left_to_right_innermost_first():
-    low = clip_x0(-0.25, 0.25)
+    low = clip_x_0(-0.25, 0.25)
     free = classifier_free(3.0)
     clipped, difference = np.clip(predicted().x_0, -0.25, 0.25), eps_of("caption") - eps_of("null")
     wanted = clipped - 2 * SIGMA / ALPHA * difference
@@ -350,8 +350,8 @@ def test_the_order_is_left_to_right_innermost_first():
 def test_known_pixels_are_kept_whatever_came_before():
     rng = np.random.default_rng(1)
     image, known = np.float32(rng.uniform(-1, 1, SHAPE)), np.float32(rng.integers(0, 2, SHAPE))
-    guidances = [classifier_free(9.0), dynamic_threshold(), rescale()]
-    run = run_of([*guidances, known_pixels(image=image, known=known), clip_x0()])
+    guidances = [classifier_free(9.0), dynamic_threshold(), guidance_rescale()]
+    run = run_of([*guidances, known_pixels(image=image, known=known), clip_x_0()])
     found = np.asarray(run_plan(NETWORKS, CONDS, run, X, keys()).x)
     assert_close(found * known, image * known, 1e-6)
     assert np.abs((found - image) * (1 - known)).max() > 0.1
@@ -359,7 +359,7 @@ def test_known_pixels_are_kept_whatever_came_before():
 
 def test_composition_is_a_guidance():
     """Compositions nest, and have an interval of their own beside those of their members."""
-    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clip_x0()
+    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clip_x_0()
     flat = [free.within(0.3, 5.0), loud, last]
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):
@@ -377,7 +377,7 @@ def test_composition_is_a_guidance():
 def test_momentum_is_reset_where_guidance_changes():
     """Each row adds the difference of the row before, unless another guidance set acted there."""
     free = classifier_free(1.0).within(*INTERVAL)
-    run = run_of([apg(1.0, momentum=-0.5), free, clip_x0()], steps=12)
+    run = run_of([apg(1.0, momentum=-0.5), free, clip_x_0()], steps=12)
     table = run.table
     x, memory = X, np.zeros(SHAPE)
     for i, (_, state) in enumerate(stream_plan(NETWORKS, CONDS, run, X, keys())):

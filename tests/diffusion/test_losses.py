@@ -24,7 +24,7 @@ from glide_jax.diffusion.spacings import respaced
 from glide_jax.training import objectives
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.state import init_state
+from glide_jax.training.state import new_state
 from glide_jax.training.step import train_step
 from glide_jax.weights import to_released
 from tests.support import golden
@@ -197,7 +197,7 @@ def update():
     keys = jax.random.split(jax.random.key(0), 4)
     noise = objectives.Noise(reference["t"], nhwc(reference["noise"]), keys)
     adamw = make_optimiser(optimiser, steps=1)
-    fresh = init_state(jax.tree.map(jnp.asarray, golden.weights("base")), adamw, optimiser)
+    fresh = new_state(jax.tree.map(jnp.asarray, golden.weights("base")), adamw, optimiser)
     # So late that the EMA has reached its final rate.
     state = replace(fresh, step=jnp.int32(200_000))
     with pytest.MonkeyPatch.context() as patch:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.guidance import CONDITIONAL, Network, Point, noise_predictor
+from glide_jax.diffusion.guidance import CAPTION, Network, Point, noise_predictor
 from glide_jax.diffusion.schedule import (
-    PREDICTIONS,
+    PREDICTION_TYPES,
     Schedule,
     make_schedule,
     posterior,
@@ -209,7 +209,7 @@ def test_refused_timesteps(steps, spacing, message):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_perfect_prediction_gives_back_the_noise(prediction_type):
     rng = np.random.default_rng(0)
     x_0, eps = rng.normal(size=(2, 5))
@@ -239,5 +239,5 @@ def test_the_clean_image_of_noise_is_exact_without_a_way_through_eps(prediction_
     assert np.abs(through - x_0).max() > 4e-6
     network = Network(lambda _, x, t, cond: output[None], {}, prediction_type)
     point = Point(np.float32(1), alpha, sigma, alpha, sigma, {})
-    predict = noise_predictor({"main": network}, {"caption": {}}, (CONDITIONAL,))
+    predict = noise_predictor({"main": network}, {"caption": {}}, (CAPTION,))
     np.testing.assert_array_equal(np.asarray(predict(x[None], point).x_0)[0], found)

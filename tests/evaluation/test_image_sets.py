@@ -39,7 +39,7 @@ def test_subfolders_are_read_and_texts_and_hidden_files_are_not(tmp_path):
 def test_grids_and_previews_of_samples_are_left_out(tmp_path):
     samples = Images(IMAGES[:3], ("b", "a", "c"), 0, (0, 1, 2), "none", {})
     samples.save(tmp_path / "a")
-    samples.preview(tmp_path / "a")
+    samples.save_preview(tmp_path / "a")
     assert len(list((tmp_path / "a").iterdir())) == 5
     found = open_images(tmp_path / "a")
     assert found.names == ("00000_b.png", "00001_a.png", "00002_c.png")

@@ -7,7 +7,7 @@ from PIL import Image
 import glide_jax as glide
 from glide_jax.data.decoding import Encoded, load_image, square
 from glide_jax.pipeline.image_files import open_images, read_images
-from glide_jax.pipeline.run_inputs import read_input_images
+from glide_jax.pipeline.sampling_inputs import read_input_images
 
 GREEN, WHITE = (0, 160, 0), (255, 255, 255)
 

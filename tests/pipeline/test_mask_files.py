@@ -7,7 +7,7 @@ from PIL import Image
 import glide_jax as glide
 from glide_jax.pipeline.image_files import open_images
 from glide_jax.pipeline.mask_files import open_masks
-from glide_jax.pipeline.run_inputs import read_input_images
+from glide_jax.pipeline.sampling_inputs import read_input_images
 
 RNG = np.random.default_rng(0)
 REGION = np.zeros((64, 64), bool)

@@ -92,11 +92,11 @@ def test_a_preview_that_does_not_fit_leaves_the_old_one(tmp_path, monkeypatch):
     def fsync(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    path = made(value=7).preview(tmp_path)
+    path = made(value=7).save_preview(tmp_path)
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(GlideError, match=r"preview\.png: No space left on device$"):
-        made(value=9).preview(tmp_path)
+        made(value=9).save_preview(tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

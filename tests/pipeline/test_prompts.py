@@ -12,7 +12,7 @@ from glide_jax.pipeline.prompts import (
     read_prompt,
     read_prompts,
 )
-from glide_jax.pipeline.runner import captions_of
+from glide_jax.pipeline.runner import branch_captions
 from glide_jax.pipeline.settings import Settings
 from tests.support.exact_model import SPREAD, colour, exact_pipeline, pixels
 
@@ -84,7 +84,7 @@ def test_white_space_and_byte_order_marks_around_a_prompt_change_nothing(around)
         assert read_prompt(around.format(prompt)) == read_prompt(prompt)
     assert Settings().changed(negative_prompt=around.format("a dog")).negative_prompt == "a dog"
     branch = Branch("other", prompt=around.format("a dog"))
-    assert captions_of(branch, read_prompts("a cat")) == [Part("a dog")]
+    assert branch_captions(branch, read_prompts("a cat")) == [Part("a dog")]
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from glide_jax.diffusion.guidance import (
     cfg_plus_plus,
     classifier_free,
     classifier_guidance,
-    clip_x0,
+    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
+    guidance_rescale,
     image_loss,
     noise_predictor,
-    rescale,
 )
 from glide_jax.diffusion.sampling import Plan, make_plan
 from glide_jax.diffusion.schedule import make_schedule
@@ -70,9 +70,12 @@ EACH: dict[str, tuple[Any, dict[str, float]]] = {
     "cfg_plus_plus": (cfg_plus_plus, {"scale": 0.6}),
     "autoguidance": (autoguidance, {"scale": 2.0}),
     "apg": (apg, {"scale": 4.0, "eta": 0.3, "momentum": -0.5, "radius": 0.7}),
-    "rescale": (lambda **a: compose(classifier_free(5.0), rescale(**a)), {"amount": 0.7}),
+    "guidance_rescale": (
+        lambda **a: compose(classifier_free(5.0), guidance_rescale(**a)),
+        {"amount": 0.7},
+    ),
     "dynamic_threshold": (dynamic_threshold, {"quantile": 0.6}),
-    "clip_x0": (clip_x0, {"low": -0.3, "high": 0.4}),
+    "clip_x_0": (clip_x_0, {"low": -0.3, "high": 0.4}),
     "classifier_guidance": (partial(classifier_guidance, log_prob=BOWL, cond=GOAL), {"scale": 0.3}),
     "image_loss": (partial(image_loss, loss=BOWL, cond=GOAL), {"scale": -0.3}),
     "image_loss beside": (

@@ -19,7 +19,7 @@ from glide_jax.pipeline.loading import sample_grid
 from glide_jax.pipeline.pipeline import Pipeline
 from glide_jax.pipeline.settings import Settings
 from glide_jax.training.config import RunConfig, TrainConfig
-from glide_jax.training.initial import first_state
+from glide_jax.training.initial import initial_state
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.runs import model_of
 from glide_jax.training.validation import Validation
@@ -42,7 +42,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
     """Return the held-out loss on one device and on all, for weights of a state."""
     objective = make_objective(config)
     layout = parallel.make_parallel(config.parallelism, config.batch_size)
-    ema = first_state(config, objective, layout).ema
+    ema = initial_state(config, objective, layout).ema
     host = jax.device_get(layout.gather(ema))
     gather, moved = layout.gather, []
 

@@ -43,7 +43,7 @@ from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.objectives import Batch
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.recipes import load_recipe
-from glide_jax.training.state import init_state
+from glide_jax.training.state import new_state
 from glide_jax.training.step import train_step
 from tests.support.commands import RECIPE
 from train import train
@@ -119,7 +119,7 @@ def sharding_facts() -> dict[str, Any]:
 
     def make(key):
         params = Toy().init(key, jnp.zeros((1, 192)))["params"]
-        return init_state(params, optimiser, config)
+        return new_state(params, optimiser, config)
 
     facts, key = {}, jax.random.key(0)
     for kind, accumulate in (("pmap", 1), ("fsdp", 1), ("fsdp", 5), ("hybrid4", 1)):

@@ -19,7 +19,7 @@ from glide_jax.training.checksums import checksums, name_of
 from glide_jax.training.config import OptimiserConfig
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.runs import is_average
-from glide_jax.training.state import init_state
+from glide_jax.training.state import new_state
 
 CONFIG = OptimiserConfig(first_moment_dtype="bfloat16", ema_widths=(0.1,))
 
@@ -29,7 +29,7 @@ def make_state(step: int, seed: int = 0, width: int = 300):
     rng = np.random.default_rng((seed, step))
     params = {"a": {"kernel": np.zeros((7, width))}, "b": np.zeros(5)}
     params = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params)
-    state = init_state(params, make_optimiser(CONFIG, 10), CONFIG)
+    state = new_state(params, make_optimiser(CONFIG, 10), CONFIG)
     state = jax.tree.map(
         lambda x: (
             np.asarray(rng.standard_normal(x.shape), x.dtype)

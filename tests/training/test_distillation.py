@@ -26,7 +26,7 @@ from glide_jax.training.distillation import (
 from glide_jax.training.distillation_config import DistillationConfig
 from glide_jax.training.export import description
 from glide_jax.training.flops import flops_per_image
-from glide_jax.training.initial import first_state, teacher_params
+from glide_jax.training.initial import initial_state, teacher_params
 from glide_jax.training.objective_fields import DENOISING
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.quartiles import named_metrics
@@ -114,7 +114,7 @@ def test_fields_of_the_denoising_loss_are_refused(field, value, default):
 @pytest.mark.parametrize("field", [f.name for f in fields(DistillationConfig)])
 def test_fields_of_distillation_are_refused_in_denoising(field):
     set_ = {"teacher": "runs/x", "guidance_scales": (2.0, 2.0), "teacher_steps": (4, 16),
-            "student_steps": 2, "clip_x0": False}  # fmt: skip
+            "student_steps": 2, "clip_x_0": False}  # fmt: skip
     value, default = set_.get(field, 0.3), getattr(DistillationConfig(), field)
     message = (
         f"distillation.{field} is for objective consistency: choose that, or set it to {default!r}"
@@ -183,7 +183,7 @@ def teacher(tmp_path_factory):
 def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     config = student_config(teacher, accumulate=2, parallelism=kind)
     objective, parallel = make_objective(config), make_parallel(kind, 2)
-    state = first_state(config, objective, parallel)
+    state = initial_state(config, objective, parallel)
     first = jax.device_get(parallel.for_checkpoint(state))
     wanted = flatten(load_model(teacher).params)
     step = make_step(config, objective)
@@ -194,7 +194,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
     compiled = parallel.compile(step)
     state, metrics = compiled(state, parallel.put_batch(batch_of(config)), jax.random.key(0))
     after = jax.device_get(parallel.for_checkpoint(state))
-    for tree in (first.frozen_params, after.frozen_params):
+    for tree in (first.reference_params, after.reference_params):
         for path, array in flatten(tree).items():
             np.testing.assert_array_equal(array, wanted[path])
     # The student starts as its teacher, and has the layers of the scale besides.
@@ -213,7 +213,7 @@ def test_the_teacher_is_a_frozen_part_of_the_state(kind, teacher):
 
 def test_the_state_of_a_run_has_the_shapes_of_its_teacher(teacher):
     config = student_config(teacher)
-    shapes = abstract_state(config, make_objective(config)).frozen_params
+    shapes = abstract_state(config, make_objective(config)).reference_params
     assert {p: x.shape for p, x in flatten(shapes).items()} == {
         p: x.shape for p, x in flatten(load_model(teacher).params).items()
     }

@@ -30,7 +30,11 @@ ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in
 
 
 def config_of(prediction_type="v", scale=1.0, **options):
-    options = {"clip_x0": False, "guidance_scales": (scale, scale), "teacher": "gaussian"} | options
+    options = {
+        "clip_x_0": False,
+        "guidance_scales": (scale, scale),
+        "teacher": "gaussian",
+    } | options
     return TrainConfig(
         name="x",
         model=TINY,

@@ -22,7 +22,7 @@ from glide_jax.training.feeding import (
     steps_of_next_call,
     steps_per_call,
 )
-from glide_jax.training.initial import first_state
+from glide_jax.training.initial import initial_state
 from glide_jax.training.objectives import make_objective, make_tokenizer
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import restore_run
@@ -56,7 +56,7 @@ def trained(config: TrainConfig, steps: int) -> tuple[Any, np.ndarray]:
     parallel = make_parallel(config.parallelism, config.batch_size)
     batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
     run = compile_steps(config, make_step(config, objective), batches, parallel)
-    state, losses, step = first_state(config, objective, parallel), [], 0
+    state, losses, step = initial_state(config, objective, parallel), [], 0
     while step < steps:
         step += steps_of_next_call(batches, step)
         state, metrics = run(state, next(batches), Control(jax.random.key(1)))
@@ -143,19 +143,19 @@ def test_the_clock_decays_ends_and_is_resumed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
     config = replace(
-        CONFIG, minutes=1, optimiser=OptimiserConfig(lr_decay="linear", lr_decay_share=0.5)
+        CONFIG, minutes=1, optimiser=OptimiserConfig(lr_decay="wsd", lr_decay_share=0.5)
     )
     clock = Clock(config)
     now[0] = 100.0  # compilation does not count
-    assert clock.factor() == 1 and not clock.over
+    assert clock.lr_factor() == 1 and not clock.over
     clock.started(np.zeros(1))
     now[0] += 45
-    assert clock.factor() == pytest.approx(0.5)
+    assert clock.lr_factor() == pytest.approx(0.5)
     resumed = Clock(config, clock.get_state())
     assert resumed.seconds == pytest.approx(45)
     now[0] += 16
-    assert clock.over and clock.factor() == 0
-    assert Clock(replace(config, minutes=0)).factor() is None
+    assert clock.over and clock.lr_factor() == 0
+    assert Clock(replace(config, minutes=0)).lr_factor() is None
 
 
 def test_the_clock_does_not_count_a_pause_but_the_step_that_still_runs(monkeypatch):
@@ -196,7 +196,7 @@ def test_the_teacher_steps_of_distillation_follow_the_clock(on_device):
     parallel = make_parallel("pmap", config.batch_size)
     batches = open_batches(config, source(), make_tokenizer(config), process=(0, 1))
     run = compile_steps(config, make_step(config, objective), batches, parallel)
-    state, found = first_state(config, objective, parallel), []
+    state, found = initial_state(config, objective, parallel), []
     for done in (0.0, 0.3, 0.9):  # two, four and sixteen steps: a quarter of the time each
         control = Control(jax.random.key(1), np.float32(1), np.float32(done))
         state, metrics = run(state, next(batches), control)

@@ -13,7 +13,7 @@ from glide_jax.training import logger
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.logger import Logger
 from glide_jax.training.optimiser import learning_rate, make_optimiser
-from glide_jax.training.state import init_state
+from glide_jax.training.state import new_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 from tests.training.test_step import KEY, make_batch, scaled
@@ -103,7 +103,7 @@ def test_a_step_without_an_update_does_not_advance_the_learning_rate(kind, freez
     settings = OptimiserConfig(kind=kind, learning_rate=0.8, warmup=4, freeze=freeze)
     optimiser = make_optimiser(settings, 100)
     params = {"w": jnp.ones(3), "b": {"kernel": jnp.ones((2, 2))}}
-    state = init_state(params, optimiser, settings)
+    state = new_state(params, optimiser, settings)
     step = jax.jit(
         partial(
             train_step,

@@ -16,7 +16,7 @@ from glide_jax.training.lora_config import LoRAConfig
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.recipes import load_recipe
 from glide_jax.training.runs import load_run, open_lora, restore_run
-from glide_jax.training.state import state_of_recipe
+from glide_jax.training.state import recipe_state
 from glide_jax.training.step import train_step
 from glide_jax.weights import from_released, read_torch_file
 from glide_jax.weights.lora import KERNEL, adapted_layers, checksum, merge, save_lora, to_pairs
@@ -61,9 +61,11 @@ def first_update(config, params, pairs=None):
     import optax
 
     objective, descent = make_objective(config), optax.sgd(RATE)
-    state = state_of_recipe(config, objective, params if pairs is None else pairs, {})
+    state = recipe_state(config, objective, params if pairs is None else pairs, {})
     state = replace(
-        state, opt_state=descent.init(state.params), frozen_params={} if pairs is None else params
+        state,
+        opt_state=descent.init(state.params),
+        reference_params={} if pairs is None else params,
     )
     with jax.default_matmul_precision("highest"):
         after, _ = jax.jit(
@@ -84,7 +86,7 @@ def first_update(config, params, pairs=None):
         else:
             lora = glide.weights.lora.LoRA("", to_pairs(s.params), config.lora.rank, 1.0)
             lora = replace(lora, alpha=config.lora.alpha)
-            whole.append(flatten(merge(s.frozen_params, [(lora, 1.0)])))
+            whole.append(flatten(merge(s.reference_params, [(lora, 1.0)])))
     return whole, after
 
 
@@ -200,7 +202,7 @@ def size(folder):
 
 def test_a_run_learns_and_saves_the_pairs_alone(whole_run, folder, base):
     config, state = restore_run(whole_run)
-    assert state.frozen_params == {}
+    assert state.reference_params == {}
     # Pairs, EMA, and two moments, in float32.
     pairs = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert pairs == sum(

@@ -28,7 +28,7 @@ from glide_jax.training.loss_aware import (
 )
 from glide_jax.training.objectives import Batch, denoising_loss, make_objective, sample_noise
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.state import init_state, state_of_recipe
+from glide_jax.training.state import new_state, recipe_state
 from glide_jax.training.step import Control, scan_steps, train_step
 from glide_jax.training.timestep_distribution import TimestepDistribution
 from tests.support.commands import TINY, run
@@ -161,10 +161,10 @@ def make_batch(seed=0):
     return Batch(image, text, text == 0, np.arange(ROWS, dtype=np.int32))
 
 
-def first_state():
+def initial_state():
     optimiser = make_optimiser(OPTIMISER, 100)
     history = empty_history(STEPS)
-    return init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, loss_history=history)
+    return new_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, loss_history=history)
 
 
 def step_of(**options):
@@ -175,7 +175,7 @@ def step_of(**options):
 def trained(number, state=None, first=0, **options):
     """Return the state after some steps, and the loss of each."""
     step, found = jax.jit(step_of(**options)), []
-    state = state or first_state()
+    state = state or initial_state()
     for seed in range(first, first + number):
         state, metrics = step(state, make_batch(seed), KEY)
         found.append(float(metrics["loss"]))
@@ -188,7 +188,7 @@ def over_devices(kind: str) -> list:
     parallel = make_parallel(kind, ROWS)
     steps = partial(scan_steps, step=step_of(), read=lambda data, batch: batch)
     program = parallel.compile_steps(steps, np.zeros(1))
-    state, found = parallel.put_state(jax.device_get(first_state())), []
+    state, found = parallel.put_state(jax.device_get(initial_state())), []
     for call in range(2):
         batches = [make_batch(5 * call + i) for i in range(5)]
         items = parallel.put_items(jax.tree.map(lambda *x: np.stack(x), *batches))
@@ -200,7 +200,7 @@ def over_devices(kind: str) -> list:
 
 
 def test_the_step_records_unweighted_losses_and_weights_their_mean():
-    reference, state = Reference(STEPS), first_state()
+    reference, state = Reference(STEPS), initial_state()
     step, aware = jax.jit(step_of()), 0
     for seed in range(10):
         batch, p = make_batch(seed), reference.probabilities()
@@ -283,7 +283,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
 def test_other_levels_have_no_history_and_the_checkpoints_of_before(tmp_path):
     """Checkpoints without a history have the arrays of those from before there was one."""
     optimiser = make_optimiser(OPTIMISER, 100)
-    state = jax.device_get(init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER))
+    state = jax.device_get(new_state({"w": jnp.ones(3)}, optimiser, OPTIMISER))
     assert state.loss_history is None
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, state, {}, "data")
@@ -291,17 +291,17 @@ def test_other_levels_have_no_history_and_the_checkpoints_of_before(tmp_path):
     fields = {entry["key_metadata"][0]["key"] for entry in tree.values()}
     assert fields == {
         "step", "params", "ema", "power_emas", "opt_state", "loss_mean", "log2_loss_scale",
-        "frozen_params",
+        "reference_params",
     }  # fmt: skip
     with Checkpoints(tmp_path, 1) as checkpoints:
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state, "data").state, state)
         with pytest.raises(GlideError, match=r"another recipe \(2 arrays differ: .*loss_history"):
-            checkpoints.restore(jax.device_get(first_state()), "data")
+            checkpoints.restore(jax.device_get(initial_state()), "data")
 
 
 def test_a_recipe_chooses_them():
     abstract = jax.eval_shape(
-        lambda: state_of_recipe(CONFIG, make_objective(CONFIG), {"w": jnp.ones(3)})
+        lambda: recipe_state(CONFIG, make_objective(CONFIG), {"w": jnp.ones(3)})
     )
     assert abstract.loss_history.losses.shape == (STEPS, 10)
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(abstract)]

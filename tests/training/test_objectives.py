@@ -32,7 +32,7 @@ from glide_jax.training.objectives import (
 )
 from glide_jax.training.optimiser import make_optimiser
 from glide_jax.training.quartiles import named_metrics
-from glide_jax.training.state import init_state
+from glide_jax.training.state import new_state
 from glide_jax.training.step import train_step
 from glide_jax.training.timestep_distribution import make_timestep_distribution
 from tests.support.commands import TINY
@@ -293,7 +293,7 @@ def test_frozen_parameters_have_no_gradient_and_do_not_change(monkeypatch):
         objective = make_objective(TrainConfig(name="x", model=TINY, optimiser=optimiser))
         adamw = make_optimiser(optimiser, 10)
         step = partial(train_step, loss=objective.loss, optimiser=adamw, config=optimiser)
-        first = init_state(params, adamw, optimiser)
+        first = new_state(params, adamw, optimiser)
         results.append(jax.jit(step)(first, make_batch(), KEY))
     (free, free_metrics), (held, held_metrics) = results
     assert free.params["text"]["w"] != 1

@@ -22,7 +22,7 @@ from tests.support.parallel_layouts import CLIP
 
 
 def test_linear_decay_is_constant_and_then_falls_to_zero():
-    config = OptimiserConfig(learning_rate=2.0, warmup=10, lr_decay="linear", lr_decay_share=0.4)
+    config = OptimiserConfig(learning_rate=2.0, warmup=10, lr_decay="wsd", lr_decay_share=0.4)
     rate = learning_rate(config, 100)
     assert [float(rate(step)) for step in (0, 4, 9, 60, 80, 100)] == pytest.approx(
         [0.2, 1, 2, 2, 1, 0]
@@ -31,7 +31,7 @@ def test_linear_decay_is_constant_and_then_falls_to_zero():
     assert float(learning_rate(config, 100, follows_clock=True)(99)) == 2
 
 
-@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("decay", ["constant", "wsd", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 4, 50])
 def test_every_update_of_the_warm_up_has_a_rate(decay, warmup):
     config = OptimiserConfig(learning_rate=2.0, warmup=warmup, lr_decay=decay, lr_decay_share=0.1)
@@ -44,7 +44,7 @@ def test_every_update_of_the_warm_up_has_a_rate(decay, warmup):
     np.testing.assert_allclose(found[: len(first)], 2 * first / max(rises, 1), rtol=1e-6)
     if rises <= 4:
         assert found[max(rises - 1, 0)] == found[rises] == 2.0
-    expected = {"constant": 2.0, "linear": 0.5, "cosine": 1 - np.cos(np.pi / (40 - rises))}
+    expected = {"constant": 2.0, "wsd": 0.5, "cosine": 1 - np.cos(np.pi / (40 - rises))}
     if rises < 36:
         assert found[-1] == pytest.approx(expected[decay], rel=1e-3)
 

@@ -21,7 +21,7 @@ from glide_jax.training.config import CLIPTrainConfig, OptimiserConfig, read_con
 from glide_jax.training.export import export, seen_tokens
 from glide_jax.training.objectives import make_objective
 from glide_jax.training.recipes import load_recipe, toy
-from glide_jax.training.state import state_of_recipe
+from glide_jax.training.state import recipe_state
 from glide_jax.weights import load_weights
 from glide_jax.weights.store import flatten
 from glide_jax.weights.token_rows import ROWS, TABLE
@@ -266,7 +266,7 @@ def begun():
 
     def begin(config, rows):
         objective = make_objective(config)
-        state = state_of_recipe(config, objective, jax.jit(objective.init)(jax.random.key(0)))
+        state = recipe_state(config, objective, jax.jit(objective.init)(jax.random.key(0)))
         moments = state.opt_state[1][0]
         flat = flatten(moments.nu)
         flat[TABLE] = flat[TABLE].at[np.array(rows)].set(1e-9)

@@ -37,7 +37,7 @@ def of(config, **values):
 
 
 def test_nothing_is_said_where_nothing_changed(config):
-    for decay in ("constant", "cosine", "linear"):
+    for decay in ("constant", "cosine", "wsd"):
         same = of(config, lr_decay=decay)
         assert changes(same, same, 40) == []
     # A constant rate goes on, however long.
@@ -50,9 +50,9 @@ def test_nothing_is_said_where_nothing_changed(config):
         ("cosine", 200, 100,
          "the learning rate of step 101 is 0.00052, it was planned as 0 (cosine 0.001 over 200 "
          "steps, warm-up 5, before cosine 0.001 over 100 steps, warm-up 5)"),
-        ("linear", 200, 50,
-         "the learning rate of step 62 is 0.001, it was planned as 0.000975 (linear 0.001 over 200 "
-         "steps, warm-up 5, before linear 0.001 over 100 steps, warm-up 5)"),
+        ("wsd", 200, 50,
+         "the learning rate of step 62 is 0.001, it was planned as 0.000975 (wsd 0.001 over 200 "
+         "steps, warm-up 5, before wsd 0.001 over 100 steps, warm-up 5)"),
         ("cosine", 60, 50,
          "the learning rate of step 51 is 7.94e-05, it was planned as 0.000541 (cosine 0.001 over "
          "60 steps, warm-up 5, before cosine 0.001 over 100 steps, warm-up 5)"),
@@ -68,7 +68,7 @@ def test_a_schedule_of_another_length_says_what_becomes_of_the_rate(
 def test_another_rate_and_another_time_limit_are_said(config):
     (note,) = changes(config, of(config, learning_rate=2e-3), 40)
     assert note.startswith("the learning rate of step 41 is 0.002, it was planned as 0.001 (")
-    timed = replace(of(config, lr_decay="linear"), minutes=10.0)
+    timed = replace(of(config, lr_decay="wsd"), minutes=10.0)
     (note,) = changes(timed, replace(timed, minutes=20.0), 40, seconds=540.0)
     assert note.startswith("the learning rate of step 41 is 0.001, it was planned as 0.00025 (")
     assert "over 20 minutes" in note and "over 10 minutes" in note

@@ -14,7 +14,7 @@ from glide_jax.training import step as steps
 from glide_jax.training.config import OptimiserConfig, TrainConfig
 from glide_jax.training.objectives import Batch, make_objective
 from glide_jax.training.optimiser import make_optimiser
-from glide_jax.training.state import INITIAL_LOG2_LOSS_SCALE, init_state
+from glide_jax.training.state import INITIAL_LOG2_LOSS_SCALE, new_state
 from glide_jax.training.step import train_step
 from tests.support.commands import TINY
 
@@ -53,7 +53,7 @@ def scaled(factor):
 def run(loss, troubles, *, float16=False, **options):
     """Return states and metrics of a few steps, some of them on black images."""
     optimiser = make_optimiser(OPTIMISER, 100)
-    state = init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=float16)
+    state = new_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=float16)
     one = jax.jit(partial(train_step, loss=loss, optimiser=optimiser, config=OPTIMISER, **options))
     batch, found = make_batch(), []
     for trouble in troubles:
@@ -155,7 +155,7 @@ _as_half.defvjp(lambda w: (w, None), lambda _, g: (g.astype(jnp.float16).astype(
 
 def test_an_overflow_at_the_lowest_scale_is_bad():
     optimiser = make_optimiser(OPTIMISER, 100)
-    state = init_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=True)
+    state = new_state({"w": jnp.ones(3)}, optimiser, OPTIMISER, float16=True)
     state = replace(state, log2_loss_scale=jnp.float32(steps.MIN_LOG2_LOSS_SCALE))
     batch = make_batch()
     batch = batch._replace(image=batch.image * np.uint8(0))
@@ -206,7 +206,7 @@ def test_frozen_parameters_have_no_gradients_to_sum_nor_averages_to_compute():
         return value, metrics
 
     optimiser = make_optimiser(settings, 100)
-    state = init_state(params, optimiser, settings)
+    state = new_state(params, optimiser, settings)
     step = partial(train_step, loss=loss, optimiser=optimiser, config=settings, accumulate=2)
     mapped = jax.vmap(partial(step, axis="batch"), in_axes=(None, 0, None), axis_name="batch")
     batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), make_batch())
@@ -220,7 +220,7 @@ def test_frozen_parameters_have_no_gradients_to_sum_nor_averages_to_compute():
     # The others are those of a network whose frozen part is a constant.
     alone = replace(settings, freeze=())
     optimiser = make_optimiser(alone, 100)
-    only = init_state({"w": jnp.ones(3)}, optimiser, alone)
+    only = new_state({"w": jnp.ones(3)}, optimiser, alone)
     expected, same = train_step(
         only, make_batch(), KEY, loss=bowl, optimiser=optimiser, config=alone
     )

@@ -97,7 +97,7 @@ UNUSED = [
          f"optimiser.{name} is for {what}: choose that, or set it to {default}")
         for name, value, owner, what, default in (
             ("muon_lr_ratio", 2.0, {"kind": "muon"}, "optimiser.kind muon", "1.0"),
-            ("lr_decay_share", 0.2, {"lr_decay": "linear"}, "optimiser.lr_decay linear", "0.4"),
+            ("lr_decay_share", 0.2, {"lr_decay": "wsd"}, "optimiser.lr_decay wsd", "0.4"),
             ("ema_snapshot_every", 9, {"ema_widths": (0.1,)}, "optimiser.ema_widths", "5000"),
         )
     ),
@@ -157,9 +157,7 @@ def test_a_field_of_a_recipe_that_an_option_makes_useless_is_left_out():
     mixed = ["--data.mixture", "a:1", "b:2", "--data.on-device", "yes"]
     config, _ = parse_recipe(["--config", "cfg64", *mixed], "")
     assert (config.data.source, config.data.workers) == ("", 0)
-    with pytest.raises(
-        UsageError, match="^optimiser.lr_decay_share is for optimiser.lr_decay linear"
-    ):
+    with pytest.raises(UsageError, match="^optimiser.lr_decay_share is for optimiser.lr_decay wsd"):
         parse_recipe([*words, "--optimiser.lr-decay-share", "0.3"], "")
 
 

@@ -7,8 +7,8 @@ List them in this order:
 
 1. linear guidance, by differences of branches (`linear.py`): `autoguidance`, and one of
    `classifier_free`, `combine_prompts`, `cfg_plus_plus` and `apg`; they add up, in any order;
-2. maps of `x_0` (`x_0_maps.py`), each on the result of the one before: `rescale`,
-   `dynamic_threshold`, `known_pixels`, `clip_x0`;
+2. maps of `x_0` (`x_0_maps.py`), each on the result of the one before: `guidance_rescale`,
+   `dynamic_threshold`, `known_pixels`, `clip_x_0`;
 3. gradients (`gradients.py`): `classifier_guidance` reads `x_t`; `image_loss` reads the `x_0` that
    results from the guidances listed before it. The sampler adds their gradient after clipping.
 
@@ -36,7 +36,7 @@ from glide_jax.diffusion.guidance.linear import (
     combine_prompts,
 )
 from glide_jax.diffusion.guidance.predictor import (
-    CONDITIONAL,
+    CAPTION,
     NULL,
     WEAK,
     Branch,
@@ -48,10 +48,15 @@ from glide_jax.diffusion.guidance.predictor import (
     is_network,
     noise_predictor,
 )
-from glide_jax.diffusion.guidance.x_0_maps import clip_x0, dynamic_threshold, known_pixels, rescale
+from glide_jax.diffusion.guidance.x_0_maps import (
+    clip_x_0,
+    dynamic_threshold,
+    guidance_rescale,
+    known_pixels,
+)
 
 __all__ = [
-    "CONDITIONAL",
+    "CAPTION",
     "NULL",
     "WEAK",
     "Branch",
@@ -68,15 +73,15 @@ __all__ = [
     "cfg_plus_plus",
     "classifier_free",
     "classifier_guidance",
-    "clip_x0",
+    "clip_x_0",
     "combine_prompts",
     "compose",
     "dynamic_threshold",
     "guidance",
+    "guidance_rescale",
     "image_loss",
     "is_network",
     "known_pixels",
     "noise_predictor",
     "per_image",
-    "rescale",
 ]

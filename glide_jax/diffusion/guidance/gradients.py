@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from glide_jax.diffusion.guidance.interface import Guidance, guidance, per_image
 from glide_jax.diffusion.guidance.predictor import Network, Number, Point, Predict, Prediction
 from glide_jax.diffusion.schedule import x_0_per_gradient
+from glide_jax.errors import check_finite
 
 # Standard deviation of pixels in [-1, 1]  (sigma_data of EDM, 2206.00364).
 DATA_STD = 0.5
@@ -86,7 +87,11 @@ def image_loss(
         scale: s; larger follows the loss more closely.
         through_network: differentiate through the network, at the cost and with the memory of a
             backward pass; otherwise `d x_0 / d x_t` is taken to be `1 / alpha`.
+
+    Raises:
+        UsageError: the scale is not finite.
     """
+    check_finite({"scale of image_loss": scale})
     args = {"loss": loss, "cond": cond, "scale": scale}
     return Guidance(_image_loss_through if through_network else _image_loss, args)
 

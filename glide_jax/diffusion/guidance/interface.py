@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glide_jax.diffusion.guidance.predictor import (
-    CONDITIONAL,
+    CAPTION,
     NULL,
     Branch,
     Number,
@@ -219,7 +219,7 @@ def branches_of(guidances: Sequence[Guidance]) -> list[Branch]:
     Raises:
         UsageError: two guidances use one name for different branches.
     """
-    branches = {CONDITIONAL.name: CONDITIONAL}
+    branches = {CAPTION.name: CAPTION}
     for branch in (b for g in guidances for b in g.needs):
         if branches.setdefault(branch.name, branch) != branch:
             raise UsageError(
@@ -247,7 +247,7 @@ def compose(*guidances: Guidance) -> Guidance:
     Raises:
         UsageError: two guidances use one name for different branches.
     """
-    needs = tuple(b for b in branches_of(guidances) if b != CONDITIONAL)
+    needs = tuple(b for b in branches_of(guidances) if b != CAPTION)
     remembers = tuple(name for g in guidances for name in g.remembers)
     looks_ahead = any(g.looks_ahead for g in guidances)
     return Guidance(_compose, {"members": guidances}, needs, remembers, looks_ahead)

@@ -4,7 +4,8 @@ All but `apg` add multiples of differences of branches to the current eps. In th
 several of them add up, and scale 1 of `classifier_free` changes no bit of eps (x_0 of a network
 that predicts v or x_0 changes by rounding, since `with_eps` computes it from eps):
 `eps(c) + (s - 1) (eps(c) - eps(null)) = eps(null) + s (eps(c) - eps(null))`.
-`apg` adds to x_0 instead: it projects the difference, and remembers that of the step before.
+`apg` adds to x_0 instead: it projects the difference, and remembers a
+running sum of the differences.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from glide_jax.diffusion.guidance.interface import Guidance, guidance, per_image
 from glide_jax.diffusion.guidance.predictor import (
-    CONDITIONAL,
+    CAPTION,
     NULL,
     WEAK,
     Branch,
@@ -25,9 +26,9 @@ from glide_jax.diffusion.guidance.predictor import (
     Predict,
     Prediction,
 )
-from glide_jax.errors import UsageError
+from glide_jax.errors import UsageError, check_finite
 
-# Keeps an image of zeros, or of one colour, from being divided by zero.
+# Lower bound of a norm by which is divided: that of an image of zeros is 0.
 TINY = 1e-12
 
 
@@ -38,7 +39,7 @@ def classifier_free(predict: Predict, x: jax.Array, point: Point, *, scale: Numb
     Scale 1 is off.
     """
     p = predict(x, point)
-    difference = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
+    difference = p.branches[CAPTION.name] - p.branches[NULL.name]
     return p.with_eps(p.eps + (per_image(scale) - 1) * difference, x, point)
 
 
@@ -61,13 +62,14 @@ def combine_prompts(
             different names.
 
     Raises:
-        UsageError: the numbers of weights and prompts differ.
+        UsageError: the numbers of weights and prompts differ, or a weight is not finite.
     """
     if len(prompts) != len(weights):
         raise UsageError(f"combine_prompts has {len(prompts)} prompts but {len(weights)} weights")
+    check_finite({"weights of combine_prompts": list(weights)})
     # The sum is added to eps = eps(c), so the caption's own weight is reduced by 1.
-    branch_names: dict[Any, str] = {None: CONDITIONAL.name, "": NULL.name}
-    branch_weights: dict[str, Number] = {CONDITIONAL.name: np.asarray(-1, np.float32)}
+    branch_names: dict[Any, str] = {None: CAPTION.name, "": NULL.name}
+    branch_weights: dict[str, Number] = {CAPTION.name: np.asarray(-1, np.float32)}
     for prompt, weight in zip(prompts, weights, strict=True):
         prompt = tuple(prompt) if isinstance(prompt, list) else prompt
         branch = branch_names.setdefault(prompt, f"{name} {len(branch_names) - 2}")
@@ -95,7 +97,7 @@ def cfg_plus_plus(predict: Predict, x: jax.Array, point: Point, *, scale: Number
     """
     p = predict(x, point)
     gain = 1 - point.next_sigma * point.alpha / (point.next_alpha * point.sigma)
-    difference = p.branches[CONDITIONAL.name] - p.branches[NULL.name]
+    difference = p.branches[CAPTION.name] - p.branches[NULL.name]
     return p.with_eps(p.eps + (per_image(scale) / gain - 1) * difference, x, point)
 
 
@@ -106,7 +108,7 @@ def autoguidance(predict: Predict, x: jax.Array, point: Point, *, scale: Number)
     Scale 1 is off.
     """
     p = predict(x, point)
-    difference = p.branches[CONDITIONAL.name] - p.branches[WEAK.name]
+    difference = p.branches[CAPTION.name] - p.branches[WEAK.name]
     return p.with_eps(p.eps + (per_image(scale) - 1) * difference, x, point)
 
 
@@ -130,14 +132,14 @@ def apg(
     eta 1, no momentum and radius inf it is `classifier_free`.
     """
     p = predict(x, point)
-    conditional_x_0 = point.x_0_of(p.branches[CONDITIONAL.name], x)
-    memory = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CONDITIONAL.name])
+    caption_x_0 = point.x_0_of(p.branches[CAPTION.name], x)
+    memory = point.sigma / point.alpha * (p.branches[NULL.name] - p.branches[CAPTION.name])
     memory = memory + per_image(momentum) * p.memory["apg"]
     p = p._replace(memory=p.memory | {"apg": memory})
     norm = jnp.sqrt(jnp.maximum(_dot(memory, memory), TINY))
     difference = memory * jnp.minimum(1, per_image(radius) / norm)
-    square = jnp.maximum(_dot(conditional_x_0, conditional_x_0), TINY)
-    parallel = _dot(difference, conditional_x_0) / square * conditional_x_0
+    square = jnp.maximum(_dot(caption_x_0, caption_x_0), TINY)
+    parallel = _dot(difference, caption_x_0) / square * caption_x_0
     difference = difference - parallel + per_image(eta) * parallel
     return p.with_x_0(p.x_0 + (per_image(scale) - 1) * difference, x, point)
 

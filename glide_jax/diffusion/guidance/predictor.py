@@ -91,7 +91,7 @@ class Branch(NamedTuple):
     prompt: str | Sequence[Any] | None = None
 
 
-CONDITIONAL = Branch("caption")
+CAPTION = Branch("caption")
 NULL = Branch("null", prompt="")
 WEAK = Branch("weak", network="weak")
 
@@ -185,20 +185,18 @@ def noise_predictor(
         }
         # The variance output lies in [-1, 1]  (Improved DDPM, eq. 15). `run_rows` uses the
         # fraction; `losses.vlb_term` trains it.
-        variance_output = outputs[CONDITIONAL.name][..., channels:]
+        variance_output = outputs[CAPTION.name][..., channels:]
         variance_fraction = (
             (variance_output + 1) / 2 if variance_output.shape[-1] else jnp.zeros_like(x)
         )
         x_0 = to_x_0(
-            networks[CONDITIONAL.network].prediction_type,
-            outputs[CONDITIONAL.name][..., :channels],
+            networks[CAPTION.network].prediction_type,
+            outputs[CAPTION.name][..., :channels],
             x,
             point.alpha,
             point.sigma,
         )
-        conditional_eps = eps[CONDITIONAL.name]
-        return Prediction(
-            conditional_eps, x_0, variance_fraction, jnp.zeros_like(x), eps, point.memory
-        )
+        caption_eps = eps[CAPTION.name]
+        return Prediction(caption_eps, x_0, variance_fraction, jnp.zeros_like(x), eps, point.memory)
 
     return predict

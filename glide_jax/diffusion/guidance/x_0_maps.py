@@ -5,19 +5,21 @@ import jax.numpy as jnp
 
 from glide_jax.diffusion.guidance.interface import guidance, per_image
 from glide_jax.diffusion.guidance.linear import TINY
-from glide_jax.diffusion.guidance.predictor import CONDITIONAL, Number, Point, Predict, Prediction
+from glide_jax.diffusion.guidance.predictor import CAPTION, Number, Point, Predict, Prediction
 
 
 @guidance(amount=(0, 1))
-def rescale(predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.7) -> Prediction:
+def guidance_rescale(
+    predict: Predict, x: jax.Array, point: Point, *, amount: Number = 0.7
+) -> Prediction:
     """CFG rescale: `a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`  (2305.08891, eqs. 15-16).
 
     std is the standard deviation of each image. It removes the contrast that linear guidance adds;
     0.7 is the paper's value.
     """
     p = predict(x, point)
-    conditional_x_0 = point.x_0_of(p.branches[CONDITIONAL.name], x)
-    both = conditional_x_0, p.x_0
+    caption_x_0 = point.x_0_of(p.branches[CAPTION.name], x)
+    both = caption_x_0, p.x_0
     wanted, actual = (jnp.std(x_0, axis=(1, 2, 3), keepdims=True) for x_0 in both)
     gain = wanted / jnp.maximum(actual, TINY)
     return p.with_x_0(p.x_0 * (1 + per_image(amount) * (gain - 1)), x, point)
@@ -45,7 +47,7 @@ def dynamic_threshold(
 
 
 @guidance(low=(-float("inf"), "high"))
-def clip_x0(
+def clip_x_0(
     predict: Predict, x: jax.Array, point: Point, *, low: Number = -1.0, high: Number = 1.0
 ) -> Prediction:
     """Clipping: `clip(x_0, low, high)`, the range of images  (`clip_denoised` of OpenAI's code)."""

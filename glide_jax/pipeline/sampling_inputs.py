@@ -26,7 +26,7 @@ from glide_jax.weights.registry import Model
 
 
 @dataclass(frozen=True, eq=False)
-class RunInputs:
+class SamplingInputs:
     """What a run of images is made from, on the host, one entry per image. An absent input is None.
 
     Attributes:
@@ -42,9 +42,9 @@ class RunInputs:
     low_res: np.ndarray | None = None
     noise: np.ndarray | None = None
 
-    def select(self, index: np.ndarray) -> "RunInputs":
+    def select(self, index: np.ndarray) -> "SamplingInputs":
         """Return the entries of some images."""
-        return RunInputs(*(None if a is None else a[index] for a in vars(self).values()))
+        return SamplingInputs(*(None if a is None else a[index] for a in vars(self).values()))
 
     def known_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the image, grey where it is unknown, `(N, H, W, 3)` in [-1, 1], and `known`."""
@@ -120,7 +120,7 @@ class ReadingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class InputImages:
-    """What a run of images is made from, read but of any size; see `RunInputs`.
+    """What a run of images is made from, read but of any size; see `SamplingInputs`.
 
     The stages of a cascade share these images, and each stage resizes them for itself.
     """
@@ -192,7 +192,7 @@ def small_side(images: SourceImages, side: int) -> int | None:
     return side if any(choose(image.size) > side for image in images.images) else None
 
 
-def read_run_inputs(
+def read_sampling_inputs(
     model: Model,
     settings: Settings,
     count: int,
@@ -203,7 +203,7 @@ def read_run_inputs(
     low_res: ImageLike | None = None,
     noise: np.ndarray | None = None,
     **reading: Unpack[ReadingOptions],
-) -> tuple[RunInputs, InputImages]:
+) -> tuple[SamplingInputs, InputImages]:
     """Read and check what `count` images of a model are made from; see `Pipeline.stream`.
 
     Args:
@@ -247,10 +247,10 @@ def read_run_inputs(
         noise = np.broadcast_to(noise, (count, size, size, 3))
     input_images = read_input_images(image, mask, low_res, side, **reading)
     images, masks, small = input_images.image, input_images.mask, input_images.low_res
-    run_inputs = RunInputs(
+    sampling_inputs = SamplingInputs(
         image=None if images is None else images.squares(size, count),
         known=None if masks is None else masks.known(size, count),
         low_res=None if small is None else small.squares(small_side(small, size), count),
         noise=noise,
     )
-    return run_inputs, replace(input_images, noise=noise)
+    return sampling_inputs, replace(input_images, noise=noise)
