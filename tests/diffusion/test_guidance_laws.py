@@ -334,7 +334,7 @@ def test_numbers_for_each_image(name):
 def only(name, i):
     """Return the conditioning of one image, for guidances that carry their own."""
     own = name.startswith(("classifier_guidance", "image_loss"))
-    return {"caption": GOAL[i : i + 1]} if own else {}
+    return {"cond": GOAL[i : i + 1]} if own else {}
 
 
 def test_the_order_is_left_to_right_innermost_first():

@@ -233,7 +233,7 @@ def test_clip_guidance_pulls_towards_the_prompt(folders, tmp_path, monkeypatch):
     assert given == [None, MAX_X_0_CHANGE]
     monkeypatch.undo()
     # The empty caption guides nowhere.
-    nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["caption"]
+    nothing, something = pipe.clip.guidance(["", "red"], 1.0).args["cond"]
     assert not nothing.any() and jnp.linalg.norm(something) == pytest.approx(1, abs=1e-3)
     for changed, message in (
         ({"image_size": 32}, "sees images of 32 pixels, .* generates 16"),

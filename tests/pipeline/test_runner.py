@@ -132,8 +132,8 @@ def test_guidance_parameters_are_selected_by_image():
     ]
     scale, clip, gradient = select_images(whole, np.array([2, 0]), 3)
     assert scale.args["scale"].tolist() == [3, 1] and clip.args == {"low": -1.0, "high": 1.0}
-    assert gradient.args["caption"]["y"].tolist() == [2, 0]
-    assert gradient.args["caption"]["z"].shape == (2, 4) and gradient.args["log_prob"] is network
+    assert gradient.args["cond"]["y"].tolist() == [2, 0]
+    assert gradient.args["cond"]["z"].shape == (2, 4) and gradient.args["log_prob"] is network
     with pytest.raises(glide.UsageError, match="classifier_free has 3 values for 4 images"):
         select_images(whole, np.arange(4), 4)
 

@@ -176,7 +176,7 @@ def test_guidances_are_described_by_their_parameters():
     scale, clip, loss = made["guidance"]
     assert scale == {"name": "classifier_free", "interval": [0.3, 5.0], "scale": [1.0, 2.0]}
     assert clip["interval"] == [0.3, 5.0] and "bowl" in loss["loss"]
-    assert loss["caption"] == "ndarray (2, 3)" and loss["interval"] == [0.0, "inf"]
+    assert loss["cond"] == "ndarray (2, 3)" and loss["interval"] == [0.0, "inf"]
     assert "guidance_scale" not in made
 
 
