@@ -34,7 +34,7 @@ class Fid:
 
     Attributes:
         real: Folder of real images or of tar shards, or an .npz with images (arr_0, as ADM writes)
-            or with mu and sigma.
+            or with statistics (mu and sigma, as for --reference).
         generated: Folder of generated images or of tar shards, or an .npz with images. Without it
             only the statistics of the real images are saved.
         reference: Statistics instead of the real images, for the Frechet distance only: an .npz

@@ -92,8 +92,8 @@ class Settings:
         guidance_method: method of guidance: cfg (classifier-free), cfg++, or apg, which saturates
             less at high scales.
         guidance_interval: two noise levels sigma/alpha, LOW HIGH, for example 0.3 5:
-            classifier-free guidance, autoguidance and CFG rescale act only between them. Unless
-            set, they act at all levels. CLIP guidance, thresholding and clipping always act at all
+            classifier-free guidance, autoguidance and CFG rescale act only between them; if
+            not set, at all levels. CLIP guidance, thresholding and clipping always act at all
             noise levels.
         guidance_rescale: CFG rescale factor from 0 (off) to 1; larger removes more of the contrast
             that guidance adds.

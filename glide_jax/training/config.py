@@ -157,8 +157,8 @@ class TrainConfig(RunConfig):
             prediction (the paper); "min-snr" (2303.09556); or "v", the squared error of v.
         snr_gamma: Gamma of "min-snr", above 0; larger gives the least noisy levels more weight.
         huber_width: Width W of the pseudo-Huber loss, which is quadratic for errors of the
-            prediction below W and linear above; smaller is closer to the absolute error; 0: squared
-            error.
+            prediction below W and linear above; smaller is closer to the absolute error; 0 turns
+            it off: the squared error.
         timestep_distribution: Distribution of the timesteps, and so of the noise levels. "uniform":
             all timesteps are equally likely (the paper). "log-normal": log(alpha/sigma) is
             normal (EDM, 2206.00364). "loss-aware": timesteps with a larger loss are sampled more

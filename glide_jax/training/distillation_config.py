@@ -32,9 +32,9 @@ class DistillationConfig:
         clip_x_0: Whether estimates of the clean image, of teacher and student, are clipped
             to [-1, 1].
         huber_width: Width c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is the
-            root mean square error of v of an image. The loss is quadratic for e well below c, and
-            linear well above. Larger is closer to the squared error, and learns faster. Long
-            trainings without a teacher use 0.00054 (2310.14189).
+            root mean square error of v of an image, not the error of a pixel. The loss is quadratic
+            for e well below c, and linear well above. Larger is closer to the squared error, and
+            learns faster. Long trainings without a teacher use 0.00054 (2310.14189).
     """
 
     teacher: str = ""

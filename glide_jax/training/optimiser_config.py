@@ -30,8 +30,8 @@ class OptimiserConfig:
         learning_rate: Peak learning rate, 0 or more; larger learns faster and less stably.
         muon_lr_ratio: Learning rate of Muon's part as a multiple of `learning_rate`, above 0.
         lr_decay: Learning rate after the warm-up: "constant"; "cosine", which falls to 0 at the
-            last step; or "linear", constant and then falling to 0 over the last `lr_decay_share` of
-            the run (warm-up-stable-decay, 2405.18392).
+            last step; or "wsd" (warm-up-stable-decay, 2405.18392), constant and then falling
+            linearly to 0 over the last `lr_decay_share` of the run.
         lr_decay_share: Share of the run, above 0 and up to 1, over which "wsd" falls.
         warmup: Steps of linear warm-up of the learning rate; 0: none. More is more stable at a high
             rate.
