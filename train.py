@@ -143,10 +143,10 @@ def train(config: RunConfig) -> None:
 def check_recipe(config: RunConfig) -> None:
     """Check a recipe before training.
 
-    Reading a recipe does not check it, so that runs of older versions can still be read.
+    These checks are not made when a stored recipe is read, so that older runs can be read.
 
     Raises:
-        UsageError: a field has no effect, or the weights could not be sampled as it says.
+        UsageError: a field has no effect, or the model cannot be sampled with its `sample_` fields.
     """
     check_no_unused_fields(config)
     if isinstance(config, TrainConfig):

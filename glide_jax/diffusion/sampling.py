@@ -48,8 +48,8 @@ class Plan:
     Attributes:
         table: one row per network evaluation, float32. It stays on the host, so that selecting a
             row needs no operation on the device.
-        guidances: without intervals and prompts: the table already holds the intervals, and
-            another prompt must not compile again.
+        guidances: the guidances without their intervals, which the table holds, and without their
+            prompts, so that another prompt compiles nothing.
         guidance_sets: the sets of guidances that act together, as indices into `guidances`;
             `table.guidance_set` selects one for each row.
     """
@@ -93,8 +93,9 @@ def make_plan(
     """Build the `Plan` of a run, on the host.
 
     At each step where other guidances act than at the step before, the solver's history and the
-    memory of guidance are reset. Otherwise the history would hold predictions of both sets of
-    guidances, and a multistep solver would drop to first order there.
+    memory of guidance are reset. The step after a reset is of first order, with an error of second
+    order. With predictions of two sets of guidances in the history, the error would be of first
+    order.
 
     Args:
         timesteps: `(N,)`, those that the sampler visits, strictly falling.

@@ -114,7 +114,8 @@ def to_x_0(prediction_type: str, output: Any, x: Any, alpha: Any, sigma: Any) ->
 def x_0_per_gradient(alpha: Any, sigma: Any) -> Any:
     """`sigma^2 / alpha`: factor of a gradient that is added to x_0.
 
-    The score of x_t is `-eps / sigma`. So g changes eps by `-sigma g`, and x_0 by this.
+    The score of x_t is `-eps / sigma`. Adding g to it changes eps by `-sigma g`, and x_0 by
+    `sigma^2 / alpha g`.
     """
     return sigma**2 / alpha
 
@@ -134,8 +135,8 @@ class Posterior:
         log_beta: `log beta`, the upper end of a learned variance.
         beta_tilde: the variance; zero at the cleanest step.
         log_beta_tilde: `log beta_tilde`, the lower end of a learned variance. The entry of the
-            cleanest step is that of the next one, as in Improved DDPM; with a single step it is
-            `log_beta`.
+            cleanest step is copied from the second cleanest, as in Improved DDPM; with a single
+            step it is `log_beta`.
         mean_weight_x_0, mean_weight_x_t: the mean is `mean_weight_x_0 x_0 + mean_weight_x_t x_t`.
     """
 

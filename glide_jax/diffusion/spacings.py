@@ -1,7 +1,7 @@
 """Spacings of noise levels: functions from a number of steps to timesteps.
 
-Timesteps are `(N,)` float64, positions in the diffusion process that the model was trained on,
-strictly falling. After the last one, solvers end at the clean image (`alpha = 1`, `sigma = 0`).
+The spacings return `(N,)` float64: positions in the diffusion process that the model was trained
+on, strictly falling. After the last one, solvers end at the clean image (`alpha = 1`, `sigma = 0`).
 Exceptions: plms and prk end at the last timestep, and ddim_reverse ends in noise.
 """
 
@@ -128,10 +128,10 @@ def noisiest_timestep(schedule: Schedule) -> float:
 
 
 def trailing_capped(schedule: Schedule, steps: int) -> np.ndarray:
-    """`T k / N - 1` for k = N ... 1, where `T - 1` is `noisiest_timestep`.
+    """`L k / N - 1` for k = N ... 1, where `L - 1` is `noisiest_timestep`.
 
     For few steps. Like `trailing`, but without the noisiest timesteps of the cosine schedule, where
-    nothing is left of the image. With more than T steps, they are evenly spaced from T - 1 to 0.
+    nothing is left of the image. With more than L steps, they are evenly spaced from L - 1 to 0.
     """
     length = noisiest_timestep(schedule) + 1
     if steps > length:  # the cleanest levels would be below 0

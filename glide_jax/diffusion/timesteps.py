@@ -66,7 +66,7 @@ def make_timesteps(
         raise UsageError(f"sampling needs at least one step, not {steps}")
     if steps > len(schedule):
         length = len(schedule)
-        raise UsageError(f"cannot take {steps} of {length} steps: take at most {length}")
+        raise UsageError(f"cannot take {steps} steps: the process has {length} timesteps")
     if spacing == OPTIMISED:
         return load_optimised_timesteps(schedule, steps, solver)
     return SPACINGS[spacing](schedule, steps)

@@ -57,7 +57,7 @@ class Clock:
         return np.asarray(decay_factor(done, self._share) if self._decays else 1.0, np.float32)
 
     def started(self, metrics: Any) -> None:
-        """Note that a call was started, after waiting for the one before it.
+        """Wait until the call before is done, then note the new one.
 
         Without that the host would run ahead of the device, and the decay would end too early.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.diffusion.losses import WEIGHTINGS
+from glide_jax.diffusion.losses import MIN_SNR_GAMMA, WEIGHTINGS
 from glide_jax.diffusion.schedule import PREDICTION_TYPES
 from glide_jax.diffusion.solvers import SOLVERS
 from glide_jax.diffusion.timesteps import OPTIMISED, SPACINGS
@@ -206,7 +206,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig
     prediction_type: str = "eps"
     weighting: str = "none"
-    snr_gamma: float = 5.0
+    snr_gamma: float = MIN_SNR_GAMMA
     huber_width: float = 0.0
     timestep_distribution: str = "uniform"
     half_log_snr_mean: float = 0.0
@@ -383,7 +383,7 @@ def read_config(path: Path) -> RunConfig:
     try:
         values = json.loads(path.read_text())
         return _build(KINDS[values.pop("kind", "glide")], values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UsageError) as error:
         raise GlideError(f"cannot read the recipe {path}: {error}") from None
 
 

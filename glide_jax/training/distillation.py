@@ -54,8 +54,9 @@ class ConsistencyTerms(NamedTuple):
 def distilled_length(config: TrainConfig, tables: LossTables) -> int:
     """Return the number of timesteps, from the cleanest, that are distilled.
 
-    The noisiest of them is where the spacings of the sampler begin. At noisier timesteps nothing is
-    left of the image, and an error of eps is an error of x_0 more than 164 times as large.
+    Without `timestep_share`, the noisiest is where most spacings of the sampler begin. At noisier
+    timesteps nothing is left of the image, and an error of eps is an error of x_0 more than 164
+    times as large.
     """
     half_log_snr = np.log(tables.alpha.astype(np.float64) / tables.sigma)
     usable = int((half_log_snr >= NOISIEST_HALF_LOG_SNR).sum())
@@ -199,14 +200,14 @@ def consistency_error(
 ) -> ConsistencyTerms:
     """Pseudo-Huber loss of the error of v, `|x_0 - target| / sigma`  (2310.14189, eq. 7).
 
-    The gap in time is the same everywhere, and so is the weight of an error of v, as in the
-    teacher's own training with v-prediction. The weight of an error of x_0 falls with the noise, as
-    in consistency training (there it is `1 / gap`, the gap in units of noise).
+    An error of v has the same weight at every timestep, as in training with v-prediction. So the
+    weight of an error of x_0 falls as the noise grows, as in consistency training (there it is `1 /
+    gap`, the gap in units of noise).
 
     Args:
         sigma: `(B, 1, 1, 1)`; below `MIN_SIGMA` the weight grows no further, since a network that
             predicts x_0 or eps has errors there that do not fall with the noise.
-        huber_width: the constant, over the square root of the number of pixels.
+        huber_width: the paper's constant c divided by the square root of the number of values.
     """
     mse = mean_flat((x_0 - target) ** 2)
     v_mse = mse / jnp.maximum(sigma[:, 0, 0, 0], MIN_SIGMA) ** 2

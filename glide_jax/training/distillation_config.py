@@ -29,8 +29,8 @@ class DistillationConfig:
             ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. For upsamplers: their `sample_strength`, if set.
-        clip_x_0: Whether estimates of the clean image, of teacher and student, are clipped
-            to [-1, 1].
+        clip_x_0: Whether the estimates of the clean image in the target, those of the teacher and
+            of the student, are clipped to [-1, 1].
         huber_width: Width c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is the
             root mean square error of v of an image, not the error of a pixel. The loss is quadratic
             for e well below c, and linear well above. Larger is closer to the squared error, and

@@ -47,7 +47,7 @@ class TimestepDistribution:
 
 
 def make_timestep_distribution(config: TrainConfig) -> TimestepDistribution:
-    """Return the timesteps of a recipe  (log-normal: EDM, 2206.00364, sec. 5).
+    """Return the distribution of a recipe's timesteps  (log-normal: EDM, 2206.00364, sec. 5).
 
     Loss-aware timesteps are uniform where there is no history of losses: in held-out losses.
     """

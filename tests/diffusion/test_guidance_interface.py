@@ -104,6 +104,14 @@ def test_parameters_within_their_ranges_pass_and_so_do_traced_ones():
     assert [guided.name for guided in made] == ["cfg_plus_plus", "clip_x_0", "classifier_guidance"]
 
 
+def test_a_range_without_its_parameter_is_refused_at_once():
+    with pytest.raises(UsageError, match="shifted has no parameter scal for a range"):
+
+        @guidance(scal=(0, 1))
+        def shifted(predict, x, point, *, scale):
+            return predict(x, point)
+
+
 # --- a negative prompt
 
 

@@ -219,6 +219,7 @@ def test_a_loss_on_the_clean_image(through):
 
 def test_no_gradient_where_the_clean_image_is_clipped():
     loss = image_loss(BOWL, GOAL, 1.0)
+    assert loss.name == "image_loss"
     low = clip_x_0(-0.5, 0.5)
     pixelwise = {"main": Network(lambda params, x, t, cond: jnp.tanh(x), None)}
     clipped = np.abs(predicted(networks=pixelwise).x_0) > 0.5

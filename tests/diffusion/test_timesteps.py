@@ -124,7 +124,7 @@ def test_white_space_around_a_respacing_string_changes_nothing():
         (float("nan"), "steps is a whole number, not nan"),
         (float("inf"), "steps is a whole number, not inf"),
         ("-5", "sampling needs at least one step, not -5"),
-        ("1001", "cannot take 1001 of 1000 steps: take at most 1000"),
+        ("1001", "cannot take 1001 steps: the process has 1000 timesteps"),
         *(
             (
                 f"ddim{count}",

@@ -55,9 +55,9 @@ def flowed(x, alpha, sigma, mean):
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 def test_img2img_starts_from_the_noised_image(pipe, photo, strength):
     found = pipe("green", image=photo, strength=strength, steps=40, sampler="unipc3")
-    grid = pipe.settings.changed(steps=40, strength=strength).timesteps(pipe.schedule)
-    assert len(grid) == 40 * strength
-    alpha = np.sqrt(pipe.schedule.alpha_bar_at(grid[0]))
+    timesteps = pipe.settings.changed(steps=40, strength=strength).timesteps(pipe.schedule)
+    assert len(timesteps) == 40 * strength
+    alpha = np.sqrt(pipe.schedule.alpha_bar_at(timesteps[0]))
     sigma = np.sqrt(1 - alpha**2)
     x = alpha * pixels(photo) + sigma * noise_of_index(0)
     assert (

@@ -177,7 +177,7 @@ def test_ddpm_is_refused_for_weights_without_learned_variance(folders, tmp_path)
     with pytest.raises(glide.UsageError, match=message.replace("^", "^the upsampler: ")):
         next(both.stream("red", upsampler={"sampler": "ddpm"}))
     for wrong, message in (
-        ({"steps": 2000}, "cannot take 2000 of 1000 steps: take at most 1000"),
+        ({"steps": 2000}, "cannot take 2000 steps: the process has 1000 timesteps"),
         ({"strength": 2}, "strength must be above 0 and at most 1, not 2"),
         ({"repaint": 5}, "repaint takes 2 values (whole number, whole number), not 5"),
         ({"guidance_method": "cgf"}, "unknown guidance_method 'cgf': choose cfg, cfg++, apg"),

@@ -21,7 +21,7 @@ NO_VARIANCE = (
 # A recipe; its field; the message; and a value that is accepted.
 WRONG = [
     (PLAIN, "sample_steps", 0, "sampling needs at least one step, not 0", 1),
-    (PLAIN, "sample_steps", 2000, "cannot take 2000 of 1000 steps: take at most 1000", 1000),
+    (PLAIN, "sample_steps", 2000, "cannot take 2000 steps: the process has 1000 timesteps", 1000),
     (PLAIN, "sample_steps", 2.5, "steps takes a whole number or text, not 2.5", 2),
     (
         replace(PLAIN, sample_spacing="optimised"), "sample_steps", 60,
@@ -31,7 +31,7 @@ WRONG = [
         replace(PLAIN, sample_sampler="plms"), "sample_steps", 2,
         "plms needs at least three levels, not 2", 5,
     ),
-    (PLAIN, "diffusion_steps", 20, "cannot take 25 of 20 steps: take at most 20", 25),
+    (PLAIN, "diffusion_steps", 20, "cannot take 25 steps: the process has 20 timesteps", 25),
     (UPSAMPLER, "sample_strength", 5.0, "strength must be above 0 and at most 1, not 5.0", 0.5),
     (UPSAMPLER, "sample_strength", 0.0, "strength must be above 0 and at most 1, not 0.0", 1.0),
     (
@@ -80,6 +80,6 @@ def test_one_step_of_ddpm_needs_no_variance():
 def test_the_command_ends_before_it_begins(tmp_path):
     folder = tmp_path / "run"
     result = run("train.py", "--config", RECIPE, "--out", folder, "--sample-steps", 2000)
-    wanted = f"error: {FIELDS}cannot take 2000 of 1000 steps: take at most 1000"
+    wanted = f"error: {FIELDS}cannot take 2000 steps: the process has 1000 timesteps"
     assert one_line(result, 2) == wanted
     assert not folder.exists()

@@ -12,17 +12,17 @@ import glide_jax as glide
 from glide_jax.diffusion.losses import hybrid_loss
 from glide_jax.diffusion.solvers.first_order import ddim, ddim_reverse, ddpm
 from tests.diffusion.test_losses import inputs, reference_tables
-from tests.diffusion.test_sampling import each_process, echo, grid_of, reference
+from tests.diffusion.test_sampling import each_process, echo, reference, timesteps_of
 from tests.models.test_layers import weights_of
 from tests.support.golden import assert_close, assert_relative, load, rows
 
 
 def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool = False):
     """Take one step of image i of the reference, with its network output: the state after it."""
-    schedule, grid = grid_of(process)
+    schedule, timesteps = timesteps_of(process)
     one, t = slice(i, i + 1), reference(process, "t")[i]
-    row = t if backwards else len(grid) - 1 - t
-    part = rows(glide.make_plan(schedule, grid, solver, guidances), slice(row, row + 1))
+    row = t if backwards else len(timesteps) - 1 - t
+    part = rows(glide.make_plan(schedule, timesteps, solver, guidances), slice(row, row + 1))
     conds = {"caption": reference(process, "model_output")[one]}
     x, tape = reference(process, "x")[one], reference(process, "noise")[one][None]
     return glide.run_plan({"main": glide.Network(echo, None)}, conds, part, x, tape)

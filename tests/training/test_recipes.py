@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glide_jax.data.data_config import DataConfig
-from glide_jax.errors import UsageError
+from glide_jax.errors import GlideError, UsageError
 from glide_jax.models.presets import PRESETS, CLIPConfig, clip64, clip64_paper
 from glide_jax.pipeline.clip_guide import load_clip
 from glide_jax.pipeline.image_files import read_images
@@ -237,6 +237,14 @@ def test_a_recipe_of_any_size_is_saved_and_read_unchanged(file, tmp_path):
         config = load_recipe(f"{file}:{size}" if size else file)
         save_config(config, tmp_path / "config.json")
         assert read_config(tmp_path / "config.json") == config
+
+
+def test_a_stored_recipe_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    save_config(load_recipe("emoji64"), path)
+    path.write_text(path.read_text().replace('"wsd"', '"linear"'))
+    with pytest.raises(GlideError, match=r"cannot read the recipe .*config.json: lr_decay is"):
+        read_config(path)
 
 
 @each_recipe

@@ -1,4 +1,4 @@
-"""Guidance by gradients of a log-probability of x_t: classifiers, noised CLIP, image losses.
+"""Guidance by gradients with respect to x_t: of classifiers, a noised CLIP, losses of the image.
 
 The functions here compute a gradient g, already times its scale. The loop over the sampler's table
 (`run_rows` in `sampling.py`) adds it in one of two ways:
@@ -93,10 +93,10 @@ def image_loss(
     """
     check_finite({"scale of image_loss": scale})
     args = {"loss": loss, "cond": cond, "scale": scale}
-    return Guidance(_image_loss_through if through_network else _image_loss, args)
+    return Guidance(_image_loss if through_network else _image_loss_of_x_0, args)
 
 
-def _image_loss_through(
+def _image_loss(
     predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
 ) -> Prediction:
     def value(x: jax.Array) -> tuple[jax.Array, Prediction]:
@@ -107,7 +107,7 @@ def _image_loss_through(
     return p._replace(guidance_gradient=p.guidance_gradient - per_image(scale) * slope)
 
 
-def _image_loss(
+def _image_loss_of_x_0(
     predict: Predict, x: jax.Array, point: Point, *, loss: Network, cond: Any, scale: Number
 ) -> Prediction:
     p = predict(x, point)

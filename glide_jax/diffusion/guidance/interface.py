@@ -131,7 +131,7 @@ def guidance(
 
     Args:
         needs, remembers, looks_ahead: see `Guidance`.
-        ranges: `(low, high)` that a parameter must lie in, both included, by its name; `high` may
+        ranges: for a parameter of this name, its smallest and its largest value; the largest may
             be the name of another parameter. A parameter whose default is None may be None.
     """
 
@@ -143,6 +143,8 @@ def guidance(
             if p.kind == p.KEYWORD_ONLY
         ]
         names = [p.name for p in parameters]
+        if unknown := sorted(set(ranges) - set(names)):
+            raise UsageError(f"{fn.__name__} has no parameter {unknown[0]} for a range")
 
         def construct(*values: Any, **named: Any) -> Guidance:
             made = Guidance(

@@ -57,7 +57,8 @@ def combine_prompts(
     Args:
         prompts: one caption each, or a list of one per image. In both, None stands for the image's
             own caption.
-        weights: one for each prompt.
+        weights: one for each prompt: a number, or one per image. Not traced: build the guidance
+            outside of jitted functions.
         name: prefix of the branch names. Two `combine_prompts` with different prompts need
             different names.
 

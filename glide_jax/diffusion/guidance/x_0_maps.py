@@ -14,8 +14,8 @@ def guidance_rescale(
 ) -> Prediction:
     """CFG rescale: `a x_0 std(x_0(c)) / std(x_0) + (1 - a) x_0`  (2305.08891, eqs. 15-16).
 
-    std is the standard deviation of each image. It removes the contrast that linear guidance adds;
-    0.7 is the paper's value.
+    std is the standard deviation of each image. The guidance removes the contrast that linear
+    guidance adds; 0.7 is the paper's value.
     """
     p = predict(x, point)
     caption_x_0 = point.x_0_of(p.branches[CAPTION.name], x)

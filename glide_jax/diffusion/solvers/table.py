@@ -4,10 +4,10 @@ One linear recursion runs every sampler (`glide_jax.diffusion.sampling.run_rows`
 prediction x_0, the history H of earlier predictions (newest first), the anchor y (x at the start
 of a step), a guidance gradient g and fresh noise z, each row does:
 
-    H <- S [u x + v (x_0 + x_0_per_gradient g), *H]          store x_0 or eps, shift the history
-    y <- Py y + Px x + B H                               keep or correct the anchor
-    x <- Qy y + Qx x + E H + mean_per_gradient variance g    the solver's step
-         + (s + s_learned sqrt(variance)) z              noise, fixed or learned
+    H <- S [u x + v (x_0 + x_0_per_gradient g), *H]         store x_0 or eps, shift the history
+    y <- Py y + Px x + B H                                  keep or correct the anchor
+    x <- Qy y + Qx x + E H + mean_per_gradient variance g   the solver's step
+         + (s + s_learned sqrt(variance)) z                 noise, fixed or learned
 """
 
 from collections.abc import Callable
