@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glide_jax.diffusion.guidance import Network, classifier_free, clip_x_0
+from glide_jax.diffusion.guidance import Network, clamp_x_0, classifier_free
 from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import make_schedule
 from glide_jax.diffusion.solvers import SOLVERS
@@ -27,7 +27,7 @@ def network(params: dict[str, jax.Array], x: jax.Array, t: jax.Array, cond: obje
 def milliseconds(arrays: int) -> float:
     """Return the time of a row."""
     networks = {"main": Network(network, {str(i): jnp.float32(0.1) for i in range(arrays)})}
-    guidance = [classifier_free(scale=3.0), clip_x_0()]
+    guidance = [classifier_free(scale=3.0), clamp_x_0()]
     timesteps = np.linspace(990, 0, ROWS)
     run = make_plan(make_schedule("cosine", 1000), timesteps, SOLVERS["dpm++2m"], guidance)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))

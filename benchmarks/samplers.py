@@ -22,7 +22,7 @@ import tyro
 
 import glide_jax as glide
 from glide_jax.devices.runtime import enable_compilation_cache
-from glide_jax.diffusion.guidance import classifier_free, clip_x_0
+from glide_jax.diffusion.guidance import clamp_x_0, classifier_free
 from glide_jax.diffusion.optimised_timesteps import image_error
 from glide_jax.diffusion.sampling import make_plan, stream_plan
 from glide_jax.diffusion.schedule import Schedule
@@ -139,7 +139,7 @@ def make_sampler(pipe: Pipeline, options: Options) -> Callable[[np.ndarray, Solv
         name: {"text": pipe.encode_captions(texts)}
         for name, texts in (("caption", captions), ("null", [""] * len(captions)))
     }
-    guidance = [classifier_free(options.scale), clip_x_0()]
+    guidance = [classifier_free(options.scale), clamp_x_0()]
 
     def generate(timesteps: np.ndarray, solver: Solver) -> np.ndarray:
         run = make_plan(pipe.schedule, timesteps, solver, guidance)

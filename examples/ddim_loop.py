@@ -36,7 +36,7 @@ def library(pipe: glide.Pipeline, prompt: str, noise: jnp.ndarray, steps: int, s
         pipe.schedule,
         glide.make_timesteps(pipe.schedule, steps, "uniform"),
         glide.SOLVERS["ddim"],
-        [glide.classifier_free(scale), glide.clip_x_0()],
+        [glide.classifier_free(scale), glide.clamp_x_0()],
     )
     conds = {n: {"text": pipe.encode_captions([p])} for n, p in (("caption", prompt), ("null", ""))}
     return glide.run_plan({"main": pipe.network}, conds, plan, noise, jax.random.key(0)[None]).x

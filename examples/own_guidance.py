@@ -32,7 +32,7 @@ def main(prompt: str = "a fish", out: str = "samples", weights: str = "emoji64")
         guidance = [
             glide.classifier_free(3.0),
             symmetry(amount).within(0.2, np.inf),
-            glide.clip_x_0(),
+            glide.clamp_x_0(),
         ]
         images = pipe(prompt, steps=15, seed=1, guidance=guidance)
         found.append(asymmetry(images.images))

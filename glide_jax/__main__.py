@@ -12,7 +12,7 @@ USAGE = """usage: glide-jax COMMAND [OPTIONS]
   sample     generate images: glide-jax sample "a red apple"
   train      train a model: glide-jax train --config cfg64 --data.source FOLDER
   evaluate   score a model or a folder of images: glide-jax evaluate ranking --data emoji64.npz
-  weights    convert, export, average and push: glide-jax weights convert base.pt base
+  weights    convert, export (also an EMA, a LoRA), push: glide-jax weights convert base.pt base
   data       make the emoji data set: glide-jax data fetch --to sources
   demo       generate and edit images in a browser (needs pip install '.[demo]')
   env        print versions, devices and folders, for bug reports

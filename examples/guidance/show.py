@@ -34,7 +34,7 @@ def show(
     settings = SAMPLER | settings
     pipe = glide.load(weights, upsampler="none", clip_model="none")
     both = [
-        pipe(prompts, seed=0, guidance=[*guidance, glide.clip_x_0()], **settings).images
+        pipe(prompts, seed=0, guidance=[*guidance, glide.clamp_x_0()], **settings).images
         for guidance in (before, after)
     ]
     save(Path(out) / f"{name}.png", *map(view, both))

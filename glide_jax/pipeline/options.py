@@ -103,9 +103,10 @@ class EditingOptions:
     Attributes:
         image: The image to edit, together with --mask (inpainting), --strength (img2img)
             or --variation.
-        mask: The mask of --image, an image. White is regenerated. Black is kept, exactly if
-            the input has the size of the output. A transparent layer is also accepted: its painted
-            part is regenerated. A copy of the image with a part erased is accepted too: the erased
+        mask: The mask of --image, an image. White is regenerated. Black is kept,
+            unchanged if the input already has the size of the output. A transparent layer is also
+            accepted: its painted part is regenerated. A copy of the image with a part erased is
+                accepted too: the erased
             part is regenerated.
         invert_mask: Regenerate the part that the mask keeps, and keep the other part.
         allow_uniform_mask: Accept a mask that keeps, or regenerates, the whole image. Without this

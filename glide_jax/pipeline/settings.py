@@ -15,8 +15,8 @@ from glide_jax.diffusion.guidance import (
     apg,
     autoguidance,
     cfg_plus_plus,
+    clamp_x_0,
     classifier_free,
-    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
@@ -78,13 +78,13 @@ class Settings:
             time, as in OpenAI's code), karras (EDM), trailing (even in time, the last step as long
             as the others), trailing-capped (as trailing, without the very noisiest
             timesteps: for few steps), or optimised (for the sampler and the number of steps).
-        eta: amount of noise that the samplers ddim, dpm++2m-sde and sa add: from 0 (none) to 1 (for
-            ddim that of ancestral sampling, for the others that of the reverse SDE). The default is
-            0 for ddim and 1 for dpm++2m-sde and sa. No other sampler takes it.
+        eta: amount of noise that the samplers ddim, dpm++2m-sde and sa add: 0 is none; 1 is for
+            ddim as much as in ancestral sampling, for the others as in the reverse SDE. Default:
+            0 for ddim, 1 for dpm++2m-sde and sa. No other sampler takes it.
         temperature: factor on the initial noise; below 1 gives smoother, less varied images.
-        restart: Restart sampling by three numbers, LOW HIGH REPEATS, for example 0.3 2 3. At the
-            noise level (sigma/alpha) LOW, noise is added up to the level HIGH, and the steps from
-            HIGH to LOW are run again. This happens REPEATS times.
+        restart: Restart sampling by three numbers, LOW HIGH REPEATS, for example 0.3 2 3. When the
+            noise level (sigma/alpha) has fallen to LOW, new noise raises it to HIGH, and the steps
+            from HIGH to LOW are run again. This happens REPEATS times.
         guidance_scale: classifier-free guidance scale, in Python also one per image; 1 is off,
             larger follows the prompt more closely with less variety. For the method cfg++ it is
             from 0 to 1. A model with distilled guidance takes it as an input, and makes no
@@ -237,7 +237,7 @@ class Settings:
             linear = [compose(*linear).within(*self.guidance_interval)]
         if self.dynamic_threshold is not None:
             return (*linear, dynamic_threshold(self.dynamic_threshold), *maps)
-        return (*linear, *maps, clip_x_0())
+        return (*linear, *maps, clamp_x_0())
 
     def scale_can_be_input(self, prompts: Sequence[Prompt]) -> bool:
         """Whether guidance is classifier-free and its scale alone can be an input of a network.

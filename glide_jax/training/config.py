@@ -176,13 +176,13 @@ class TrainConfig(RunConfig):
         lora: LoRA fine-tuning: low-rank pairs are trained, and the weights of `init_from` are
             frozen.
         caption_dropout: Share of captions replaced by the empty one, from 0 to 1, for
-            classifier-free guidance. A larger share teaches more generation without a caption.
+            classifier-free guidance. A larger share gives more training without a caption.
         low_res_timestep_share: For upsamplers with `model.low_res_timestep`: the small image is
             noised at a random timestep (noise-conditioning augmentation: CDM, 2106.15282). This
             share of the timesteps is used, from the clean end: above 0 and up to 1, and 0 for all
-            other models. Larger tolerates worse small images.
+            other models. With a larger one, the upsampler accepts worse small images.
         mask_all_share: For inpainting: share of images that are masked completely, from 0 to 1.
-            A larger share teaches more generation from text alone.
+            A larger share gives more training of text-to-image.
         train_image_size: Side of the training images in pixels, if it is not `model.image_size`:
             the network is convolutional and can learn from crops or smaller images. 0: the size
             of the model.

@@ -23,8 +23,8 @@ from glide_jax.diffusion.guidance import (
     Predict,
     apply_guidances,
     branches_of,
+    clamp_x_0,
     classifier_free,
-    clip_x_0,
     noise_predictor,
 )
 from glide_jax.diffusion.losses import LossTables, mean_flat
@@ -119,7 +119,7 @@ def teacher_predictor(
     caption_mask: jax.Array | np.ndarray,
     conditioning: dict[str, jax.Array],
     scale: jax.Array | None,
-    clips_x_0: bool,
+    clamps_x_0: bool,
 ) -> Predict:
     """Return the teacher's prediction, with classifier-free guidance in one batched pass.
 
@@ -135,8 +135,8 @@ def teacher_predictor(
         for name, branch_mask in caption_masks.items()
     }
     guidances = [] if scale is None else [classifier_free(scale)]
-    if clips_x_0:
-        guidances.append(clip_x_0())
+    if clamps_x_0:
+        guidances.append(clamp_x_0())
     main = Network(lambda _, x, t, cond: network(x, t, **cond), {}, prediction_type)
     predict = noise_predictor({CAPTION.network: main}, conds, branches_of(guidances))
     return apply_guidances(predict, guidances)
@@ -146,14 +146,14 @@ def student_denoiser(
     network: Callable[..., Any],
     prediction_type: str,
     inputs: dict[str, Any],
-    clips_x_0: bool = False,
+    clamps_x_0: bool = False,
 ) -> Denoise:
     """Return the student's clean image as a function of a noised image and its noise level."""
 
     def denoise(x: jax.Array, point: Point) -> jax.Array:
         output = network(x, point.t, **inputs)[..., : x.shape[-1]]
         x_0 = to_x_0(prediction_type, output, x, point.alpha, point.sigma)
-        return jnp.clip(x_0, -1, 1) if clips_x_0 else x_0
+        return jnp.clip(x_0, -1, 1) if clamps_x_0 else x_0
 
     return denoise
 
@@ -260,7 +260,7 @@ def consistency_loss(
             inputs.caption_mask,
             inputs.conditioning,
             None if c.guidance_scales == (1, 1) else scale,
-            c.clip_x_0,
+            c.clamp_x_0,
         )
         x_r = ddim_step(x_t, predict(x_t, point).x_0, point)
 
@@ -270,7 +270,7 @@ def consistency_loss(
         arguments = arguments | {"guidance_scale": scale}
     frozen_arguments = arguments | {"text": jax.lax.stop_gradient(text)}
     frozen_denoise = student_denoiser(
-        frozen_student, config.prediction_type, frozen_arguments, c.clip_x_0
+        frozen_student, config.prediction_type, frozen_arguments, c.clamp_x_0
     )
     target = consistency_target(tables, frozen_denoise, x_t, x_r, t, r, end)
     x_0 = student_denoiser(student, config.prediction_type, arguments | {"text": text})(x_t, point)

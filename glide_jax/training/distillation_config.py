@@ -18,7 +18,7 @@ class DistillationConfig:
             scale between them, and any such scale can be chosen for sampling. Otherwise the two
             must be equal.
         unguided_share: Share of the images with scale 1, from 0 to 1, if `guidance_scales` is a
-            range. A larger share teaches more generation without guidance.
+            range. A larger share gives more training without guidance.
         teacher_steps: Number of teacher steps from noise to image. The first value is for the start
             of the training, the second for its end. In between the number doubles, at equal
             intervals. More is more accurate but takes longer to learn.
@@ -29,7 +29,7 @@ class DistillationConfig:
             ddim and the spacing trailing-capped.
         timestep_share: Share of the timesteps that is distilled, from the clean end, above 0 and up
             to 1. For upsamplers: their `sample_strength`, if set.
-        clip_x_0: Whether the estimates of the clean image in the target, those of the teacher and
+        clamp_x_0: Whether the estimates of the clean image in the target, those of the teacher and
             of the student, are clipped to [-1, 1].
         huber_width: Width c of the pseudo-Huber loss, sqrt(e^2 + c^2) - c; above 0. Here e is the
             root mean square error of v of an image, not the error of a pixel. The loss is quadratic
@@ -43,7 +43,7 @@ class DistillationConfig:
     teacher_steps: tuple[int, int] = (8, 64)
     student_steps: int = 1
     timestep_share: float = 1.0
-    clip_x_0: bool = True
+    clamp_x_0: bool = True
     huber_width: float = 0.1
 
     def __post_init__(self):

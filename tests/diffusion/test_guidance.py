@@ -12,8 +12,8 @@ from glide_jax.diffusion.guidance import (
     Branch,
     Network,
     apg,
+    clamp_x_0,
     classifier_free,
-    clip_x_0,
     compose,
     guidance,
 )
@@ -69,7 +69,7 @@ def run_of(solver=ddim, guidances=(), steps=6, spacing="logsnr"):
 @EACH_SOLVER
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_streaming_and_compiled_driver_agree(solver, at_a_time):
-    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x_0()])
+    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clamp_x_0()])
     whole = run_plan(TOY, CONDS, run, X, keys())
     done = list(stream_plan(TOY, CONDS, run, X, keys(), rows=at_a_time))
     assert [n for n, _ in done] == ([1, 2, 3, 4, 5, 6] if at_a_time == 1 else [4, 6])
@@ -116,7 +116,7 @@ def test_a_tape_of_noise_equals_the_noise_of_the_keys(solver):
 
 @EACH_SOLVER
 def test_one_image_of_a_batch_can_be_generated_alone(solver):
-    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clip_x_0()])
+    run = run_of(solver, [classifier_free(3.0).within(*INTERVAL), clamp_x_0()])
     batch = run_plan(TOY, CONDS, run, X, keys()).x
     for i in range(4):
         one = slice(i, i + 1)
@@ -137,17 +137,17 @@ def test_scale_one_changes_no_bit(solver):
 
 def test_scale_zero_is_the_empty_caption():
     """A learned variance stays that of the caption, as in OpenAI's code."""
-    empty = run_plan(TOY, {"caption": CONDS["null"]}, run_of(guidances=[clip_x_0()]), X, keys()).x
-    run = run_of(guidances=[classifier_free(0.0), clip_x_0()])
+    empty = run_plan(TOY, {"caption": CONDS["null"]}, run_of(guidances=[clamp_x_0()]), X, keys()).x
+    run = run_of(guidances=[classifier_free(0.0), clamp_x_0()])
     assert_close(run_plan(TOY, CONDS, run, X, keys()).x, empty, 1e-5)
 
 
 def test_a_scale_for_each_image():
     scales = [0.0, 1.0, 2.5, 7.0]
-    run = run_of(ddpm, [classifier_free(scales), clip_x_0()])
+    run = run_of(ddpm, [classifier_free(scales), clamp_x_0()])
     together = run_plan(TOY, CONDS, run, X, keys()).x
     for i, scale in enumerate(scales):
-        run = run_of(ddpm, [classifier_free(scale), clip_x_0()])
+        run = run_of(ddpm, [classifier_free(scale), clamp_x_0()])
         assert_close(together[i], run_plan(TOY, CONDS, run, X, keys()).x[i], 1e-5)
 
 
@@ -176,7 +176,7 @@ def test_clipping_changes_x_0_and_its_noise():
 
     low, high = -0.25, np.float32([0.1, 0.2, 0.3, 0.4])
     _, plain = next(stream_plan(TOY, CONDS, run_of(), X, keys()))
-    clipping = clip_x_0(low, high)
+    clipping = clamp_x_0(low, high)
     run = run_of(guidances=[clipping])
     _, clipped = next(stream_plan(TOY, CONDS, run, X, keys()))
     wanted = np.clip(plain.x_0, low, high[:, None, None, None])
@@ -211,7 +211,7 @@ def test_an_unguided_row_does_not_evaluate_the_null_branch():
 
 @pytest.mark.parametrize(("interval", "conditionals"), [(INTERVAL, 1), ((0, np.inf), 0)])
 def test_one_conditional_in_the_program(interval, conditionals):
-    run = run_of(guidances=[classifier_free(3.0).within(*interval), clip_x_0()])
+    run = run_of(guidances=[classifier_free(3.0).within(*interval), clamp_x_0()])
     compiled = run_rows.lower(TOY, CONDS, run, start_state(run, X), keys()).compile()
     # One more decides whether the row adds noise.
     assert compiled.as_text().count(" conditional(") == conditionals + 1
@@ -262,13 +262,13 @@ def test_guidance_adds_up_in_any_order():
             toy(0.9, x, t, cond) * 3.5 - toy(0.9, x, t, 0 * cond) * 2 - toy(0.5, x, t, cond) * 0.5
         )
 
-    plain = run_of(guidances=[clip_x_0()])
+    plain = run_of(guidances=[clamp_x_0()])
     wanted = run_plan({"main": Network(both, None)}, CONDS, plain, X, keys()).x
     networks = TOY | {"weak": Network(toy, np.float32(0.5))}
     conds = CONDS | {"weak": CONDS["caption"]}
     guidances = [classifier_free(3.0), away_from_weak(0.5)]
     for order in (guidances, guidances[::-1]):
-        run = run_of(guidances=[*order, clip_x_0()])
+        run = run_of(guidances=[*order, clamp_x_0()])
         assert_close(run_plan(networks, conds, run, X, keys()).x, wanted, 1e-5)
 
 
@@ -287,7 +287,7 @@ def test_numbers_and_tables_do_not_compile_again():
         seed=0,
         clipped=1.0,
     ):
-        guidances = [classifier_free(scale).within(*interval), clip_x_0(high=clipped)]
+        guidances = [classifier_free(scale).within(*interval), clamp_x_0(high=clipped)]
         made = run_of(solver, guidances, steps=12, spacing=spacing)
         assert made.guidance_sets == ((0, 1), (1,))
         run_plan(TOY, conds, made, X, keys(seed))

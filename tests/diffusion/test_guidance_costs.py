@@ -12,9 +12,9 @@ from glide_jax.diffusion.guidance import (
     apg,
     autoguidance,
     cfg_plus_plus,
+    clamp_x_0,
     classifier_free,
     classifier_guidance,
-    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
@@ -68,7 +68,7 @@ def evaluations(guidances, solver=ddim):
 FREE = classifier_free(3.0)
 COSTS = {
     "no guidance": ([], [("main", 1)]),
-    "maps of x_0": ([guidance_rescale(), dynamic_threshold(), clip_x_0()], [("main", 1)]),
+    "maps of x_0": ([guidance_rescale(), dynamic_threshold(), clamp_x_0()], [("main", 1)]),
     "classifier_free": ([FREE], [("main", 2)]),
     "negative": ([FREE.with_negative_prompt("ugly")], [("main", 2)]),
     "combine_prompts one prompt": ([combine_prompts([None], [3.0])], [("main", 2)]),
@@ -120,7 +120,7 @@ def dense(params, x, t, cond):
         ([], [1]),
         ([FREE], [2]),
         ([FREE.within(*INTERVAL)], [1, 2]),
-        ([FREE.within(*INTERVAL), clip_x_0()], [1, 2]),
+        ([FREE.within(*INTERVAL), clamp_x_0()], [1, 2]),
         ([made("combine_prompts").within(*INTERVAL)], [1, 4]),
     ],
     ids=["none", "everywhere", "interval", "interval and clip", "prompts"],
@@ -163,7 +163,7 @@ def test_no_number_and_no_prompt_compiles_again():
             *(g.with_negative_prompt(words[1]) for g in linear),
             guidance_rescale(n["amount"]),
             dynamic_threshold(n["quantile"]),
-            clip_x_0(high=n["high"]),
+            clamp_x_0(high=n["high"]),
             classifier_guidance(BOWL, CONDS["caption"], n["slope"]),
             image_loss(BOWL, CONDS["caption"], n["slope"]),
         ]
@@ -314,7 +314,7 @@ def test_samplers_that_cfg_plus_plus_cannot_use(solver):
 )
 def test_samplers_that_cfg_plus_plus_can_use(solver):
     """A step that is repeated has still one evaluation each time."""
-    run = run_of([cfg_plus_plus(0.6), clip_x_0()], solver, steps=12)
+    run = run_of([cfg_plus_plus(0.6), clamp_x_0()], solver, steps=12)
     assert np.isfinite(run_plan(NETWORKS, CONDS, run, X, keys()).x).all()
 
 

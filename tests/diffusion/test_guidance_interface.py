@@ -13,9 +13,9 @@ from glide_jax.diffusion.guidance import (
     apg,
     autoguidance,
     cfg_plus_plus,
+    clamp_x_0,
     classifier_free,
     classifier_guidance,
-    clip_x_0,
     compose,
     dynamic_threshold,
     guidance,
@@ -49,7 +49,7 @@ limited = partial(classifier_guidance, SUM, None, 1.0)
     ("by_position", "by_name"),
     [
         (lambda: classifier_free(3.0), lambda: classifier_free(scale=3.0)),
-        (lambda: clip_x_0(-0.5, 0.5), lambda: clip_x_0(low=-0.5, high=0.5)),
+        (lambda: clamp_x_0(-0.5, 0.5), lambda: clamp_x_0(low=-0.5, high=0.5)),
         (lambda: apg(4.0, 0.3, 0.5), lambda: apg(scale=4.0, eta=0.3, momentum=0.5)),
         (lambda: apg(4.0, radius=1.5), lambda: apg(radius=1.5, scale=4.0)),
         (lambda: weighted(0.5, 2.0, 1.0), lambda: weighted(offset=1.0, weight=2.0, amount=0.5)),
@@ -81,8 +81,8 @@ def test_editors_see_the_parameters():
         (lambda: unchanged(rows=1), "unchanged takes no parameters, not rows"),
         (lambda: cfg_plus_plus(5.0), "cfg_plus_plus needs 0 <= scale <= 1, not 5.0"),
         (lambda: cfg_plus_plus([0.5, -0.1]), "cfg_plus_plus needs 0 <= scale <= 1, not"),
-        (lambda: clip_x_0(1.0, -1.0), "clip_x_0 needs low <= high, not 1.0"),
-        (lambda: clip_x_0(high="b"), "high of clip_x_0 is a number, or one per image, not 'b'"),
+        (lambda: clamp_x_0(1.0, -1.0), "clamp_x_0 needs low <= high, not 1.0"),
+        (lambda: clamp_x_0(high="b"), "high of clamp_x_0 is a number, or one per image, not 'b'"),
         (lambda: limited(-1.0), "classifier_guidance needs 0 <= limit <= inf, not -1.0"),
         (
             lambda: guidance_rescale(None),
@@ -99,9 +99,9 @@ def test_parameters_that_a_guidance_refuses(make, message):
 
 def test_parameters_within_their_ranges_pass_and_so_do_traced_ones():
     assert limited(None).args["limit"] is None and limited([0.0, 0.2]).args["limit"] == [0.0, 0.2]
-    assert clip_x_0([-1.0, 0.0], [1.0, 0.0]).args["low"] == [-1.0, 0.0]
-    made = jax.jit(lambda number: (cfg_plus_plus(number), clip_x_0(-number), limited(number)))(0.5)
-    assert [guided.name for guided in made] == ["cfg_plus_plus", "clip_x_0", "classifier_guidance"]
+    assert clamp_x_0([-1.0, 0.0], [1.0, 0.0]).args["low"] == [-1.0, 0.0]
+    made = jax.jit(lambda number: (cfg_plus_plus(number), clamp_x_0(-number), limited(number)))(0.5)
+    assert [guided.name for guided in made] == ["cfg_plus_plus", "clamp_x_0", "classifier_guidance"]
 
 
 def test_a_range_without_its_parameter_is_refused_at_once():
@@ -123,8 +123,10 @@ def test_a_negative_prompt_is_the_caption_of_the_null_branch():
 
 def test_a_composition_is_against_a_prompt_in_all_its_members():
     free, weak = classifier_free(3.0), autoguidance(2.0)
-    nested = compose(compose(free.within(*INTERVAL), clip_x_0()), weak).with_negative_prompt("ugly")
-    flat = [free.within(*INTERVAL).with_negative_prompt("ugly"), clip_x_0(), weak]
+    nested = compose(compose(free.within(*INTERVAL), clamp_x_0()), weak).with_negative_prompt(
+        "ugly"
+    )
+    flat = [free.within(*INTERVAL).with_negative_prompt("ugly"), clamp_x_0(), weak]
     assert [member.needs for member in nested.members()] == [member.needs for member in flat]
     assert [member.interval for member in nested.members()] == [member.interval for member in flat]
     assert Branch("null", prompt="ugly") in nested.needs and NULL not in nested.needs
@@ -134,9 +136,9 @@ def test_a_composition_is_against_a_prompt_in_all_its_members():
     ("guided", "message"),
     [
         (autoguidance(2.0), "autoguidance has no empty prompt that 'ugly' could replace"),
-        (clip_x_0(), "clip_x_0 has no empty prompt"),
+        (clamp_x_0(), "clamp_x_0 has no empty prompt"),
         (classifier_free(3.0).with_negative_prompt("bad"), "classifier_free has no empty prompt"),
-        (compose(clip_x_0()), "compose has no empty prompt"),
+        (compose(clamp_x_0()), "compose has no empty prompt"),
     ],
 )
 def test_guidance_without_the_empty_prompt_takes_no_negative_one(guided, message):
@@ -156,7 +158,7 @@ def test_two_intervals_hold_together():
     "guided",
     [
         lambda: classifier_free(2.0).within(0.3, 1.0),
-        lambda: compose(clip_x_0(), classifier_free(2.0).within(0.3, 1.0)),
+        lambda: compose(clamp_x_0(), classifier_free(2.0).within(0.3, 1.0)),
     ],
 )
 def test_intervals_without_a_common_level_are_refused(guided):

@@ -14,9 +14,9 @@ from glide_jax.diffusion.guidance import (
     autoguidance,
     branches_of,
     cfg_plus_plus,
+    clamp_x_0,
     classifier_free,
     classifier_guidance,
-    clip_x_0,
     combine_prompts,
     compose,
     dynamic_threshold,
@@ -220,7 +220,7 @@ def test_a_loss_on_the_clean_image(through):
 def test_no_gradient_where_the_clean_image_is_clipped():
     loss = image_loss(BOWL, GOAL, 1.0)
     assert loss.name == "image_loss"
-    low = clip_x_0(-0.5, 0.5)
+    low = clamp_x_0(-0.5, 0.5)
     pixelwise = {"main": Network(lambda params, x, t, cond: jnp.tanh(x), None)}
     clipped = np.abs(predicted(networks=pixelwise).x_0) > 0.5
     found = predicted(low, loss, networks=pixelwise).guidance_gradient
@@ -237,7 +237,7 @@ NEUTRAL = {
     "combine_prompts": {"own": 1, "a": 0, "b": 0},
     "autoguidance": {"scale": 1},
     "apg": {"scale": 1},
-    "clip_x_0": {"low": -1e9, "high": 1e9},
+    "clamp_x_0": {"low": -1e9, "high": 1e9},
     "classifier_guidance": {"scale": 0},
     "image_loss": {"scale": 0},
     "image_loss beside": {"scale": 0},
@@ -256,7 +256,7 @@ def test_the_neutral_number_changes_nothing(name):
 def test_rescaling_by_zero_and_thresholds_without_outliers_change_nothing():
     free = classifier_free(3.0)
     np.testing.assert_array_equal(predicted(free, guidance_rescale(0)).x_0, predicted(free).x_0)
-    once = [free, clip_x_0()]
+    once = [free, clamp_x_0()]
     np.testing.assert_array_equal(predicted(*once, dynamic_threshold()).x_0, predicted(*once).x_0)
 
 
@@ -339,7 +339,7 @@ def only(name, i):
 
 
 def test_the_order_is_left_to_right_innermost_first():
-    low = clip_x_0(-0.25, 0.25)
+    low = clamp_x_0(-0.25, 0.25)
     free = classifier_free(3.0)
     clipped, difference = np.clip(predicted().x_0, -0.25, 0.25), eps_of("caption") - eps_of("null")
     wanted = clipped - 2 * SIGMA / ALPHA * difference
@@ -352,7 +352,7 @@ def test_known_pixels_are_kept_whatever_came_before():
     rng = np.random.default_rng(1)
     image, known = np.float32(rng.uniform(-1, 1, SHAPE)), np.float32(rng.integers(0, 2, SHAPE))
     guidances = [classifier_free(9.0), dynamic_threshold(), guidance_rescale()]
-    run = run_of([*guidances, known_pixels(image=image, known=known), clip_x_0()])
+    run = run_of([*guidances, known_pixels(image=image, known=known), clamp_x_0()])
     found = np.asarray(run_plan(NETWORKS, CONDS, run, X, keys()).x)
     assert_close(found * known, image * known, 1e-6)
     assert np.abs((found - image) * (1 - known)).max() > 0.1
@@ -360,7 +360,7 @@ def test_known_pixels_are_kept_whatever_came_before():
 
 def test_composition_is_a_guidance():
     """Compositions nest, and have an interval of their own beside those of their members."""
-    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clip_x_0()
+    free, loud, last = classifier_free(3.0), made("classifier_guidance"), clamp_x_0()
     flat = [free.within(0.3, 5.0), loud, last]
     nested = compose(compose(free.within(0.3, 5.0), loud), last)
     for made_of in ([nested], [compose(*flat[:2]), last], [compose(), *flat]):
@@ -378,7 +378,7 @@ def test_composition_is_a_guidance():
 def test_momentum_is_reset_where_guidance_changes():
     """Each row adds the difference of the row before, unless another guidance set acted there."""
     free = classifier_free(1.0).within(*INTERVAL)
-    run = run_of([apg(1.0, momentum=-0.5), free, clip_x_0()], steps=12)
+    run = run_of([apg(1.0, momentum=-0.5), free, clamp_x_0()], steps=12)
     table = run.table
     x, memory = X, np.zeros(SHAPE)
     for i, (_, state) in enumerate(stream_plan(NETWORKS, CONDS, run, X, keys())):

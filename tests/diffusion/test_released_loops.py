@@ -13,9 +13,9 @@ import pytest
 
 from glide_jax.diffusion.guidance import (
     Network,
+    clamp_x_0,
     classifier_free,
     classifier_guidance,
-    clip_x_0,
     known_pixels,
 )
 from glide_jax.diffusion.sampling import make_plan, stream_plan
@@ -110,7 +110,7 @@ def test_pseudo_linear_multistep_on_a_known_noise(name, steps, solver):
 
 def test_inpainting_keeps_known_pixels_and_guides():
     image, known = image_and_known("inpaint")
-    guidance = [classifier_free(5.0), known_pixels(image, known), clip_x_0()]
+    guidance = [classifier_free(5.0), known_pixels(image, known), clamp_x_0()]
     images = {"inpaint_image": image, "inpaint_known": known}
     x, noise = start()
     found, state = run("inpaint", "cosine", 6, SOLVERS["ddpm"], guidance, x, noise, **images)
@@ -126,7 +126,7 @@ def test_inpainting_through_the_upsampler():
         "inpaint_known": known,
         "low_res": nhwc(loops["up.low_res"]),
     }
-    guidance = [known_pixels(image, known), clip_x_0()]
+    guidance = [known_pixels(image, known), clamp_x_0()]
     x, noise = start("up")
     solver = SOLVERS["ddpm"]
     found, _ = run("superres_inpaint", "linear", 4, solver, guidance, x, noise, **images)
@@ -143,13 +143,15 @@ def clip_guidance(scale: float):
 
 def test_clip_guidance_moves_the_mean_by_the_learned_variance():
     x, noise = start()
-    found, _ = run("base", "cosine", 6, SOLVERS["ddpm"], [clip_x_0(), clip_guidance(3.0)], x, noise)
+    found, _ = run(
+        "base", "cosine", 6, SOLVERS["ddpm"], [clamp_x_0(), clip_guidance(3.0)], x, noise
+    )
     assert_close(found, steps_nhwc(load("loops")["clipguided_p.steps"]), 2e-4)
 
 
 def test_clip_guidance_of_the_deterministic_sampler():
     solver = partial(ddim, float32_alpha_bar=True)
-    found, _ = run("base", "cosine", 4, solver, [clip_x_0(), clip_guidance(3.0)], start()[0])
+    found, _ = run("base", "cosine", 4, solver, [clamp_x_0(), clip_guidance(3.0)], start()[0])
     # x_0 is not clipped again after the gradient: the noisiest step grows huge, as in the original.
     assert_relative(found, steps_nhwc(load("loops")["clipguided_ddim.steps"]), 2e-4)
 
@@ -158,5 +160,5 @@ def test_ddim_inversion_turns_an_image_into_noise():
     loops = load("loops")
     x = nhwc(loops["ddim_reverse.x0"])
     reference = steps_nhwc(loops["ddim_reverse.steps"])
-    found, _ = run("base", "cosine", 4, ddim_reverse, [clip_x_0()], x)
+    found, _ = run("base", "cosine", 4, ddim_reverse, [clamp_x_0()], x)
     assert_close(found[: len(reference)], reference, 2e-4)

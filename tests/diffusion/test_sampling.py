@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glide_jax.diffusion.guidance import Network, classifier_free, clip_x_0, guidance
+from glide_jax.diffusion.guidance import Network, clamp_x_0, classifier_free, guidance
 from glide_jax.diffusion.losses import make_tables, q_sample
 from glide_jax.diffusion.sampling import make_plan, run_plan, stream_plan
 from glide_jax.diffusion.schedule import Schedule, make_schedule, posterior
@@ -111,7 +111,7 @@ def test_posterior(process):
 @pytest.mark.parametrize("kind", ["clip", "noclip"])
 @each_process
 def test_ancestral_step(process, kind):
-    guidances = [clip_x_0()] if kind == "clip" else []
+    guidances = [clamp_x_0()] if kind == "clip" else []
     x, x_0 = step_each(process, ddpm, guidances)
     assert_relative(x_0, reference(process, f"pmv_{kind}_pred_xstart"), 2e-6, floor=1)
     assert_relative(x, reference(process, f"p_sample_{kind}"), 5e-6, floor=1)
@@ -122,8 +122,8 @@ def test_ancestral_step(process, kind):
 @each_process
 def test_learned_variance(process):
     """It is seen in the noise of a step; the variance output exceeds [-1, 1] and is not clipped."""
-    without, _ = step_each(process, ddpm, [clip_x_0()], noise=0.0)
-    x, _ = step_each(process, ddpm, [clip_x_0()])
+    without, _ = step_each(process, ddpm, [clamp_x_0()], noise=0.0)
+    x, _ = step_each(process, ddpm, [clamp_x_0()])
     std = np.exp(0.5 * reference(process, "pmv_clip_log_variance"))
     noisy = reference(process, "t") > 0
     added = (x - without)[noisy]
@@ -135,7 +135,7 @@ def test_learned_variance(process):
 @pytest.mark.parametrize("kind", ["clip", "noclip"])
 @each_process
 def test_ddim_step(process, kind, eta):
-    guidances = [clip_x_0()] if kind == "clip" else []
+    guidances = [clamp_x_0()] if kind == "clip" else []
     x, _ = step_each(process, partial(ddim, eta=eta, float32_alpha_bar=True), guidances)
     assert_relative(x, reference(process, f"ddim_{kind}_eta{eta}"), ETAS[eta], floor=1)
 
@@ -143,7 +143,7 @@ def test_ddim_step(process, kind, eta):
 @each_process
 def test_a_score_moves_the_mean_of_ancestral_sampling(process):
     """It adds variance times the gradient after clipping, also in the last step."""
-    x, x_0 = step_each(process, ddpm, [clip_x_0()], push=True)
+    x, x_0 = step_each(process, ddpm, [clamp_x_0()], push=True)
     assert_relative(x, reference(process, "p_sample_cond"), 5e-6, floor=1)
     assert_close(x_0, reference(process, "pmv_clip_pred_xstart"), 1e-5)
 
@@ -151,7 +151,7 @@ def test_a_score_moves_the_mean_of_ancestral_sampling(process):
 @each_process
 def test_a_score_moves_the_prediction_of_ddim(process):
     """It adds sigma^2 / alpha times the gradient, beyond the range of images (4.7e4 at t = 999)."""
-    x, _ = step_each(process, partial(ddim, float32_alpha_bar=True), [clip_x_0()], push=True)
+    x, _ = step_each(process, partial(ddim, float32_alpha_bar=True), [clamp_x_0()], push=True)
     assert_relative(x, reference(process, "ddim_cond"), 1e-5, floor=1)
 
 
@@ -180,7 +180,7 @@ def base_run(spec, solver, guidances):
 
 def test_ancestral_run_with_classifier_free_guidance():
     loops = load("loops")
-    run = base_run("6", ddpm, [classifier_free(3.0), clip_x_0()])
+    run = base_run("6", ddpm, [classifier_free(3.0), clamp_x_0()])
     states = [state for _, state in stream_plan(*run)]
     wanted = steps_nhwc(loops["base_p.steps"])
     assert_close(np.stack([state.x for state in states]), wanted, 1e-4)
@@ -191,7 +191,7 @@ def test_ancestral_run_with_classifier_free_guidance():
 @pytest.mark.parametrize(("eta", "tolerance"), [(0.0, 1e-4), (1.0, 2e-3)])
 def test_ddim_run_with_classifier_free_guidance(eta, tolerance):
     solver = partial(ddim, eta=eta, float32_alpha_bar=True)
-    run = base_run("4", solver, [classifier_free(4.0), clip_x_0()])
+    run = base_run("4", solver, [classifier_free(4.0), clamp_x_0()])
     found = np.stack([state.x for _, state in stream_plan(*run)])
     assert_close(found, steps_nhwc(load("loops")[f"base_ddim_eta{eta}.steps"]), tolerance)
 
@@ -207,7 +207,7 @@ def test_ddim_run_of_the_upsampler():
     text = encode("superres", loops["tokens"][:2], loops["mask"][:2])
     conds = {"caption": (text, {"low_res": nhwc(loops["up.low_res"])})}
     run = make_plan(
-        schedule, respaced(schedule, "4"), partial(ddim, float32_alpha_bar=True), [clip_x_0()]
+        schedule, respaced(schedule, "4"), partial(ddim, float32_alpha_bar=True), [clamp_x_0()]
     )
     x = nhwc(loops["up.x_T"])
     tape = np.zeros((len(run), *x.shape), np.float32)

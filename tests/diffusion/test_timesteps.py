@@ -148,7 +148,8 @@ def test_refused_writings_of_steps(steps, message):
 
 @each_spacing
 @pytest.mark.parametrize(
-    ("steps", "message"), [(0, "at least one step"), (-1, "at least one step"), (41, "41 steps: the process has 40")]
+    ("steps", "message"),
+    [(0, "at least one step"), (-1, "at least one step"), (41, "41 steps: the process has 40")],
 )
 def test_refused_numbers_of_steps(spacing, steps, message):
     with pytest.raises(UsageError, match=message) as caught:

@@ -170,7 +170,7 @@ def test_weights_bring_the_scale_of_their_clip_which_acts_only_with_a_clip(
     assert pipe.settings.clip_guidance_scale == named.settings.clip_guidance_scale == 300
     assert alone.settings.clip_guidance_scale == 0
     # It does not act beside guidance functions, nor in inversion.
-    own = [glide.classifier_free(scale=pipe.settings.guidance_scale), glide.clip_x_0()]
+    own = [glide.classifier_free(scale=pipe.settings.guidance_scale), glide.clamp_x_0()]
     with pytest.warns(UserWarning, match="clip_guidance_scale=300"):
         assert pipe.settings.changed(guidance=own).clip_guidance_scale == 0
     seen = []

@@ -71,7 +71,7 @@ def test_the_batch_size_decides_no_error():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"guidance": [glide.classifier_free(2.0), glide.clip_x_0()]},
+        {"guidance": [glide.classifier_free(2.0), glide.clamp_x_0()]},
         {"guidance_scale": 2.0, "negative_prompt": "blue"},
         {"guidance_scale": 2.0, "guidance_method": "apg"},
         {"guidance_scale": 2.0, "guidance_interval": (0.0, 1e9)},

@@ -53,7 +53,7 @@ def test_none_in_a_list_of_captions_is_the_caption_of_the_image(pipe):
     call = {"num": 2, "seed": 4, "progress": False}
     found, wanted = (
         pipe(
-            "red", guidance=[glide.combine_prompts(prompts, [2.0, -0.5]), glide.clip_x_0()], **call
+            "red", guidance=[glide.combine_prompts(prompts, [2.0, -0.5]), glide.clamp_x_0()], **call
         ).images
         for prompts in ([None, ["blue", None]], [None, ["blue", "red"]])
     )
@@ -65,12 +65,12 @@ def test_none_in_a_list_of_captions_is_the_caption_of_the_image(pipe):
 
 def test_a_list_of_captions_in_a_guidance_is_split_into_batches(pipe):
     away = glide.combine_prompts([None, ["blue", "red", "blue"]], [1.5, -0.5])
-    settings = {"num": 3, "seed": 4, "guidance": [away, glide.clip_x_0()], "progress": False}
+    settings = {"num": 3, "seed": 4, "guidance": [away, glide.clamp_x_0()], "progress": False}
     whole = pipe("red", batch_size=4, **settings).images
     each = pipe("red", batch_size=1, **settings).images
     assert np.abs(each.astype(int) - whole).max() <= 1
     same = glide.combine_prompts([None, "blue"], [1.5, -0.5])
-    same = pipe("red", batch_size=4, **settings | {"guidance": [same, glide.clip_x_0()]}).images
+    same = pipe("red", batch_size=4, **settings | {"guidance": [same, glide.clamp_x_0()]}).images
     moved = np.abs(whole.astype(int) - same).max((1, 2, 3))
     assert moved[0] <= 1 and moved[1] > 1 and moved[2] <= 1
     short = glide.combine_prompts([None, ["blue", "red"]], [1.5, -0.5])
@@ -98,14 +98,14 @@ def test_images_masks_and_parameters_stay_with_their_image(pipe):
     photos = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     masks = rng.random((5, 8, 8)) < 0.5
     scales = np.linspace(0, 4, 5)
-    guidance = [glide.classifier_free(scale=scales), glide.clip_x_0()]
+    guidance = [glide.classifier_free(scale=scales), glide.clamp_x_0()]
     call = {"image": photos, "mask": masks, "guidance": guidance, "repaint": (3, 2)}
     whole = pipe(["red"] * 5, **call)
     split = pipe(["red"] * 5, batch_size=2, **call)
     assert np.abs(whole.images.astype(int) - split.images).max() <= 1
     for image, photo, mask in zip(split.images, photos, masks, strict=True):
         assert np.array_equal(image[~mask], photo[~mask])
-    guidance = [glide.classifier_free(scale=scales[3]), glide.clip_x_0()]
+    guidance = [glide.classifier_free(scale=scales[3]), glide.clamp_x_0()]
     call = {"image": photos[3], "mask": masks[3], "guidance": guidance, "repaint": (3, 2)}
     alone = pipe("red", first_index=3, **call)
     assert np.abs(alone.images[0].astype(int) - whole.images[3]).max() <= 1
@@ -125,7 +125,7 @@ def test_seeds_and_indices_are_not_cut_to_32_bits(pipe):
 def test_guidance_parameters_are_selected_by_image():
     network = glide.Network(lambda *_: None, np.ones(7))
     whole = [
-        glide.compose(glide.classifier_free(scale=[1.0, 2.0, 3.0]), glide.clip_x_0()),
+        glide.compose(glide.classifier_free(scale=[1.0, 2.0, 3.0]), glide.clamp_x_0()),
         glide.classifier_guidance(
             log_prob=network, cond={"y": np.arange(3.0), "z": np.ones((1, 4))}, scale=2
         ),
@@ -163,7 +163,7 @@ def bowl(params, x, t, cond):
 
 guidance = [
     glide.classifier_free(scale=[1, 2, 3]),
-    glide.clip_x_0(),
+    glide.clamp_x_0(),
     glide.classifier_guidance(log_prob=glide.Network(bowl, np.ones(1)), cond=np.eye(3), scale=0.1),
 ]
 differences(pipes, "red", num=3, image=photo, mask=mask, strength=0.9, guidance=guidance)

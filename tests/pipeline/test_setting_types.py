@@ -51,7 +51,7 @@ INTERVAL = "guidance_interval takes 2 values (number, number), not "
             "guidance_scale takes a number or a list of numbers, not [1.0, None]",
         ),
         ("guidance", [{"a": 1}], "guidance takes a list of guidances, not [{'a': 1}]"),
-        ("guidance", glide.clip_x_0(), "guidance takes a list of guidances, not Guidance("),
+        ("guidance", glide.clamp_x_0(), "guidance takes a list of guidances, not Guidance("),
     ],
 )  # fmt: skip
 def test_a_setting_of_another_type_or_length_is_refused_by_name(name, value, message):

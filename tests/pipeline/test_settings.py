@@ -96,8 +96,8 @@ def test_samplers_that_go_back():
 
 
 def test_what_acts_and_in_which_order():
-    assert names(Settings()) == ["classifier_free", "clip_x_0"]
-    assert names(Settings(guidance_scale=1.0)) == ["clip_x_0"]
+    assert names(Settings()) == ["classifier_free", "clamp_x_0"]
+    assert names(Settings(guidance_scale=1.0)) == ["clamp_x_0"]
     known = glide.known_pixels(image=np.zeros((1, 8, 8, 3)), known=np.zeros((1, 8, 8, 1)))
     full = Settings(autoguidance_scale=2.0, guidance_rescale=0.7, guidance_method="apg")
     assert names(full, PLAIN, known) == [
@@ -105,16 +105,16 @@ def test_what_acts_and_in_which_order():
         "autoguidance",
         "guidance_rescale",
         "known_pixels",
-        "clip_x_0",
+        "clamp_x_0",
     ]
     assert names(full.changed(dynamic_threshold=0.99), PLAIN, known)[3:] == [
         "dynamic_threshold",
         "known_pixels",
     ]
-    assert names(Settings(), SEVERAL) == ["combine_prompts", "clip_x_0"]
-    assert names(Settings(guidance_scale=1.0), SEVERAL) == ["combine_prompts", "clip_x_0"]
-    assert names(Settings(guidance=[glide.clip_x_0()]), PLAIN, known) == [
-        "clip_x_0",
+    assert names(Settings(), SEVERAL) == ["combine_prompts", "clamp_x_0"]
+    assert names(Settings(guidance_scale=1.0), SEVERAL) == ["combine_prompts", "clamp_x_0"]
+    assert names(Settings(guidance=[glide.clamp_x_0()]), PLAIN, known) == [
+        "clamp_x_0",
         "known_pixels",
     ]
 
@@ -123,7 +123,7 @@ def test_an_interval_applies_to_linear_guidance_alone():
     settings = Settings(guidance_interval=(0.3, 5.0), guidance_rescale=0.5)
     intervals = [member.interval for g in settings.guidances(PLAIN) for member in g.members()]
     assert intervals == [(0.3, 5.0), (0.3, 5.0), (0.0, float("inf"))]
-    assert names(settings.changed(guidance_scale=1.0)) == ["guidance_rescale", "clip_x_0"]
+    assert names(settings.changed(guidance_scale=1.0)) == ["guidance_rescale", "clamp_x_0"]
 
 
 @pytest.mark.parametrize("method", GUIDANCE_METHODS)
@@ -169,7 +169,7 @@ def test_guidances_are_described_by_their_parameters():
         return x.sum(axis=(1, 2, 3))
 
     guidance = [
-        glide.compose(glide.classifier_free(scale=[1.0, 2.0]), glide.clip_x_0()).within(0.3, 5.0),
+        glide.compose(glide.classifier_free(scale=[1.0, 2.0]), glide.clamp_x_0()).within(0.3, 5.0),
         glide.image_loss(loss=glide.Network(bowl, np.ones(9)), cond=np.ones((2, 3)), scale=0.1),
     ]
     made = json.loads(json.dumps(describe(Settings(guidance=guidance)), allow_nan=False))
@@ -225,16 +225,16 @@ def test_the_signature_of_the_pipeline_lists_every_setting(method):
 def test_guidance_functions_replace_the_clip_guidance_of_the_weights_and_say_so():
     weights = Settings(clip_guidance_scale=4.0)
     with pytest.warns(UserWarning, match="give clip_guidance_scale=4 to keep it"):
-        assert weights.changed(guidance=[glide.clip_x_0()]).clip_guidance_scale == 0
+        assert weights.changed(guidance=[glide.clamp_x_0()]).clip_guidance_scale == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (
             weights.changed(
-                guidance=[glide.clip_x_0()], clip_guidance_scale=2.0
+                guidance=[glide.clamp_x_0()], clip_guidance_scale=2.0
             ).clip_guidance_scale
             == 2
         )
-        assert Settings().changed(guidance=[glide.clip_x_0()]).clip_guidance_scale == 0
+        assert Settings().changed(guidance=[glide.clamp_x_0()]).clip_guidance_scale == 0
 
 
 # --- errors
@@ -279,7 +279,7 @@ def test_impossible_changes_are_refused(changes, message):
 def test_and_and_not_need_plain_classifier_free_guidance():
     for settings, message in (
         (Settings(guidance_method="apg"), "need the guidance_method cfg, not apg"),
-        (Settings(guidance=[glide.clip_x_0()]), "give combine_prompts there"),
+        (Settings(guidance=[glide.clamp_x_0()]), "give combine_prompts there"),
     ):
         with pytest.raises(glide.UsageError, match=message):
             settings.guidances(SEVERAL)
@@ -301,7 +301,7 @@ def test_the_word_none_turns_off_what_can_be_off():
     for name in OFF:
         assert ON.changed(**{name: "none"}) == replace(ON, **{name: None})
     assert ON.changed(**dict.fromkeys(OFF, "none")) == Settings()
-    guided = Settings(guidance=[glide.clip_x_0()])
+    guided = Settings(guidance=[glide.clamp_x_0()])
     assert guided.changed(guidance="none", dynamic_threshold=0.9).guidance is None
     # It is text where a setting is text.
     assert Settings().changed(negative_prompt="none").negative_prompt == "none"

@@ -31,7 +31,7 @@ def step(process: str, i: int, solver, guidances: Sequence, *, backwards: bool =
 def known(process: str, i: int) -> list:
     """Return the guidances of inpainting in OpenAI's code: known pixels, then clipping."""
     image, known = (reference(process, name)[i : i + 1] for name in ("known", "hole"))
-    return [glide.known_pixels(image, known), glide.clip_x_0()]
+    return [glide.known_pixels(image, known), glide.clamp_x_0()]
 
 
 @each_process
@@ -53,7 +53,7 @@ def test_a_step_of_ddim_keeps_known_pixels(process, eta, tolerance):
 @each_process
 def test_a_step_of_reverse_ddim(process):
     """The original rounds alpha-bar to float32, which is 2e-4 of a step at t = 1 of cosine."""
-    states = [step(process, i, ddim_reverse, [glide.clip_x_0()], backwards=True) for i in range(6)]
+    states = [step(process, i, ddim_reverse, [glide.clamp_x_0()], backwards=True) for i in range(6)]
     assert_close(np.concatenate([s.x for s in states]), reference(process, "ddim_reverse"), 3e-4)
 
 

@@ -23,7 +23,7 @@ def test_the_python_runs_as_written_but_for_the_numbers_of_images_and_steps():
         assert usual in code
         code = code.replace(usual, few)
     # The README's guidance is used too.
-    code += 'pipe("a red apple", steps=2, guidance=[classifier_free(3.0), glide.clip_x_0()])\n'
+    code += 'pipe("a red apple", steps=2, guidance=[classifier_free(3.0), glide.clamp_x_0()])\n'
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
 

@@ -248,7 +248,7 @@ def outputs(dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     model = NoisedCLIP(test_clip.config(), jnp.dtype(dtype))
     yield "`clip`, images", test_clip.apply("encode_image", x, t, model=model)
     yield "`clip`, captions", test_clip.apply("encode_text", tokens, lengths, model=model)
-    guidance = [glide.classifier_free(3.0), glide.clip_x_0()]
+    guidance = [glide.classifier_free(3.0), glide.clamp_x_0()]
     _, conds, run, x, tape = test_sampling.base_run("6", glide.SOLVERS["ddpm"], guidance)
     networks = {"main": golden.network("base", dtype)}
     state = glide.run_plan(networks, conds, run, jnp.asarray(x), jnp.asarray(tape))

@@ -114,7 +114,7 @@ def test_fields_of_the_denoising_loss_are_refused(field, value, default):
 @pytest.mark.parametrize("field", [f.name for f in fields(DistillationConfig)])
 def test_fields_of_distillation_are_refused_in_denoising(field):
     set_ = {"teacher": "runs/x", "guidance_scales": (2.0, 2.0), "teacher_steps": (4, 16),
-            "student_steps": 2, "clip_x_0": False}  # fmt: skip
+            "student_steps": 2, "clamp_x_0": False}  # fmt: skip
     value, default = set_.get(field, 0.3), getattr(DistillationConfig(), field)
     message = (
         f"distillation.{field} is for objective consistency: choose that, or set it to {default!r}"

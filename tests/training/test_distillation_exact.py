@@ -31,7 +31,7 @@ ALPHA, SIGMA = (np.append(clean, table.astype(np.float64)) for clean, table in
 
 def config_of(prediction_type="v", scale=1.0, **options):
     options = {
-        "clip_x_0": False,
+        "clamp_x_0": False,
         "guidance_scales": (scale, scale),
         "teacher": "gaussian",
     } | options

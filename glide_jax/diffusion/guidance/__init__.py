@@ -8,7 +8,7 @@ List them in this order:
 1. linear guidance, by differences of branches (`linear.py`): `autoguidance`, and one of
    `classifier_free`, `combine_prompts`, `cfg_plus_plus` and `apg`; they add up, in any order;
 2. maps of `x_0` (`x_0_maps.py`), each on the result of the one before: `guidance_rescale`,
-   `dynamic_threshold`, `known_pixels`, `clip_x_0`;
+   `dynamic_threshold`, `known_pixels`, `clamp_x_0`;
 3. gradients (`gradients.py`): `classifier_guidance` reads `x_t`; `image_loss` reads the `x_0` that
    results from the guidances listed before it. The sampler adds their gradient after clipping.
 
@@ -49,7 +49,7 @@ from glide_jax.diffusion.guidance.predictor import (
     noise_predictor,
 )
 from glide_jax.diffusion.guidance.x_0_maps import (
-    clip_x_0,
+    clamp_x_0,
     dynamic_threshold,
     guidance_rescale,
     known_pixels,
@@ -71,9 +71,9 @@ __all__ = [
     "autoguidance",
     "branches_of",
     "cfg_plus_plus",
+    "clamp_x_0",
     "classifier_free",
     "classifier_guidance",
-    "clip_x_0",
     "combine_prompts",
     "compose",
     "dynamic_threshold",

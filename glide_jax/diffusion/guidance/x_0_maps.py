@@ -47,7 +47,7 @@ def dynamic_threshold(
 
 
 @guidance(low=(-float("inf"), "high"))
-def clip_x_0(
+def clamp_x_0(
     predict: Predict, x: jax.Array, point: Point, *, low: Number = -1.0, high: Number = 1.0
 ) -> Prediction:
     """Clipping: `clip(x_0, low, high)`, the range of images  (`clip_denoised` of OpenAI's code)."""
