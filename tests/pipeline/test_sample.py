@@ -157,7 +157,7 @@ def test_images_display_themselves_in_a_notebook(pipe):
     [
         (("--sampler", "ddmp"), "did you mean 'ddpm'"),
         (("--steps", "0"), "at least one step"),
-        (("--steps", "2000"), "at most 1000"),
+        (("--steps", "2000"), "the process has 1000 timesteps"),
         (("--steps", "ddim999"), "ddim999 does not exist for 1000 timesteps"),
         (("--spacing", "even"), "choose one of logsnr, uniform"),
         (("--eta", "0.5"), "eta is for dpm++2m-sde, sa, ddim"),
