@@ -32,8 +32,7 @@ PROMPTS = (
     "a hamburger, Google Noto style", "a cactus", "an octopus, Fluent flat style",
 )  # fmt: skip
 # Of ten captions one is empty, one is the style alone, two are the concept alone, six have both.
-# Only with captions of one part can `combine_prompts([concept, style], [w, w])` compose untrained
-# pairs.
+# Captions of one part are what `combine_prompts([concept, style], [w, w])` needs for other pairs.
 BOTH = ("{caption}, {style}", "{a_caption}, {style}")
 CAPTION_TEMPLATES = ("{style}", "{caption}", "{a_caption}", *BOTH, *BOTH, *BOTH)
 

@@ -86,7 +86,7 @@ WRITES: dict[str, Write] = {
     "weights": lambda f, v: save_weights(f / "weights", {"v": v}, {"a": _array(v)}),
     "PyTorch file": lambda f, v: write_torch_file(f / "a.pt", {"a": _array(v)}),
     "images": _images,
-    "preview": lambda f, v: Images(NOISE[:v], ("red",) * v, 0, (0, 1)[:v], "t", {}).preview(f),
+    "preview": lambda f, v: Images(NOISE[:v], ("red",) * v, 0, (0, 1)[:v], "t", {}).save_preview(f),
     "curves and sample grids": _log,
     "left_out.txt": _left_out,
     "config.json of a run": _recipe,

@@ -88,7 +88,7 @@ def test_the_same_error_of_x_0_weighs_the_same_for_eps_and_v():
         of_eps = loss_weight("min-snr", "eps", alpha, sigma, 5.0) * (alpha / sigma) ** 2
         of_v = loss_weight("min-snr", "v", alpha, sigma, 5.0) / sigma**2
         assert float(of_v) == pytest.approx(float(of_eps), rel=1e-4)
-        of_x = loss_weight("min-snr", "x", alpha, sigma, 5.0)
+        of_x = loss_weight("min-snr", "x_0", alpha, sigma, 5.0)
         assert float(of_x) == pytest.approx(float(of_eps), rel=1e-4)
 
 
@@ -100,7 +100,7 @@ def test_weighting_v_gives_the_squared_error_of_v_whatever_is_predicted():
     x_t = alpha * x_0 + sigma * eps
     # The same guess of x_0 as each kind of prediction.
     guessed_eps = (x_t - alpha * guess) / sigma
-    outputs = {"x": guess, "eps": guessed_eps, "v": alpha * guessed_eps - sigma * guess}
+    outputs = {"x_0": guess, "eps": guessed_eps, "v": alpha * guessed_eps - sigma * guess}
     losses = [
         hybrid_loss(TABLES, x_0, x_t, t, eps, output, prediction_type=kind, weighting="v").loss
         for kind, output in outputs.items()
