@@ -308,7 +308,7 @@ def _images(row: Row) -> np.ndarray:
     if row.model in ("base", "upsampler"):
         _, _, arguments = sampler_arguments(pipeline(row.model, row.dtype, head=0.1), row.batch)
         return to_uint8(run_rows(*arguments).x)
-    alone: Any = {"upsampler": "none", "clip": "none"}
+    alone: Any = {"upsampler": "none", "clip_model": "none"}
     small = None
     if row.model != "emoji64":
         with jax.default_matmul_precision("highest"):
